@@ -1,0 +1,45 @@
+"""LoRA and QLoRA written out in full in PyTorch: readable, exact to the bit, open to inspection."""
+
+from .adapters import (
+    LoraConfig,
+    adapter_parameters,
+    add_adapter,
+    disable_adapters,
+    load_adapter,
+    remove_adapter,
+    save_adapter,
+    set_adapter,
+)
+from .data import Record, load_records, save_records
+from .errors import LorakitError
+from .layers import Linear4bit, LoRALinear
+from .models import Decoder, Tokenizer, generate, load_model, load_tokenizer
+from .quantization import QuantizedWeight, quantize
+from .training import TrainConfig, TrainResult, train
+
+__all__ = [
+    "Decoder",
+    "Linear4bit",
+    "LoRALinear",
+    "LoraConfig",
+    "LorakitError",
+    "QuantizedWeight",
+    "Record",
+    "Tokenizer",
+    "TrainConfig",
+    "TrainResult",
+    "adapter_parameters",
+    "add_adapter",
+    "disable_adapters",
+    "generate",
+    "load_adapter",
+    "load_model",
+    "load_records",
+    "load_tokenizer",
+    "quantize",
+    "remove_adapter",
+    "save_adapter",
+    "save_records",
+    "set_adapter",
+    "train",
+]

@@ -1,0 +1,145 @@
+"""Attach adapters to a model, switch between them, and take them off: the base is never touched."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import AdapterError, did_you_mean
+from ..layers import Linear4bit, LoRALinear
+from .config import LoraConfig
+from .targeting import MatchReport, linear_layers, match_modules, pattern_value
+
+
+def add_adapter(
+    model: nn.Module, config: LoraConfig, name: str = "default", dtype: torch.dtype = torch.float32
+) -> MatchReport:
+    """Attach a LoRA adapter, make it the active one and freeze everything else.
+
+    Layers are wrapped in place; their weights keep their bytes. Works on any model with nn.Linear or Linear4bit layers.
+
+    Args:
+        dtype: of the trainable A and B.
+
+    Raises:
+        AdapterError: the name is taken or not usable, or a target pattern matches nothing. The model is then unchanged.
+    """
+    if not name or "." in name:
+        raise AdapterError(f"adapter name '{name}' must be non-empty and without a dot")
+    if name in adapter_configs(model):
+        raise AdapterError(f"the model already has an adapter '{name}'; remove it first or choose another name")
+    report = MatchReport(name, match_modules(model, config))
+    wanted = {path for paths in report.matched.values() for path in paths}
+    layers = linear_layers(model)
+    for path in (path for path in layers if path in wanted):  # model order, so that the random init is repeatable
+        rank = pattern_value(config.rank_pattern, path, config.r)
+        alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
+        module = model.get_submodule(path)
+        if not isinstance(module, LoRALinear):
+            module = LoRALinear(layers[path])
+            module.train(model.training)
+            model.set_submodule(path, module)
+        scaling = config.scaling(rank, alpha)
+        module.add(name, rank, scaling, config.lora_dropout, config.init_lora_weights, dtype)
+        report.ranks[path] = rank
+    adapter_configs(model)[name] = config
+    set_adapter(model, name)
+    report.trainable = sum(parameter.numel() for parameter in adapter_parameters(model, name))
+    report.total = count_parameters(model)
+    return report
+
+
+def adapter_configs(model: nn.Module) -> dict[str, LoraConfig]:
+    """Return the model's adapters, name -> config; the dict lives on the model."""
+    if not hasattr(model, "lora_configs"):
+        model.lora_configs = {}  # type: ignore[assignment]
+    configs: dict[str, LoraConfig] = model.lora_configs  # type: ignore[assignment]
+    return configs
+
+
+def lora_layers(model: nn.Module, name: str | None = None) -> dict[str, LoRALinear]:
+    """Return the adapted layers, path -> layer: all of them, or those that carry adapter `name`."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, LoRALinear) and (name is None or name in module.lora_A)
+    }
+
+
+def set_adapter(model: nn.Module, name: str | Sequence[str]) -> None:
+    """Make one adapter, or the sum of several, active; only active adapters are trained.
+
+    Raises:
+        AdapterError: there is no adapter of that name.
+    """
+    names = (name,) if isinstance(name, str) else tuple(name)
+    for one in names:
+        check_adapter(model, one)
+    model.requires_grad_(False)
+    for layer in lora_layers(model).values():
+        layer.active = tuple(one for one in names if one in layer.lora_A)
+        for one in layer.active:
+            layer.lora_A[one].requires_grad_(True)
+            layer.lora_B[one].requires_grad_(True)
+
+
+@contextlib.contextmanager
+def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the context the model computes as if no adapter were attached."""
+    layers = list(lora_layers(model).values())
+    active = [layer.active for layer in layers]
+    for layer in layers:
+        layer.active = ()
+    try:
+        yield model
+    finally:
+        for layer, names in zip(layers, active, strict=True):
+            layer.active = names
+
+
+def remove_adapter(model: nn.Module, name: str = "default") -> None:
+    """Take an adapter off; a layer that carries no other becomes the very module object it was.
+
+    Raises:
+        AdapterError: there is no adapter of that name.
+    """
+    check_adapter(model, name)
+    for path, layer in lora_layers(model, name).items():
+        layer.remove(name)
+        if not layer.lora_A:
+            model.set_submodule(path, layer.base_layer)
+    del adapter_configs(model)[name]
+
+
+def adapter_parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
+    """Return the A and B matrices of one adapter, or of all, in model order."""
+    found: list[nn.Parameter] = []
+    for layer in lora_layers(model, name).values():
+        for one in [name] if name else list(layer.lora_A):
+            found += [layer.lora_A[one], layer.lora_B[one]]
+    return found
+
+
+def check_adapter(model: nn.Module, name: str) -> None:
+    """Raise AdapterError, naming the nearest, unless the model has adapter `name`."""
+    names = adapter_configs(model)
+    if name not in names:
+        known = ", ".join(names) or "none"
+        raise AdapterError(f"the model has no adapter '{name}'{did_you_mean(name, names)} (attached: {known})")
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of parameters, each shared one once; a 4-bit weight counts as the weights it stands for."""
+    count, seen = 0, set[int]()
+    for module in model.modules():
+        own: list[tuple[Tensor, int]] = [(p, p.numel()) for p in module.parameters(recurse=False)]
+        if isinstance(module, Linear4bit):
+            own = [(module.packed, math.prod(module.quantized.shape))]
+            own += [(module.bias, module.bias.numel())] if module.bias is not None else []
+        count += sum(size for tensor, size in own if id(tensor) not in seen)
+        seen.update(id(tensor) for tensor, _ in own)
+    return count

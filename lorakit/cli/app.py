@@ -1,0 +1,147 @@
+"""The commands of `lorakit`. Each is a thin layer over one call of the library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import ConfigError, did_you_mean
+
+app = typer.Typer(
+    help="LoRA and QLoRA: fine-tune, know whether it helped, look inside.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Build and look at training data.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+console = Console(highlight=False)
+
+RunFolder = Annotated[Path, typer.Argument(help="folder of a finished run", show_default=False)]
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe", show_default=False)],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a key, e.g. train.lr=1e-4")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint")] = False,
+) -> None:
+    """Fine-tune by a recipe, evaluate before and after, write a report."""
+    from ..runs.recipe import load_recipe
+    from ..runs.run import train_run
+
+    settings = load_recipe(recipe, set_ or [])
+    _print_outcome(train_run(settings, console.print, resume), settings.output)
+
+
+@app.command("eval")
+def evaluate(run: RunFolder) -> None:
+    """Evaluate a finished run again and rewrite its report."""
+    from ..runs.run import evaluate_run
+
+    _print_outcome(evaluate_run(run, console.print), run)
+
+
+@app.command()
+def chat(
+    run: RunFolder,
+    base: Annotated[bool, typer.Option("--base", help="talk to the base model, without the adapter")] = False,
+    system: Annotated[str | None, typer.Option(help="system prompt; default: that of the run's data")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="most tokens of an answer")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
+) -> None:
+    """Talk to a run's tuned model, or with --base to the model it started from."""
+    from ..models import generate
+    from ..runs.chat import Chat
+
+    session = Chat(run, adapted=not base, system=system)
+    console.print(f"[dim]{session.description} - an empty line ends[/dim]")
+    while line := _ask():
+        messages = session.ask(line)
+        answer = generate(session.model, session.tok, messages, max_new_tokens, temperature)
+        session.answer(str(answer))
+        console.print(answer, markup=False)
+
+
+@data_app.command("build")
+def build(
+    name: Annotated[str, typer.Argument(help="data set: chatterbot", show_default=False)],
+    out: Annotated[Path, typer.Option(help="folder to write", show_default=False)],
+    seed: Annotated[int, typer.Option(help="seed of the split")] = 0,
+) -> None:
+    """Build a ready-made data set."""
+    from ..data.chatterbot import build_chatterbot
+
+    builders = {"chatterbot": build_chatterbot}
+    if name not in builders:
+        raise ConfigError(f"no data set '{name}'{did_you_mean(name, builders)} (known: {', '.join(builders)})")
+    console.print(str(builders[name](out, seed=seed)), markup=False)
+
+
+@data_app.command("show")
+def show(
+    file: Annotated[Path, typer.Argument(help="JSONL file of conversations", show_default=False)],
+    model: Annotated[str, typer.Option(help="folder or known name, for its tokenizer and chat template")],
+    count: Annotated[int, typer.Option("-n", help="conversations to show")] = 3,
+    max_length: Annotated[int, typer.Option(help="longest conversation in tokens")] = 1024,
+) -> None:
+    """Show conversations as the model gets them, with the trained tokens marked; check them all."""
+    from ..data import check_records, describe_example, encode_records, load_records
+    from ..models import load_tokenizer, resolve_model
+
+    tok = load_tokenizer(resolve_model(model))
+    records = load_records(file)
+    examples = encode_records(tok, records, max_length)
+    for example in examples[:count]:
+        console.print(describe_example(tok, example), end="\n\n")
+    lengths = sorted(len(example.input_ids) for example in examples)
+    trained = sum(sum(example.loss_mask) for example in examples)
+    console.print(
+        f"{len(examples)} conversations, {sum(lengths):,} tokens, {trained:,} trained; "
+        f"median {lengths[len(lengths) // 2]}, longest {lengths[-1]}"
+    )
+    console.print(str(check_records(records)), markup=False)
+
+
+def _ask() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+def _print_outcome(metrics: dict[str, Any], folder: Path) -> None:
+    """Print the table, the verdict in one sentence and the next commands."""
+    if "tuned" in metrics:
+        console.print(_table(metrics))
+        console.print(f"\n[bold]{metrics['verdict']['sentence']}[/bold]\n", soft_wrap=True)
+    seconds = metrics["seconds"]["total"]
+    console.print(f"{seconds:.0f} s, peak memory {metrics['peak_rss_mb']:,.0f} MiB", end="")
+    console.print(f"; report: {folder / 'report.html'}" if "tuned" in metrics else "")
+    console.print("\nNext:")
+    console.print(f"  lorakit chat {folder}                  talk to it (--base: to the model it started from)")
+    console.print("  lorakit train RECIPE.yaml              your own data: docs/how-to/own-data.md")
+    console.print(f"  rm -r {folder / 'adapter'}          roll back: the base model was never changed")
+
+
+def _table(metrics: dict[str, Any]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for heading in ("", "base, strong prompt", "tuned, short prompt"):
+        table.add_column(heading, justify="right" if heading else "left")
+    before, after = metrics["base_prompted"], metrics["tuned"]
+    for name, value in after.items():
+        if name == "intervals":
+            continue
+        table.add_row(name, _cell(before, name, before[name]), _cell(after, name, value))
+    return table
+
+
+def _cell(side: dict[str, Any], name: str, value: float) -> str:
+    interval = side["intervals"].get(name)
+    return f"{value:.3g}" if interval is None else f"{value:.3g} [{interval[0]:.3g}, {interval[1]:.3g}]"

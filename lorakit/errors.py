@@ -1,0 +1,56 @@
+"""Every error lorakit raises on purpose, and the helper that names the nearest right thing.
+
+All derive from `LorakitError`, so `except LorakitError` catches whatever the library means to say; the second base
+class of some keeps `except ValueError` and `except OSError` working for people who write those.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LorakitError(Exception):
+    """Base class of every deliberate error: says what is wrong, where, what was expected, the nearest right thing."""
+
+
+class ConfigError(LorakitError, ValueError):
+    """A setting is unknown, of the wrong type or out of range.
+
+    Attributes:
+        problems: every problem found, as (dotted key, message); one error reports them all.
+    """
+
+    def __init__(self, message: str, problems: Iterable[tuple[str, str]] = ()) -> None:
+        super().__init__(message)
+        self.problems: list[tuple[str, str]] = list(problems)
+
+
+class ShapeError(LorakitError, ValueError):
+    """A tensor's shape or dtype is not the one the operation needs."""
+
+
+class CheckpointError(LorakitError, ValueError):
+    """A model, adapter or tokenizer file is missing, truncated, malformed or does not fit the model."""
+
+
+class DataError(LorakitError, ValueError):
+    """A record, conversation or batch cannot be trained or evaluated on."""
+
+
+class AdapterError(LorakitError, ValueError):
+    """An adapter cannot be attached, found, switched, loaded or saved."""
+
+
+class TrainingError(LorakitError, RuntimeError):
+    """Training cannot start or go on: nothing is trainable, the loss is not finite, a checkpoint does not fit."""
+
+
+class StorageError(LorakitError, OSError):
+    """Writing failed (disk full, no permission); whatever stood at the target before is untouched."""
+
+
+def did_you_mean(word: str, options: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?" for the option nearest to `word`, or "" when none is near."""
+    near = difflib.get_close_matches(word, list(options), n=1, cutoff=0.6)
+    return f"; did you mean '{near[0]}'?" if near else ""

@@ -1,0 +1,29 @@
+"""Perplexity on a text that has nothing to do with the task: what tuning did to everything else."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..errors import DataError
+from ..models import Decoder, Tokenizer
+from ..models.loss import sequence_losses
+
+
+def perplexity(model: Decoder, tok: Tokenizer, text: str, window: int = 512) -> float:
+    """Return exp(mean negative log-likelihood per token) of a text, read in windows that do not overlap.
+
+    Args:
+        window: tokens per window; the first token of each has no context and is not counted.
+
+    Raises:
+        DataError: the text has fewer than two tokens.
+    """
+    ids = torch.tensor(tok.encode(text), device=model.device)
+    parts = [part for part in ids.split(window) if len(part) > 1]
+    if not parts:
+        raise DataError(f"perplexity needs a text of at least two tokens, got {len(ids)}")
+    losses = torch.cat([sequence_losses(model, part) for part in parts])
+    mean = float(losses.double().mean())
+    return math.exp(mean) if mean < 700 else math.inf

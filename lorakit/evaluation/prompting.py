@@ -1,0 +1,106 @@
+"""How the base and the tuned model are asked the same question.
+
+The tuned model gets the short prompt it was trained on: the record up to its answer. The base model, which was never
+shown the task, gets the strongest prompt that needs no training: instructions in place of the system prompt, and worked
+examples as earlier turns (Brown et al. 2020, arXiv:2005.14165). Only then does the comparison say what training bought.
+
+Examples come from the training records alone; one from the held-out set would give an answer away.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
+from statistics import median
+
+from ..data.records import Message, Record
+from ..errors import DataError
+from .metrics import MISSING, FieldMetric, MetricConfig, read_field
+
+Chat = list[dict[str, str]]  # what `Tokenizer.render_chat` and `generate` take
+Key = Callable[[Record], Hashable]
+
+KEY_METRIC = "json_field_equals"  # its field takes few values, such as topics; one example of each is a good choice
+
+
+def split_record(record: Record) -> tuple[Chat, str]:
+    """Return (the messages up to the last answer, that answer): the short prompt and its reference.
+
+    Raises:
+        DataError: the record does not end with an answer, or asks nothing before it.
+    """
+    *asked, answer = record.messages
+    if answer.role != "assistant":
+        message = (
+            f"{record.source}: the last message is from '{answer.role}'; an evaluated record ends with 'assistant'"
+        )
+        raise DataError(message)
+    if not any(message.role == "user" for message in asked):
+        raise DataError(f"{record.source}: there is no 'user' message before the answer, so nothing to ask the model")
+    return [message.as_dict() for message in asked], answer.content
+
+
+def prompted_messages(
+    record_messages: Sequence[Message], instructions: str | None, examples: Sequence[Record] = ()
+) -> Chat:
+    """Build the base model's prompt: instructions, the examples' turns, then the question.
+
+    Args:
+        record_messages: the record's messages; a final answer is left out, whether it is there or not.
+        instructions: the system prompt; None keeps the record's own.
+        examples: training records, as from `choose_examples`; their turns come first, without their system prompts.
+    """
+    messages = list(record_messages)
+    if messages and messages[-1].role == "assistant":
+        messages.pop()
+    own_system = [message.content for message in messages if message.role == "system"]
+    system = "\n\n".join(own_system) if instructions is None else instructions
+    turns = [message for example in examples for message in example.messages if message.role != "system"]
+    turns += [message for message in messages if message.role != "system"]
+    return ([{"role": "system", "content": system}] if system else []) + [message.as_dict() for message in turns]
+
+
+def choose_examples(train_records: Sequence[Record], count: int, key: Key | None = None) -> list[Record]:
+    """Choose `count` training records that differ from each other, the same ones for the same records.
+
+    The records are grouped by `key`. The groups take turns, the largest first, and each gives its most typical record:
+    the one whose length is nearest to the group's median. Four examples of four topics teach more than four of one.
+
+    Args:
+        train_records: what the model is trained on, never the held-out records.
+        count: how many to choose; fewer come back when there are fewer records.
+        key: what should differ between examples; by default the reference answer.
+
+    Raises:
+        DataError: a record does not end with an answer.
+    """
+    key = key or (lambda record: split_record(record)[1])
+    groups: defaultdict[Hashable, list[Record]] = defaultdict(list)
+    for record in train_records:
+        split_record(record)
+        groups[key(record)].append(record)
+    # sorted() is stable, so records and groups that tie stay in the order of the file
+    queues = [_typical_first(group) for group in sorted(groups.values(), key=len, reverse=True)]
+    rounds = max(map(len, queues), default=0)
+    chosen = [queue[turn] for turn in range(rounds) for queue in queues if turn < len(queue)]
+    return chosen[:count]
+
+
+def key_for_metrics(metrics: Sequence[MetricConfig]) -> Key | None:
+    """Return a key that groups records by the JSON field whose accuracy is measured first; None when none is."""
+    fields = [metric.field for metric in metrics if isinstance(metric, FieldMetric) and metric.kind == KEY_METRIC]
+    if not fields:
+        return None
+
+    def by_field(record: Record) -> Hashable:
+        value = read_field(split_record(record)[1], fields[0])
+        return None if value is MISSING else repr(value)  # repr: a list or an object cannot be hashed
+
+    return by_field
+
+
+def _typical_first(group: list[Record]) -> list[Record]:
+    lengths = [sum(len(message.content) for message in record.messages) for record in group]
+    middle = median(lengths)
+    order = sorted(range(len(group)), key=lambda index: abs(lengths[index] - middle))
+    return [group[index] for index in order]

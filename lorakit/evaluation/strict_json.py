@@ -1,0 +1,45 @@
+"""Reading a model's output as JSON the way the program behind it will: whole, strictly, or not at all.
+
+The whole output, stripped of surrounding whitespace, must be exactly one JSON value. No code fence is peeled off and no
+text around it is forgiven; NaN and Infinity are not JSON; and an object that repeats a key is refused, since RFC 8259
+leaves its meaning open and two programs may read two different values from it.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+
+def parse_json(text: str) -> Any:
+    """Read `text`, stripped, as exactly one JSON value.
+
+    Raises:
+        ValueError: it is not: anything before or after, NaN or Infinity, a repeated key, nesting too deep to read.
+    """
+    try:
+        return json.loads(text.strip(), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def same_json(first: Any, second: Any) -> bool:
+    """Whether two JSON values are equal as JSON Schema has it: 1 equals 1.0 but not true (in Python it does)."""
+    if isinstance(first, bool) or isinstance(second, bool):
+        return first is second
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(same_json(first[key], second[key]) for key in first)
+    if isinstance(first, list) and isinstance(second, list):
+        return len(first) == len(second) and all(map(same_json, first, second))
+    return bool(first == second)
+
+
+def _refuse_constant(constant: str) -> Any:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("an object repeats a key")
+    return values

@@ -1,0 +1,21 @@
+"""Layers with hand-written forward and backward passes."""
+
+from .linear4bit import Linear4bit, dense_weight
+from .linear_cross_entropy import linear_cross_entropy, token_losses
+from .lora_linear import LoRALinear
+from .norm import RMSNorm
+from .rope import apply_rope, rope_frequencies, rope_tables
+from .swiglu import swiglu
+
+__all__ = [
+    "Linear4bit",
+    "LoRALinear",
+    "RMSNorm",
+    "apply_rope",
+    "dense_weight",
+    "linear_cross_entropy",
+    "rope_frequencies",
+    "rope_tables",
+    "swiglu",
+    "token_losses",
+]

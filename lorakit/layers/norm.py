@@ -1,0 +1,51 @@
+"""RMSNorm with a hand-written backward pass that skips the gradient of the frozen weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalization (Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4).
+
+        y = weight * x / sqrt(mean(x²) + eps)
+
+    Statistics are fp32; the normalized x is rounded to x's dtype before the weight multiplies it, as transformers does.
+
+    Shapes:
+        x (..., size) -> y (..., size)
+    """
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.requires_grad:  # someone trains the norm: let autograd do it
+            normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+            return self.weight * normed.to(x.dtype)
+        result: Tensor = _FrozenRMSNorm.apply(x, self.weight, self.eps)
+        return result
+
+
+class _FrozenRMSNorm(torch.autograd.Function):
+    """With x̂ = x·rstd and g = weight·dy:  dx = rstd·(g − x̂·mean(g·x̂)). Saves x in its own dtype and rstd."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, rstd, weight)
+        return weight * (wide * rstd).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        x, rstd, weight = ctx.saved_tensors
+        normed = x.float() * rstd
+        g = (grads[0] * weight).float()
+        dx = (g - normed * (g * normed).mean(-1, keepdim=True)) * rstd
+        return dx.to(x.dtype), None, None

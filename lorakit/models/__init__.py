@@ -1,0 +1,22 @@
+"""Decoders, checkpoints, tokenizers and generation."""
+
+from .checkpoint import Checkpoint
+from .config import ARCHITECTURES, DecoderConfig
+from .decoder import Decoder
+from .generate import generate
+from .load import load_model
+from .pretrained import KNOWN_MODELS, resolve_model
+from .tokenizer import Tokenizer, load_tokenizer
+
+__all__ = [
+    "ARCHITECTURES",
+    "KNOWN_MODELS",
+    "Checkpoint",
+    "Decoder",
+    "DecoderConfig",
+    "Tokenizer",
+    "generate",
+    "load_model",
+    "load_tokenizer",
+    "resolve_model",
+]

@@ -1,0 +1,180 @@
+"""One decoder for the Llama family: Llama, Mistral, Qwen2 and Qwen3, with parameter names as on Hugging Face.
+
+Hidden states travel as a flat (tokens, hidden) matrix, whatever the batch looks like; only attention knows sequences
+(`Layout`). A padding-free training batch, a rectangle and one step of generation are the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ShapeError
+from ..layers import RMSNorm, apply_rope, rope_frequencies, rope_tables, swiglu
+from .attention import KVCache, Layout, attention, project_heads
+from .config import DecoderConfig
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions and grouped key/value heads (Ainslie et al., arXiv:2305.13245)."""
+
+    def __init__(self, config: DecoderConfig, index: int) -> None:
+        super().__init__()
+        self.index, self.head_dim = index, config.head_dim
+        queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.output_bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, layout: Layout, rope: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
+        q = project_heads(x, self.q_proj, self.head_dim)  # (tokens, heads, head_dim)
+        k = project_heads(x, self.k_proj, self.head_dim)  # (tokens, kv_heads, head_dim)
+        v = project_heads(x, self.v_proj, self.head_dim)
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (layout.spread(t) for t in (apply_rope(q, *rope), apply_rope(k, *rope), v))
+        if cache is not None:
+            k, v = cache.extend(self.index, k, v)
+        result: Tensor = self.o_proj(layout.gather(attention(q, k, v, layout.mask)))
+        return result
+
+
+class MLP(nn.Module):
+    """The gated feed-forward layer: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return result
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each on the normalized stream and added back to it."""
+
+    def __init__(self, config: DecoderConfig, index: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, index)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, layout: Layout, rope: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), layout, rope, cache)
+        result: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return result
+
+
+class DecoderStack(nn.Module):
+    """Embedding, layers and final norm: everything below the output head."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Decoder(nn.Module):
+    """A causal language model of the Llama family.
+
+        logits = model(input_ids)        # (batch, seq) int64 -> (batch, seq, vocab), in the model's dtype
+
+    Attributes:
+        config: its shape.
+        folder: the checkpoint it was loaded from, or None.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.folder: Path | None = None
+        self.model = DecoderStack(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the hidden states."""
+        return self.model.norm.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.norm.weight.device
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the output head, which "all-linear" leaves out."""
+        return self.lm_head
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Return the logits (batch, seq, vocab) of input_ids (batch, seq) int64."""
+        logits: Tensor = self.lm_head(self.hidden_states(input_ids))
+        return logits
+
+    def hidden_states(
+        self, input_ids: Tensor, lengths: Sequence[int] | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Return the final, normalized hidden states: input_ids' shape + (hidden,).
+
+        Args:
+            input_ids: (batch, seq) int64; with `lengths`, (tokens,): sequences laid end to end.
+            lengths: of those sequences; positions restart in each and none sees another.
+            cache: keys and values of earlier tokens of the same sequences; it is extended by these.
+
+        Raises:
+            ShapeError: the shape does not fit, a sequence exceeds the context, or a token id the vocabulary.
+        """
+        layout = self._layout(input_ids, lengths, cache)
+        x = self.model.embed_tokens(input_ids.reshape(-1))  # (tokens, hidden)
+        # On the fly, not a buffer: fp32 frequencies must survive .to(torch.bfloat16), and these are few numbers.
+        frequencies = rope_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
+        rope = rope_tables(frequencies, layout.positions, x.dtype)
+        for layer in self.model.layers:
+            x = layer(x, layout, rope, cache)
+        if cache is not None:
+            cache.length += layout.length
+        hidden: Tensor = self.model.norm(x)
+        return hidden.view(*input_ids.shape, -1)
+
+    def _layout(self, input_ids: Tensor, lengths: Sequence[int] | None, cache: KVCache | None) -> Layout:
+        if lengths is not None:
+            if input_ids.dim() != 1 or sum(lengths) != len(input_ids) or min(lengths, default=0) < 1:
+                raise ShapeError(
+                    f"packed input_ids must be ({sum(lengths)},), the sum of positive lengths; "
+                    f"got {tuple(input_ids.shape)} and lengths {list(lengths)[:8]}"
+                )
+            longest, layout = max(lengths), Layout.packed(lengths, input_ids.device)
+        elif input_ids.dim() != 2 or input_ids.numel() == 0:
+            raise ShapeError(f"input_ids must be (batch, seq), neither of them 0; got {tuple(input_ids.shape)}")
+        elif cache is not None:
+            layout = Layout.cached(cache, input_ids.shape[1], self.dtype)
+            longest = int(layout.positions.max()) + 1
+        else:
+            batch, longest = input_ids.shape
+            layout = Layout.rectangle(batch, longest, input_ids.device)
+        self._check(input_ids, longest)
+        return layout
+
+    def _check(self, input_ids: Tensor, longest: int) -> None:
+        context = min(self.config.max_position_embeddings, self.config.sliding_window or longest)
+        if longest > context:
+            kind = "sliding window, which is not supported beyond it" if self.config.sliding_window else "context"
+            raise ShapeError(f"a sequence of {longest} tokens exceeds the model's {context}-token {kind}")
+        if input_ids.device.type == "cpu":  # elsewhere the check would wait for the device
+            low, high = input_ids.aminmax()
+            if low < 0 or high >= self.config.vocab_size:
+                bad = int(low if low < 0 else high)
+                raise ShapeError(f"token id {bad} is outside the vocabulary of {self.config.vocab_size}")

@@ -1,0 +1,146 @@
+"""`generate`: batched greedy or sampled generation with a key/value cache and a shared prompt prefix."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import DataError
+from .attention import KVCache
+from .decoder import Decoder
+from .tokenizer import Tokenizer
+
+Conversation = Sequence[Mapping[str, str]]
+
+
+def generate(
+    model: Decoder,
+    tok: Tokenizer,
+    messages_or_prompts: str | Conversation | Sequence[str] | Sequence[Conversation],
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    batch_size: int = 32,
+) -> str | list[str]:
+    """Continue prompts, or answer conversations through the tokenizer's chat template.
+
+    Args:
+        messages_or_prompts: one prompt (str) or one conversation (list of {"role", "content"}), or a list of either.
+        max_new_tokens: most tokens to add; generation stops earlier at an end-of-turn token.
+        temperature: 0 is greedy; above 0 samples from softmax(logits / temperature).
+        top_p: sample among the most likely tokens that together reach this probability (Holtzman et al. 2020,
+            arXiv:1904.09751).
+        seed: makes sampling repeatable.
+        batch_size: prompts computed at a time.
+
+    Returns:
+        The new text alone: a str for one prompt or conversation, a list for a list.
+
+    Raises:
+        DataError: an empty prompt, or one that leaves no room for max_new_tokens in the context.
+    """
+    given: Any = messages_or_prompts
+    is_single = isinstance(given, str) or bool(given and isinstance(given[0], Mapping))
+    prompts = [_encode(tok, item) for item in ([given] if is_single else given)]
+    room = model.config.max_position_embeddings - max_new_tokens
+    for index, prompt in enumerate(prompts):
+        if not 0 < len(prompt) <= room:
+            raise DataError(
+                f"prompt {index} has {len(prompt)} tokens; expected 1 to {room}, so that {max_new_tokens} more fit the "
+                f"context of {model.config.max_position_embeddings}"
+            )
+    sampler = _Sampler(temperature, top_p, seed, model.device)
+    answers: list[list[int]] = [[] for _ in prompts]
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # alike lengths together: less padding
+    was_training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(prompts), batch_size):
+            rows = by_length[start : start + batch_size]
+            steps = _continue(model, [prompts[i] for i in rows], max_new_tokens, tok.eos_ids, tok.pad_id, sampler)
+            for row, token in steps:
+                answers[rows[row]].append(token)
+    finally:
+        model.train(was_training)
+    texts = [tok.decode(ids) for ids in answers]
+    return texts[0] if is_single else texts
+
+
+def _encode(tok: Tokenizer, item: str | Conversation) -> list[int]:
+    return tok.encode(item if isinstance(item, str) else tok.render_chat(item, add_generation_prompt=True))
+
+
+@torch.inference_mode()
+def _continue(
+    model: Decoder,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    eos_ids: Sequence[int],
+    pad_id: int,
+    sampler: _Sampler,
+) -> Iterator[tuple[int, int]]:
+    """Yield (row, token) as tokens are generated; end-of-turn tokens are not yielded."""
+    prefix = _shared_prefix(prompts)
+    longest = max(map(len, prompts))
+    padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=model.device)
+    cache = _new_cache(model, padding, prefix, longest + max_new_tokens)
+    if prefix:
+        single = _new_cache(model, padding[:1] * 0, prefix, prefix)
+        model.hidden_states(torch.tensor([prompts[0][:prefix]], device=model.device), cache=single)
+        cache.copy_prefix(single)
+    rest = [[pad_id] * (longest - len(prompt)) + prompt[prefix:] for prompt in prompts]
+    ids = torch.tensor(rest, device=model.device)  # (batch, longest - prefix)
+    rows = torch.arange(len(prompts), device=model.device)
+    stops = torch.tensor(list(eos_ids), device=model.device)
+    going = torch.ones_like(rows, dtype=torch.bool)
+    for _ in range(max_new_tokens):
+        logits = model.lm_head(model.hidden_states(ids, cache=cache)[:, -1]).float()  # (batch, vocab)
+        tokens = sampler(logits)
+        going &= ~torch.isin(tokens, stops)
+        yield from zip(rows[going].tolist(), tokens[going].tolist(), strict=True)
+        if not going.any():
+            return
+        if 2 * int(going.sum()) <= len(rows):  # dropping rows copies the cache: do it when it halves the work
+            cache.select(going.nonzero().squeeze(1))
+            rows, tokens, going = rows[going], tokens[going], going[going]
+        ids = tokens[:, None]
+
+
+def _shared_prefix(prompts: list[list[int]]) -> int:
+    """Return how many leading tokens all prompts share; at least one token of each is left over."""
+    if len(prompts) < 2:
+        return 0
+    same = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False))
+    return min(sum(1 for _ in same), *(len(prompt) - 1 for prompt in prompts))
+
+
+def _new_cache(model: Decoder, padding: Tensor, prefix: int, capacity: int) -> KVCache:
+    config = model.config
+    return KVCache(
+        config.num_hidden_layers, config.num_key_value_heads, config.head_dim, padding, prefix, capacity, model.dtype
+    )
+
+
+class _Sampler:
+    """Chooses the next tokens, (batch,) int64, from logits (batch, vocab) fp32."""
+
+    def __init__(self, temperature: float, top_p: float, seed: int | None, device: torch.device) -> None:
+        self.temperature, self.top_p = temperature, top_p
+        self.generator = torch.Generator(device)
+        if seed is not None:
+            self.generator.manual_seed(seed)
+        else:
+            self.generator.seed()
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        if self.temperature <= 0:
+            return logits.argmax(dim=-1)
+        probs, order = (logits / self.temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+        probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= self.top_p, 0.0)  # the first is always kept
+        drawn = torch.multinomial(probs, 1, generator=self.generator)
+        return order.gather(1, drawn).squeeze(1)

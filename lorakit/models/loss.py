@@ -1,0 +1,52 @@
+"""The language-model loss of a padding-free batch, for our decoders and for any model that returns logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+
+from ..layers import linear_cross_entropy, token_losses
+from .decoder import Decoder
+
+
+def summed_loss(model: nn.Module, input_ids: Tensor, targets: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Return the summed negative log-likelihood of the targets, fp32, shape (), with gradient.
+
+    The sum, not the mean: a step cut into micro-batches adds up sums and divides once, by all its trained tokens.
+
+    Args:
+        model: a `Decoder`, or a model that maps (input_ids, attention_mask) to an object with `.logits`.
+        input_ids: (tokens,) int64, sequences laid end to end; `lengths` are theirs.
+        targets: (tokens,) int64, the next token, or negative where it is not trained.
+    """
+    trained = targets >= 0
+    if isinstance(model, Decoder):
+        # Rows that train nothing are dropped before the projection to the vocabulary: most rows, with prompts masked.
+        hidden = model.hidden_states(input_ids, lengths)[trained]
+        head = model.get_output_embeddings()  # a LoRALinear where the head is adapted
+        if isinstance(head, nn.Linear) and not head.weight.requires_grad:
+            return linear_cross_entropy(hidden, head.weight, targets[trained])
+        logits = head(hidden)
+    else:
+        logits = _padded_logits(model, input_ids, lengths)[trained]
+    return cross_entropy(logits.float(), targets[trained], reduction="sum")
+
+
+@torch.inference_mode()
+def sequence_losses(model: Decoder, input_ids: Tensor) -> Tensor:
+    """Return the negative log-likelihood of each token of a sequence but the first: (tokens,) -> (tokens - 1,) fp32."""
+    hidden = model.hidden_states(input_ids[:-1], [len(input_ids) - 1])
+    return token_losses(hidden, model.lm_head.weight, input_ids[1:])
+
+
+def _padded_logits(model: nn.Module, input_ids: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Run a model that knows only rectangles; return the logits of the real tokens, (tokens, vocab)."""
+    rows = input_ids.split(list(lengths))
+    padded = pad_sequence(list(rows), batch_first=True)  # (batch, longest), padded with 0, which the mask hides
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    logits: Tensor = model(input_ids=padded, attention_mask=mask).logits
+    return logits[mask.bool()]

@@ -1,0 +1,73 @@
+"""The codebooks: NF4 for weights, and the 8-bit dynamic map that double quantization stores its scales in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, did_you_mean
+
+# Quantiles of a standard normal, normalized to [-1, 1] with an exact zero (QLoRA, arXiv:2305.14314, section 3 and
+# appendix E): eight steps below zero, seven above. These are the fp32 values that bitsandbytes' files are written with.
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Codebook:
+    """The values that codes stand for, ascending, and the boundaries between them.
+
+    Attributes:
+        name: as in checkpoints, "nf4".
+        values: (codes,) fp32, ascending.
+        boundaries: (codes - 1,) fp32 midpoints; a value on a boundary takes the lower code.
+        zero: the code of 0.0.
+    """
+
+    name: str
+    values: Tensor
+    boundaries: Tensor
+    zero: int
+
+    @staticmethod
+    def from_values(name: str, values: Tensor) -> Codebook:
+        """Build a codebook whose boundaries are the fp32 midpoints of its ascending values."""
+        boundaries = (values[1:] + values[:-1]) / 2
+        return Codebook(name, values, boundaries, int(torch.bucketize(0.0, boundaries)))
+
+
+@cache
+def dynamic_map() -> Codebook:
+    """Return the signed 8-bit dynamic map (Dettmers 2015, arXiv:1511.04561; 256 fp32 values, code 127 is zero).
+
+    A code is a sign, a decimal exponent given by the number of leading zero bits, and a linear fraction in [0.1, 1) in
+    the bits that remain: one value near 1e-7, 64 in the top decade. Each sign has 127; zero and 1.0 complete the map.
+    """
+    positive: list[float] = []
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1.0, 2**decade + 1, dtype=torch.float32)
+        positive += (10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
+    values = sorted([*positive, *(-x for x in positive), 0.0, 1.0])
+    return Codebook.from_values("dynamic", torch.tensor(values, dtype=torch.float32))
+
+
+QUANT_TYPES = {"nf4": Codebook.from_values("nf4", torch.tensor(NF4, dtype=torch.float32))}
+
+
+def codebook(quant_type: str) -> Codebook:
+    """Return the 4-bit codebook of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if quant_type not in QUANT_TYPES:
+        known = ", ".join(QUANT_TYPES)
+        raise ConfigError(f"unknown quant_type '{quant_type}'{did_you_mean(quant_type, QUANT_TYPES)} (known: {known})")
+    return QUANT_TYPES[quant_type]

@@ -1,0 +1,44 @@
+"""A conversation with a run's model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..data import iter_records
+from ..errors import LorakitError
+from .recipe import Recipe
+from .run import load_run
+
+
+class Chat:
+    """Keeps the turns of one conversation with the tuned or the base model of a run.
+
+    Args:
+        folder: of the run.
+        adapted: with the adapter, or the base model alone.
+        system: the system prompt; None: the one of the run's training data, where it can still be read.
+    """
+
+    def __init__(self, folder: Path, adapted: bool = True, system: str | None = None) -> None:
+        self.model, self.tok, recipe = load_run(folder, adapted)
+        self.description = f"{recipe.model.path} {'with ' + str(folder / 'adapter') if adapted else 'without adapter'}"
+        system = _system_prompt(recipe) if system is None else system
+        self.messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
+
+    def ask(self, text: str) -> list[dict[str, str]]:
+        """Add a user turn; return the conversation so far."""
+        self.messages.append({"role": "user", "content": text})
+        return self.messages
+
+    def answer(self, text: str) -> None:
+        """Add the model's turn."""
+        self.messages.append({"role": "assistant", "content": text})
+
+
+def _system_prompt(recipe: Recipe) -> str | None:
+    """Return the system prompt that the first training record was given."""
+    try:
+        first = next(iter_records(recipe.data.train))
+    except (LorakitError, StopIteration):
+        return None
+    return first.messages[0].content if first.messages[0].role == "system" else None

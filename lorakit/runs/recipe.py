@@ -1,0 +1,204 @@
+"""Recipes: one YAML file that says everything about a run, from the base model to the metrics.
+
+A recipe is checked whole before anything is loaded: unknown keys, wrong types, repeated keys, missing files and unknown
+models come in one report, each with its line. Relative paths start at the current folder, as with any command-line
+tool, and stay relative in the recipe that a run saves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from ..adapters.config import LoraConfig
+from ..errors import ConfigError, did_you_mean
+from ..evaluation.config import EvalConfig
+from ..files import write_text
+from ..models.pretrained import KNOWN_MODELS
+from ..quantization import BLOCK_SIZES, QUANT_TYPES
+from ..settings import Settings
+from ..training.config import TrainConfig
+from .yaml_source import YamlSource, read_yaml
+
+INPUT_FILES = (
+    "data.train",
+    "data.eval",
+    "eval.base_prompt.instructions_file",
+    "eval.general_text",
+    "eval.metrics.*.schema_file",
+)
+HANDED_DOWN = {"output": "output", "seed": "seed", "max_length": "data.max_length"}  # `train`'s key -> the recipe's
+
+
+class ModelSection(Settings):
+    """The frozen base model: which one, and how its weights are held."""
+
+    path: str = Field(description="a folder in Hugging Face's layout, or a known name such as smollm2-135m-instruct")
+    quant_type: str | None = Field("nf4", description="four-bit codebook: nf4; null: not quantized")
+    block_size: int = Field(64, description="weights that share one scale")
+    double_quant: bool = Field(True, description="quantize the scales too, to 8 bits")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="dtype that products run in")
+    device: str = Field("cpu", description="where the model lives: cpu, cuda, cuda:1, ...")
+
+    @field_validator("quant_type")
+    @classmethod
+    def _quant_type_exists(cls, value: str | None) -> str | None:
+        if value is not None and value not in QUANT_TYPES:
+            raise ValueError(f"unknown '{value}'{did_you_mean(value, QUANT_TYPES)} (known: {', '.join(QUANT_TYPES)})")
+        return value
+
+    @field_validator("block_size")
+    @classmethod
+    def _block_size_exists(cls, value: int) -> int:
+        if value not in BLOCK_SIZES:
+            raise ValueError(f"must be one of {', '.join(map(str, BLOCK_SIZES))} (got {value})")
+        return value
+
+
+class DataSection(Settings):
+    """The records: what to train on, and what to hold out.
+
+    Raises:
+        ConfigError: both `eval` and `eval_fraction` are set.
+    """
+
+    train: Path = Field(description="JSONL file of conversations to train on")
+    eval: Path | None = Field(None, description="JSONL file of held-out conversations")
+    eval_fraction: float | None = Field(None, gt=0, lt=1, description="share of `train` to hold out instead")
+    max_length: int = Field(1024, ge=2, description="longest conversation in tokens; a longer one is an error")
+
+    @model_validator(mode="after")
+    def _one_source_of_evaluation(self) -> DataSection:
+        if self.eval is not None and self.eval_fraction is not None:
+            raise ValueError("set eval or eval_fraction, not both")
+        return self
+
+
+class Recipe(Settings):
+    """Everything about one run.
+
+    `seed`, `output` and `data.max_length` are said once, at their place here; `train` receives them.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type, a value out of range, or `train` contradicts the recipe.
+    """
+
+    title: str = Field(description="what the run is for, in a few words")
+    output: Path = Field(description="folder for all that the run writes")
+    seed: int = Field(0, description="seed of the adapter's start, the data's order and dropout")
+    model: ModelSection
+    data: DataSection
+    lora: LoraConfig = Field(default_factory=LoraConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    eval: EvalConfig | None = Field(None, description="task metrics before and after; null: the held-out loss only")
+
+    @model_validator(mode="after")
+    def _metrics_have_records(self) -> Recipe:
+        if self.eval is not None and self.data.eval is None and self.data.eval_fraction is None:
+            raise ValueError("eval needs held-out records; set data.eval or data.eval_fraction, or eval: null")
+        return self
+
+    @model_validator(mode="after")
+    def _hand_down(self) -> Recipe:
+        """Give `train` the settings that the recipe says for the whole run."""
+        shared = {"output": self.output, "seed": self.seed, "max_length": self.data.max_length}
+        for key, value in shared.items():
+            given = getattr(self.train, key)
+            if key in self.train.model_fields_set and given != value:
+                raise ValueError(f"train.{key} ({given}) contradicts {HANDED_DOWN[key]} ({value}); set that alone")
+        object.__setattr__(self, "train", self.train.model_copy(update=shared))
+        return self
+
+
+def load_recipe(path: str | PathLike[str], overrides: Sequence[str] = (), check_files: bool = True) -> Recipe:
+    """Read a recipe and check it whole.
+
+    Args:
+        path: the YAML file.
+        overrides: "section.key=value" with the value in YAML: "train.lr=1e-4", "data.eval=null".
+        check_files: report input files and models that do not exist; False to read the recipe of an old run, whose
+            data may be gone.
+
+    Raises:
+        ConfigError: every problem in one report, with file:line and the nearest right key; its `problems` lists them.
+    """
+    source = read_yaml(_existing_recipe(Path(path)))
+    for assignment in overrides:
+        source.override(assignment)
+    problems, recipe = list(source.problems), None
+    try:
+        recipe = Recipe(**source.values)
+    except ConfigError as error:
+        problems += [(source.place(key), key, message) for key, message in error.problems]
+    if check_files:
+        problems += [(source.place(key), key, message) for key, message in _missing(source.values)]
+    if recipe is None or problems:
+        raise _report(source, problems)
+    return recipe
+
+
+def save_recipe(recipe: Recipe, path: str | PathLike[str]) -> None:
+    """Write `recipe` as YAML with every default filled in; `load_recipe` gives back an equal one."""
+    # `train` without what it has from the recipe: an override of `seed` must not meet an old `train.seed`.
+    values = recipe.model_dump(mode="json", exclude={"train": set(HANDED_DOWN)})
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+    if "\x85" in text:  # PyYAML writes this one character, U+0085, so that it reads back as blanks
+        text = yaml.safe_dump(values, sort_keys=False, width=120)
+    write_text(path, text)
+
+
+def _existing_recipe(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder, expected a recipe such as {path / 'recipe.yaml'}")
+    raise ConfigError(f"{path}: no such recipe{_nearest(path, '*.y*ml')}")
+
+
+def _missing(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield a problem for each input file, and for the model, that is not there.
+
+    It looks at the values as written, not at a `Recipe`, so that missing files are reported beside wrong keys.
+    """
+    for pattern in INPUT_FILES:
+        for key, name in _values_at(values, pattern.split(".")):
+            if not isinstance(name, str | Path) or Path(name).is_file():
+                continue
+            if Path(name).is_dir():
+                yield key, f"is a folder, expected a file: {name}"
+            else:
+                yield key, f"no such file: {name}{_nearest(Path(name), '*')}"
+    for key, name in _values_at(values, ["model", "path"]):
+        if isinstance(name, str) and name not in KNOWN_MODELS and not Path(name).expanduser().is_dir():
+            hint = did_you_mean(name.lower(), KNOWN_MODELS)
+            yield key, f"'{name}' is neither a folder nor a known model ({', '.join(KNOWN_MODELS)}){hint}"
+
+
+def _values_at(values: object, path: Sequence[str], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield (dotted key, value) where `path` leads; "*" stands for every item of a list."""
+    if not path:
+        yield prefix.removesuffix("."), values
+    elif path[0] == "*" and isinstance(values, list):
+        for index, item in enumerate(values):
+            yield from _values_at(item, path[1:], f"{prefix}{index}.")
+    elif isinstance(values, Mapping) and path[0] in values:
+        yield from _values_at(values[path[0]], path[1:], f"{prefix}{path[0]}.")
+
+
+def _nearest(path: Path, pattern: str) -> str:
+    """Return a "did you mean" for a missing file, out of its folder's files that match `pattern`."""
+    return did_you_mean(str(path), [str(found) for found in path.parent.glob(pattern)])
+
+
+def _report(source: YamlSource, problems: Sequence[tuple[str, str, str]]) -> ConfigError:
+    lines = [": ".join(part for part in problem if part) for problem in problems]
+    count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
+    return ConfigError(
+        f"{source.name} is not valid ({count}):\n" + "\n".join(f"  {line}" for line in lines),
+        [(key, message) for _, key, message in problems],
+    )

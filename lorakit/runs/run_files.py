@@ -1,0 +1,65 @@
+"""Reading back the files that a run wrote: metrics.json, train.jsonl, predictions.jsonl, recipe.yaml."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder holds, read and checked for shape."""
+
+    folder: Path
+    metrics: dict[str, Any]
+    steps: list[dict[str, Any]]
+    predictions: list[dict[str, Any]]
+    recipe: str
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+        DataError: as `write_report`.
+    """
+    path = folder / "metrics.json"
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing; a report needs a run that was evaluated") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    if not isinstance(metrics, dict):
+        raise DataError(f"{path} holds a {type(metrics).__name__}, expected a JSON object")
+    recipe = folder / "recipe.yaml"
+    return Run(
+        folder,
+        metrics,
+        _json_lines(folder / "train.jsonl"),
+        _json_lines(folder / "predictions.jsonl"),
+        recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
+    )
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a JSONL file, [] where there is none."""
+    if not path.is_file():
+        return []
+    whole_lines = path.read_text(encoding="utf-8").split("\n")[
+        :-1
+    ]  # what follows the last newline was cut off by a crash
+    records = []
+    for number, line in enumerate(whole_lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}:{number}: not a JSON line: {error}") from error
+        if not isinstance(record, dict):
+            raise DataError(f"{path}:{number}: holds a {type(record).__name__}, expected a JSON object")
+        records.append(record)
+    return records

@@ -1,0 +1,53 @@
+"""Numbers, times and texts as the report writes them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from ..evaluation.gate import format_score
+
+MOST_CHARACTERS = 1500  # of one text in the report; a run's predictions.jsonl has it all
+
+
+def duration(seconds: float) -> str:
+    """Write a time as people say it: "0.8 s", "41 s", "12 min 5 s", "1 h 3 min"."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def shorten(text: str) -> str:
+    """Cut a text after `MOST_CHARACTERS` and say how much is missing."""
+    text = text.encode("utf-8", "replace").decode()  # half a surrogate pair, as JSON can smuggle in, cannot be written
+    left_out = len(text) - MOST_CHARACTERS
+    return text if left_out <= 0 else f"{text[:MOST_CHARACTERS]} […{left_out:,} more characters]"
+
+
+def fenced(text: str) -> str:
+    """Return a Markdown code block that `text` cannot close: its fence is longer than any run of backticks inside."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def inline(text: object) -> str:
+    """Escape what Markdown would read as markup in running text or a table cell."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", re.sub(r"\s+", " ", str(text)))
+
+
+def signed(value: float, best: float) -> str:
+    sign = "+" if value > 0 else "\u2212" if value < 0 else ""
+    return sign + format_score(abs(value), best)
+
+
+def number(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int | float) else str(value)
+
+
+def words(key: str) -> str:
+    return key.replace("_", " ").capitalize()

@@ -1,0 +1,47 @@
+"""The base of every configuration class: strict, immutable once built, with errors that name the nearest right key."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from .errors import ConfigError, did_you_mean
+
+
+class Settings(BaseModel):
+    """A pydantic model that refuses unknown keys and reports every problem at once as a `ConfigError`.
+
+    Raises:
+        ConfigError: any key is unknown, missing, of the wrong type or out of range; its `problems` lists them all.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            problems = _problems(type(self), error)
+            listing = "\n".join(f"  {key}: {message}" if key else f"  {message}" for key, message in problems)
+            raise ConfigError(f"{type(self).__name__} is not valid:\n{listing}", problems) from None
+
+
+def _problems(model: type[BaseModel], error: ValidationError) -> list[tuple[str, str]]:
+    """Flatten pydantic's errors, nested settings included, to (dotted key, sentence)."""
+    found: list[tuple[str, str]] = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        inner = item.get("ctx", {}).get("error")
+        if isinstance(inner, ConfigError) and inner.problems:
+            found += [(f"{key}.{name}" if name else key, message) for name, message in inner.problems]
+        elif item["type"] == "extra_forbidden":
+            found.append((key, f"unknown key{did_you_mean(str(item['loc'][-1]), model.model_fields)}"))
+        elif item["type"] == "missing":
+            found.append((key, "is required"))
+        elif item["type"] == "value_error":
+            found.append((key, str(inner)))
+        else:
+            message = item["msg"][0].lower() + item["msg"][1:]
+            found.append((key, f"{message} (got {item['input']!r})"))
+    return found

@@ -1,0 +1,91 @@
+"""Training checkpoints: everything a run needs to go on as if it had never stopped, without pickle.
+
+    <output>/checkpoints/step-000040/state.safetensors    parameters, AdamW's moments, random state
+    <output>/checkpoints/step-000040/state.json           step, fingerprint of settings and data
+
+A checkpoint is renamed into place when it is whole, so that a kill in the middle leaves the one before.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..errors import CheckpointError, TrainingError
+from ..files import atomic_folder
+
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of one parameter
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    fingerprint: str,
+    progress: Mapping[str, Any],
+) -> Path:
+    """Write a checkpoint after `step` steps and delete the older ones.
+
+    Args:
+        folder: of all checkpoints of the run.
+        progress: what the run's log needs to go on, as JSON values.
+    """
+    tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
+    for name, parameter in parameters.items():
+        tensors[f"parameter/{name}"] = parameter.detach().cpu().contiguous()
+        for key in _MOMENTS:
+            tensors[f"{key}/{name}"] = optimizer.state[parameter][key].cpu().contiguous()
+    target = folder / f"step-{step:06d}"
+    with atomic_folder(target) as part:
+        save_file(tensors, part / "state.safetensors")
+        state = {"step": step, "fingerprint": fingerprint, "progress": dict(progress)}
+        (part / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    for old in list_checkpoints(folder):
+        if old != target:
+            shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the whole checkpoints in a folder, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def load_checkpoint(
+    path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, fingerprint: str
+) -> tuple[int, dict[str, Any]]:
+    """Restore parameters, optimizer and random state; return the step count and the progress that was saved.
+
+    Raises:
+        CheckpointError: a file is missing, broken, or holds other parameters.
+        TrainingError: it was written with other settings or data.
+    """
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        tensors = load_file(path / "state.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read the checkpoint {path}: {error}") from None
+    if state["fingerprint"] != fingerprint:
+        raise TrainingError(
+            f"{path} was written with other settings, data or adapter; resume with those, or train into another folder"
+        )
+    expected = {f"{kind}/{name}" for name in parameters for kind in ("parameter", *_MOMENTS)} | {"rng"}
+    if wrong := sorted(expected ^ set(tensors)):
+        raise CheckpointError(f"{path} does not fit the model: {', '.join(wrong[:5])} missing or unexpected")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[f"parameter/{name}"])
+            optimizer.state[parameter] = {
+                key: tensors[f"{key}/{name}"].to(parameter.device if key != "step" else "cpu") for key in _MOMENTS
+            }
+    torch.set_rng_state(tensors["rng"])
+    return int(state["step"]), dict(state["progress"])

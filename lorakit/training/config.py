@@ -1,0 +1,39 @@
+"""`TrainConfig`: the settings of one training run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from ..settings import Settings
+
+
+class TrainConfig(Settings):
+    """How to train: optimizer, schedule, batches, evaluation and checkpoints.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type or a value out of range.
+    """
+
+    lr: float = Field(2e-4, gt=0, description="peak learning rate")
+    epochs: float = Field(1.0, gt=0, description="passes over the training records, when max_steps is not given")
+    max_steps: int | None = Field(None, ge=1, description="stop after this many optimizer steps")
+    batch_size: int = Field(16, ge=1, description="conversations per optimizer step")
+    micro_batch_tokens: int = Field(
+        2048, ge=1, description="tokens per forward pass; a larger batch is accumulated over several, with equal result"
+    )
+    max_length: int = Field(1024, ge=2, description="longest conversation in tokens; a longer one is an error")
+    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps over which lr rises from 0")
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="lr at the end of the cosine, as a share of the peak")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay rates of the two moments")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this global norm")
+    seed: int = Field(0, description="seed of the order of the data and of dropout")
+    eval_every: int | None = Field(
+        None, ge=1, description="steps between evaluations of the held-out loss; none: at the end"
+    )
+    checkpoint_every: int | None = Field(None, ge=1, description="steps between checkpoints one can resume from")
+    output: Path | None = Field(None, description="folder for train.jsonl and checkpoints; none: nothing is written")
+    progress: bool = Field(True, description="show a progress bar")

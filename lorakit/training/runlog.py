@@ -1,0 +1,71 @@
+"""What a run tells while it goes: train.jsonl, one line a step, and a progress bar."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..files import write_text
+
+
+class RunLog:
+    """Collects one row a step, appends it to train.jsonl, and shows it.
+
+    On a terminal it is a progress bar; elsewhere (a file, CI) a line about every tenth of the way.
+
+    Args:
+        path: of train.jsonl, or None to write nothing.
+        steps: of the whole run.
+        rows: of the steps before a resume.
+        show: whether to print at all.
+    """
+
+    def __init__(self, path: Path | None, steps: int, rows: list[dict[str, Any]], show: bool) -> None:
+        self.rows, self.steps, self.show = rows, steps, show
+        self.console = Console()
+        self._file = None
+        if path is not None:
+            write_text(path, "".join(json.dumps(row) + "\n" for row in rows))  # drops steps after the checkpoint
+            self._file = path.open("a", encoding="utf-8")
+        self._bar = Progress(
+            TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"),
+            TextColumn("ETA"), TimeRemainingColumn(), console=self.console, disable=not self._is_live(),
+        )  # fmt: skip
+        self._task = self._bar.add_task("train", total=steps, completed=len(rows), status="")
+
+    def _is_live(self) -> bool:
+        return self.show and self.console.is_terminal
+
+    def __enter__(self) -> RunLog:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+        if self._file is not None:
+            self._file.close()
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """Record one step."""
+        self.rows.append(dict(row))
+        if self._file is not None:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        done = row["step"]
+        speed = row["tokens"] / max(row["step_seconds"], 1e-9)
+        status = f"loss {row['loss']:.3f}  {speed:,.0f} tok/s  {row['peak_rss_mb']:,.0f} MiB peak"
+        if "eval_loss" in row:
+            status += f"  held-out loss {row['eval_loss']:.3f}"
+        self._bar.update(self._task, completed=done, status=status)
+        every = max(1, self.steps // 10)
+        if self.show and not self._is_live() and (done % every == 0 or done == self.steps):
+            remaining = row["seconds"] / done * (self.steps - done)
+            print(f"train {done}/{self.steps}  {status}  {remaining:.0f} s left", flush=True)

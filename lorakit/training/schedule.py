@@ -1,0 +1,17 @@
+"""The learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float, min_ratio: float) -> float:
+    """Return the learning rate of step 0 .. steps - 1: a linear rise to `peak`, then half a cosine to min_ratio * peak.
+
+    The rise takes ceil(warmup_ratio * steps) steps and starts above zero, so that no step is wasted.
+    """
+    warmup = math.ceil(warmup_ratio * steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return peak * (min_ratio + (1 - min_ratio) * (1 + math.cos(math.pi * progress)) / 2)

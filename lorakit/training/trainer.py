@@ -1,0 +1,201 @@
+"""The training loop, written so that it reads like the algorithm.
+
+    for each step:
+        take the next batch_size conversations
+        loss = sum of -log p(token) over all their trained tokens / number of trained tokens
+        gradients of the adapter, clipped to a global norm
+        one AdamW step at the scheduled learning rate
+
+The loss of a step is exact whatever the micro-batching: micro-batches add up sums, and the number they are divided by
+is that of the whole step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..data import Example, Record, batch_order, encode_records, make_batch, micro_batches
+from ..errors import DataError, TrainingError
+from ..measure import peak_rss_mb
+from ..models.loss import summed_loss
+from ..models.tokenizer import Tokenizer
+from .checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
+from .config import TrainConfig
+from .runlog import RunLog
+from .schedule import learning_rate
+
+
+@dataclass
+class TrainResult:
+    """What a run did.
+
+    Attributes:
+        steps: optimizer steps taken.
+        history: one row a step: step, loss (nats per trained token), lr, grad_norm, trained_tokens, tokens, seconds,
+            step_seconds, peak_rss_mb, and eval_loss where it was measured.
+        trained_tokens, tokens: totals; trained are those that count in the loss.
+        seconds: of the loop, encoding left out.
+        eval_loss: held-out loss at the end, nats per trained token; None without held-out records.
+    """
+
+    steps: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    trained_tokens: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    eval_loss: float | None = None
+
+
+def train(
+    model: nn.Module,
+    tok: Tokenizer,
+    train_records: Sequence[Record],
+    config: TrainConfig | None = None,
+    eval_records: Sequence[Record] = (),
+    resume: bool = False,
+) -> TrainResult:
+    """Fine-tune the trainable parameters of a model (the active adapter's) on conversations.
+
+    Args:
+        model: a `Decoder`, or another causal language model, with an adapter attached.
+        train_records: conversations; the assistant's turns are trained.
+        eval_records: held-out conversations whose loss is measured at the end and every `eval_every` steps.
+        resume: go on from the last checkpoint in config.output, bit for bit as if the run had not stopped.
+
+    Raises:
+        DataError: a record cannot be encoded (all are named), or there is none.
+        TrainingError: nothing is trainable, the loss is not finite, or the checkpoint is of another run.
+    """
+    config = config or TrainConfig()
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise TrainingError("the model has no trainable parameter; attach an adapter with add_adapter first")
+    examples = encode_records(tok, train_records, config.max_length)
+    held_out = encode_records(tok, eval_records, config.max_length)
+    if not examples:
+        raise DataError("there is no training record")
+    per_epoch = math.ceil(len(examples) / config.batch_size)
+    steps = config.max_steps or max(1, round(config.epochs * per_epoch))
+    optimizer = torch.optim.AdamW(
+        parameters.values(), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+    )
+    fingerprint = _fingerprint(config, examples, parameters)
+    torch.manual_seed(config.seed)
+    result = TrainResult()
+    if resume and config.output and (found := list_checkpoints(config.output / "checkpoints")):
+        result.steps, progress = load_checkpoint(found[-1], parameters, optimizer, fingerprint)
+        result.history = progress["history"]
+    earlier = result.history[-1]["seconds"] if result.history else 0.0
+    started = time.perf_counter() - earlier
+    log_path = config.output / "train.jsonl" if config.output else None
+    with _mode(model, training=True), RunLog(log_path, steps, result.history, config.progress) as log:
+        for step in range(result.steps, steps):
+            order = batch_order(len(examples), config.batch_size, config.seed, step // per_epoch)
+            batch = [examples[i] for i in order[step % per_epoch]]
+            lr = learning_rate(step, steps, config.lr, config.warmup_ratio, config.min_lr_ratio)
+            row = {"step": step + 1, "steps": steps, **_take_step(model, batch, optimizer, lr, config)}
+            row |= {"seconds": time.perf_counter() - started, "peak_rss_mb": peak_rss_mb()}
+            result.steps = step + 1
+            if held_out and (_is_due(result.steps, config.eval_every) or result.steps == steps):
+                row["eval_loss"] = result.eval_loss = mean_loss(model, held_out, config.micro_batch_tokens)
+            log.step(row)
+            if config.output and _is_due(result.steps, config.checkpoint_every):
+                folder = config.output / "checkpoints"
+                save_checkpoint(folder, result.steps, parameters, optimizer, fingerprint, {"history": log.rows})
+    result.trained_tokens = sum(row["trained_tokens"] for row in result.history)
+    result.tokens = sum(row["tokens"] for row in result.history)
+    result.seconds = time.perf_counter() - started
+    return result
+
+
+def _take_step(
+    model: nn.Module, batch: Sequence[Example], optimizer: torch.optim.Optimizer, lr: float, config: TrainConfig
+) -> dict[str, Any]:
+    """Take one optimizer step; return its row of the log.
+
+    Raises:
+        TrainingError: the loss or a gradient is not finite; the parameters are as before the step.
+    """
+    started = time.perf_counter()
+    loss, trained = accumulate_gradients(model, batch, config.micro_batch_tokens)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = float(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        sources = ", ".join(example.source for example in batch[:4])
+        raise TrainingError(
+            f"the loss is {loss} and the gradient's norm {norm} at learning rate {lr:.2g}, on {sources}...; "
+            "lower the learning rate, or look at those records"
+        )
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {
+        "loss": loss, "lr": lr, "grad_norm": norm, "trained_tokens": trained,
+        "tokens": sum(len(example.input_ids) for example in batch), "step_seconds": time.perf_counter() - started,
+    }  # fmt: skip
+
+
+def accumulate_gradients(model: nn.Module, batch: Sequence[Example], token_budget: int) -> tuple[float, int]:
+    """Add the gradient of a step's loss to the parameters; return the loss and the number of trained tokens.
+
+    The loss is the sum over all trained tokens of the step divided by their number, however it is cut up.
+    """
+    device = next(model.parameters()).device
+    packed = [make_batch(group) for group in micro_batches(batch, token_budget)]
+    trained = sum(part.trained_tokens for part in packed)
+    total = 0.0
+    for part in packed:
+        loss = summed_loss(model, part.input_ids.to(device), part.targets.to(device), part.lengths)
+        (loss / trained).backward()
+        total += float(loss.detach())
+    return total / trained, trained
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, examples: Sequence[Example], token_budget: int) -> float:
+    """Return the loss in nats per trained token over all examples, in eval mode."""
+    device = next(model.parameters()).device
+    total, trained = 0.0, 0
+    with _mode(model, training=False):
+        for group in micro_batches(examples, token_budget):
+            part = make_batch(group)
+            total += float(summed_loss(model, part.input_ids.to(device), part.targets.to(device), part.lengths))
+            trained += part.trained_tokens
+    return total / trained
+
+
+@contextlib.contextmanager
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Put the model in training or eval mode within the context."""
+    before = model.training
+    model.train(training)
+    try:
+        yield
+    finally:
+        model.train(before)
+
+
+def _is_due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _fingerprint(config: TrainConfig, examples: Sequence[Example], parameters: dict[str, nn.Parameter]) -> str:
+    """Return a hash of all that must be alike for a resumed run to be the same run."""
+    settings = config.model_dump(mode="json", exclude={"output", "progress", "eval_every", "checkpoint_every"})
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for example in examples:
+        digest.update(repr((example.input_ids, example.loss_mask)).encode())
+    for name, parameter in parameters.items():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+    return digest.hexdigest()

@@ -1,0 +1,15 @@
+"""Fixtures for every test: the real model, imported once and cached as a user's is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lorakit.models import resolve_model
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder() -> Path:
+    """The checkpoint folder of the real SmolLM2-135M-Instruct."""
+    return resolve_model("smollm2-135m-instruct")

@@ -1,0 +1,34 @@
+"""Tokenizers shared by the tests of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import small_tokenizers
+import tokenizers
+
+from lorakit.models.tokenizer import Tokenizer, load_tokenizer
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tokenizer]:
+    """make_tokenizer(template, special, eos, build=byte_level, plain=()) -> a Tokenizer loaded from a new folder."""
+
+    def make(
+        template: str,
+        special: Sequence[str],
+        eos: Sequence[str],
+        build: Callable[[], tokenizers.Tokenizer] = small_tokenizers.byte_level,
+        plain: Sequence[str] = (),
+    ) -> Tokenizer:
+        folder = tmp_path_factory.mktemp("tokenizer")
+        return small_tokenizers.make_tokenizer(folder, template, special, eos, build, plain)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Tokenizer:
+    """The tokenizer of a real checkpoint."""
+    return load_tokenizer("smollm2-135m-instruct")

@@ -1,0 +1,121 @@
+"""LoRALinear against the closed form, and its hand-written gradients against finite differences."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lorakit.errors import ShapeError
+from lorakit.layers import Linear4bit, LoRALinear
+from lorakit.quantization import quantize
+
+
+def make_layer(base: nn.Linear | Linear4bit, r: int = 3, scaling: float = 0.7, **kwargs) -> LoRALinear:
+    base.requires_grad_(False)
+    layer = LoRALinear(base)
+    layer.add("default", r, scaling, init=False, **kwargs)
+    layer.active = ("default",)
+    return layer
+
+
+def linear4bit(out_features: int, in_features: int, bias: bool = True) -> Linear4bit:
+    dense = nn.Linear(in_features, out_features, bias=bias)
+    return Linear4bit(quantize(dense.weight), dense.bias.detach() if bias else None)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("base", ["dense", "4bit"])
+def test_gradcheck_in_float64(base: str, bias: bool) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(6, 5, bias=bias).double() if base == "dense" else linear4bit(5, 6, bias)
+    layer = make_layer(linear, dtype=torch.float64)
+    if linear.bias is not None:
+        linear.bias.data = linear.bias.data.double()
+    x = torch.randn(2, 4, 6, dtype=torch.float64, requires_grad=True)
+    a, b = layer.lora_A["default"], layer.lora_B["default"]
+
+    def forward(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer, {"lora_A.default": a, "lora_B.default": b}, (x,))
+
+    assert torch.autograd.gradcheck(forward, (x, a, b))
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 7), (0, 7), (1, 1, 7)])
+def test_forward_is_the_closed_form_for_any_leading_shape(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(1)
+    layer = make_layer(nn.Linear(7, 4))
+    x = torch.randn(shape)
+    expected = x @ (layer.base_layer.weight + layer.delta_weight("default")).T + layer.base_layer.bias
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_fused_and_written_out_paths_agree() -> None:
+    torch.manual_seed(2)
+    layer = make_layer(linear4bit(8, 6))
+    x = torch.randn(5, 6, requires_grad=True)
+    inputs = [x, layer.lora_A["default"], layer.lora_B["default"]]
+    fused = torch.autograd.grad(layer(x).square().sum(), inputs)
+    layer.add("zero", 2, 1.0)
+    layer.active = ("default", "zero")  # two adapters take the written-out path; the second adds nothing
+    written_out = torch.autograd.grad(layer(x).square().sum(), inputs)
+    for ours, theirs in zip(fused, written_out, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_adapters_backward_takes_4_n_r_in_plus_out_flops() -> None:
+    tokens, r, in_features, out_features = 32, 4, 48, 80
+    layer = make_layer(nn.Linear(in_features, out_features, bias=False), r=r)
+    x = torch.randn(tokens, in_features, requires_grad=True)
+    y = layer(x)
+    in_place = {torch.ops.aten.addmm_: lambda c, a, b, **_: 2 * a[0] * a[1] * b[1]}  # torch's table has only addmm
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        y.sum().backward()
+    base = 2 * tokens * in_features * out_features  # dy W
+    assert counter.get_total_flops() - base == 4 * tokens * r * (in_features + out_features)
+
+
+def test_x_is_saved_once_in_its_own_dtype() -> None:
+    layer = make_layer(nn.Linear(64, 32).bfloat16(), r=2)
+    x = torch.randn(16, 64, dtype=torch.bfloat16, requires_grad=True)
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(x)
+    activations = {t.data_ptr(): t for t in saved if not isinstance(t, nn.Parameter)}
+    assert {(tuple(t.shape), t.dtype) for t in activations.values()} == {
+        ((16, 64), torch.bfloat16),
+        ((16, 2), torch.bfloat16),
+    }
+
+
+def test_an_unfrozen_base_still_gets_its_gradient() -> None:
+    layer = make_layer(nn.Linear(4, 3))
+    layer.base_layer.requires_grad_(True)
+    layer(torch.randn(2, 4)).sum().backward()
+    assert layer.base_layer.weight.grad is not None
+
+
+def test_dropout_acts_on_the_adapter_only_and_only_in_training() -> None:
+    torch.manual_seed(3)
+    layer = make_layer(nn.Linear(16, 4), dropout_p=0.5)
+    x = torch.randn(8, 16)
+    assert not torch.equal(layer.train()(x), layer.train()(x))
+    torch.testing.assert_close(
+        layer.eval()(x), x @ (layer.base_layer.weight + layer.delta_weight("default")).T + layer.base_layer.bias
+    )
+    layer.lora_B["default"].data.zero_()
+    torch.testing.assert_close(layer.train()(x), layer.base_layer(x))
+
+
+def test_a_fresh_adapter_changes_nothing() -> None:
+    base = nn.Linear(16, 4).requires_grad_(False)
+    layer = LoRALinear(base)
+    layer.add("default", 2, 1.0)
+    layer.active = ("default",)
+    x = torch.randn(8, 16)
+    assert torch.equal(layer(x), base(x))
+    assert layer.lora_A["default"].abs().max() <= 16**-0.5
+
+
+def test_a_wrong_width_names_both_shapes() -> None:
+    with pytest.raises(ShapeError, match=r"LoRALinear\(6 -> 5\) got x of shape \(2, 7\)"):
+        make_layer(nn.Linear(6, 5))(torch.randn(2, 7))
