@@ -1,8 +1,27 @@
 """Device code of lorakit: tensors in, tensors out, no knowledge of the library above.
 
 `reference` defines every operation in plain PyTorch and runs anywhere; it is the oracle for all other backends.
+`dispatch` registers the operations with torch.library and picks the backend.
 """
 
 from . import reference
+from .dispatch import (
+    BACKENDS,
+    dequantize_4bit,
+    dequantize_4bit_out,
+    dequantize_8bit,
+    quantize_4bit,
+    quantize_8bit,
+    use_backend,
+)
 
-__all__ = ["reference"]
+__all__ = [
+    "BACKENDS",
+    "dequantize_4bit",
+    "dequantize_4bit_out",
+    "dequantize_8bit",
+    "quantize_4bit",
+    "quantize_8bit",
+    "reference",
+    "use_backend",
+]

@@ -3,9 +3,9 @@
 Block-wise quantization (Dettmers et al. 2023, arXiv:2305.14314, eq. 1-2). A tensor is read flat, in row-major order, in
 blocks of `block_size` elements, the last of which may be short. Per block, all in fp32:
 
-    absmax = max |x|        s = x * (1 / absmax)        code = number of boundaries strictly below s
+    absmax = max |x|        s = x * (1 / absmax)        code = order[number of boundaries strictly below s]
 
-so a tie goes to the lower code. An element that is zero has s = 0, also in a block whose absmax is zero or so small
+so a tie goes to the lower value. An element that is zero has s = 0, also in a block whose absmax is zero or so small
 that its reciprocal overflows. The inverse is codebook[code] * absmax, rounded once to the output dtype.
 
 Four-bit codes are packed two to a byte, the even element in the high nibble; an odd count is padded with the code of 0.
@@ -17,67 +17,58 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 _CHUNK = 1 << 18  # bytes of packed codes per chunk; measured best of 2^14 .. 2^20 on a 1 MiB L2 cache
 
 
-def quantize_blockwise(x: Tensor, boundaries: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Return the codes and scales of `x`, quantized block by block.
+def quantize_4bit(x: Tensor, boundaries: Tensor, order: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Return packed 4-bit codes and scales of `x`.
 
     Args:
-        x: any shape, floating point; read flat.
-        boundaries: (codes - 1,) fp32, ascending: the values that separate neighbouring codes.
-        block_size: elements per block.
+        x: any shape, fp32, bf16 or fp16; read flat.
+        boundaries: (distinct - 1,) fp32, ascending: the values that separate neighbouring codes.
+        order: (distinct,) uint8: the codes in ascending order of their values.
+        block_size: elements per block, even.
 
     Returns:
-        codes (numel,) uint8 and absmax (ceil(numel / block_size),) fp32.
+        packed (ceil(numel / 2),) uint8 and absmax (ceil(numel / block_size),) fp32.
     """
-    flat = x.reshape(-1)
-    count = flat.numel()
-    codes = torch.empty(count, dtype=torch.uint8, device=x.device)
+    flat, count = x.reshape(-1), x.numel()
+    packed = torch.empty(-(-count // 2), dtype=torch.uint8, device=x.device)
     absmax = torch.empty(-(-count // block_size), dtype=torch.float32, device=x.device)
     step = max(1, _CHUNK // block_size) * block_size
     for start in range(0, count, step):
-        part = flat[start : start + step].float()
-        size = part.numel()
-        blocks = torch.nn.functional.pad(part, (0, -size % block_size)).view(-1, block_size)
-        scale = blocks.abs().amax(dim=1)
+        codes, scale = quantize_8bit(flat[start : start + step], boundaries, block_size)
+        codes = order[pad(codes, (0, len(codes) % 2), value=_zero_bucket(boundaries)).int()]
+        packed[start // 2 : (start + len(codes)) // 2] = codes[0::2] << 4 | codes[1::2]
         absmax[start // block_size : start // block_size + len(scale)] = scale
-        scaled = torch.where(blocks == 0, 0.0, blocks * scale.reciprocal()[:, None])
-        codes[start : start + size] = (
-            torch.bucketize(scaled, boundaries, out_int32=True).view(-1)[:size].to(torch.uint8)
-        )
-    return codes, absmax
+    return packed, absmax
 
 
-def dequantize_blockwise(codes: Tensor, codebook: Tensor, absmax: Tensor, block_size: int) -> Tensor:
+def quantize_8bit(x: Tensor, boundaries: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Return codes (numel,) uint8 and absmax (ceil(numel / block_size),) fp32 of `x`, for an ascending codebook."""
+    blocks = pad(x.reshape(-1).float(), (0, -x.numel() % block_size)).view(-1, block_size)
+    absmax = blocks.abs().amax(dim=1)
+    scaled = torch.where(blocks == 0, 0.0, blocks * absmax.reciprocal()[:, None])
+    codes = torch.bucketize(scaled, boundaries, out_int32=True).to(torch.uint8)
+    return codes.view(-1)[: x.numel()], absmax
+
+
+def dequantize_8bit(codes: Tensor, codebook: Tensor, absmax: Tensor, block_size: int) -> Tensor:
     """Return codebook[codes] * absmax of each element's block: (numel,) fp32 from (numel,) uint8 codes."""
-    scale = absmax.repeat_interleave(block_size)[: codes.numel()]
-    return codebook[codes.int()] * scale
+    return codebook[codes.int()] * absmax.repeat_interleave(block_size)[: codes.numel()]
 
 
-def pack_4bit(codes: Tensor, padding: int) -> Tensor:
-    """Return two codes to the byte, (ceil(numel / 2),) uint8, the even element in the high nibble."""
-    if codes.numel() % 2:
-        codes = torch.cat([codes, codes.new_tensor([padding])])
-    return codes[0::2] << 4 | codes[1::2]
-
-
-def unpack_4bit(packed: Tensor, count: int) -> Tensor:
-    """Return the first `count` codes (uint8, 0..15) of packed bytes; the inverse of `pack_4bit`."""
-    flat = packed.reshape(-1)
-    return torch.stack([flat >> 4, flat & 15], dim=1).view(-1)[:count]
-
-
-def dequantize_4bit(packed: Tensor, codebook: Tensor, absmax: Tensor, block_size: int, out: Tensor) -> Tensor:
-    """Fill `out` (any shape, contiguous) with the values of packed 4-bit codes, and return it.
+def dequantize_4bit(packed: Tensor, codebook: Tensor, absmax: Tensor, block_size: int, out: Tensor) -> None:
+    """Fill `out` with the values of packed 4-bit codes.
 
     Args:
-        packed: (ceil(numel / 2),) uint8, or any shape of that many bytes in row-major order.
+        packed: uint8 of any shape, ceil(numel / 2) bytes in row-major order.
         codebook: (16,) fp32.
         absmax: (ceil(numel / block_size),) fp32.
         block_size: elements per block, even.
-        out: receives numel values, rounded once from fp32 to its dtype.
+        out: any shape, contiguous; receives numel values, rounded once from fp32 to its dtype.
     """
     # One look-up per byte: entry b of the table holds the two fp32 values of byte b, read as one 8-byte number.
     byte = torch.arange(256, device=packed.device)
@@ -95,6 +86,15 @@ def dequantize_4bit(packed: Tensor, codebook: Tensor, absmax: Tensor, block_size
         blocks.mul_(absmax[start // block_size : start // block_size + len(blocks), None])
         target[start : start + 2 * size].copy_(blocks.view(-1))
     if whole < count:
-        tail = unpack_4bit(source[whole // 2 :], count - whole)
-        target[whole:] = (codebook[tail.int()] * absmax[-1]).to(out.dtype)
-    return out
+        target[whole:] = codebook[unpack_4bit(source[whole // 2 :], count - whole).int()] * absmax[-1]
+
+
+def unpack_4bit(packed: Tensor, count: int) -> Tensor:
+    """Return the first `count` codes (uint8, 0..15) of packed bytes."""
+    flat = packed.reshape(-1)
+    return torch.stack([flat >> 4, flat & 15], dim=1).view(-1)[:count]
+
+
+def _zero_bucket(boundaries: Tensor) -> int:
+    """Return how many boundaries are strictly below zero."""
+    return int((boundaries < 0).sum())

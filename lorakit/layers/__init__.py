@@ -1,5 +1,6 @@
 """Layers with hand-written forward and backward passes."""
 
+from .embedding4bit import Embedding4bit
 from .linear4bit import Linear4bit, dense_weight
 from .linear_cross_entropy import linear_cross_entropy, token_losses
 from .lora_linear import LoRALinear
@@ -8,6 +9,7 @@ from .rope import apply_rope, rope_frequencies, rope_tables
 from .swiglu import swiglu
 
 __all__ = [
+    "Embedding4bit",
     "Linear4bit",
     "LoRALinear",
     "RMSNorm",

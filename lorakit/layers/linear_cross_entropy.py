@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import ShapeError
+
 _CHUNK_ELEMENTS = 1 << 23  # logits held at a time: 32 MiB in fp32, 170 rows of a vocabulary of 49,152
 
 
@@ -24,6 +26,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
         hidden: (tokens, hidden); leave out tokens that are not trained, so that they cost nothing.
         weight: (vocabulary, hidden), frozen.
         targets: (tokens,) int64.
+
+    Raises:
+        ShapeError: there is not one target per row of `hidden`.
     """
     result: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets)
     return result
@@ -59,10 +64,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grads[0].to(gradient.dtype), None, None
+        # The factor stays fp32: 1 / 300 in bf16 would shorten every gradient of a step by 0.2%.
+        return gradient * grads[0], None, None
 
 
 def _chunks(hidden: Tensor, weight: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
+    if hidden.shape[:1] != targets.shape:
+        raise ShapeError(f"targets must be ({len(hidden)},), one per row of hidden; got {tuple(targets.shape)}")
     rows = max(1, _CHUNK_ELEMENTS // len(weight))
     return list(zip(hidden.split(rows), targets.split(rows), strict=True)) if len(hidden) else []
 

@@ -83,7 +83,7 @@ class LoRALinear(nn.Module):
         if x.shape[-1] != self.in_features:
             raise ShapeError(f"LoRALinear({self.in_features} -> {self.out_features}) got x of shape {tuple(x.shape)}")
         active = self.active
-        if len(active) == 1 and self._is_frozen() and not (self.training and self.dropout_p[active[0]]):
+        if len(active) == 1 and self._can_fuse(active[0], x):
             (name,) = active
             fused: Tensor = _LoRALinearFunction.apply(
                 x, self.lora_A[name], self.lora_B[name], self.scaling[name], self.base_layer
@@ -96,8 +96,13 @@ class LoRALinear(nn.Module):
             y = y + self.scaling[name] * linear(u, self.lora_B[name].to(x.dtype))
         return y
 
-    def _is_frozen(self) -> bool:
-        return not any(parameter.requires_grad for parameter in self.base_layer.parameters())
+    def _can_fuse(self, name: str, x: Tensor) -> bool:
+        if torch.is_autocast_enabled(x.device.type):  # which picks the dtype of each product by itself
+            return False
+        if getattr(self.base_layer, "compute_dtype", None) not in (None, x.dtype):
+            return False
+        is_frozen = not any(parameter.requires_grad for parameter in self.base_layer.parameters())
+        return is_frozen and not (self.training and self.dropout_p[name])
 
     def extra_repr(self) -> str:
         """Show the adapters when the layer is printed."""

@@ -23,7 +23,7 @@ def rope_frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] | N
         scaling: `rope_scaling` of config.json: rope_type "default", "linear" or "llama3" and its parameters.
 
     Raises:
-        ConfigError: another rope_type, or a parameter of it is missing.
+        ConfigError: another rope_type, or a parameter of it is missing or not a number.
     """
     frequencies: Tensor = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
     if not scaling:
@@ -36,6 +36,8 @@ def rope_frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] | N
             return _llama3(frequencies, scaling)
     except KeyError as missing:
         raise ConfigError(f"rope_scaling of type '{kind}' in config.json lacks {missing}") from None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"rope_scaling of type '{kind}' in config.json: {error}") from None
     if kind != "default":
         known = ", ".join(ROPE_TYPES)
         raise ConfigError(

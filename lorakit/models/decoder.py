@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import ShapeError
 from ..layers import RMSNorm, apply_rope, rope_frequencies, rope_tables, swiglu
-from .attention import KVCache, Layout, attention, project_heads
+from .attention import KVCache, Layout, project_heads
 from .config import DecoderConfig
 
 
@@ -39,10 +39,8 @@ class Attention(nn.Module):
         v = project_heads(x, self.v_proj, self.head_dim)
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (layout.spread(t) for t in (apply_rope(q, *rope), apply_rope(k, *rope), v))
-        if cache is not None:
-            k, v = cache.extend(self.index, k, v)
-        result: Tensor = self.o_proj(layout.gather(attention(q, k, v, layout.mask)))
+        mixed = layout.attend(apply_rope(q, *rope), apply_rope(k, *rope), v, self.index, cache)
+        result: Tensor = self.o_proj(mixed)
         return result
 
 
@@ -145,7 +143,7 @@ class Decoder(nn.Module):
         for layer in self.model.layers:
             x = layer(x, layout, rope, cache)
         if cache is not None:
-            cache.length += layout.length
+            cache.length += input_ids.shape[1]
         hidden: Tensor = self.model.norm(x)
         return hidden.view(*input_ids.shape, -1)
 

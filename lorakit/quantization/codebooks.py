@@ -1,4 +1,4 @@
-"""The codebooks: NF4 for weights, and the 8-bit dynamic map that double quantization stores its scales in."""
+"""The codebooks: NF4 and FP4 for weights, and the 8-bit dynamic map that double quantization stores its scales in."""
 
 from __future__ import annotations
 
@@ -19,28 +19,38 @@ NF4 = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 
+# A sign bit, two exponent bits and one of mantissa, in units of 1/12, by code: the order is not ascending.
+FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+
 
 @dataclass(frozen=True, eq=False)
 class Codebook:
-    """The values that codes stand for, ascending, and the boundaries between them.
+    """The values that codes stand for, and the boundaries between them.
 
     Attributes:
-        name: as in checkpoints, "nf4".
-        values: (codes,) fp32, ascending.
-        boundaries: (codes - 1,) fp32 midpoints; a value on a boundary takes the lower code.
-        zero: the code of 0.0.
+        name: as in checkpoints: "nf4", "fp4".
+        values: (codes,) fp32, by code.
+        boundaries: (distinct - 1,) fp32, ascending: midpoints of neighbouring distinct values. A scaled element has as
+            many boundaries strictly below it as its code has in `order`, so one on a boundary takes the lower value.
+        order: (distinct,) uint8, the codes in ascending order of their values; of equal values only the lowest code.
     """
 
     name: str
     values: Tensor
     boundaries: Tensor
-    zero: int
+    order: Tensor
 
     @staticmethod
     def from_values(name: str, values: Tensor) -> Codebook:
-        """Build a codebook whose boundaries are the fp32 midpoints of its ascending values."""
-        boundaries = (values[1:] + values[:-1]) / 2
-        return Codebook(name, values, boundaries, int(torch.bucketize(0.0, boundaries)))
+        """Build a codebook from its values by code, (codes,) fp32; equal values are written as the lowest code."""
+        distinct, first = torch.unique(values, return_inverse=True)  # ascending
+        order = torch.tensor([int((first == i).nonzero()[0]) for i in range(len(distinct))], dtype=torch.uint8)
+        return Codebook(name, values, (distinct[1:] + distinct[:-1]) / 2, order)
+
+    @property
+    def zero(self) -> int:
+        """The code of 0.0."""
+        return int(self.order[int(torch.bucketize(0.0, self.boundaries))])
 
 
 @cache
@@ -58,7 +68,15 @@ def dynamic_map() -> Codebook:
     return Codebook.from_values("dynamic", torch.tensor(values, dtype=torch.float32))
 
 
-QUANT_TYPES = {"nf4": Codebook.from_values("nf4", torch.tensor(NF4, dtype=torch.float32))}
+def _fp4() -> Tensor:
+    magnitudes = torch.tensor(FP4, dtype=torch.float32) / 12
+    return torch.cat([magnitudes, 0.0 - magnitudes])  # 0 - x, so that both codes of zero give +0.0
+
+
+QUANT_TYPES = {
+    "nf4": Codebook.from_values("nf4", torch.tensor(NF4, dtype=torch.float32)),
+    "fp4": Codebook.from_values("fp4", _fp4()),
+}
 
 
 def codebook(quant_type: str) -> Codebook:

@@ -1,0 +1,66 @@
+"""Double quantization: the scales of the blocks, themselves in 8 bits.
+
+QLoRA, arXiv:2305.14314, section 3. The mean of the fp32 scales is taken off, the rest is quantized in blocks of 256
+with the dynamic map, and
+
+    absmax = dynamic[code] * nested_absmax + offset
+
+with the product and the sum each rounded to fp32. The mean is taken in fp64, so that it depends on its input alone and
+not on the order in which a device adds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import lorakit_kernels as kernels
+import torch
+from torch import Tensor
+
+from .codebooks import dynamic_map
+
+NESTED_BLOCK_SIZE = 256
+
+
+@dataclass(frozen=True, eq=False)
+class NestedScales:
+    """The scales of the blocks in 8 bits.
+
+    Attributes:
+        codes: (blocks,) uint8, indices into the dynamic map.
+        absmax: (ceil(blocks / block_size),) fp32.
+        offset: () fp32, the mean of the scales.
+        code_values: (256,) fp32, the dynamic map.
+        block_size: scales per nested block.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    offset: Tensor
+    code_values: Tensor
+    block_size: int = NESTED_BLOCK_SIZE
+
+    @staticmethod
+    def quantize(absmax: Tensor) -> NestedScales:
+        """Quantize fp32 scales (blocks,) to 8 bits."""
+        table = dynamic_map()
+        mean = absmax.double().mean() if absmax.numel() else absmax.new_zeros((), dtype=torch.float64)
+        offset = mean.float()
+        boundaries = table.boundaries.to(absmax.device)
+        codes, nested = kernels.quantize_8bit(absmax - offset, boundaries, NESTED_BLOCK_SIZE)
+        return NestedScales(codes, nested, offset, table.values.to(absmax.device))
+
+    def dequantize(self) -> Tensor:
+        """Return the scales, (blocks,) fp32."""
+        scaled: Tensor = kernels.dequantize_8bit(self.codes, self.code_values, self.absmax, self.block_size)
+        return scaled + self.offset
+
+    def to(self, device: torch.device | str) -> NestedScales:
+        """Return the same scales on another device."""
+        codes, absmax, offset = self.codes.to(device), self.absmax.to(device), self.offset.to(device)
+        return NestedScales(codes, absmax, offset, self.code_values.to(device), self.block_size)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, nested scales and offset; the dynamic map is a constant and not counted."""
+        return self.codes.nbytes + self.absmax.nbytes + self.offset.nbytes
