@@ -40,7 +40,7 @@ test: setup $(STAMPS)/dev  ## run the tests (but those against the peers)
 peers: setup $(STAMPS)/dev $(STAMPS)/peers  ## install the libraries that lorakit is compared with
 
 test-peers: peers  ## compare with the peers: formats, numbers, gradients
-	$(if $(wildcard tests/peers/test_*.py),$(BIN)/python -m pytest tests/peers,@echo "there are no tests in tests/peers")
+	$(BIN)/python -m pytest tests/peers
 
 lint: setup $(STAMPS)/dev  ## ruff and mypy
 	$(BIN)/ruff check
@@ -57,7 +57,7 @@ bench: setup  ## say how to run the measurements
 
 clean:  ## remove what building and testing left behind; .venv and runs stay
 	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find bench docs kernels lorakit tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A .venv that works is kept, whoever made it.
 $(STAMPS)/venv:

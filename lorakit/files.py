@@ -15,7 +15,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from .errors import StorageError
+
+_WRITE_ERRORS = (OSError, SafetensorError)  # safetensors does not raise OSError when the disk is full
 
 
 @contextlib.contextmanager
@@ -31,7 +35,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
         os.close(handle)
     except OSError as error:
-        raise StorageError(f"cannot write {target}: {error.strerror or error}") from error
+        raise StorageError(f"cannot write {target}: {_reason(error)}") from error
     part = Path(name)
     try:
         yield part
@@ -39,10 +43,10 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.chmod(part, 0o666 & ~_umask())  # mkstemp made it private; give it the mode an ordinary open() would
         os.replace(part, target)
         _fsync(target.parent)
-    except OSError as error:
-        if isinstance(error, StorageError):
-            raise
-        raise StorageError(f"cannot write {target}: {error.strerror or error}; it is left as it was") from error
+    except StorageError:
+        raise
+    except _WRITE_ERRORS as error:
+        raise StorageError(f"cannot write {target}: {_reason(error)}; it is left as it was") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -59,7 +63,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
     except OSError as error:
-        raise StorageError(f"cannot write {target}: {error.strerror or error}") from error
+        raise StorageError(f"cannot write {target}: {_reason(error)}") from error
     try:
         yield part
         for file in part.rglob("*"):
@@ -67,17 +71,14 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
                 _fsync(file)
         os.chmod(part, 0o777 & ~_umask())
         if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-            os.replace(target, old)  # rename onto an empty folder is atomic
-            os.replace(part, target)
-            shutil.rmtree(old, ignore_errors=True)
+            _swap(part, target)
         else:
             os.replace(part, target)
         _fsync(target.parent)
-    except OSError as error:
-        if isinstance(error, StorageError):
-            raise
-        raise StorageError(f"cannot write {target}: {error.strerror or error}; it is left as it was") from error
+    except StorageError:
+        raise
+    except _WRITE_ERRORS as error:
+        raise StorageError(f"cannot write {target}: {_reason(error)}; it is left as it was") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -103,6 +104,26 @@ def cache_folder() -> Path:
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "lorakit"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorakit"
+
+
+def _swap(part: Path, target: Path) -> None:
+    """Put the folder `part` in the place of the folder `target`; where that fails, `target` is put back."""
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+    try:
+        os.replace(target, old)  # rename onto an empty folder is atomic
+    except OSError:
+        old.rmdir()
+        raise
+    try:
+        os.replace(part, target)
+    except OSError:
+        os.replace(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _fsync(path: Path) -> None:

@@ -16,7 +16,9 @@ class Settings(BaseModel):
         ConfigError: any key is unknown, missing, of the wrong type or out of range; its `problems` lists them all.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
     def __init__(self, **values: Any) -> None:
         try:

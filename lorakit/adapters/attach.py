@@ -14,6 +14,8 @@ from ..layers import Linear4bit, LoRALinear
 from .config import LoraConfig
 from .targeting import MatchReport, linear_layers, match_modules, pattern_value
 
+_NAMESPACE = nn.ParameterDict()  # A and B are its attributes under the adapter's name
+
 
 def add_adapter(
     model: nn.Module, config: LoraConfig, name: str = "default", dtype: torch.dtype = torch.float32
@@ -28,24 +30,24 @@ def add_adapter(
     Raises:
         AdapterError: the name is taken or not usable, or a target pattern matches nothing. The model is then unchanged.
     """
-    if not name or "." in name:
-        raise AdapterError(f"adapter name '{name}' must be non-empty and without a dot")
+    if not name or "." in name or hasattr(_NAMESPACE, name):
+        raise AdapterError(f"'{name}' cannot name an adapter: empty, with a dot, or a word that torch's modules use")
     if name in adapter_configs(model):
         raise AdapterError(f"the model already has an adapter '{name}'; remove it first or choose another name")
     report = MatchReport(name, match_modules(model, config))
     wanted = {path for paths in report.matched.values() for path in paths}
-    layers = linear_layers(model)
-    for path in (path for path in layers if path in wanted):  # model order, so that the random init is repeatable
-        rank = pattern_value(config.rank_pattern, path, config.r)
-        alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
+    # In model order, so that the random init is repeatable.
+    layers = {path: layer for path, layer in linear_layers(model).items() if path in wanted}
+    report.ranks = {path: pattern_value(config.rank_pattern, path, config.r) for path in layers}
+    alphas = {path: pattern_value(config.alpha_pattern, path, config.lora_alpha) for path in layers}
+    for path, layer in layers.items():  # from here on nothing can fail
         module = model.get_submodule(path)
         if not isinstance(module, LoRALinear):
-            module = LoRALinear(layers[path])
+            module = LoRALinear(layer)
             module.train(model.training)
-            model.set_submodule(path, module)
-        scaling = config.scaling(rank, alpha)
-        module.add(name, rank, scaling, config.lora_dropout, config.init_lora_weights, dtype)
-        report.ranks[path] = rank
+            _replace(model, layer, module)
+        scaling = config.scaling(report.ranks[path], alphas[path])
+        module.add(name, report.ranks[path], scaling, config.lora_dropout, config.init_lora_weights, dtype)
     adapter_configs(model)[name] = config
     set_adapter(model, name)
     report.trainable = sum(parameter.numel() for parameter in adapter_parameters(model, name))
@@ -76,7 +78,7 @@ def set_adapter(model: nn.Module, name: str | Sequence[str]) -> None:
     Raises:
         AdapterError: there is no adapter of that name.
     """
-    names = (name,) if isinstance(name, str) else tuple(name)
+    names = (name,) if isinstance(name, str) else tuple(dict.fromkeys(name))
     for one in names:
         check_adapter(model, one)
     model.requires_grad_(False)
@@ -98,7 +100,7 @@ def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
         yield model
     finally:
         for layer, names in zip(layers, active, strict=True):
-            layer.active = names
+            layer.active = tuple(name for name in names if name in layer.lora_A)  # one may be gone by now
 
 
 def remove_adapter(model: nn.Module, name: str = "default") -> None:
@@ -108,10 +110,10 @@ def remove_adapter(model: nn.Module, name: str = "default") -> None:
         AdapterError: there is no adapter of that name.
     """
     check_adapter(model, name)
-    for path, layer in lora_layers(model, name).items():
+    for layer in lora_layers(model, name).values():
         layer.remove(name)
         if not layer.lora_A:
-            model.set_submodule(path, layer.base_layer)
+            _replace(model, layer, layer.base_layer)
     del adapter_configs(model)[name]
 
 
@@ -130,6 +132,14 @@ def check_adapter(model: nn.Module, name: str) -> None:
     if name not in names:
         known = ", ".join(names) or "none"
         raise AdapterError(f"the model has no adapter '{name}'{did_you_mean(name, names)} (attached: {known})")
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` wherever the model holds `old`: a layer may be shared by several parents."""
+    for parent in list(model.modules()):
+        for key, child in list(parent._modules.items()):
+            if child is old and parent is not new:
+                setattr(parent, key, new)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -34,7 +34,7 @@ class LoraConfig(Settings):
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
         default_factory=dict, description="name or regular expression -> rank, where it differs from r"
     )
-    alpha_pattern: dict[str, float] = Field(
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default_factory=dict, description="name or regular expression -> alpha, where it differs from lora_alpha"
     )
     use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r)")
@@ -49,7 +49,7 @@ class LoraConfig(Settings):
     @field_validator("use_dora", "modules_to_save", "bias")
     @classmethod
     def _supported(cls, value: object) -> object:
-        if value not in (False, None, "none"):
+        if value and value != "none":
             raise ValueError(_NOT_YET)
         return value
 

@@ -31,9 +31,11 @@ _PREFIX = "base_model.model."
 
 # Keys of PEFT's config that change the result and that we do not have: they must hold a neutral value.
 _UNSUPPORTED = (
-    "alora_invocation_tokens", "arrow_config", "fan_in_fan_out", "kasa_config", "layer_replication", "lora_bias",
-    "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora",
+    "alora_invocation_tokens", "arrow_config", "fan_in_fan_out", "kasa_config", "layer_replication", "layers_pattern",
+    "lora_bias", "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora",
 )  # fmt: skip
+# Starts that take the adapter's first value out of the base: their files fit a base that nobody has any more.
+_BASE_CHANGING_INITS = ("corda", "loftq", "olora", "pissa")
 
 
 def save_adapter(
@@ -69,7 +71,8 @@ def save_adapter(
             tensors[f"{_PREFIX}{module_path}.{key}.weight"] = matrix.detach().to("cpu", dtype).contiguous()
     with atomic_folder(folder) as part:
         save_file(tensors, part / WEIGHTS_FILE, metadata={"format": "pt"})
-        text = json.dumps(_peft_config(model, name), indent=2, sort_keys=True)
+        # Sorted as PEFT does, but not within rank_pattern and alpha_pattern: there the first match wins.
+        text = json.dumps(dict(sorted(_peft_config(model, name).items())), indent=2)
         (part / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
     return folder
 
@@ -108,7 +111,7 @@ def read_adapter_config(path: str | os.PathLike[str]) -> LoraConfig:
         values = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"cannot read {file}: {error.strerror or error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not JSON: {error}") from None
     if not isinstance(values, dict) or values.get("peft_type") != "LORA":
         kind = values.get("peft_type") if isinstance(values, dict) else type(values).__name__
@@ -116,6 +119,12 @@ def read_adapter_config(path: str | os.PathLike[str]) -> LoraConfig:
     used = [key for key in _UNSUPPORTED if values.get(key)]
     if used:
         raise AdapterError(f"{file} needs {', '.join(used)}, which this version does not support")
+    init = values.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
+        raise AdapterError(
+            f"{file} has init_lora_weights '{init}', which changed the base model; convert the adapter to plain "
+            "LoRA with PEFT first (save_pretrained with path_initial_model_for_weight_conversion)"
+        )
     known = {key: values[key] for key in LoraConfig.model_fields if key in values and key != "init_lora_weights"}
     known = {key: value for key, value in known.items() if value is not None}
     try:
@@ -129,7 +138,10 @@ def _peft_config(model: nn.Module, name: str) -> dict[str, Any]:
     values = adapter_configs(model)[name].model_dump(mode="json")
     values["lora_alpha"] = _whole(values["lora_alpha"])
     values["alpha_pattern"] = {key: _whole(alpha) for key, alpha in values["alpha_pattern"].items()}
-    if values["target_modules"] == "all-linear":  # other readers do not all know the word: name the layers
+    targets = values["target_modules"]
+    is_word = isinstance(targets, str) and targets.lower() == "all-linear"  # which not every reader knows
+    is_narrowed = isinstance(targets, str) and values["layers_to_transform"] is not None  # which PEFT refuses
+    if is_word or is_narrowed:
         values["target_modules"] = _target_names(model, name)
     folder = getattr(model, "folder", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
     return values | {
@@ -146,7 +158,8 @@ def _target_names(model: nn.Module, name: str) -> list[str]:
     """Return the last names of the adapted layers, or full paths where a last name would match other layers too."""
     adapted = set(lora_layers(model, name))
     names = {path.rsplit(".", 1)[-1] for path in adapted}
-    extra = [path for path in linear_layers(model) if path not in adapted and path.rsplit(".", 1)[-1] in names]
+    others = [path for path, _ in model.named_modules() if path not in adapted]  # a container's name counts in PEFT
+    extra = [path for path in others if path.rsplit(".", 1)[-1] in names]
     return sorted(adapted if extra else names)
 
 
@@ -177,6 +190,8 @@ def _check_tensors(file: Path, tensors: dict[str, Tensor], expected: dict[str, t
     for key, shape in expected.items():
         if key in tensors and tuple(tensors[key].shape) != shape:
             problems.append(f"{key} has shape {tuple(tensors[key].shape)}, expected {shape}")
+        elif key in tensors and not tensors[key].is_floating_point():
+            problems.append(f"{key} holds {tensors[key].dtype}, expected floating-point numbers")
         elif key in tensors and not torch.isfinite(tensors[key]).all():
             problems.append(f"{key} holds inf or nan")
     if problems:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..errors import AdapterError, did_you_mean
 from ..layers import Linear4bit, LoRALinear
@@ -49,63 +50,81 @@ class MatchReport:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear | Linear4bit]:
-    """Return every linear layer that can be adapted, path -> layer; an adapted layer gives its base layer."""
+    """Return every linear layer that can be adapted, path -> layer; an adapted layer gives its base layer.
+
+    Not among them are the model itself, which nothing could hold in its place, and the output projection of
+    nn.MultiheadAttention, whose weight is read without calling the layer.
+    """
     found: dict[str, nn.Linear | Linear4bit] = {}
+    wrapped = {module.base_layer for module in model.modules() if isinstance(module, LoRALinear)}
     for path, module in model.named_modules():
         if isinstance(module, LoRALinear):
             found[path] = module.base_layer
-        elif isinstance(module, nn.Linear | Linear4bit) and not path.endswith(".base_layer"):
+        elif isinstance(module, nn.Linear | Linear4bit) and path and module not in wrapped:
             found[path] = module
-    return found
+    return {path: layer for path, layer in found.items() if not isinstance(layer, NonDynamicallyQuantizableLinear)}
 
 
 def match_modules(model: nn.Module, config: LoraConfig) -> dict[str, list[str]]:
     """Return what each pattern of target_modules matches, after exclude_modules and layers_to_transform.
 
+    As in PEFT, layers_to_transform does not narrow a path of target_modules that is spelled out in full.
+
     Raises:
-        AdapterError: a pattern matches nothing; all such patterns are named, with the nearest module names.
+        AdapterError: a pattern matches nothing; all such patterns are named, with the nearest module names. Or
+            exclude_modules leaves nothing of what they match.
     """
     layers = linear_layers(model)
-    candidates = [path for path in layers if _layer_selected(path, config.layers_to_transform)]
-    excluded = _matcher(config.exclude_modules) if config.exclude_modules is not None else None
-    kept = [path for path in candidates if not (excluded and excluded(path))]
     targets = config.target_modules
+    candidates = [path for path in layers if _layer_selected(path, config.layers_to_transform)]
     if isinstance(targets, str) and targets.lower() == "all-linear":
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        matched = {"all-linear": [path for path in kept if layers[path] is not _unwrapped(head)]}
+        matched = {"all-linear": [path for path in candidates if layers[path] is not _unwrapped(head)]}
+    elif isinstance(targets, str):
+        matched = {targets: list(filter(_matcher(targets), candidates))}
     else:
-        patterns = [targets] if isinstance(targets, str) else targets
-        matched = {pattern: list(filter(_matcher(pattern, isinstance(targets, str)), kept)) for pattern in patterns}
+        candidates = [path for path in layers if path in targets or path in candidates]
+        matched = {pattern: list(filter(_matcher([pattern]), candidates)) for pattern in targets}
     missed = [pattern for pattern, paths in matched.items() if not paths]
     if missed or not matched:
         raise AdapterError(_nothing_matched(missed, layers))
+    if config.exclude_modules:
+        excluded = _matcher(config.exclude_modules)
+        matched = {pattern: [path for path in paths if not excluded(path)] for pattern, paths in matched.items()}
+    if not any(matched.values()):
+        raise AdapterError(f"exclude_modules {config.exclude_modules!r} leaves nothing of target_modules {targets!r}")
     return matched
 
 
 def pattern_value(patterns: Mapping[str, _Value], path: str, default: _Value) -> _Value:
-    """Return the value of the first pattern that matches a module path, as PEFT reads rank_pattern, alpha_pattern."""
+    """Return the value of the first pattern that matches a module path, as PEFT reads rank_pattern, alpha_pattern.
+
+    Raises:
+        AdapterError: a pattern is not a regular expression.
+    """
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
+        if _compiled(pattern, rf"(.*\.)?({pattern})$").match(path):
             return value
     return default
 
 
-def _matcher(patterns: list[str] | str, regular_expression: bool | None = None) -> Callable[[str], bool]:
+def _matcher(patterns: list[str] | str) -> Callable[[str], bool]:
     """A list holds names or dotted suffixes; a lone string is a regular expression on the whole path."""
-    if regular_expression is None:
-        regular_expression = isinstance(patterns, str)
-    if regular_expression:
-        try:
-            expression = re.compile(str(patterns))
-        except re.error as error:
-            raise AdapterError(f"'{patterns}' is not a regular expression: {error}") from None
+    if isinstance(patterns, str):
+        expression = _compiled(patterns)
         return lambda path: expression.fullmatch(path) is not None
-    suffixes = [patterns] if isinstance(patterns, str) else patterns
-    return lambda path: any(path == suffix or path.endswith(f".{suffix}") for suffix in suffixes)
+    return lambda path: any(path == suffix or path.endswith(f".{suffix}") for suffix in patterns)
+
+
+def _compiled(pattern: str, whole: str | None = None) -> re.Pattern[str]:
+    try:
+        return re.compile(whole or pattern)
+    except re.error as error:
+        raise AdapterError(f"'{pattern}' is not a regular expression: {error}") from None
 
 
 def _layer_selected(path: str, numbers: list[int] | int | None) -> bool:
-    if numbers is None:
+    if numbers is None or numbers == []:  # PEFT reads an empty list as all
         return True
     found = _LAYER_NUMBER.search(path)
     return found is not None and int(found[1]) in ([numbers] if isinstance(numbers, int) else numbers)

@@ -16,6 +16,8 @@ def main() -> None:
     except LorakitError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and end.code != 130:  # 130 is what typer makes of Ctrl-C
+            raise
         print("interrupted; finished checkpoints are kept, see --resume", file=sys.stderr)
         sys.exit(130)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..errors import ConfigError, did_you_mean
@@ -19,7 +20,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Build and look at training data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-console = Console(highlight=False)
+console = Console(highlight=False, emoji=False)  # text is shown as it is: ":key:" must not become a picture
 
 RunFolder = Annotated[Path, typer.Argument(help="folder of a finished run", show_default=False)]
 
@@ -37,7 +38,7 @@ def train(
     from ..runs.run import train_run
 
     settings = load_recipe(recipe, set_ or [])
-    _print_outcome(train_run(settings, console.print, resume), settings.output)
+    _print_outcome(train_run(settings, _say, resume), settings.output)
 
 
 @app.command("eval")
@@ -45,7 +46,7 @@ def evaluate(run: RunFolder) -> None:
     """Evaluate a finished run again and rewrite its report."""
     from ..runs.run import evaluate_run
 
-    _print_outcome(evaluate_run(run, console.print), run)
+    _print_outcome(evaluate_run(run, _say), run)
 
 
 @app.command()
@@ -61,12 +62,47 @@ def chat(
     from ..runs.chat import Chat
 
     session = Chat(run, adapted=not base, system=system)
-    console.print(f"[dim]{session.description} - an empty line ends[/dim]")
+    console.print(f"[dim]{escape(session.description)} - an empty line ends[/dim]", soft_wrap=True)
     while line := _ask():
         messages = session.ask(line)
         answer = generate(session.model, session.tok, messages, max_new_tokens, temperature)
         session.answer(str(answer))
-        console.print(answer, markup=False)
+        _say(str(answer))
+
+
+@app.command()
+def quantize(
+    source: Annotated[str, typer.Argument(help="folder of a 16-bit model, or a known name", show_default=False)],
+    target: Annotated[Path, typer.Argument(help="folder to write", show_default=False)],
+    quant_type: Annotated[str, typer.Option(help="nf4 or fp4")] = "nf4",
+    block_size: Annotated[int, typer.Option(help="elements that share a scale: 32, 64, ..., 4096")] = 64,
+    double_quant: Annotated[bool, typer.Option(help="store the scales in 8 bits")] = True,
+    storage_dtype: Annotated[str, typer.Option(help="of the bytes: uint8, bfloat16, float16, float32")] = "uint8",
+    shard_size: Annotated[str, typer.Option(help="most bytes in one file, e.g. 5GB, 500MB")] = "5GB",
+    skip: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="leave these linear layers, too, in 16 bits")
+    ] = None,
+) -> None:
+    """Write a 4-bit copy of a model, for lorakit and for transformers with bitsandbytes.
+
+    Interrupted, it goes on where it was when the same command is given again.
+    """
+    from ..models.quantize_checkpoint import quantize_checkpoint
+    from ..quantization.policy import DEFAULT_SKIP, QuantConfig
+    from .progress import byte_progress, parse_size
+
+    chosen: dict[str, Any] = {"quant_type": quant_type, "block_size": block_size, "double_quant": double_quant}
+    chosen |= {"storage_dtype": storage_dtype, "skip": (*DEFAULT_SKIP, *(skip or []))}
+    config = QuantConfig(**chosen)
+    with byte_progress(console) as progress:
+        written = quantize_checkpoint(source, target, config, parse_size(shard_size), progress)
+    _say(f"{target}: {written.quantized} weights in 4 bits, {written.kept} tensors as they were")
+    _say(f"{written.source_bytes / 1e9:,.2f} GB became {written.nbytes / 1e9:,.2f} GB")
+    if written.misaligned:
+        _say(
+            f"note: the rows of {len(written.misaligned)} weights ({written.misaligned[0]}, ...) are not whole blocks: "
+            f"lorakit computes them right, but bitsandbytes 0.50.2 does not on the CPU"
+        )
 
 
 @data_app.command("build")
@@ -81,7 +117,7 @@ def build(
     builders = {"chatterbot": build_chatterbot}
     if name not in builders:
         raise ConfigError(f"no data set '{name}'{did_you_mean(name, builders)} (known: {', '.join(builders)})")
-    console.print(str(builders[name](out, seed=seed)), markup=False)
+    _say(str(builders[name](out, seed=seed)))
 
 
 @data_app.command("show")
@@ -99,14 +135,19 @@ def show(
     records = load_records(file)
     examples = encode_records(tok, records, max_length)
     for example in examples[:count]:
-        console.print(describe_example(tok, example), end="\n\n")
+        console.print(describe_example(tok, example), end="\n\n", soft_wrap=True)
     lengths = sorted(len(example.input_ids) for example in examples)
     trained = sum(sum(example.loss_mask) for example in examples)
     console.print(
         f"{len(examples)} conversations, {sum(lengths):,} tokens, {trained:,} trained; "
         f"median {lengths[len(lengths) // 2]}, longest {lengths[-1]}"
     )
-    console.print(str(check_records(records)), markup=False)
+    _say(str(check_records(records)))
+
+
+def _say(text: str) -> None:
+    """Print a text as it is: no markup in it, no line breaks added."""
+    console.print(text, markup=False, soft_wrap=True)
 
 
 def _ask() -> str:
@@ -120,14 +161,14 @@ def _print_outcome(metrics: dict[str, Any], folder: Path) -> None:
     """Print the table, the verdict in one sentence and the next commands."""
     if "tuned" in metrics:
         console.print(_table(metrics))
-        console.print(f"\n[bold]{metrics['verdict']['sentence']}[/bold]\n", soft_wrap=True)
+        console.print(f"\n[bold]{escape(metrics['verdict']['sentence'])}[/bold]\n", soft_wrap=True)
     seconds = metrics["seconds"]["total"]
     console.print(f"{seconds:.0f} s, peak memory {metrics['peak_rss_mb']:,.0f} MiB", end="")
-    console.print(f"; report: {folder / 'report.html'}" if "tuned" in metrics else "")
-    console.print("\nNext:")
-    console.print(f"  lorakit chat {folder}                  talk to it (--base: to the model it started from)")
-    console.print("  lorakit train RECIPE.yaml              your own data: docs/how-to/own-data.md")
-    console.print(f"  rm -r {folder / 'adapter'}          roll back: the base model was never changed")
+    _say(f"; report: {folder / 'report.html'}" if "tuned" in metrics else "")
+    _say("\nNext:")
+    _say(f"  lorakit chat {folder}                  talk to it (--base: to the model it started from)")
+    _say("  lorakit train RECIPE.yaml              your own data: docs/how-to/own-data.md")
+    _say(f"  rm -r {folder / 'adapter'}          roll back: the base model was never changed")
 
 
 def _table(metrics: dict[str, Any]) -> Table:
@@ -138,10 +179,10 @@ def _table(metrics: dict[str, Any]) -> Table:
     for name, value in after.items():
         if name == "intervals":
             continue
-        table.add_row(name, _cell(before, name, before[name]), _cell(after, name, value))
+        table.add_row(escape(name), _cell(before, name, before[name]), _cell(after, name, value))
     return table
 
 
 def _cell(side: dict[str, Any], name: str, value: float) -> str:
     interval = side["intervals"].get(name)
-    return f"{value:.3g}" if interval is None else f"{value:.3g} [{interval[0]:.3g}, {interval[1]:.3g}]"
+    return f"{value:.3g}" if interval is None else escape(f"{value:.3g} [{interval[0]:.3g}, {interval[1]:.3g}]")

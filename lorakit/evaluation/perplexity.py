@@ -15,13 +15,14 @@ def perplexity(model: Decoder, tok: Tokenizer, text: str, window: int = 512) -> 
     """Return exp(mean negative log-likelihood per token) of a text, read in windows that do not overlap.
 
     Args:
-        window: tokens per window; the first token of each has no context and is not counted.
+        window: tokens per window, at most the model's context; the first token of each has no context and is not
+            counted.
 
     Raises:
         DataError: the text has fewer than two tokens.
     """
     ids = torch.tensor(tok.encode(text), device=model.device)
-    parts = [part for part in ids.split(window) if len(part) > 1]
+    parts = [part for part in ids.split(min(window, model.config.context_length)) if len(part) > 1]
     if not parts:
         raise DataError(f"perplexity needs a text of at least two tokens, got {len(ids)}")
     losses = torch.cat([sequence_losses(model, part) for part in parts])

@@ -1,4 +1,4 @@
-"""Attention over batches of sequences: which rows belong together, what may see what, and the keys already seen."""
+"""Attention over batches of sequences: which rows belong together, and what may see what."""
 
 from __future__ import annotations
 
@@ -10,52 +10,12 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..errors import ShapeError
+from .cache import KVCache
 
-# On CPU, explicit matmuls beat the fused kernel (whose backward is slow) up to about this length: 7 against 27 ms at
-# 16 x 96, 18 against 31 ms at 2 x 512, 49 against 44 ms at 1 x 1,024 (forward + backward, 9 heads, bf16).
-_EXPLICIT_LENGTH = 512
-
-
-class KVCache:
-    """Keys and values of the tokens seen so far, for generation.
-
-    Prompts of different lengths are padded between a prefix that all of them share and what follows it:
-
-        [shared prefix][padding][rest of the prompt][generated ...]
-
-    so that the prefix is computed once for the whole batch. Without a shared prefix this is plain left padding.
-
-    Args:
-        layers, heads, head_dim: of the decoder; `heads` counts the key/value heads.
-        padding: (batch,) int64, padding positions of each sequence.
-        prefix: length of the shared prefix.
-        capacity: positions to reserve.
-    """
-
-    def __init__(
-        self, layers: int, heads: int, head_dim: int, padding: Tensor, prefix: int, capacity: int, dtype: torch.dtype
-    ) -> None:
-        shape = (layers, len(padding), heads, capacity, head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=padding.device)
-        self.values = torch.empty(shape, dtype=dtype, device=padding.device)
-        self.padding, self.prefix, self.length = padding, prefix, 0
-
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append (batch, heads, new, head_dim) for one layer; return all of that layer's keys and values."""
-        end = self.length + keys.shape[2]
-        self.keys[layer, :, :, self.length : end] = keys
-        self.values[layer, :, :, self.length : end] = values
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
-
-    def copy_prefix(self, single: KVCache) -> None:
-        """Take over the shared prefix from a cache of one sequence."""
-        self.length = single.length
-        self.keys[:, :, :, : self.length] = single.keys[:, :, :, : self.length]
-        self.values[:, :, :, : self.length] = single.values[:, :, :, : self.length]
-
-    def select(self, rows: Tensor) -> None:
-        """Keep only these rows of the batch, (kept,) int64."""
-        self.keys, self.values, self.padding = self.keys[:, rows], self.values[:, rows], self.padding[rows]
+# On CPU, explicit matmuls beat the fused kernel (whose backward is slow) up to about this many scores a head: 7 against
+# 27 ms at 16 x 96 tokens, 18 against 31 ms at 2 x 512, 49 against 44 ms at 1 x 1,024 (forward + backward, 9 heads,
+# bf16). One token after another over 16 x 700 keys, the fused kernel takes 12.6 ms a layer, three quarters of a step.
+_EXPLICIT_SCORES = 512 * 512
 
 
 class Group(NamedTuple):
@@ -128,11 +88,10 @@ class Layout(NamedTuple):
         device, padding = cache.padding.device, cache.padding[:, None]
         query = torch.arange(cache.length, cache.length + new, device=device)
         key = torch.arange(cache.length + new, device=device)
-        real = (key < cache.prefix) | (key >= cache.prefix + padding)  # (batch, keys)
-        seen = real[:, None] & (key <= query[:, None])  # (batch, queries, keys)
+        seen = (key >= padding)[:, None] & (key <= query[:, None])  # (batch, queries, keys)
         seen |= key == query[:, None]  # a padding position sees itself, lest its softmax be 0 / 0
         mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
-        positions = torch.where(query < cache.prefix, query, (query - padding).clamp(min=0)).view(-1)
+        positions = cache.prefix_length + (query - padding).clamp(min=0).view(-1)
         return Layout(positions, (Group(0, len(positions), len(padding), new),), mask[:, None])
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, cache: KVCache | None) -> Tensor:
@@ -143,9 +102,15 @@ class Layout(NamedTuple):
         parts = []
         for group in self.groups:
             queries, keys, values = (group.spread(x) for x in (q, k, v))
+            shared = None
             if cache is not None:
                 keys, values = cache.extend(layer, keys, values)
-            parts.append(group.gather(attention(queries, keys, values, self.mask)))
+                shared = cache.shared(layer)
+            if shared is None or self.mask is None:
+                mixed = attention(queries, keys, values, self.mask)
+            else:
+                mixed = _attention_with_prefix(queries, keys, values, self.mask, *shared)
+            parts.append(group.gather(mixed))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -158,11 +123,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     """
     if q.shape[1] % k.shape[1]:
         raise ShapeError(f"{q.shape[1]} query heads do not divide among {k.shape[1]} key/value heads")
-    if q.device.type != "cpu" or k.shape[2] > _EXPLICIT_LENGTH:
+    if q.device.type != "cpu" or q.shape[2] * k.shape[2] > _EXPLICIT_SCORES:
         grouped = q.shape[1] != k.shape[1]
         return scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
     if mask is not None:
-        return (_probabilities(q, k, mask) @ v).view(q.shape)
+        return (_scores(q, k, mask).softmax(dim=-1) @ v).view(q.shape)
     result: Tensor = _CausalAttention.apply(q, k, v)
     return result
 
@@ -177,12 +142,12 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ctx.save_for_backward(q, k, v)
-        return (_probabilities(q, k, None) @ v).view(q.shape)
+        return (_scores(q, k, None).softmax(dim=-1) @ v).view(q.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = ctx.saved_tensors
-        probs = _probabilities(q, k, None)
+        probs = _scores(q, k, None).softmax(dim=-1)
         grad = _stack(grads[0], k.shape[1])
         dv = probs.transpose(-1, -2) @ grad
         dscores = torch._softmax_backward_data(grad @ v.transpose(-1, -2), probs, -1, q.dtype)
@@ -197,14 +162,29 @@ def _stack(x: Tensor, kv_heads: int) -> Tensor:
     return x.reshape(x.shape[0], kv_heads, -1, x.shape[-1])
 
 
-def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    """Return softmax(q kᵀ / √dim + mask), (batch, kv_heads, group * queries, keys); causal where mask is None."""
+def _scores(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    """Return q kᵀ / √dim + mask, (batch, kv_heads, group * queries, keys); causal where mask is None."""
     (batch, heads, queries, dim), (kv_heads, keys) = q.shape, k.shape[1:3]
     scores: Tensor = (_stack(q, kv_heads) * dim**-0.5) @ k.transpose(-1, -2)
     if mask is None:
         mask = q.new_full((queries, keys), float("-inf")).triu_(1)[None, None]
     scores.view(batch, kv_heads, heads // kv_heads, queries, keys).add_(mask[:, :, None])
-    return scores.softmax(dim=-1)
+    return scores
+
+
+def _attention_with_prefix(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
+    """Attend to a prefix that the whole batch shares, (kv_heads, prefix, dim), and to each sequence's own keys.
+
+    The queries of all sequences meet the prefix in one product per head, instead of one per sequence and copy of it.
+    """
+    batch, kv_heads, prefix = len(q), len(prefix_k), prefix_k.shape[1]
+    stacked = _stack(q, kv_heads) * q.shape[-1] ** -0.5  # (batch, kv_heads, group * queries, dim)
+    together = stacked.transpose(0, 1).reshape(kv_heads, -1, q.shape[-1])  # (kv_heads, batch * group * queries, dim)
+    shared = (together @ prefix_k.transpose(-1, -2)).view(kv_heads, batch, -1, prefix).transpose(0, 1)
+    probs = torch.cat([shared, _scores(q, k, mask)], dim=-1).softmax(dim=-1)
+    of_prefix = probs[..., :prefix].transpose(0, 1).reshape(kv_heads, -1, prefix) @ prefix_v
+    mixed = of_prefix.view(kv_heads, batch, -1, q.shape[-1]).transpose(0, 1) + probs[..., prefix:] @ v
+    return mixed.reshape(q.shape)
 
 
 def _alike(lengths: Sequence[int]) -> list[list[int]]:

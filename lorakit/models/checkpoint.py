@@ -57,11 +57,16 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape, from the header alone."""
-        return self._entry(name).shape
+        return self.entry(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
         """Return a tensor's dtype, from the header alone."""
-        return self._entry(name).dtype
+        return self.entry(name).dtype
+
+    def file(self, name: str) -> Path:
+        """Return the file that holds a tensor."""
+        self.entry(name)
+        return self._files[name]
 
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor in its stored dtype, on the CPU.
@@ -72,7 +77,7 @@ class Checkpoint:
         Raises:
             CheckpointError: there is no such tensor, or the file changed since it was opened.
         """
-        self._entry(name)
+        self.entry(name)
         file = self._files[name]
         try:
             # Opened per tensor: parsing the header again costs about a millisecond, and no mapping outlives its tensor.
@@ -86,7 +91,12 @@ class Checkpoint:
         """Return the folder's config.json."""
         return read_config(self.folder)
 
-    def _entry(self, name: str) -> TensorEntry:
+    def entry(self, name: str) -> TensorEntry:
+        """Return a tensor's header entry: dtype, shape and where its bytes are in its file's data part.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+        """
         try:
             return self._entries[name]
         except KeyError:

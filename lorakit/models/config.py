@@ -13,9 +13,14 @@ from ..layers.rope import rope_frequencies
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": {},
     "MistralForCausalLM": {},
-    "Qwen2ForCausalLM": {"qkv_bias": True},
-    "Qwen3ForCausalLM": {"qk_norm": True},
+    "Qwen2ForCausalLM": {"qkv_bias": True, "use_sliding_window": False},
+    "Qwen3ForCausalLM": {"qk_norm": True, "use_sliding_window": False},
 }
+
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,11 @@ class DecoderConfig:
     qk_norm: bool = False  # RMSNorm on each head's query and key, as in Qwen3
     sliding_window: int | None = None
 
+    @property
+    def context_length(self) -> int:
+        """Most tokens of a sequence: those of the sliding window where there is one, which nothing may leave."""
+        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
+
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> DecoderConfig:
         """Read the contents of a config.json, of transformers 4 or 5.
@@ -59,8 +69,8 @@ class DecoderConfig:
             config = _build(architecture, values)
         except KeyError as missing:
             raise ConfigError(f"config.json lacks {missing}, which {architecture} needs") from None
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"config.json: a size is not a number: {error}") from None
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ConfigError(f"config.json: a value has the wrong type: {error}") from None
         _check(config, values)
         return config
 
@@ -70,7 +80,8 @@ def _build(architecture: str, values: Mapping[str, Any]) -> DecoderConfig:
     rope = values.get("rope_parameters") or {}  # transformers 5 puts theta and scaling together
     heads = int(values["num_attention_heads"])
     attention_bias = bool(values.get("attention_bias", False))
-    sliding = values.get("sliding_window") if values.get("use_sliding_window", True) else None
+    slides = values.get("use_sliding_window", switches.get("use_sliding_window", True))
+    sliding = values.get("sliding_window") if slides else None
     scaling = values.get("rope_scaling") or (rope if rope.get("rope_type", "default") != "default" else None)
     return DecoderConfig(
         architecture=architecture,
@@ -84,7 +95,7 @@ def _build(architecture: str, values: Mapping[str, Any]) -> DecoderConfig:
         max_position_embeddings=int(values["max_position_embeddings"]),
         rms_norm_eps=float(values.get("rms_norm_eps", 1e-6)),
         rope_theta=float(values.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
-        rope_scaling=scaling,
+        rope_scaling=None if scaling is None else dict(scaling),
         tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
         qkv_bias=bool(switches.get("qkv_bias", attention_bias)),
         output_bias=attention_bias and "qkv_bias" not in switches,
@@ -95,9 +106,11 @@ def _build(architecture: str, values: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _check(config: DecoderConfig, values: Mapping[str, Any]) -> None:
-    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "head_dim"):
+    for name in _SIZES:
         if getattr(config, name) < 1:
             raise ConfigError(f"config.json: {name} is {getattr(config, name)}, expected at least 1")
+    if config.head_dim % 2:
+        raise ConfigError(f"config.json: head_dim is {config.head_dim}, expected an even number for rotary positions")
     if config.num_attention_heads % config.num_key_value_heads:
         raise ConfigError(
             f"config.json: {config.num_attention_heads} attention heads do not divide among "

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..errors import ShapeError
 from ..layers import RMSNorm, apply_rope, rope_frequencies, rope_tables, swiglu
-from .attention import KVCache, Layout, project_heads
+from .attention import Layout, project_heads
+from .cache import KVCache
 from .config import DecoderConfig
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import DataError
-from .attention import KVCache
+from ..errors import ConfigError, DataError
+from .cache import KVCache
 from .decoder import Decoder
 from .tokenizer import Tokenizer
 
@@ -42,17 +43,23 @@ def generate(
         The new text alone: a str for one prompt or conversation, a list for a list.
 
     Raises:
+        ConfigError: a number is out of range.
         DataError: an empty prompt, or one that leaves no room for max_new_tokens in the context.
     """
+    for name, value in {"max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
+        if value < 1:
+            raise ConfigError(f"{name} is {value}, expected at least 1")
+    if not (0 <= temperature < math.inf and 0 < top_p <= 1):
+        raise ConfigError(f"temperature is {temperature} and top_p {top_p}; expected 0 or more, and above 0 to 1")
     given: Any = messages_or_prompts
     is_single = isinstance(given, str) or bool(given and isinstance(given[0], Mapping))
     prompts = [_encode(tok, item) for item in ([given] if is_single else given)]
-    room = model.config.max_position_embeddings - max_new_tokens
+    room = model.config.context_length - max_new_tokens
     for index, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= room:
             raise DataError(
                 f"prompt {index} has {len(prompt)} tokens; expected 1 to {room}, so that {max_new_tokens} more fit the "
-                f"context of {model.config.max_position_embeddings}"
+                f"context of {model.config.context_length}"
             )
     sampler = _Sampler(temperature, top_p, seed, model.device)
     answers: list[list[int]] = [[] for _ in prompts]
@@ -62,7 +69,7 @@ def generate(
     try:
         for start in range(0, len(prompts), batch_size):
             rows = by_length[start : start + batch_size]
-            steps = _continue(model, [prompts[i] for i in rows], max_new_tokens, tok.eos_ids, tok.pad_id, sampler)
+            steps = _continue(model, [prompts[i] for i in rows], max_new_tokens, tok.eos_ids, sampler)
             for row, token in steps:
                 answers[rows[row]].append(token)
     finally:
@@ -81,19 +88,19 @@ def _continue(
     prompts: list[list[int]],
     max_new_tokens: int,
     eos_ids: Sequence[int],
-    pad_id: int,
     sampler: _Sampler,
 ) -> Iterator[tuple[int, int]]:
     """Yield (row, token) as tokens are generated; end-of-turn tokens are not yielded."""
     prefix = _shared_prefix(prompts)
     longest = max(map(len, prompts))
     padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=model.device)
-    cache = _new_cache(model, padding, prefix, longest + max_new_tokens)
+    shared = None
     if prefix:
-        single = _new_cache(model, padding[:1] * 0, prefix, prefix)
-        model.hidden_states(torch.tensor([prompts[0][:prefix]], device=model.device), cache=single)
-        cache.copy_prefix(single)
-    rest = [[pad_id] * (longest - len(prompt)) + prompt[prefix:] for prompt in prompts]
+        shared = _new_cache(model, torch.zeros_like(padding[:1]), prefix)
+        model.hidden_states(torch.tensor([prompts[0][:prefix]], device=model.device), cache=shared)
+    cache = _new_cache(model, padding, longest - prefix + max_new_tokens, shared)
+    # Any id will do as padding: it is masked, and the tokenizer's own may be one that the model has no row for.
+    rest = [[0] * (longest - len(prompt)) + prompt[prefix:] for prompt in prompts]
     ids = torch.tensor(rest, device=model.device)  # (batch, longest - prefix)
     rows = torch.arange(len(prompts), device=model.device)
     stops = torch.tensor(list(eos_ids), device=model.device)
@@ -119,11 +126,9 @@ def _shared_prefix(prompts: list[list[int]]) -> int:
     return min(sum(1 for _ in same), *(len(prompt) - 1 for prompt in prompts))
 
 
-def _new_cache(model: Decoder, padding: Tensor, prefix: int, capacity: int) -> KVCache:
-    config = model.config
-    return KVCache(
-        config.num_hidden_layers, config.num_key_value_heads, config.head_dim, padding, prefix, capacity, model.dtype
-    )
+def _new_cache(model: Decoder, padding: Tensor, capacity: int, prefix: KVCache | None = None) -> KVCache:
+    layers, heads = model.config.num_hidden_layers, model.config.num_key_value_heads
+    return KVCache(layers, heads, model.config.head_dim, padding, capacity, model.dtype, prefix)
 
 
 class _Sampler:

@@ -1,24 +1,32 @@
 """`load_model`: a Hugging Face folder to a `Decoder`, tensor by tensor, quantizing on the way.
 
-At no time is more than one 16-bit tensor in memory besides the result.
+At no time is more than one 16-bit tensor, or two bands of one, in memory besides the result (`stream`).
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from ..errors import CheckpointError, did_you_mean
+from ..errors import CheckpointError, ConfigError, ShapeError, did_you_mean
 from ..layers import Linear4bit
-from ..quantization import quantize
+from ..quantization import QuantizedWeight, bnb_format
+from ..quantization.policy import QuantConfig, WeightFormat
 from .checkpoint import Checkpoint
 from .config import DecoderConfig
 from .decoder import Decoder
+from .prequantized import StoredWeight, check_request, find_stored, stream_stored
 from .pretrained import resolve_model
+from .stream import stream_tensors
 
 _DERIVED = ("rotary_emb.inv_freq",)  # buffers that old checkpoints carry and every implementation recomputes
+_TIED = "lm_head.weight"
+_SHOWN = 20  # problems in one error
 
 
 def load_model(
@@ -28,8 +36,12 @@ def load_model(
     device: str | torch.device = "cpu",
     block_size: int = 64,
     double_quant: bool = True,
+    quant_config: QuantConfig | None = None,
 ) -> Decoder:
     """Load a frozen decoder from a Hugging Face checkpoint folder.
+
+    A folder that is in bitsandbytes' 4 bits already is loaded as it is, whatever its type and block size; with
+    quant_type=None it is dequantized.
 
     Args:
         path: the folder, or the name of a known model such as "smollm2-135m-instruct".
@@ -37,58 +49,129 @@ def load_model(
         dtype: of everything that is not quantized, and of the computation.
         device: where the model goes.
         block_size, double_quant: as in `lorakit.quantize`.
+        quant_config: in place of quant_type, block_size and double_quant: these and exceptions by module name.
 
     Returns:
         The model in eval mode, every parameter without gradient.
 
     Raises:
-        CheckpointError: a file or tensor is missing, truncated, mis-shaped or unexpected.
-        ConfigError: the architecture or a feature of it is not supported.
+        CheckpointError: a file or tensor is missing, truncated, mis-shaped or unexpected, or cannot be quantized.
+        ConfigError: the architecture or a feature of it is not supported, a setting is unknown or matches no module,
+            or the folder is quantized already, in another way than asked for or than can be read.
     """
+    requested = _requested(quant_type, block_size, double_quant, quant_config)
     folder = resolve_model(path)
     checkpoint = Checkpoint(folder)
-    config = DecoderConfig.from_dict(checkpoint.config())
-    with torch.device("meta"):
-        model = Decoder(config)
-    model.folder = folder
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        del shapes["lm_head.weight"]
-    _check_names(checkpoint, shapes, config)
-    for name in shapes:
-        owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
-        tensor = checkpoint.read(name).to(device)
-        if quant_type and leaf == "weight" and isinstance(module, nn.Linear) and module is not model.lm_head:
-            # A meta bias is replaced when its own turn comes.
-            layer = Linear4bit(quantize(tensor, quant_type, block_size, double_quant), module.bias)
-            model.set_submodule(owner, layer)
-        else:
-            parameter = nn.Parameter(tensor.to(dtype, copy=True), requires_grad=False)
-            setattr(model.get_submodule(owner), leaf, parameter)
-    if config.tie_word_embeddings:
+    model, stored = empty_decoder(checkpoint), find_stored(checkpoint)
+    names = check_tensors(checkpoint, model, stored)
+    tensors: Iterator[tuple[str, Tensor | QuantizedWeight]]
+    if stored:
+        check_request(requested, stored, folder)
+        tensors = stream_stored(checkpoint, names, stored, dtype, device, dequantize=requested.quant_type is None)
+    else:
+        tensors = stream_tensors(checkpoint, weight_formats(model, requested, names), dtype, device)
+    for name, tensor in tensors:
+        try:
+            _place(model, name, tensor, getattr(torch, requested.storage_dtype))
+        except ShapeError as error:
+            raise CheckpointError(f"{checkpoint.file(name)}: {name}: {error}") from None
+    if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.eval()
 
 
-def _check_names(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]], config: DecoderConfig) -> None:
-    """Report every missing, unexpected and mis-shaped tensor in one error."""
-    ignored = {name for name in checkpoint.names if name.endswith(_DERIVED)}
-    if config.tie_word_embeddings:
-        ignored.add("lm_head.weight")  # some writers store the tied head a second time
-    unexpected = [name for name in checkpoint.names if name not in shapes and name not in ignored]
-    problems = [
-        f"{name} is missing{did_you_mean(name, unexpected)} (expected shape {shape})"
-        for name, shape in shapes.items()
-        if name not in checkpoint
+def empty_decoder(checkpoint: Checkpoint) -> Decoder:
+    """Return the decoder that a checkpoint's config.json describes, on the meta device: without memory.
+
+    Raises:
+        ConfigError: the architecture or a feature of it is not supported.
+    """
+    config = DecoderConfig.from_dict(checkpoint.config())
+    with torch.device("meta"), _NoInit():
+        model = Decoder(config)
+    model.folder = checkpoint.folder
+    return model
+
+
+def weight_formats(model: Decoder, config: QuantConfig, names: list[str]) -> dict[str, WeightFormat | None]:
+    """Return how each tensor of a decoder is quantized, None for those that are not.
+
+    Raises:
+        ConfigError: a pattern has no effect, or an output head that is tied to the embedding would be quantized.
+    """
+    formats = config.assign(path for path, module in model.named_modules() if isinstance(module, nn.Linear))
+    if model.config.tie_word_embeddings and formats["lm_head"] is not None:
+        raise ConfigError("lm_head is tied to the embedding and cannot be quantized; name it in skip")
+    return {name: formats.get(name.removesuffix(".weight")) for name in names}
+
+
+def check_tensors(checkpoint: Checkpoint, model: Decoder, stored: Mapping[str, StoredWeight]) -> list[str]:
+    """Return the names of the tensors that a decoder needs.
+
+    Raises:
+        CheckpointError: naming every one that is missing, unexpected or mis-shaped.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: checkpoint.shape(name) for name in checkpoint.names if not name.endswith(_DERIVED)}
+    for name, weight in stored.items():
+        for suffix in weight.suffixes:
+            del found[bnb_format.joined(name, suffix)]
+        found[name] = tuple(weight.state.shape)
+    if model.config.tie_word_embeddings:
+        del expected[_TIED]
+        found.pop(_TIED, None)  # some writers store the tied head a second time
+    linear = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    unexpected = [name for name in found if name not in expected]
+    missing = [name for name in expected if name not in found]
+    problems = [  # hints for those that will be shown alone: they take longer to find than all the rest
+        f"{name} is missing{did_you_mean(name, unexpected) if i < _SHOWN else ''} (expected shape {expected[name]})"
+        for i, name in enumerate(missing)
     ]
-    problems += [f"{name} is not a tensor of {config.architecture}" for name in unexpected]
+    problems += [f"{name} is not a tensor of {model.config.architecture}" for name in unexpected]
     problems += [
-        f"{name} has shape {checkpoint.shape(name)}, expected {shape}"
-        for name, shape in shapes.items()
-        if name in checkpoint and checkpoint.shape(name) != shape
+        f"{name} has shape {found[name]}, expected {shape}"
+        for name, shape in expected.items()
+        if found.get(name, shape) != shape
+    ]
+    problems += [
+        f"{name} is in 4 bits, which only the weight of a linear layer can be"
+        for name in stored
+        if name in expected and name not in linear
     ]
     if problems:
-        shown = "".join(f"\n  {problem}" for problem in problems[:20])
-        more = f"\n  (+{len(problems) - 20} more)" if len(problems) > 20 else ""
+        shown = "".join(f"\n  {problem}" for problem in problems[:_SHOWN])
+        more = f"\n  (+{len(problems) - _SHOWN} more)" if len(problems) > _SHOWN else ""
         raise CheckpointError(f"{checkpoint.folder} does not fit its config.json:{shown}{more}")
+    return list(expected)
+
+
+class _NoInit(TorchFunctionMode):
+    """Make nn.init do nothing: a meta tensor has nothing to fill, but its `normal_` imports torch._dynamo, for 1 s."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return (kwargs or {}).get("tensor", *args[:1])
+        return func(*args, **(kwargs or {}))
+
+
+def _requested(
+    quant_type: str | None, block_size: int, double_quant: bool, quant_config: QuantConfig | None
+) -> QuantConfig:
+    if quant_config is None:
+        return QuantConfig(quant_type=quant_type, block_size=block_size, double_quant=double_quant)
+    if (quant_type, block_size, double_quant) != ("nf4", 64, True):
+        raise ConfigError("give quant_config, or quant_type, block_size and double_quant, not both")
+    return quant_config
+
+
+def _place(model: Decoder, name: str, tensor: Tensor | QuantizedWeight, storage_dtype: torch.dtype) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if isinstance(tensor, QuantizedWeight):
+        assert isinstance(module, nn.Linear)
+        # Its bias came before it, or is a meta tensor that is replaced when its own turn comes.
+        model.set_submodule(owner, Linear4bit(tensor, module.bias, storage_dtype=storage_dtype))
+    else:
+        setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))

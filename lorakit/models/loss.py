@@ -40,7 +40,10 @@ def summed_loss(model: nn.Module, input_ids: Tensor, targets: Tensor, lengths: S
 def sequence_losses(model: Decoder, input_ids: Tensor) -> Tensor:
     """Return the negative log-likelihood of each token of a sequence but the first: (tokens,) -> (tokens - 1,) fp32."""
     hidden = model.hidden_states(input_ids[:-1], [len(input_ids) - 1])
-    return token_losses(hidden, model.lm_head.weight, input_ids[1:])
+    head = model.get_output_embeddings()
+    if isinstance(head, nn.Linear):
+        return token_losses(hidden, head.weight, input_ids[1:])
+    return cross_entropy(head(hidden).float(), input_ids[1:], reduction="none")
 
 
 def _padded_logits(model: nn.Module, input_ids: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -266,7 +266,8 @@ def _state(values: Any) -> QuantState:
     offset = values["nested_offset"]
     if type(offset) not in (int, float) or not abs(offset) <= torch.finfo(torch.float32).max:
         raise _Invalid(f"nested_offset {_short(offset)} is not a number that fp32 can hold")
-    return QuantState(quant_type, block_size, dtype, torch.Size(shape), nested_block_size, float(offset))
+    exact = torch.tensor(offset, dtype=torch.float32).item()
+    return QuantState(quant_type, block_size, dtype, torch.Size(shape), nested_block_size, exact)
 
 
 def _one_of(key: str, values: Mapping[str, Any], options: list[Any]) -> Any:

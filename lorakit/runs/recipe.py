@@ -22,7 +22,7 @@ from ..files import write_text
 from ..models.pretrained import KNOWN_MODELS
 from ..quantization import BLOCK_SIZES, QUANT_TYPES
 from ..settings import Settings
-from ..training.config import TrainConfig
+from ..training.config import Seed, TrainConfig
 from .yaml_source import YamlSource, read_yaml
 
 INPUT_FILES = (
@@ -39,7 +39,9 @@ class ModelSection(Settings):
     """The frozen base model: which one, and how its weights are held."""
 
     path: str = Field(description="a folder in Hugging Face's layout, or a known name such as smollm2-135m-instruct")
-    quant_type: str | None = Field("nf4", description="four-bit codebook: nf4; null: not quantized")
+    quant_type: str | None = Field(
+        "nf4", description=f"four-bit codebook, {' or '.join(QUANT_TYPES)}; null: not quantized"
+    )
     block_size: int = Field(64, description="weights that share one scale")
     double_quant: bool = Field(True, description="quantize the scales too, to 8 bits")
     dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="dtype that products run in")
@@ -90,7 +92,7 @@ class Recipe(Settings):
 
     title: str = Field(description="what the run is for, in a few words")
     output: Path = Field(description="folder for all that the run writes")
-    seed: int = Field(0, description="seed of the adapter's start, the data's order and dropout")
+    seed: Seed = Field(0, description="seed of the adapter's start, the data's order and dropout")
     model: ModelSection
     data: DataSection
     lora: LoraConfig = Field(default_factory=LoraConfig)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -26,7 +26,7 @@ import torch
 
 from ..adapters import MatchReport, add_adapter, disable_adapters, load_adapter, save_adapter
 from ..data import Record, find_overlap, load_records, split_records
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..evaluation import (
     EvalConfig,
     Score,
@@ -48,6 +48,7 @@ from ..models import Decoder, Tokenizer, generate, load_model, load_tokenizer
 from ..training import TrainResult, train
 from .recipe import Recipe, load_recipe, save_recipe
 from .report import write_report
+from .run_files import read_json_lines
 
 Say = Callable[[str], None]
 
@@ -100,11 +101,16 @@ def evaluate_run(folder: Path, say: Say = print) -> dict[str, Any]:
 
     Raises:
         CheckpointError: the folder holds no run.
-        ConfigError: its recipe says nothing of evaluation, or its data are gone.
+        ConfigError: its recipe holds nothing out.
+        DataError: its data are gone.
     """
     clock = _Clock()
-    recipe = load_run_recipe(folder)
+    recipe = load_run_recipe(folder).model_copy(update={"output": folder})  # it may have been moved since
     records = read_records(recipe)
+    if not records.held_out:
+        raise ConfigError(
+            f"{folder / 'recipe.yaml'}: no held-out records; set data.eval or data.eval_fraction and train"
+        )
     config = recipe.eval or EvalConfig()
     check_references([split_record(r)[1] for r in records.held_out], config.metrics)
     model, tok = load_base(recipe)
@@ -237,9 +243,8 @@ def _facts(recipe: Recipe, records: RunRecords, attached: MatchReport, trained: 
 
 def _earlier_training(folder: Path) -> TrainResult:
     """Read back what train.jsonl says of a finished run."""
-    file = folder / "train.jsonl"
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
-    totals = {key: sum(row[key] for row in rows) for key in ("trained_tokens", "tokens")}
+    rows = read_json_lines(folder / "train.jsonl")
+    totals = {key: sum(row.get(key, 0) for row in rows) for key in ("trained_tokens", "tokens")}
     return TrainResult(len(rows), rows, **totals)
 
 

@@ -40,19 +40,21 @@ def read_run(folder: Path) -> Run:
     return Run(
         folder,
         metrics,
-        _json_lines(folder / "train.jsonl"),
-        _json_lines(folder / "predictions.jsonl"),
+        read_json_lines(folder / "train.jsonl"),
+        read_json_lines(folder / "predictions.jsonl"),
         recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
     )
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a JSONL file, [] where there is none."""
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a JSONL file, [] where there is none.
+
+    Raises:
+        DataError: a line, other than one cut off at the end, is not a JSON object.
+    """
     if not path.is_file():
         return []
-    whole_lines = path.read_text(encoding="utf-8").split("\n")[
-        :-1
-    ]  # what follows the last newline was cut off by a crash
+    whole_lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # the rest was cut off by a crash
     records = []
     for number, line in enumerate(whole_lines, start=1):
         try:

@@ -72,9 +72,10 @@ def load_checkpoint(
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         tensors = load_file(path / "state.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read the checkpoint {path}: {error}") from None
-    if state["fingerprint"] != fingerprint:
+        step, progress, written_by = int(state["step"]), dict(state["progress"]), state["fingerprint"]
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read the checkpoint {path}: {type(error).__name__}: {error}") from None
+    if written_by != fingerprint:
         raise TrainingError(
             f"{path} was written with other settings, data or adapter; resume with those, or train into another folder"
         )
@@ -88,4 +89,4 @@ def load_checkpoint(
                 key: tensors[f"{key}/{name}"].to(parameter.device if key != "step" else "cpu") for key in _MOMENTS
             }
     torch.set_rng_state(tensors["rng"])
-    return int(state["step"]), dict(state["progress"])
+    return step, progress

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field
 
 from ..settings import Settings
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what every generator takes
 
 
 class TrainConfig(Settings):
@@ -26,11 +30,11 @@ class TrainConfig(Settings):
     max_length: int = Field(1024, ge=2, description="longest conversation in tokens; a longer one is an error")
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps over which lr rises from 0")
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="lr at the end of the cosine, as a share of the peak")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay rates of the two moments")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW's decay rates of the two moments")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this global norm")
-    seed: int = Field(0, description="seed of the order of the data and of dropout")
+    seed: Seed = Field(0, description="seed of the order of the data and of dropout")
     eval_every: int | None = Field(
         None, ge=1, description="steps between evaluations of the held-out loss; none: at the end"
     )

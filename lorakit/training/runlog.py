@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..errors import StorageError
 from ..files import write_text
 
 
@@ -51,14 +53,22 @@ class RunLog:
     ) -> None:
         self._bar.stop()
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # every line was flushed; what could not be was reported
+                self._file.close()
 
     def step(self, row: Mapping[str, Any]) -> None:
-        """Record one step."""
+        """Record one step.
+
+        Raises:
+            StorageError: the disk is full, or the folder is gone.
+        """
         self.rows.append(dict(row))
         if self._file is not None:
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
+            try:
+                self._file.write(json.dumps(row) + "\n")
+                self._file.flush()
+            except OSError as error:
+                raise StorageError(f"cannot write {self._file.name}: {error.strerror or error}") from error
         done = row["step"]
         speed = row["tokens"] / max(row["step_seconds"], 1e-9)
         status = f"loss {row['loss']:.3f}  {speed:,.0f} tok/s  {row['peak_rss_mb']:,.0f} MiB peak"

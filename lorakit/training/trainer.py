@@ -24,9 +24,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..adapters import adapter_configs
 from ..data import Example, Record, batch_order, encode_records, make_batch, micro_batches
 from ..errors import DataError, TrainingError
 from ..measure import peak_rss_mb
+from ..models.decoder import Decoder
 from ..models.loss import summed_loss
 from ..models.tokenizer import Tokenizer
 from .checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
@@ -84,17 +86,20 @@ def train(
     held_out = encode_records(tok, eval_records, config.max_length)
     if not examples:
         raise DataError("there is no training record")
+    _check_lengths(model, [*examples, *held_out])
     per_epoch = math.ceil(len(examples) / config.batch_size)
     steps = config.max_steps or max(1, round(config.epochs * per_epoch))
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
     )
-    fingerprint = _fingerprint(config, examples, parameters)
+    optimizer.zero_grad(set_to_none=True)  # whatever the caller, or a run that was interrupted, has left there
+    fingerprint = _fingerprint(config, examples, model, parameters)
     torch.manual_seed(config.seed)
     result = TrainResult()
     if resume and config.output and (found := list_checkpoints(config.output / "checkpoints")):
         result.steps, progress = load_checkpoint(found[-1], parameters, optimizer, fingerprint)
         result.history = progress["history"]
+        result.eval_loss = result.history[-1].get("eval_loss")
     earlier = result.history[-1]["seconds"] if result.history else 0.0
     started = time.perf_counter() - earlier
     log_path = config.output / "train.jsonl" if config.output else None
@@ -164,7 +169,13 @@ def accumulate_gradients(model: nn.Module, batch: Sequence[Example], token_budge
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, examples: Sequence[Example], token_budget: int) -> float:
-    """Return the loss in nats per trained token over all examples, in eval mode."""
+    """Return the loss in nats per trained token over all examples, in eval mode.
+
+    Raises:
+        DataError: there is no example.
+    """
+    if not examples:
+        raise DataError("there is no example to measure the loss on")
     device = next(model.parameters()).device
     total, trained = 0.0, 0
     with _mode(model, training=False):
@@ -190,10 +201,22 @@ def _is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _fingerprint(config: TrainConfig, examples: Sequence[Example], parameters: dict[str, nn.Parameter]) -> str:
+def _check_lengths(model: nn.Module, examples: Sequence[Example]) -> None:
+    """Raise DataError, before hours of training, where an example exceeds the model's context."""
+    context = model.config.context_length if isinstance(model, Decoder) else math.inf
+    long = [f"{example.source} ({len(example.input_ids)})" for example in examples if len(example.input_ids) > context]
+    if long:
+        raise DataError(f"longer than the model's context of {context} tokens: {', '.join(long[:20])}")
+
+
+def _fingerprint(
+    config: TrainConfig, examples: Sequence[Example], model: nn.Module, parameters: dict[str, nn.Parameter]
+) -> str:
     """Return a hash of all that must be alike for a resumed run to be the same run."""
     settings = config.model_dump(mode="json", exclude={"output", "progress", "eval_every", "checkpoint_every"})
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for adapter, lora in adapter_configs(model).items():
+        digest.update(f"{adapter} {lora.model_dump_json()}".encode())
     for example in examples:
         digest.update(repr((example.input_ids, example.loss_mask)).encode())
     for name, parameter in parameters.items():

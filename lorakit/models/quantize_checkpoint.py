@@ -1,0 +1,244 @@
+"""`quantize_checkpoint`: a 16-bit folder to a 4-bit one that transformers with bitsandbytes loads, and so does lorakit.
+
+The source is streamed: besides what `stream` holds, one quantized tensor is in memory. The shards are written one after
+the other into DST.partial, each whole or not at all, beside a hash of the plan; what an interruption leaves there is
+continued by the same call. The last step renames DST.partial to DST.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import StorageError
+from ..files import atomic_write, write_text
+from ..quantization import QuantizedWeight
+from ..quantization.bnb_format import Layout, joined, to_tensors
+from ..quantization.policy import QuantConfig
+from .checkpoint import INDEX_FILE, WEIGHTS_FILE, read_json_object
+from .pretrained import MANIFEST_FILE, resolve_model
+from .quantize_plan import QuantizePlan
+from .safetensors_header import make_header, read_header
+from .stream import stream_tensors
+
+SHARD_BYTES = 5_000_000_000
+PLAN_FILE = "lorakit-plan.json"
+
+_COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+_NOT_COPIED = {"config.json", WEIGHTS_FILE, INDEX_FILE, MANIFEST_FILE, PLAN_FILE}
+_LICENSES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+
+
+@dataclass(frozen=True)
+class QuantizedFolder:
+    """What `quantize_checkpoint` wrote.
+
+    Attributes:
+        folder: where.
+        quantized, kept: how many tensors are in 4 bits now, and how many as they were.
+        source_bytes, nbytes: of all tensors, before and after.
+        misaligned: quantized weights whose rows are not whole blocks. They are right here, but the CPU kernel of
+            bitsandbytes 0.50.2 takes wrong scales for many of them.
+    """
+
+    folder: Path
+    quantized: int
+    kept: int
+    source_bytes: int
+    nbytes: int
+    misaligned: list[str]
+
+
+def quantize_checkpoint(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    config: QuantConfig | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Callable[[int, int], None] | None = None,
+) -> QuantizedFolder:
+    """Write a quantized copy of a checkpoint folder, with its tokenizer and other small files.
+
+    A call that was interrupted is continued by the same call: finished shards are not written again.
+
+    Args:
+        source: the folder, or the name of a known model.
+        target: the folder to write; it must not exist, and appears when it is whole.
+        config: what is quantized, and how; by default NF4 with double quantization, all linear layers but the head.
+        shard_bytes: most bytes in one file, unless a single tensor has more.
+        progress: called with the bytes of the source that are done, and all of them, after every band that was read.
+
+    Raises:
+        CheckpointError: the source is malformed or does not fit its config.json, or a weight has inf or nan.
+        ConfigError: its architecture is not supported, it is quantized already, a pattern has no effect, or a weight's
+            bytes do not divide into elements of the storage dtype.
+        StorageError: the target exists, the disk has too little room, or an unfinished run of another plan is there.
+    """
+    target = Path(target)
+    if target.exists():
+        raise StorageError(f"{target} exists already; name a new folder, or remove it first")
+    plan = QuantizePlan.make(resolve_model(source), config or QuantConfig(), shard_bytes)
+    partial = target.with_name(f"{target.name}.partial")
+    with _claimed(partial, plan):
+        _write_shards(plan, partial, progress)
+        nbytes = _write_surroundings(plan, partial)
+        os.replace(partial, target)
+        (target / PLAN_FILE).unlink()
+    quantized = sum(form is not None for form in plan.formats.values())
+    kept = len(plan.formats) - quantized
+    return QuantizedFolder(target, quantized, kept, plan.source_bytes(plan.formats), nbytes, plan.misaligned())
+
+
+@contextlib.contextmanager
+def _claimed(partial: Path, plan: QuantizePlan) -> Iterator[None]:
+    """Hold DST.partial, new or from an earlier run of the same plan; it is kept for the next, if there is a shard."""
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        with _locked(partial):
+            for leftover in partial.glob(".*.part"):  # of a run that was killed
+                leftover.unlink()
+            if (partial / PLAN_FILE).exists():
+                if read_json_object(partial / PLAN_FILE).get("plan") != plan.digest:
+                    raise StorageError(
+                        f"{partial} holds an unfinished run of another source or other settings; repeat that one to "
+                        f"go on with it, or remove the folder"
+                    )
+            elif any(partial.iterdir()):
+                raise StorageError(f"{partial} is in the way: it is not an unfinished run; rename or remove it")
+            write_text(partial / PLAN_FILE, json.dumps({"plan": plan.digest}) + "\n")
+            try:
+                yield
+            except Exception:
+                if not any((partial / file).exists() for file in plan.shards):
+                    shutil.rmtree(partial, ignore_errors=True)
+                raise
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(f"cannot write {partial}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder, where the system can; the lock ends with the process."""
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StorageError(f"{folder} is being written by another process") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def _write_shards(plan: QuantizePlan, partial: Path, progress: Callable[[int, int], None] | None) -> None:
+    """Write the shards that are not there yet."""
+    todo = {file: names for file, names in plan.shards.items() if not (partial / file).exists()}
+    formats = {name: plan.formats[name] for names in todo.values() for name in names}
+    needed, free = plan.written_bytes(formats), shutil.disk_usage(partial).free
+    if needed > free:
+        raise StorageError(f"cannot write {partial}: {needed:,} bytes are needed, {free:,} are free")
+    total = plan.source_bytes(plan.formats)
+    done = total - plan.source_bytes(formats)
+
+    def count(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress is not None:
+            progress(done, total)
+
+    count(0)
+    # One stream over all shards, so that reading goes on while a shard's end is written.
+    stream = stream_tensors(plan.checkpoint, formats, progress=count)
+    for file, names in todo.items():
+        layouts = plan.layouts(names)
+        room = len(make_header(layouts)) + 32 * len(layouts)  # offsets may have more digits in another order
+        _write_shard(partial / file, room, _written(plan, islice(stream, len(names))))
+
+
+def _written(
+    plan: QuantizePlan, stream: Iterator[tuple[str, Tensor | QuantizedWeight]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors that a file gets for those of a stream."""
+    for name, value in stream:
+        if isinstance(value, QuantizedWeight):
+            yield from ((joined(name, suffix), part) for suffix, part in to_tensors(value, plan.storage_dtype).items())
+        else:
+            yield name, value
+
+
+def _write_shard(path: Path, room: int, tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """Write one file, the header last into `room` bytes: how long a state's JSON is, is found out on the way.
+
+    Tensors of an odd length, which are the small ones, come after all others, so that each starts at a multiple of its
+    itemsize.
+    """
+    layouts: dict[str, Layout] = {}
+    odd: dict[str, Tensor] = {}
+    with atomic_write(path) as part, part.open("wb") as file:
+
+        def write(name: str, tensor: Tensor) -> None:
+            layouts[name] = tensor.dtype, tuple(tensor.shape)
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+        file.seek(room)
+        for name, tensor in tensors:
+            if tensor.nbytes % 8:
+                odd[name] = tensor
+            else:
+                write(name, tensor)
+        for name, tensor in sorted(odd.items(), key=lambda item: -item[1].itemsize):
+            write(name, tensor)
+        header = make_header(layouts)[8:].ljust(room - 8)
+        file.seek(0)
+        file.write(len(header).to_bytes(8, "little") + header)
+
+
+def _write_surroundings(plan: QuantizePlan, partial: Path) -> int:
+    """Write the shards' index, config.json and copies of the small files; return the bytes of all tensors."""
+    headers = {file: read_header(partial / file) for file in plan.shards}
+    total = sum(entry.end - entry.start for header in headers.values() for entry in header.values())
+    if len(headers) > 1:
+        weight_map = {name: file for file, header in headers.items() for name in header}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_text(partial / INDEX_FILE, json.dumps(index, indent=2) + "\n")
+    for file in sorted(plan.checkpoint.folder.iterdir()):
+        wanted = file.suffix in _COPIED or file.name.upper().startswith(_LICENSES)
+        if wanted and file.name not in _NOT_COPIED and file.is_file():
+            with atomic_write(partial / file.name) as part:
+                shutil.copyfile(file, part)
+    values = plan.checkpoint.config()
+    values["quantization_config"] = _quantization_config(plan, values)
+    write_text(partial / "config.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    return total
+
+
+def _quantization_config(plan: QuantizePlan, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return config.json's entry, by transformers' names; where layers differ, each one's own state is what counts."""
+    some = next(form for form in plan.formats.values() if form is not None)
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": plan.config.quant_type or some.quant_type,
+        "bnb_4bit_use_double_quant": plan.config.double_quant,
+        "bnb_4bit_quant_storage": plan.config.storage_dtype,
+        "bnb_4bit_compute_dtype": values.get("torch_dtype") or values.get("dtype") or "bfloat16",
+        "llm_int8_skip_modules": plan.dense_layers,
+    }

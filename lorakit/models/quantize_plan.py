@@ -1,0 +1,125 @@
+"""What `quantize_checkpoint` will write, worked out from the source's headers before a weight is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError
+from ..quantization.bnb_format import Layout, QuantState, joined
+from ..quantization.policy import QuantConfig, WeightFormat
+from ..quantization.scales import NESTED_BLOCK_SIZE
+from .checkpoint import WEIGHTS_FILE, Checkpoint
+from .load import check_tensors, empty_decoder, weight_formats
+from .prequantized import find_stored
+from .stream import file_order
+
+PLAN_VERSION = 1  # raise it when other bytes are written for the same plan
+
+
+@dataclass(frozen=True)
+class QuantizePlan:
+    """What will be written.
+
+    Attributes:
+        checkpoint: the source.
+        config: what is quantized, and how.
+        formats: tensor name -> format, None for those that are copied.
+        shards: file -> the source's tensors that go there, in the order they are read.
+        dense_layers: paths of the linear layers that are not quantized.
+    """
+
+    checkpoint: Checkpoint
+    config: QuantConfig
+    formats: dict[str, WeightFormat | None]
+    shards: dict[str, list[str]]
+    dense_layers: list[str]
+
+    @staticmethod
+    def make(folder: Path, config: QuantConfig, shard_bytes: int) -> QuantizePlan:
+        """Plan for a source folder; errors as `quantize_checkpoint`."""
+        checkpoint = Checkpoint(folder)
+        if find_stored(checkpoint):
+            raise ConfigError(f"{folder} is in 4 bits already; quantize the 16-bit model it was made from")
+        model = empty_decoder(checkpoint)
+        names = file_order(checkpoint, check_tensors(checkpoint, model, {}))
+        formats = weight_formats(model, config, names)
+        if not any(formats.values()):
+            raise ConfigError("nothing would be quantized: quant_type is null, or all linear layers are skipped")
+        linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+        dense = [path for path in linear if formats.get(f"{path}.weight") is None]
+        plan = QuantizePlan(checkpoint, config, formats, {}, dense)
+        groups = plan._groups(names, shard_bytes)
+        files = [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
+        plan.shards.update(zip(files if len(groups) > 1 else [WEIGHTS_FILE], groups, strict=True))
+        return plan
+
+    @property
+    def storage_dtype(self) -> torch.dtype:
+        """The dtype that packed bytes are stored as."""
+        dtype: torch.dtype = getattr(torch, self.config.storage_dtype)
+        return dtype
+
+    @property
+    def digest(self) -> str:
+        """A hash of the source (names, sizes and times of its files) and of all that is decided about the target."""
+        files = {file: file.stat() for file in sorted({self.checkpoint.file(name) for name in self.formats})}
+        sources = [(str(file.resolve()), stat.st_size, stat.st_mtime_ns) for file, stat in files.items()]
+        whole: list[Any] = [PLAN_VERSION, sources, self.checkpoint.config(), self.config.model_dump(), self.shards]
+        return hashlib.sha256(json.dumps(whole).encode()).hexdigest()
+
+    def source_bytes(self, names: Iterable[str]) -> int:
+        """Return the bytes of some of the source's tensors."""
+        return sum(entry.end - entry.start for entry in map(self.checkpoint.entry, names))
+
+    def written_bytes(self, names: Iterable[str]) -> int:
+        """Return the bytes that they become, or a few more."""
+        return sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.layouts(names).values())
+
+    def layouts(self, names: Iterable[str]) -> dict[str, Layout]:
+        """Return name -> (dtype, shape) of what some of the source's tensors become; the JSON of states at its longest.
+
+        Raises:
+            ConfigError: a weight's packed bytes do not divide into elements of the storage dtype.
+        """
+        found: dict[str, Layout] = {}
+        for name in names:
+            entry, form = self.checkpoint.entry(name), self.formats[name]
+            if form is None:
+                found[name] = entry.dtype, entry.shape
+                continue
+            if -(-math.prod(entry.shape) // 2) % self.storage_dtype.itemsize:
+                raise ConfigError(
+                    f"{self.checkpoint.file(name)}: {name}: the packed bytes of shape {list(entry.shape)} do not "
+                    f"divide into elements of {self.config.storage_dtype}; use storage_dtype uint8"
+                )
+            nested = (NESTED_BLOCK_SIZE, -1.2345678901234567e-38) if form.double_quant else (None, None)
+            state = QuantState(form.quant_type, form.block_size, entry.dtype, torch.Size(entry.shape), *nested)
+            found |= {joined(name, suffix): layout for suffix, layout in state.layouts(self.storage_dtype).items()}
+        return found
+
+    def misaligned(self) -> list[str]:
+        """Return the quantized weights whose rows are not whole blocks."""
+        forms = self.formats.items()
+        return [name for name, form in forms if form and self.checkpoint.shape(name)[-1] % form.block_size]
+
+    def _groups(self, names: list[str], shard_bytes: int) -> list[list[str]]:
+        """Fill one shard after the other."""
+        groups: list[list[str]] = []
+        room = 0
+        for name in names:
+            size = self.written_bytes([name])
+            if not groups or size > room:
+                groups.append([])
+                room = shard_bytes
+            groups[-1].append(name)
+            room -= size
+        return groups

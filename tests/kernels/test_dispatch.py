@@ -1,0 +1,116 @@
+"""The registered operations: choice of the backend, PyTorch's own checks of an operation, torch.compile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lorakit_kernels as kernels
+import pytest
+import torch
+from lorakit_kernels import cpu, dispatch, reference
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.library import opcheck
+
+from lorakit.quantization import codebook, dynamic_map
+
+CPU = torch.device("cpu")
+BOOK, TABLE = codebook("nf4"), dynamic_map()
+
+
+@pytest.fixture(autouse=True)
+def no_override(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LORAKIT_BACKEND", raising=False)
+
+
+def test_the_device_chooses() -> None:
+    assert dispatch.backend(CPU) is (cpu if cpu.is_available() else reference)
+    assert dispatch.backend(torch.device("meta")) is reference
+
+
+def test_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAKIT_BACKEND", "reference")
+    assert dispatch.backend(CPU) is reference
+    with kernels.use_backend("cpu"):  # the nearer one wins
+        assert dispatch.backend(CPU) is cpu
+        with kernels.use_backend("reference"):
+            assert dispatch.backend(CPU) is reference
+        assert dispatch.backend(CPU) is cpu
+    assert dispatch.backend(CPU) is reference
+
+
+def test_unknown_backends_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="backend 'cuda' does not exist"), kernels.use_backend("cuda"):
+        pass
+    monkeypatch.setenv("LORAKIT_BACKEND", "fast")
+    with pytest.raises(ValueError, match=r"LORAKIT_BACKEND 'fast' does not exist \(known: reference, cpu\)"):
+        kernels.quantize_8bit(torch.randn(8), TABLE.boundaries, 32)
+
+
+def arguments(columns: int) -> dict[str, tuple[Any, ...]]:
+    """Arguments for each operation."""
+    x = torch.randn(3, columns)
+    packed, absmax = reference.quantize_4bit(x, BOOK.boundaries, BOOK.order, 32)
+    codes, scales = reference.quantize_8bit(x, TABLE.boundaries, 32)
+    return {
+        "quantize_4bit": (x.bfloat16(), BOOK.boundaries, BOOK.order, 32),
+        "quantize_8bit": (x, TABLE.boundaries, 32),
+        "dequantize_8bit": (codes, TABLE.values, scales, 32),
+        "dequantize_4bit": (packed, BOOK.values, absmax, 32, (3, columns), torch.bfloat16),
+        "dequantize_4bit_out": (packed, BOOK.values, absmax, 32, torch.empty(3, columns, dtype=torch.float16)),
+    }
+
+
+@pytest.mark.parametrize("backend", kernels.BACKENDS)
+@pytest.mark.parametrize("operation", arguments(50))
+def test_pytorch_accepts_the_operation(operation: str, backend: str) -> None:
+    with kernels.use_backend(backend):
+        opcheck(getattr(torch.ops.lorakit, operation).default, arguments(50)[operation])
+
+
+@pytest.mark.parametrize("operation", arguments(50))
+def test_backends_agree(operation: str) -> None:
+    results = []
+    torch.manual_seed(0)
+    given = arguments(77)[operation]
+    for backend in kernels.BACKENDS:
+        with kernels.use_backend(backend):
+            result = getattr(kernels, operation)(*given)
+        tensors = [given[-1].clone()] if result is None else [result] if isinstance(result, Tensor) else list(result)
+        results.append(tensors)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def round_trip(x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    packed, absmax = kernels.quantize_4bit(x, BOOK.boundaries, BOOK.order, 32)
+    codes, scales = kernels.quantize_8bit(absmax, TABLE.boundaries, 256)
+    absmax = kernels.dequantize_8bit(codes, TABLE.values, scales, 256)
+    kernels.dequantize_4bit_out(packed, BOOK.values, absmax, 32, out)
+    return kernels.dequantize_4bit(packed, BOOK.values, absmax, 32, x.shape, torch.bfloat16) * 2, out + 1
+
+
+def test_compiles_without_graph_breaks_for_dynamic_shapes() -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(round_trip, fullgraph=True, dynamic=True, backend=counter)
+    for columns in (50, 64, 35):  # more than one block each: sizes of one are special to the compiler
+        x, out, expected_out = torch.randn(3, columns), torch.empty(3, columns), torch.empty(3, columns)
+        expected = round_trip(x, expected_out)
+        found = compiled(x, out)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert torch.equal(out, expected_out)
+    assert counter.frame_count == 1
+
+
+def test_writing_to_out_is_noticed_by_autograd() -> None:
+    packed, values, absmax, block_size, _ = arguments(50)["dequantize_4bit_out"]
+    saved = torch.randn(3, 50)
+    product = (torch.randn(3, 50, requires_grad=True) * saved).sum()
+    kernels.dequantize_4bit_out(packed, values, absmax, block_size, saved)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+def test_works_in_inference_mode() -> None:
+    with torch.inference_mode():
+        kernels.dequantize_4bit_out(*arguments(50)["dequantize_4bit_out"])

@@ -1,0 +1,44 @@
+"""What the training tests share: an adapted small model, short settings, and what to compare of two runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from small_models import conversations, small_decoder
+from torch import Tensor, nn
+
+from lorakit import Decoder, LoraConfig, TrainConfig, adapter_parameters, add_adapter
+
+TIMES = ("seconds", "step_seconds", "peak_rss_mb")
+CONVERSATIONS = conversations(10)
+
+
+def adapted(seed: int = 0, **lora: Any) -> Decoder:
+    model = small_decoder()
+    torch.manual_seed(seed)
+    add_adapter(model, LoraConfig(**{"r": 4, "lora_alpha": 8, **lora}))
+    return model
+
+
+def config(**values: Any) -> TrainConfig:
+    return TrainConfig(**{"lr": 5e-3, "max_steps": 6, "batch_size": 4, "progress": False, **values})
+
+
+def values_of(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in adapter_parameters(model)]
+
+
+def same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]

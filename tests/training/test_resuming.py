@@ -1,0 +1,163 @@
+"""A run that was interrupted or killed goes on to the bit as if it had not been, or says why it cannot."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from small_models import conversations, small_tokenizer
+from small_training import CONVERSATIONS, adapted, config, logged, same, timeless, values_of
+
+from lorakit import Decoder, Tokenizer, TrainConfig, TrainResult, train
+from lorakit.errors import CheckpointError, TrainingError
+
+
+@pytest.fixture(scope="module")
+def tok(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return small_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def interrupted(model: Decoder, tok: Tokenizer, settings: TrainConfig, at_pass: int) -> None:
+    """Train until the model's `at_pass`-th forward pass, which is interrupted as Ctrl-C would."""
+    passes = iter(range(1, 10_000))
+
+    def interrupt(*_: object) -> None:
+        if next(passes) == at_pass:
+            raise KeyboardInterrupt
+
+    hook = model.model.norm.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, tok, CONVERSATIONS, settings)
+    hook.remove()
+
+
+class TestResuming:
+    def run(
+        self, tok: Tokenizer, settings: TrainConfig, resume: bool = False, **lora: Any
+    ) -> tuple[Decoder, TrainResult]:
+        model = adapted(lora_dropout=0.2, **lora)
+        return model, train(model, tok, CONVERSATIONS, settings, resume=resume)
+
+    @given(at_pass=st.integers(2, 12), every=st.integers(1, 5))
+    @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    def test_an_interruption_anywhere_leaves_no_trace(
+        self, at_pass: int, every: int, tok: Tokenizer, tmp_path_factory: pytest.TempPathFactory
+    ) -> None:
+        folder = tmp_path_factory.mktemp("run")
+        whole, expected = self.run(tok, config())
+        settings = config(output=folder, checkpoint_every=every, micro_batch_tokens=2048)
+        if at_pass > 6:
+            settings = settings.model_copy(update={"micro_batch_tokens": 40})  # several passes a step
+            whole, expected = self.run(tok, settings.model_copy(update={"output": None}))
+        interrupted(adapted(lora_dropout=0.2), tok, settings, at_pass)
+        model, result = self.run(tok, settings, resume=True)
+        assert same(values_of(model), values_of(whole))
+        assert timeless(result.history) == timeless(expected.history)
+        assert timeless(logged(folder)) == timeless(expected.history)
+        assert (result.steps, result.tokens) == (expected.steps, expected.tokens)
+
+    def test_after_kill_9(self, tok: Tokenizer, tmp_path: Path) -> None:
+        settings = config(max_steps=100, output=tmp_path, checkpoint_every=7)
+        script = (
+            "import sys, pathlib\n"
+            "from lorakit import train\n"
+            "from small_models import small_tokenizer\n"
+            "from small_training import CONVERSATIONS, adapted, config\n"
+            "output = pathlib.Path(sys.argv[1])\n"
+            "tok = small_tokenizer(pathlib.Path(sys.argv[2]))\n"
+            "settings = config(max_steps=100, output=output, checkpoint_every=7)\n"
+            "train(adapted(lora_dropout=0.2), tok, CONVERSATIONS, settings)\n"
+        )
+        tests = Path(__file__).parents[1]
+        path = os.pathsep.join(map(str, [tests / "models", tests / "data"]))
+        (tmp_path / "tok").mkdir()
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path), str(tmp_path / "tok")], env=os.environ | {"PYTHONPATH": path}
+        )
+        deadline = time.monotonic() + 60
+        log = tmp_path / "train.jsonl"
+        while (not log.is_file() or log.read_bytes().count(b"\n") < 10) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert 10 <= len(log.read_text().splitlines()) < 100
+        model, result = self.run(tok, settings, resume=True)
+        whole, expected = self.run(tok, settings.model_copy(update={"output": None}))
+        assert same(values_of(model), values_of(whole))
+        assert timeless(result.history) == timeless(logged(tmp_path)) == timeless(expected.history)
+
+    def test_what_a_kill_leaves_behind_is_passed_over(self, tok: Tokenizer, tmp_path: Path) -> None:
+        settings = config(output=tmp_path, checkpoint_every=2)
+        interrupted(adapted(lora_dropout=0.2), tok, settings, at_pass=4)
+        half = tmp_path / "checkpoints" / ".step-000004.abc.part"
+        half.mkdir()
+        (half / "state.safetensors").write_bytes(b"half")
+        with (tmp_path / "train.jsonl").open("a") as file:
+            file.write('{"step": 4, "lo')
+        model, _ = self.run(tok, settings, resume=True)
+        assert same(values_of(model), values_of(self.run(tok, config())[0]))
+        assert [row["step"] for row in logged(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+    def test_a_finished_run_is_left_as_it_is(self, tok: Tokenizer, tmp_path: Path) -> None:
+        settings = config(output=tmp_path, checkpoint_every=3)
+        first = adapted(lora_dropout=0.2)
+        result = train(first, tok, CONVERSATIONS, settings, CONVERSATIONS)
+        second = adapted(lora_dropout=0.2)
+        again = train(second, tok, CONVERSATIONS, settings, CONVERSATIONS, resume=True)
+        assert same(values_of(first), values_of(second))
+        assert again.history == result.history and again.eval_loss == result.eval_loss is not None
+
+    def test_without_a_checkpoint_it_starts_anew(self, tok: Tokenizer, tmp_path: Path) -> None:
+        model, result = self.run(tok, config(output=tmp_path), resume=True)
+        assert result.steps == 6 and same(values_of(model), values_of(self.run(tok, config())[0]))
+
+    def test_without_resume_it_starts_anew(self, tok: Tokenizer, tmp_path: Path) -> None:
+        settings = config(output=tmp_path, checkpoint_every=2)
+        interrupted(adapted(lora_dropout=0.2), tok, settings, at_pass=5)
+        model, _ = self.run(tok, settings)
+        assert same(values_of(model), values_of(self.run(tok, config())[0]))
+        assert [row["step"] for row in logged(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+    @pytest.mark.parametrize("change", ["lr", "seed", "batch_size", "max_steps", "data", "r", "lora_alpha", "dropout"])
+    def test_a_checkpoint_of_another_run_is_refused(self, change: str, tok: Tokenizer, tmp_path: Path) -> None:
+        settings = config(output=tmp_path, checkpoint_every=2)
+        self.run(tok, settings)
+        records, lora = list(CONVERSATIONS), {"lora_dropout": 0.2}
+        if change == "data":
+            records = conversations(10, start=1)
+        elif change in ("r", "lora_alpha"):
+            lora[change] = 5
+        elif change == "dropout":
+            lora["lora_dropout"] = 0.0
+        else:
+            settings = settings.model_copy(update={change: 7})
+        model = adapted(**lora)
+        before, log = values_of(model), (tmp_path / "train.jsonl").read_bytes()
+        with pytest.raises(TrainingError, match="other settings, data or adapter"):
+            train(model, tok, records, settings, resume=True)
+        assert same(values_of(model), before)
+        assert (tmp_path / "train.jsonl").read_bytes() == log
+
+    @pytest.mark.parametrize("change", ["progress", "eval_every", "checkpoint_every"])
+    def test_what_does_not_change_the_numbers_may_change(self, change: str, tok: Tokenizer, tmp_path: Path) -> None:
+        settings = config(output=tmp_path, checkpoint_every=2)
+        interrupted(adapted(lora_dropout=0.2), tok, settings, at_pass=5)
+        self.run(tok, settings.model_copy(update={change: 3 if change.endswith("every") else True}), resume=True)
+
+    def test_a_truncated_checkpoint(self, tok: Tokenizer, tmp_path: Path) -> None:
+        settings = config(output=tmp_path, checkpoint_every=2)
+        self.run(tok, settings)
+        (file,) = (tmp_path / "checkpoints").glob("step-*/state.safetensors")
+        assert load_file(file)
+        file.write_bytes(file.read_bytes()[:-10])
+        with pytest.raises(CheckpointError, match=r"cannot read the checkpoint .*step-000006"):
+            self.run(tok, settings, resume=True)
