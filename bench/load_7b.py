@@ -33,7 +33,7 @@ import torch
 from lorakit import load_model, quantize
 from lorakit.measure import peak_rss_mb
 from lorakit.models import Checkpoint
-from lorakit.models.stream import read_bands
+from lorakit.models.stream import map_bands
 
 from .make_llama import CONFIG, make_llama, nbytes
 from .report import Target, arguments, finish
@@ -44,16 +44,17 @@ CACHES = ("warm", "cold")
 
 
 def measure(task: str, folder: Path) -> dict[str, float]:
-    """Read or load in this process; return seconds and peak memory in MiB."""
+    """Read or load in this process; return seconds, processor seconds and peak memory in MiB."""
     quantize(torch.randn(64, 64))  # kernels are compiled on first use
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), time.process_time()
     if task == "load":
         load_model(folder)
     else:
         checkpoint = Checkpoint(folder)
-        for _ in read_bands(checkpoint, checkpoint.names):
+        for _ in map_bands(checkpoint, checkpoint.names, lambda band, values: None):
             pass
-    return {"seconds": time.perf_counter() - start, "peak_mb": peak_rss_mb()}
+    seconds, cpu = time.perf_counter() - start, time.process_time() - start_cpu
+    return {"seconds": seconds, "cpu": cpu, "peak_mb": peak_rss_mb()}
 
 
 def measure_apart(task: str, folder: Path, cold: bool) -> dict[str, float]:
@@ -84,11 +85,12 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     for cache in CACHES:
         read, load = (median(figures["seconds"] for figures in seen[task, cache]) for task in ("read", "load"))
         for task, seconds in (("read", read), ("load + NF4", load)):
-            peaks = max(figures["peak_mb"] for figures in seen[task.split()[0], cache]) / 1024
-            rows.append((cache, task, seconds, size / seconds / 1e9, peaks, seconds / read))
+            runs = seen[task.split()[0], cache]
+            cpu, peaks = median(r["cpu"] for r in runs), max(r["peak_mb"] for r in runs) / 1024
+            rows.append((cache, task, seconds, cpu, size / seconds / 1e9, peaks, seconds / read))
         if cache == "cold":
             targets.append(Target("time of loading / reading, from disk", load / read, MAX_RATIO))
-    columns = ("page cache", "what", "seconds (median)", "GB/s", "peak GiB", "of reading")
+    columns = ("page cache", "what", "seconds (median)", "processor s", "GB/s", "peak GiB", "of reading")
     backend = kernels.dispatch.backend(torch.device("cpu")).__name__.rpartition(".")[2]
     title = f"{options.layers} layers, {size / 1e9:.2f} GB in bf16, {options.runs} runs, backend {backend}"
     finish(options, title, columns, rows, targets)
@@ -109,6 +111,9 @@ def main() -> None:
     folder = options.folder or Path(tempfile.mkdtemp(prefix="llama-7b-"))
     folder.mkdir(parents=True, exist_ok=True)
     made = not (folder / "config.json").exists()
+    busy = os.getloadavg()[0]
+    if busy > 0.5:
+        print(f"note: the machine is busy (load average {busy:.1f}); the ratio will be too high", file=sys.stderr)
     try:
         if made:
             needed, free = nbytes(options.layers), shutil.disk_usage(folder).free

@@ -1,8 +1,9 @@
-"""Reading a checkpoint's tensors in bands, one band ahead of whoever uses them.
+"""Reading a checkpoint's tensors in bands, and quantizing them on the way.
 
-A thread reads the next band into one of two buffers while the band before it is quantized or copied out of the other,
-across tensors and files without a pause, in the order of the bytes on disk. So loading a model takes little longer than
-reading its files, and needs two bands of memory besides the result, however large the model.
+Two workers take one band after the other, in the order of the bytes on disk, across tensors and files without a pause.
+One of them reads at a time; meanwhile the other quantizes, or copies out, the band that it has read. So loading takes
+little longer than reading the files where the disk is the slower part, keeps the processors busy where they are, and
+needs two bands of memory besides the result, however large the model.
 
 Plain reads into reused buffers, not a memory map: mapped pages count as resident until the system takes them back, and
 every page of a map costs a fault.
@@ -11,10 +12,14 @@ every page of a map costs a fault.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Lock
 
 import lorakit_kernels as kernels
 import torch
@@ -27,25 +32,57 @@ from ..quantization.weight import SOURCE_DTYPES, assemble
 from .checkpoint import Checkpoint
 from .safetensors_header import read_header
 
-BAND_BYTES = 16 << 20  # 8 to 64 MiB are equally fast
+BAND_BYTES = 4 << 20  # up to 64 MiB are as fast; at 1 MiB the handing over shows
+_WORKERS = 2
+_AHEAD = 8  # bands whose results may wait, so that the workers need not
 _ALIGNMENT = max(BLOCK_SIZES)  # elements; a band starts at a whole block, whatever the block size
 
 
 @dataclass(frozen=True)
 class Band:
-    """A part of a tensor.
+    """A part of a tensor, and where it is.
 
     Attributes:
+        file: that holds it.
         name: of the tensor.
-        start: index of the first element in the flat tensor.
-        values: (elements,) in the stored dtype; overwritten after the next band was asked for.
+        offset: of its first byte in the file.
+        dtype: as stored.
+        start: index of its first element in the flat tensor.
+        count: of its elements.
         is_last: whether it completes the tensor.
     """
 
+    file: Path
     name: str
+    offset: int
+    dtype: torch.dtype
     start: int
-    values: Tensor
+    count: int
     is_last: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return self.count * self.dtype.itemsize
+
+    def read(self, buffer: Tensor) -> Tensor:
+        """Fill the start of a buffer of uint8; return that part of it as (count,) in the stored dtype.
+
+        Raises:
+            CheckpointError: the file cannot be read or ends early.
+        """
+        target = buffer[: self.nbytes].numpy().data
+        done = 0
+        try:
+            with self.file.open("rb", buffering=0) as file:
+                file.seek(self.offset)
+                while done < self.nbytes and (read := file.readinto(target[done:])):
+                    done += read
+        except OSError as error:
+            raise CheckpointError(f"{self.file}: tensor {self.name!r} cannot be read: {error}") from error
+        if done < self.nbytes:
+            raise CheckpointError(f"{self.file}: tensor {self.name!r} cannot be read: the file has become shorter")
+        return buffer[: self.nbytes].view(self.dtype)
 
 
 def file_order(checkpoint: Checkpoint, names: Iterable[str]) -> list[str]:
@@ -53,22 +90,47 @@ def file_order(checkpoint: Checkpoint, names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: (checkpoint.file(name), checkpoint.entry(name).start))
 
 
-def read_bands(checkpoint: Checkpoint, names: Iterable[str], band_bytes: int = BAND_BYTES) -> Iterator[Band]:
-    """Yield the named tensors band by band, in the order of their bytes on disk.
+def map_bands(
+    checkpoint: Checkpoint,
+    names: Iterable[str],
+    work: Callable[[Band, Tensor], object],
+    band_bytes: int = BAND_BYTES,
+) -> Iterator[Band]:
+    """Call work(band, values) in another thread for all bands of the named tensors; yield each that is done.
+
+    Bands are yielded in the order of their bytes on disk. `work` may be called for two bands at a time, in any order;
+    its values, (count,) in the stored dtype, are overwritten when it has returned.
 
     Raises:
-        CheckpointError: naming file and tensor: a file cannot be read, or changed since the checkpoint was opened.
+        CheckpointError: naming file and tensor: a file cannot be read, or changed since the checkpoint was opened. And
+            whatever `work` raises.
     """
-    tasks = list(_tasks(checkpoint, names, band_bytes))
-    size = max((task.nbytes for task in tasks), default=0)
-    buffers = [torch.empty(size, dtype=torch.uint8) for _ in range(2)]
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read_bands") as reader:
-        reads = (reader.submit(task.read, buffers[index % 2]) for index, task in enumerate(tasks))  # begun by next()
-        ahead = next(reads, None)
-        while ahead is not None:
-            band = ahead.result()
-            ahead = next(reads, None)
-            yield band
+    bands = list(_bands(checkpoint, names, band_bytes))
+    buffers: SimpleQueue[Tensor] = SimpleQueue()
+    for _ in range(_WORKERS):
+        buffers.put(torch.empty(max((band.nbytes for band in bands), default=0), dtype=torch.uint8))
+    reading = Lock()
+
+    def run(band: Band) -> None:
+        buffer = buffers.get()
+        try:
+            with reading:  # in turn: disks are fastest in sequence
+                values = band.read(buffer)
+            work(band, values)
+        finally:
+            buffers.put(buffer)
+
+    ahead: deque[tuple[Band, Future[None]]] = deque()
+    with ThreadPoolExecutor(_WORKERS, thread_name_prefix="map_bands") as pool:
+        try:
+            for band in bands:
+                ahead.append((band, pool.submit(copy_context().run, run, band)))  # with the kernels' chosen backend
+                if len(ahead) > _AHEAD:
+                    yield _finished(ahead)
+            while ahead:
+                yield _finished(ahead)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def stream_tensors(
@@ -90,25 +152,31 @@ def stream_tensors(
         progress: called with the bytes of every band that is done.
 
     Raises:
-        CheckpointError: as `read_bands`, or a tensor cannot be quantized: of another dtype, or with inf or nan.
+        CheckpointError: as `map_bands`, or a tensor cannot be quantized: of another dtype, or with inf or nan.
     """
-    target: _Dense | _Quantized
+    targets: dict[str, _Dense | _Quantized] = {}
+    creating = Lock()
     for name, form in formats.items():
         if form is not None and checkpoint.dtype(name) not in SOURCE_DTYPES:
             raise _named(checkpoint, name, f"cannot quantize a tensor of {checkpoint.dtype(name)}")
-    for band in read_bands(checkpoint, formats, band_bytes):
-        if band.start == 0:
-            form, entry = formats[band.name], checkpoint.entry(band.name)
-            if form is None:
-                target = _Dense(torch.empty(entry.shape, dtype=dtype or entry.dtype, device=device))
-            else:
-                target = _Quantized(torch.Size(entry.shape), entry.dtype, form, device)
-        target.add(band)
+
+    def add(band: Band, values: Tensor) -> None:
+        with creating:
+            if band.name not in targets:
+                form, shape = formats[band.name], torch.Size(checkpoint.shape(band.name))
+                targets[band.name] = (
+                    _Dense(shape, dtype or band.dtype, device)
+                    if form is None
+                    else _Quantized(shape, band.dtype, form, device)
+                )
+        targets[band.name].add(band.start, values)
+
+    for band in map_bands(checkpoint, formats, add, band_bytes):
         if progress is not None:
-            progress(band.values.nbytes)
+            progress(band.nbytes)
         if band.is_last:
             try:
-                result = target.finish()
+                result = targets.pop(band.name).finish()
             except ShapeError as error:
                 raise _named(checkpoint, band.name, str(error)) from None
             yield band.name, result
@@ -117,11 +185,11 @@ def stream_tensors(
 class _Dense:
     """A tensor that is copied as it is, or to another dtype."""
 
-    def __init__(self, result: Tensor) -> None:
-        self.result = result
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, device: str | torch.device) -> None:
+        self.result = torch.empty(shape, dtype=dtype, device=device)
 
-    def add(self, band: Band) -> None:
-        self.result.view(-1)[band.start : band.start + len(band.values)].copy_(band.values)
+    def add(self, start: int, values: Tensor) -> None:
+        self.result.view(-1)[start : start + len(values)].copy_(values)
 
     def finish(self) -> Tensor:
         return self.result
@@ -137,10 +205,10 @@ class _Quantized:
         self.packed = torch.empty(-(-count // 2), dtype=torch.uint8, device=device)
         self.absmax = torch.empty(-(-count // form.block_size), dtype=torch.float32, device=device)
 
-    def add(self, band: Band) -> None:
-        values = band.values.to(self.device)
+    def add(self, start: int, values: Tensor) -> None:
+        values = values.to(self.device)
         packed, absmax = kernels.quantize_4bit(values, self.boundaries, self.order, self.form.block_size)
-        byte, block = band.start // 2, band.start // self.form.block_size
+        byte, block = start // 2, start // self.form.block_size
         self.packed[byte : byte + len(packed)] = packed
         self.absmax[block : block + len(absmax)] = absmax
 
@@ -151,39 +219,14 @@ class _Quantized:
         )
 
 
-@dataclass(frozen=True)
-class _Task:
-    """One band to read: `count` elements of a tensor from `start`, which are at byte `offset` of the file."""
-
-    file: Path
-    name: str
-    offset: int
-    dtype: torch.dtype
-    start: int
-    count: int
-    is_last: bool
-
-    @property
-    def nbytes(self) -> int:
-        return self.count * self.dtype.itemsize
-
-    def read(self, buffer: Tensor) -> Band:
-        """Fill the start of the buffer."""
-        target = buffer[: self.nbytes].numpy().data
-        done = 0
-        try:
-            with self.file.open("rb", buffering=0) as file:
-                file.seek(self.offset)
-                while done < self.nbytes and (read := file.readinto(target[done:])):
-                    done += read
-        except OSError as error:
-            raise CheckpointError(f"{self.file}: tensor {self.name!r} cannot be read: {error}") from error
-        if done < self.nbytes:
-            raise CheckpointError(f"{self.file}: tensor {self.name!r} cannot be read: the file has become shorter")
-        return Band(self.name, self.start, buffer[: self.nbytes].view(self.dtype), self.is_last)
+def _finished(ahead: deque[tuple[Band, Future[None]]]) -> Band:
+    """Wait for the first of the bands, and take it off."""
+    band, future = ahead.popleft()
+    future.result()
+    return band
 
 
-def _tasks(checkpoint: Checkpoint, names: Iterable[str], band_bytes: int) -> Iterator[_Task]:
+def _bands(checkpoint: Checkpoint, names: Iterable[str], band_bytes: int) -> Iterator[Band]:
     ordered = file_order(checkpoint, names)
     origins: dict[Path, int] = {}
     for name in ordered:
@@ -195,7 +238,7 @@ def _tasks(checkpoint: Checkpoint, names: Iterable[str], band_bytes: int) -> Ite
         for start in range(0, max(1, count), step):  # a tensor without elements is one empty band
             offset = origins[file] + entry.start + start * entry.dtype.itemsize
             size = min(step, count - start)
-            yield _Task(file, name, offset, entry.dtype, start, size, start + size == count)
+            yield Band(file, name, offset, entry.dtype, start, size, start + size == count)
 
 
 def _data_origin(checkpoint: Checkpoint, file: Path, names: Iterable[str]) -> int:
