@@ -40,8 +40,8 @@ def round_trip(weight: Tensor, book: Codebook, block_size: int, double_quant: bo
     """Return the quantized weight's values, fp32, and the bits they take per weight."""
     packed, absmax = kernels.quantize_4bit(weight, book.boundaries, book.order, block_size)
     scales = NestedScales.quantize(absmax) if double_quant else absmax
-    expanded = scales.dequantize() if isinstance(scales, NestedScales) else scales
-    values = kernels.dequantize_4bit(packed, book.values, expanded, block_size, weight.shape, torch.float32)
+    expanded = scales[:] if isinstance(scales, NestedScales) else scales
+    values = kernels.dequantize_4bit(packed, book.values, expanded, block_size, weight.shape, torch.float32, [], 256)
     return values, 8 * (packed.nbytes + scales.nbytes) / weight.numel()
 
 

@@ -125,27 +125,57 @@ def dequantize_8bit(codes: Tensor, codebook: Tensor, absmax: Tensor, block_size:
 
 
 def _empty_values(
-    packed: Tensor, codebook: Tensor, absmax: Tensor, block_size: int, shape: Sequence[int], dtype: torch.dtype
+    packed: Tensor,
+    codebook: Tensor,
+    absmax: Tensor,
+    block_size: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    nested: Sequence[Tensor],
+    nested_block_size: int,
 ) -> Tensor:
     return packed.new_empty(list(shape), dtype=dtype)
 
 
 @_operation(fake=_empty_values)
 def dequantize_4bit(
-    packed: Tensor, codebook: Tensor, absmax: Tensor, block_size: int, shape: Sequence[int], dtype: torch.dtype
+    packed: Tensor,
+    codebook: Tensor,
+    absmax: Tensor,
+    block_size: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    nested: Sequence[Tensor],
+    nested_block_size: int,
 ) -> Tensor:
     """Return the values of packed 4-bit codes as a fresh tensor; see `reference.dequantize_4bit`."""
     out = torch.empty(shape, dtype=dtype, device=packed.device)
-    backend(packed.device).dequantize_4bit(packed, codebook, absmax, block_size, out)
+    backend(packed.device).dequantize_4bit(packed, codebook, absmax, block_size, out, nested, nested_block_size)
     return out
 
 
-def _nothing(packed: Tensor, codebook: Tensor, absmax: Tensor, block_size: int, out: Tensor) -> None:
+def _nothing(
+    packed: Tensor,
+    codebook: Tensor,
+    absmax: Tensor,
+    block_size: int,
+    out: Tensor,
+    nested: Sequence[Tensor],
+    nested_block_size: int,
+) -> None:
     return None
 
 
 @_operation(writes=("out",), fake=_nothing)
-def dequantize_4bit_out(packed: Tensor, codebook: Tensor, absmax: Tensor, block_size: int, out: Tensor) -> None:
+def dequantize_4bit_out(
+    packed: Tensor,
+    codebook: Tensor,
+    absmax: Tensor,
+    block_size: int,
+    out: Tensor,
+    nested: Sequence[Tensor],
+    nested_block_size: int,
+) -> None:
     """Fill `out`, contiguous, with the values of packed 4-bit codes; see `reference.dequantize_4bit`."""
-    backend(packed.device).dequantize_4bit(packed, codebook, absmax, block_size, out)
+    backend(packed.device).dequantize_4bit(packed, codebook, absmax, block_size, out, nested, nested_block_size)
     increment_version(out)  # or autograd would not notice that a tensor it saved was overwritten

@@ -15,6 +15,8 @@ a 4096x4096 matrix, since fresh buffers of that size cost more in page faults th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -60,16 +62,31 @@ def dequantize_8bit(codes: Tensor, codebook: Tensor, absmax: Tensor, block_size:
     return codebook[codes.int()] * absmax.repeat_interleave(block_size)[: codes.numel()]
 
 
-def dequantize_4bit(packed: Tensor, codebook: Tensor, absmax: Tensor, block_size: int, out: Tensor) -> None:
+def dequantize_4bit(
+    packed: Tensor,
+    codebook: Tensor,
+    absmax: Tensor,
+    block_size: int,
+    out: Tensor,
+    nested: Sequence[Tensor] = (),
+    nested_block_size: int = 256,
+) -> None:
     """Fill `out` with the values of packed 4-bit codes.
 
     Args:
         packed: uint8 of any shape, ceil(numel / 2) bytes in row-major order.
         codebook: (16,) fp32.
-        absmax: (ceil(numel / block_size),) fp32.
+        absmax: (ceil(numel / block_size),) fp32, or uint8 codes with `nested`.
         block_size: elements per block, even.
         out: any shape, contiguous; receives numel values, rounded once from fp32 to its dtype.
+        nested: of double-quantized scales, what turns their codes into fp32: codebook (256,), absmax
+            (ceil(blocks / nested_block_size),) and offset (), all fp32. A scale is codebook[code] * absmax + offset,
+            each result rounded to fp32.
+        nested_block_size: scales per nested block.
     """
+    if nested:
+        nested_codebook, nested_absmax, offset = nested
+        absmax = dequantize_8bit(absmax, nested_codebook, nested_absmax, nested_block_size) + offset
     # One look-up per byte: entry b of the table holds the two fp32 values of byte b, read as one 8-byte number.
     byte = torch.arange(256, device=packed.device)
     pairs = torch.stack([codebook[byte >> 4], codebook[byte & 15]], dim=1).view(torch.float64).view(-1)

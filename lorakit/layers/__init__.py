@@ -1,7 +1,7 @@
 """Layers with hand-written forward and backward passes."""
 
 from .embedding4bit import Embedding4bit
-from .linear4bit import Linear4bit, dense_weight
+from .linear4bit import Linear4bit
 from .linear_cross_entropy import linear_cross_entropy, token_losses
 from .lora_linear import LoRALinear
 from .norm import RMSNorm
@@ -14,7 +14,6 @@ __all__ = [
     "LoRALinear",
     "RMSNorm",
     "apply_rope",
-    "dense_weight",
     "linear_cross_entropy",
     "rope_frequencies",
     "rope_tables",

@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 from ..errors import ShapeError
 from ..quantization import QuantizedWeight, quantize
 from .quantized_module import QuantizedModule, frozen
+from .workspace import workspace
 
 
 class Linear4bit(QuantizedModule):
@@ -75,9 +76,16 @@ class Linear4bit(QuantizedModule):
         return result.to(given)
 
 
-def dense_weight(base: nn.Linear | Linear4bit, dtype: torch.dtype) -> Tensor:
-    """Return a frozen linear layer's weight, (out_features, in_features) in `dtype`, dequantized if it is in 4 bits."""
-    return base.dense_weight(dtype) if isinstance(base, Linear4bit) else base.weight.to(dtype)
+def product_weight(base: nn.Linear | Linear4bit, dtype: torch.dtype) -> Tensor:
+    """Return a frozen linear layer's weight, (out_features, in_features) in `dtype`, for one product.
+
+    Of a 4-bit layer on the CPU it lies in the thread's workspace: the next call overwrites it.
+    """
+    if not isinstance(base, Linear4bit):
+        return base.weight.to(dtype)
+    if base.packed.is_cpu and not torch.compiler.is_compiling():  # a compiler plans its own buffers
+        return base.quantized.dequantize(out=workspace(base.weight_shape, dtype))
+    return base.dense_weight(dtype)
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -86,10 +94,10 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: Linear4bit) -> Tensor:
         ctx.layer = layer
-        return linear(x, layer.dense_weight(x.dtype), bias)
+        return linear(x, product_weight(layer, x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         (dy,) = grads
         bias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None  # if someone trains the bias
-        return dy @ ctx.layer.dense_weight(dy.dtype), bias, None
+        return dy @ product_weight(ctx.layer, dy.dtype), bias, None

@@ -50,10 +50,15 @@ class NestedScales:
         codes, nested = kernels.quantize_8bit(absmax - offset, boundaries, NESTED_BLOCK_SIZE)
         return NestedScales(codes, nested, offset, table.values.to(absmax.device))
 
-    def dequantize(self) -> Tensor:
-        """Return the scales, (blocks,) fp32."""
-        scaled: Tensor = kernels.dequantize_8bit(self.codes, self.code_values, self.absmax, self.block_size)
-        return scaled + self.offset
+    def __getitem__(self, blocks: slice) -> Tensor:
+        """Return the scales of some blocks, step 1: (blocks,) fp32."""
+        first, last, _ = blocks.indices(len(self.codes))
+        start, stop = first // self.block_size, -(-last // self.block_size)  # the nested blocks that they touch
+        origin = start * self.block_size
+        scaled: Tensor = kernels.dequantize_8bit(
+            self.codes[origin:last], self.code_values, self.absmax[start:stop], self.block_size
+        )
+        return scaled[first - origin :] + self.offset
 
     def to(self, device: torch.device | str) -> NestedScales:
         """Return the same scales on another device."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import ConfigError, ShapeError
 from .codebooks import codebook
 from .quality import QuantizationError, quantization_error
-from .scales import NestedScales
+from .scales import NESTED_BLOCK_SIZE, NestedScales
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 STORAGE_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
@@ -45,7 +45,7 @@ class QuantizedWeight:
     @property
     def absmax(self) -> Tensor:
         """The scales of the blocks, (ceil(numel / block_size),) fp32, expanded from 8 bits where they are nested."""
-        return self.scales.dequantize() if isinstance(self.scales, NestedScales) else self.scales
+        return self.scales[:] if isinstance(self.scales, NestedScales) else self.scales
 
     @property
     def codes(self) -> Tensor:
@@ -102,14 +102,20 @@ class QuantizedWeight:
         if rows is not None:
             part = self._rows(rows, dtype or self.dtype)
             return part if out is None else _checked_out(out, part.shape).copy_(part)
+        scales, nested, nested_block_size = self.scales, [], NESTED_BLOCK_SIZE
+        if isinstance(scales, NestedScales):
+            nested, nested_block_size = [scales.code_values, scales.absmax, scales.offset], scales.block_size
+            scales = scales.codes
         if out is None:
-            dtype = dtype or self.dtype
             values: Tensor = kernels.dequantize_4bit(
-                self.packed, self.code_values, self.absmax, self.block_size, self.shape, dtype
-            )
+                self.packed, self.code_values, scales, self.block_size, self.shape, dtype or self.dtype, nested,
+                nested_block_size,
+            )  # fmt: skip
             return values
-        _checked_out(out, self.shape)
-        kernels.dequantize_4bit_out(self.packed, self.code_values, self.absmax, self.block_size, out)
+        kernels.dequantize_4bit_out(
+            self.packed, self.code_values, scales, self.block_size, _checked_out(out, self.shape), nested,
+            nested_block_size,
+        )  # fmt: skip
         return out
 
     def _rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
@@ -125,8 +131,8 @@ class QuantizedWeight:
         origin = block * self.block_size
         count = min(end * self.block_size, self.numel) - origin if stop > start else 0
         flat: Tensor = kernels.dequantize_4bit(
-            self.packed.reshape(-1)[origin // 2 : (origin + count + 1) // 2].clone(),
-            self.code_values, self.absmax[block:end].clone(), self.block_size, (count,), dtype,
+            self.packed.reshape(-1)[origin // 2 : (origin + count + 1) // 2],
+            self.code_values, self.scales[block:end], self.block_size, (count,), dtype, [], NESTED_BLOCK_SIZE,
         )  # fmt: skip
         return flat[start - origin : stop - origin].reshape(max(0, last - first), *self.shape[1:])
 

@@ -118,6 +118,26 @@ def test_dequantize_4bit(
 
 
 @every_set
+@given(scales=tensors(torch.float32), block_size=st.sampled_from([2, 48, 64, 4096]), nested=block_sizes,
+       offset=st.floats(width=32), short=st.integers(0, 4096), dtype=dtypes, seed=seeds)  # fmt: skip
+@settings(deadline=None, max_examples=100)
+def test_dequantize_4bit_with_nested_scales(
+    instruction_set: str, scales: Tensor, block_size: int, nested: int, offset: float, short: int, dtype: torch.dtype,
+    seed: int,
+) -> None:  # fmt: skip
+    scales, table = scales[: max(1, 20_000 // block_size)], dynamic_map()
+    codes, absmax = reference.quantize_8bit(scales, table.boundaries, nested)
+    count = max(0, len(scales) * block_size - short % block_size)
+    random = torch.Generator().manual_seed(seed)
+    packed = torch.randint(256, ((count + 1) // 2,), generator=random, dtype=torch.uint8)
+    found, expected = torch.full((2, count), 7, dtype=dtype).unbind()
+    extra = [table.values, absmax, torch.tensor(offset)]
+    cpu.dequantize_4bit(packed, codebook("nf4").values, codes, block_size, found, extra, nested)
+    reference.dequantize_4bit(packed, codebook("nf4").values, codes, block_size, expected, extra, nested)
+    assert_same(found, expected)
+
+
+@every_set
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_16_bit_float_is_read_exactly(instruction_set: str, dtype: torch.dtype) -> None:
     x = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
@@ -202,6 +222,22 @@ def test_nothing_is_read_or_written_behind_the_end_of_a_tensor() -> None:
     for change in bad:
         with pytest.raises(ValueError, match=next(iter(change))):
             cpu.dequantize_4bit(**(good | change))
+    table = dynamic_map().values
+    good |= {"absmax": torch.zeros(4, dtype=torch.uint8), "nested": [table, torch.ones(1), torch.tensor(0.0)]}
+    cpu.dequantize_4bit(**good)
+    bad = [
+        {"absmax": absmax},
+        {"nested": [table[1:], torch.ones(1), torch.tensor(0.0)]},
+        {"nested": [table, torch.ones(0), torch.tensor(0.0)]},
+        {"nested": [table, torch.ones(1), torch.tensor(0.0, dtype=torch.float64)]},
+    ]
+    for change in bad:
+        with pytest.raises(ValueError, match=next(iter(change))):
+            cpu.dequantize_4bit(**(good | change))
+    with pytest.raises(ValueError, match="block_size must be positive"):
+        cpu.dequantize_4bit(**(good | {"nested_block_size": 0}))
+    with pytest.raises(ValueError, match="shorter"):
+        cpu.dequantize_4bit(**(good | {"nested": [table]}))
     with pytest.raises(ValueError, match="at most 15 boundaries"):
         cpu.quantize_4bit(torch.randn(8), torch.randn(16), torch.arange(17).byte(), 32)
     with pytest.raises(ValueError, match="order"):

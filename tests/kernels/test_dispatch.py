@@ -56,16 +56,22 @@ def arguments(columns: int) -> dict[str, tuple[Any, ...]]:
         "quantize_4bit": (x.bfloat16(), BOOK.boundaries, BOOK.order, 32),
         "quantize_8bit": (x, TABLE.boundaries, 32),
         "dequantize_8bit": (codes, TABLE.values, scales, 32),
-        "dequantize_4bit": (packed, BOOK.values, absmax, 32, (3, columns), torch.bfloat16),
-        "dequantize_4bit_out": (packed, BOOK.values, absmax, 32, torch.empty(3, columns, dtype=torch.float16)),
-    }
+        "dequantize_4bit": (packed, BOOK.values, absmax, 32, (3, columns), torch.bfloat16, [], 256),
+        "dequantize_4bit_out": (
+            packed, BOOK.values, absmax, 32, torch.empty(3, columns, dtype=torch.float16), [], 256,
+        ),
+        "dequantize_4bit nested": (
+            packed, BOOK.values, codes[: len(absmax)], 32, (3, columns), torch.float32,
+            [TABLE.values, scales, torch.tensor(0.5)], 4,
+        ),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", kernels.BACKENDS)
 @pytest.mark.parametrize("operation", arguments(50))
 def test_pytorch_accepts_the_operation(operation: str, backend: str) -> None:
     with kernels.use_backend(backend):
-        opcheck(getattr(torch.ops.lorakit, operation).default, arguments(50)[operation])
+        opcheck(getattr(torch.ops.lorakit, operation.split()[0]).default, arguments(50)[operation])
 
 
 @pytest.mark.parametrize("operation", arguments(50))
@@ -75,8 +81,8 @@ def test_backends_agree(operation: str) -> None:
     given = arguments(77)[operation]
     for backend in kernels.BACKENDS:
         with kernels.use_backend(backend):
-            result = getattr(kernels, operation)(*given)
-        tensors = [given[-1].clone()] if result is None else [result] if isinstance(result, Tensor) else list(result)
+            result = getattr(kernels, operation.split()[0])(*given)
+        tensors = [given[4].clone()] if result is None else [result] if isinstance(result, Tensor) else list(result)
         results.append(tensors)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -86,8 +92,8 @@ def round_trip(x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     packed, absmax = kernels.quantize_4bit(x, BOOK.boundaries, BOOK.order, 32)
     codes, scales = kernels.quantize_8bit(absmax, TABLE.boundaries, 256)
     absmax = kernels.dequantize_8bit(codes, TABLE.values, scales, 256)
-    kernels.dequantize_4bit_out(packed, BOOK.values, absmax, 32, out)
-    return kernels.dequantize_4bit(packed, BOOK.values, absmax, 32, x.shape, torch.bfloat16) * 2, out + 1
+    kernels.dequantize_4bit_out(packed, BOOK.values, absmax, 32, out, [], 256)
+    return kernels.dequantize_4bit(packed, BOOK.values, absmax, 32, x.shape, torch.bfloat16, [], 256) * 2, out + 1
 
 
 def test_compiles_without_graph_breaks_for_dynamic_shapes() -> None:
@@ -103,10 +109,10 @@ def test_compiles_without_graph_breaks_for_dynamic_shapes() -> None:
 
 
 def test_writing_to_out_is_noticed_by_autograd() -> None:
-    packed, values, absmax, block_size, _ = arguments(50)["dequantize_4bit_out"]
+    packed, values, absmax, block_size, *_ = arguments(50)["dequantize_4bit_out"]
     saved = torch.randn(3, 50)
     product = (torch.randn(3, 50, requires_grad=True) * saved).sum()
-    kernels.dequantize_4bit_out(packed, values, absmax, block_size, saved)
+    kernels.dequantize_4bit_out(packed, values, absmax, block_size, saved, [], 256)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.backward()
 

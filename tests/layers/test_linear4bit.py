@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 
 from lorakit.errors import ShapeError
 from lorakit.layers import Linear4bit
@@ -137,6 +139,63 @@ def test_memory_is_what_the_quantized_weight_says() -> None:
     tables = layer.code_values.nbytes + layer.nested_code_values.nbytes
     assert sum(parameter.nbytes for parameter in layer.parameters()) == weight.nbytes + tables
     assert layer.quantized.nbytes == weight.nbytes
+
+
+def test_layers_do_not_spoil_each_other_through_the_workspace() -> None:
+    """All layers of a thread dequantize into one buffer; what they returned must not depend on it."""
+    layers = [layer_4bit(6, 10), layer_4bit(10, 6), layer_4bit(6, 10, double_quant=False)]
+    dense = [layer.dense_weight(torch.float32) for layer in layers]
+    for x in (torch.randn(4, 10, requires_grad=True), torch.randn(4, 10, requires_grad=True)):
+        first = layers[0](x)
+        kept = first.detach().clone()
+        layers[1](first).sum().backward()
+        layers[2](x)
+        assert torch.equal(first, kept)
+        expected = (torch.ones(4, 10) @ dense[1]) @ dense[0]
+        torch.testing.assert_close(x.grad, expected)
+
+
+def test_works_in_training_after_inference_mode() -> None:
+    with torch.inference_mode():
+        layer_4bit(64, 96)(torch.randn(2, 96))
+    x = torch.randn(2, 10, requires_grad=True)
+    layer_4bit()(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_threads_have_a_workspace_each() -> None:
+    layers = [layer_4bit(64, 96), layer_4bit(48, 96)]
+    x = torch.randn(5, 96)
+    expected = [linear(x, layer.dense_weight(torch.float32), layer.bias) for layer in layers]
+
+    def call(index: int) -> bool:
+        return all(torch.equal(layers[index](x), expected[index]) for _ in range(300))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(call, range(2)))
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_compiles_whole_and_changes_no_byte(double_quant: bool) -> None:
+    layer = layer_4bit(double_quant=double_quant)
+    before, x = weight_bytes(layer), torch.randn(3, 10, requires_grad=True)
+    expected = layer(x)
+    (expected_dx,) = torch.autograd.grad(expected.sum(), x)
+    found = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    (dx,) = torch.autograd.grad(found.sum(), x)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(dx, expected_dx)
+    assert weight_bytes(layer) == before
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_activation_checkpointing(use_reentrant: bool) -> None:
+    model = nn.Sequential(layer_4bit(10, 10), nn.SiLU(), layer_4bit())
+    before, x = [weight_bytes(model[0]), weight_bytes(model[2])], torch.randn(3, 10, requires_grad=True)
+    (expected,) = torch.autograd.grad(model(x).sum(), x)
+    checkpoint(model, x, use_reentrant=use_reentrant).sum().backward()
+    assert torch.equal(x.grad, expected)
+    assert [weight_bytes(model[0]), weight_bytes(model[2])] == before
 
 
 def test_wrong_shapes_are_named() -> None:

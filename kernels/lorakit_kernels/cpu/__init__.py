@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import warnings
+from collections.abc import Sequence
 from ctypes import CDLL, c_int, c_int64, c_uint, c_void_p
 from functools import cache
 
@@ -35,7 +36,7 @@ _SIGNATURES = {
     "quantize_4bit": (_P, c_int, _N, _N, _P, _P, c_int, _P, _P, *_THREADS),
     "quantize_8bit": (_P, c_int, _N, _N, _P, c_int, _P, _P, *_THREADS),
     "dequantize_8bit": (_P, _P, _P, _N, _N, _P, *_THREADS),
-    "dequantize_4bit": (_P, _P, _P, _N, _N, _P, c_int, *_THREADS),
+    "dequantize_4bit": (_P, _P, _P, _P, _P, _P, _N, _N, _N, _P, c_int, *_THREADS),
 }
 
 
@@ -83,19 +84,35 @@ def dequantize_8bit(codes: Tensor, codebook: Tensor, absmax: Tensor, block_size:
     return values
 
 
-def dequantize_4bit(packed: Tensor, codebook: Tensor, absmax: Tensor, block_size: int, out: Tensor) -> None:
+def dequantize_4bit(
+    packed: Tensor,
+    codebook: Tensor,
+    absmax: Tensor,
+    block_size: int,
+    out: Tensor,
+    nested: Sequence[Tensor] = (),
+    nested_block_size: int = 256,
+) -> None:
     """See `reference.dequantize_4bit`."""
     if out.dtype not in _DTYPES:
-        return reference.dequantize_4bit(packed, codebook, absmax, block_size, out)
+        return reference.dequantize_4bit(packed, codebook, absmax, block_size, out, nested, nested_block_size)
     count = out.numel()
+    blocks = _blocks(count, block_size, even=True)
     packed = _readable("packed", packed, torch.uint8, (count + 1) // 2)
     codebook = _readable("codebook", codebook, torch.float32, 16)
-    absmax = _readable("absmax", absmax, torch.float32, _blocks(count, block_size, even=True))
+    absmax = _readable("absmax", absmax, torch.uint8 if nested else torch.float32, blocks)
+    nested = [
+        _readable(f"nested {name}", tensor, torch.float32, size)
+        for name, tensor, size in zip(
+            ("codebook", "absmax", "offset"), nested, (256, _blocks(blocks, nested_block_size), 1), strict=bool(nested)
+        )
+    ]
     if not out.is_contiguous() or not out.is_cpu:
         raise ValueError("out must be contiguous, on the CPU")
     library().dequantize_4bit(
-        packed.data_ptr(), codebook.data_ptr(), absmax.data_ptr(), count, block_size,
-        out.data_ptr(), _DTYPES[out.dtype], *_threads(),
+        packed.data_ptr(), codebook.data_ptr(), absmax.data_ptr(),
+        *([tensor.data_ptr() for tensor in nested] or (None, None, None)), nested_block_size,
+        count, block_size, out.data_ptr(), _DTYPES[out.dtype], *_threads(),
     )  # fmt: skip
     return None
 

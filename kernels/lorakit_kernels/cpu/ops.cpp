@@ -24,7 +24,7 @@ struct Threads {
 };
 
 constexpr int64_t CHUNK = 1 << 16;     // elements that a thread takes at a time
-constexpr int64_t PARALLEL = 1 << 20;  // fewer take under 0.1 ms, not worth waking a thread that sleeps
+constexpr int64_t PARALLEL = 1 << 18;  // fewer take under 30 us, not worth waking a thread
 
 // Call body(first block, last block) for chunks that cover all blocks. Threads take chunks as they become free, so that
 // one that wakes late, on a busy machine, holds nobody up.
@@ -164,6 +164,18 @@ void dequantize_block(const uint8_t* packed, const float* codebook, float absmax
     look_up(packed, (const Entry*)table, (Entry*)out, count);
 }
 
+constexpr int64_t SCALES = 1024;  // that are expanded at a time
+
+// The scales of the blocks from `first` to before `last`, from their codes. Product and sum are rounded each.
+inline void expand_scales(const uint8_t* codes, const float* codebook, const float* absmax, float offset,
+                          int64_t block_size, int64_t first, int64_t last, float* out) {
+    while (first < last) {
+        float scale = absmax[first / block_size];
+        int64_t stop = std::min((first / block_size + 1) * block_size, last);
+        for (; first < stop; ++first) *out++ = codebook[codes[first]] * scale + offset;
+    }
+}
+
 enum Dtype { FLOAT32, BFLOAT16, FLOAT16 };
 
 // Call body with a null pointer of the dtype's type.
@@ -217,14 +229,24 @@ void dequantize_8bit(const uint8_t* codes, const float* codebook, const float* a
     });
 }
 
-void dequantize_4bit(const uint8_t* packed, const float* codebook, const float* absmax, int64_t count,
+// Where nested_codebook is null, `scales` are fp32 numbers, else uint8 codes.
+void dequantize_4bit(const uint8_t* packed, const float* codebook, const void* scales, const float* nested_codebook,
+                     const float* nested_absmax, const float* offset, int64_t nested_block_size, int64_t count,
                      int64_t block_size, void* out, int dtype, Fork fork, unsigned threads) {
     with_dtype(dtype, [&](auto* type) {
         auto* target = (decltype(type))out;
         for_blocks(count, block_size, {fork, threads}, [&](int64_t first, int64_t last) {
-            for (int64_t block = first; block < last; ++block) {
+            float expanded[SCALES];
+            const float* absmax = (const float*)scales + first;
+            for (int64_t block = first; block < last; ++block, ++absmax) {
+                if (nested_codebook && (block - first) % SCALES == 0) {
+                    int64_t stop = std::min(block + SCALES, last);
+                    expand_scales((const uint8_t*)scales, nested_codebook, nested_absmax, *offset, nested_block_size,
+                                  block, stop, expanded);
+                    absmax = expanded;
+                }
                 int64_t start = block * block_size, size = std::min(block_size, count - start);
-                dequantize_block(packed + start / 2, codebook, absmax[block], target + start, size);
+                dequantize_block(packed + start / 2, codebook, *absmax, target + start, size);
             }
         });
     });
