@@ -53,11 +53,13 @@ class Layout(NamedTuple):
         positions: (tokens,) position of each token in its own sequence.
         groups: the rectangles that attention works on; together they cover all rows.
         mask: additive (batch, 1, queries, keys), or None for plain causal attention.
+        shared: how many of the first rows come before every sequence, as if each began with them.
     """
 
     positions: Tensor
     groups: tuple[Group, ...]
     mask: Tensor | None = None
+    shared: int = 0
 
     @staticmethod
     def rectangle(batch: int, length: int, device: torch.device) -> Layout:
@@ -65,22 +67,23 @@ class Layout(NamedTuple):
         return Layout(torch.arange(length, device=device).repeat(batch), (Group(0, batch * length, batch, length),))
 
     @staticmethod
-    def packed(lengths: Sequence[int], device: torch.device) -> Layout:
-        """Sequences of several lengths laid end to end, without padding; none sees another.
+    def packed(lengths: Sequence[int], device: torch.device, shared: int = 0) -> Layout:
+        """Sequences of several lengths laid end to end, without padding; none sees another, all see the shared rows.
 
         Only attention pads, each group to its own longest. Padding comes last in its row, so that causality hides it.
         """
-        positions = torch.cat([torch.arange(n, device=device) for n in lengths])
-        groups, row = [], 0
+        parts = [torch.arange(shared, device=device), *(shared + torch.arange(n, device=device) for n in lengths)]
+        positions = torch.cat(parts)
+        groups, row = [Group(0, shared, 1, shared)] if shared else [], shared
         for run in _alike(lengths):
             longest, end = max(run), row + sum(run)
             cells = None
             if min(run) < longest:
-                index = torch.arange(len(run), device=device)
-                cells = torch.repeat_interleave(index, torch.tensor(run, device=device)) * longest + positions[row:end]
+                first = torch.arange(len(run), device=device) * longest - shared  # cell of position 0
+                cells = torch.repeat_interleave(first, torch.tensor(run, device=device)) + positions[row:end]
             groups.append(Group(row, end, len(run), longest, cells))
             row = end
-        return Layout(positions, tuple(groups))
+        return Layout(positions, tuple(groups), shared=shared)
 
     @staticmethod
     def cached(cache: KVCache, new: int, dtype: torch.dtype) -> Layout:
@@ -102,6 +105,8 @@ class Layout(NamedTuple):
         parts = []
         for group in self.groups:
             queries, keys, values = (group.spread(x) for x in (q, k, v))
+            if group.start >= self.shared > 0:
+                keys, values = (self._with_shared(x, own) for x, own in ((k, keys), (v, values)))
             shared = None
             if cache is not None:
                 keys, values = cache.extend(layer, keys, values)
@@ -113,19 +118,26 @@ class Layout(NamedTuple):
             parts.append(group.gather(mixed))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def _with_shared(self, x: Tensor, own: Tensor) -> Tensor:
+        """Put the shared rows of x (tokens, heads, dim) before each sequence's own (batch, heads, length, dim)."""
+        before = x[: self.shared].transpose(0, 1).expand(len(own), -1, -1, -1)
+        return torch.cat([before, own], dim=2)
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return softmax(q kᵀ / √dim + mask) v (Vaswani et al. 2017, arXiv:1706.03762, eq. 1) with grouped queries.
 
     Args:
         q: (batch, heads, queries, dim); k, v: (batch, kv_heads, keys, dim), each shared by heads / kv_heads queries.
-        mask: additive, (batch, 1, queries, keys), for inference; None: causal.
+        mask: additive, (batch, 1, queries, keys), for inference; None: causal, the last query seeing all keys.
     """
     if q.shape[1] % k.shape[1]:
         raise ShapeError(f"{q.shape[1]} query heads do not divide among {k.shape[1]} key/value heads")
     if q.device.type != "cpu" or q.shape[2] * k.shape[2] > _EXPLICIT_SCORES:
-        grouped = q.shape[1] != k.shape[1]
-        return scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
+        grouped, is_causal = q.shape[1] != k.shape[1], mask is None and q.shape[2] == k.shape[2]
+        if mask is None and not is_causal:  # is_causal would line up the first query with the first key
+            mask = _causal_mask(q, k.shape[2])
+        return scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=grouped)
     if mask is not None:
         return (_scores(q, k, mask).softmax(dim=-1) @ v).view(q.shape)
     result: Tensor = _CausalAttention.apply(q, k, v)
@@ -167,9 +179,15 @@ def _scores(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     (batch, heads, queries, dim), (kv_heads, keys) = q.shape, k.shape[1:3]
     scores: Tensor = (_stack(q, kv_heads) * dim**-0.5) @ k.transpose(-1, -2)
     if mask is None:
-        mask = q.new_full((queries, keys), float("-inf")).triu_(1)[None, None]
+        mask = _causal_mask(q, keys)
     scores.view(batch, kv_heads, heads // kv_heads, queries, keys).add_(mask[:, :, None])
     return scores
+
+
+def _causal_mask(q: Tensor, keys: int) -> Tensor:
+    """Return an additive mask, (1, 1, queries, keys): the last query sees all keys, each before it one less."""
+    queries = q.shape[2]
+    return q.new_full((queries, keys), float("-inf")).triu_(1 + keys - queries)[None, None]
 
 
 def _attention_with_prefix(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:

@@ -124,7 +124,11 @@ class Decoder(nn.Module):
         return logits
 
     def hidden_states(
-        self, input_ids: Tensor, lengths: Sequence[int] | None = None, cache: KVCache | None = None
+        self,
+        input_ids: Tensor,
+        lengths: Sequence[int] | None = None,
+        cache: KVCache | None = None,
+        shared: int = 0,
     ) -> Tensor:
         """Return the final, normalized hidden states: input_ids' shape + (hidden,).
 
@@ -132,11 +136,13 @@ class Decoder(nn.Module):
             input_ids: (batch, seq) int64; with `lengths`, (tokens,): sequences laid end to end.
             lengths: of those sequences; positions restart in each and none sees another.
             cache: keys and values of earlier tokens of the same sequences; it is extended by these.
+            shared: with `lengths`: how many of the first tokens are the beginning of every sequence, given and computed
+                once; `lengths` are those of the rests. The results are as if each sequence had been given whole.
 
         Raises:
             ShapeError: the shape does not fit, a sequence exceeds the context, or a token id the vocabulary.
         """
-        layout = self._layout(input_ids, lengths, cache)
+        layout = self._layout(input_ids, lengths, cache, shared)
         x = self.model.embed_tokens(input_ids.reshape(-1))  # (tokens, hidden)
         # On the fly, not a buffer: fp32 frequencies must survive .to(torch.bfloat16), and these are few numbers.
         frequencies = rope_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
@@ -148,14 +154,15 @@ class Decoder(nn.Module):
         hidden: Tensor = self.model.norm(x)
         return hidden.view(*input_ids.shape, -1)
 
-    def _layout(self, input_ids: Tensor, lengths: Sequence[int] | None, cache: KVCache | None) -> Layout:
+    def _layout(self, input_ids: Tensor, lengths: Sequence[int] | None, cache: KVCache | None, shared: int) -> Layout:
         if lengths is not None:
-            if input_ids.dim() != 1 or sum(lengths) != len(input_ids) or min(lengths, default=0) < 1:
+            total = shared + sum(lengths)
+            if input_ids.dim() != 1 or total != len(input_ids) or min(lengths, default=0) < 1 or shared < 0:
                 raise ShapeError(
-                    f"packed input_ids must be ({sum(lengths)},), the sum of positive lengths; "
+                    f"packed input_ids must be ({total},), the sum of {shared} shared and positive lengths; "
                     f"got {tuple(input_ids.shape)} and lengths {list(lengths)[:8]}"
                 )
-            longest, layout = max(lengths), Layout.packed(lengths, input_ids.device)
+            longest, layout = shared + max(lengths), Layout.packed(lengths, input_ids.device, shared)
         elif input_ids.dim() != 2 or input_ids.numel() == 0:
             raise ShapeError(f"input_ids must be (batch, seq), neither of them 0; got {tuple(input_ids.shape)}")
         elif cache is not None:

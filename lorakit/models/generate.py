@@ -112,7 +112,7 @@ def _continue(
         yield from zip(rows[going].tolist(), tokens[going].tolist(), strict=True)
         if not going.any():
             return
-        if 2 * int(going.sum()) <= len(rows):  # dropping rows copies the cache: do it when it halves the work
+        if 4 * int(going.sum()) <= 3 * len(rows):  # dropping rows copies the cache, as much work as half a step
             cache.select(going.nonzero().squeeze(1))
             rows, tokens, going = rows[going], tokens[going], going[going]
         ids = tokens[:, None]

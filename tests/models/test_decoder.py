@@ -140,6 +140,67 @@ def test_the_gradient_of_a_packed_batch_is_the_sum_of_its_sequences(model: Decod
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
+def with_prefix(prefix: int, lengths: list[int]) -> tuple[Tensor, Tensor, list[int]]:
+    """Return sequences laid end to end that all begin with the same tokens, untrained targets, and their lengths."""
+    head = some_ids(prefix, seed=5)
+    rests = [some_ids(length, seed=index) for index, length in enumerate(lengths)]
+    rests = [torch.cat([torch.tensor([7 + index]), rest[1:]]) for index, rest in enumerate(rests)]  # they part here
+    ids = torch.cat([torch.cat([head, rest]) for rest in rests])
+    targets = torch.cat([torch.cat([head.new_full((prefix,), -100), rest]) for rest in rests])
+    return ids, targets, [prefix + length for length in lengths]
+
+
+class TestSharedPrefix:
+    @given(st.integers(1, 30), st.lists(st.integers(1, 40), min_size=1, max_size=8))
+    @settings(max_examples=25, deadline=None)
+    def test_computed_once_it_is_as_if_it_began_each_sequence(self, prefix: int, lengths: list[int]) -> None:
+        model = small_decoder()
+        ids, _, whole = with_prefix(prefix, lengths)
+        alone = [model.hidden_states(part, [len(part)]) for part in ids.split(whole)]
+        shared = torch.cat([ids[:prefix], *(part[prefix:] for part in ids.split(whole))])
+        expected = torch.cat([alone[0][:prefix], *(part[prefix:] for part in alone)])
+        torch.testing.assert_close(model.hidden_states(shared, lengths, shared=prefix), expected)
+
+    def test_long_sequences_take_another_way_to_the_same_numbers(self) -> None:
+        model = small_decoder()
+        ids, _, whole = with_prefix(400, [500, 20])
+        shared = torch.cat([ids[: whole[0]], ids[-20:]])
+        found = model.hidden_states(shared, [500, 20], shared=400)
+        torch.testing.assert_close(found[: whole[0]], model.hidden_states(ids[: whole[0]], whole[:1]))
+
+    def test_loss_and_gradient_are_those_of_the_whole_sequences(self, model: Decoder) -> None:
+        torch.manual_seed(0)
+        add_adapter(model, LoraConfig(r=2, init_lora_weights=False))
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        ids, targets, lengths = with_prefix(9, [4, 30, 1, 12])
+        seen = []
+        handle = model.model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+        loss = summed_loss(model, ids, targets, lengths)
+        handle.remove()
+        assert seen == [len(ids) - 3 * 9]
+        together = torch.autograd.grad(loss, parameters)
+        losses = [
+            summed_loss(model, part, target, [len(part)])
+            for part, target in zip(ids.split(lengths), targets.split(lengths), strict=True)
+        ]
+        torch.testing.assert_close(loss, torch.stack(losses).sum())
+        one_by_one = torch.autograd.grad(torch.stack(losses).sum(), parameters)
+        for ours, theirs in zip(together, one_by_one, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+    @pytest.mark.parametrize("trained_from", [0, 4, 9])
+    def test_a_token_that_is_trained_is_not_shared(self, trained_from: int) -> None:
+        model = small_decoder()
+        ids, targets, lengths = with_prefix(9, [4, 30, 12])
+        targets[lengths[0] + trained_from] = 3
+        loss = summed_loss(model, ids, targets, lengths)
+        losses = [
+            summed_loss(model, part, target, [len(part)])
+            for part, target in zip(ids.split(lengths), targets.split(lengths), strict=True)
+        ]
+        torch.testing.assert_close(loss, torch.stack(losses).sum())
+
+
 class TestCache:
     def test_step_by_step_is_the_whole_sequence(self, model: Decoder) -> None:
         ids = some_ids(2, 10)
