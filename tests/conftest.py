@@ -9,8 +9,14 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
+from hypothesis import settings
 
 from lorakit.models import resolve_model
+
+# For changes to the codec, three minutes: HYPOTHESIS_PROFILE=thorough pytest tests/quantization
+settings.register_profile("default", deadline=None, max_examples=200)
+settings.register_profile("thorough", deadline=None, max_examples=10_000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 @pytest.fixture(scope="session")
