@@ -31,7 +31,8 @@ CORPUS_VERSION = "1.3.3"
 EVAL_FRACTION = 0.15
 MIN_TOPIC_SIZE = 15  # below that, 15% for evaluation would be one or two questions
 
-SHORT_SYSTEM_PROMPT = 'Answer with one JSON object: {"topic": ..., "reply": ...}.'
+# What the tuned model is told; `short_prompt` puts the topics in.
+SHORT_SYSTEM_PROMPT = 'Answer with one JSON object, {"topic": ..., "reply": ...}. Topics: %s.'
 
 # What the untuned model is told, so that it is compared at its best: with everything that tuning would teach it.
 # `base_prompt` appends the topics.
@@ -121,11 +122,12 @@ def build_chatterbot(folder: str | os.PathLike[str], seed: int = 0) -> Chatterbo
     for topic, question, answer, source in pairs:
         first.setdefault(normalize_text(question), (topic, question, answer, source))
     sizes = Counter(topic for topic, *_ in first.values())
-    records = [_record(*pair) for pair in first.values() if sizes[pair[0]] >= MIN_TOPIC_SIZE]
+    topics = sorted(topic for topic, size in sizes.items() if size >= MIN_TOPIC_SIZE)
+    system = short_prompt(topics)
+    records = [_record(system, *pair) for pair in first.values() if pair[0] in topics]
     train, evaluation = split_records(records, EVAL_FRACTION, seed, stratify_by=topic_of)
     if leaks := find_overlap(train, evaluation):
         raise DataError(f"the split leaks: {leaks[0].question!r} is on both sides")
-    topics = sorted({topic_of(record) for record in train})
 
     save_records(target / "train.jsonl", train)
     save_records(target / "eval.jsonl", evaluation)
@@ -157,6 +159,11 @@ def answer_schema(topics: Sequence[str]) -> dict[str, Any]:
         "required": ["topic", "reply"],
         "additionalProperties": False,
     }
+
+
+def short_prompt(topics: Sequence[str]) -> str:
+    """Return the system prompt that the model is tuned with."""
+    return SHORT_SYSTEM_PROMPT % ", ".join(topics)
 
 
 def base_prompt(train: Sequence[Record], hints: int = 3) -> str:
@@ -216,9 +223,9 @@ def _read_pairs(corpus: Path) -> tuple[list[tuple[str, str, str, str]], list[str
     return pairs, malformed
 
 
-def _record(topic: str, question: str, answer: str, source: str) -> Record:
+def _record(system: str, topic: str, question: str, answer: str, source: str) -> Record:
     response = json.dumps({"topic": topic, "reply": answer}, ensure_ascii=False)
-    messages = (Message("system", SHORT_SYSTEM_PROMPT), Message("user", question), Message("assistant", response))
+    messages = (Message("system", system), Message("user", question), Message("assistant", response))
     return Record(messages, source)
 
 
