@@ -3,7 +3,7 @@
 from .embedding4bit import Embedding4bit
 from .linear4bit import Linear4bit
 from .linear_cross_entropy import linear_cross_entropy, token_losses
-from .lora_linear import LoRALinear
+from .lora_linear import LoRALinear, linear_together
 from .norm import RMSNorm
 from .rope import apply_rope, rope_frequencies, rope_tables
 from .swiglu import swiglu
@@ -15,6 +15,7 @@ __all__ = [
     "RMSNorm",
     "apply_rope",
     "linear_cross_entropy",
+    "linear_together",
     "rope_frequencies",
     "rope_tables",
     "swiglu",

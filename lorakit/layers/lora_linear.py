@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -82,28 +83,26 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features:
             raise ShapeError(f"LoRALinear({self.in_features} -> {self.out_features}) got x of shape {tuple(x.shape)}")
-        active = self.active
-        if len(active) == 1 and self._can_fuse(active[0], x):
-            (name,) = active
-            fused: Tensor = _LoRALinearFunction.apply(
-                x, self.lora_A[name], self.lora_B[name], self.scaling[name], self.base_layer
-            )
-            return fused
+        if self.can_fuse(x):
+            return _fused(x, self)[0]
         y: Tensor = self.base_layer(x)
-        for name in active:
+        for name in self.active:
             dropped = dropout(x, self.dropout_p[name], self.training)
             u = linear(dropped, self.lora_A[name].to(x.dtype))  # (..., r)
             y = y + self.scaling[name] * linear(u, self.lora_B[name].to(x.dtype))
         return y
 
-    def _can_fuse(self, name: str, x: Tensor) -> bool:
+    def can_fuse(self, x: Tensor) -> bool:
+        """Return whether one function computes base and adapter: one active adapter, and nothing that forbids it."""
+        if len(self.active) != 1 or x.shape[-1] != self.in_features:
+            return False
         if torch.is_autocast_enabled(x.device.type):  # which picks the dtype of each product by itself
             return False
         if getattr(self.base_layer, "compute_dtype", None) not in (None, x.dtype):
             return False
         own = self.base_layer._parameters.values()  # .parameters() would take 20 µs, a fifth of a small layer's time
         is_frozen = not any(parameter is not None and parameter.requires_grad for parameter in own)
-        return is_frozen and not (self.training and self.dropout_p[name])
+        return is_frozen and not (self.training and self.dropout_p[self.active[0]])
 
     def extra_repr(self) -> str:
         """Show the adapters when the layer is printed."""
@@ -111,45 +110,89 @@ class LoRALinear(nn.Module):
         return f"{{{ranks}}}, active={list(self.active)}"
 
 
+def linear_together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+    """Apply several linear layers to one x, as q, k and v or gate and up: the same as calling each.
+
+    Where all are LoRA layers, their adapters' products with x, and with its gradient, are one product each.
+    """
+    if all(isinstance(layer, LoRALinear) and layer.can_fuse(x) and not _has_hooks(layer) for layer in layers):
+        return _fused(x, *(layer for layer in layers if isinstance(layer, LoRALinear)))
+    return tuple(layer(x) for layer in layers)
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return any(hooks)
+
+
+def _fused(x: Tensor, *layers: LoRALinear) -> tuple[Tensor, ...]:
+    frozen = tuple((layer.base_layer, layer.scaling[layer.active[0]]) for layer in layers)
+    lora_a = (layer.lora_A[layer.active[0]] for layer in layers)
+    lora_b = (layer.lora_B[layer.active[0]] for layer in layers)
+    result: tuple[Tensor, ...] = _LoRALinearFunction.apply(x, frozen, *lora_a, *lora_b)
+    return result
+
+
 class _LoRALinearFunction(torch.autograd.Function):
-    """The layer and its gradients by hand; W is frozen, so dW is never formed.
+    """Layers that read the same x, with their gradients by hand; each W is frozen, so dW is never formed.
 
-        u = x Aᵀ                 (tokens, r), saved
-        y = x Wᵀ + b + s·u Bᵀ
+        u = x Aᵀ                 (tokens, r), saved; the A of all layers stacked
+        y = x Wᵀ + b + s·u Bᵀ    for each layer, with its own part of u
 
-        t  = s·dy B              (tokens, r)
-        dx = dy W + t A
+        t  = s·dy B              (tokens, r), for each layer, then stacked
+        dx = Σ dy W + t A
         dA = tᵀ x
-        dB = s·dyᵀ u
+        dB = s·dyᵀ u             for each layer
 
-    That is 4·tokens·r·(in + out) FLOPs for the adapter's backward. x is saved once, as it came; layers that read the
-    same x share it.
+    That is 4·tokens·r·(in + out) FLOPs for an adapter's backward. x is saved once, as it came.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, base: nn.Linear | Linear4bit
-    ) -> Tensor:
+        ctx: Any, x: Tensor, frozen: tuple[tuple[nn.Linear | Linear4bit, float], ...], *matrices: Tensor
+    ) -> tuple[Tensor, ...]:
         flat = x.reshape(-1, x.shape[-1])
-        bias = None if base.bias is None else base.bias.to(x.dtype)
-        u = flat @ lora_a.to(x.dtype).T
-        y = linear(flat, product_weight(base, x.dtype), bias)
-        y.addmm_(u, lora_b.to(x.dtype).T, alpha=scaling)
-        ctx.save_for_backward(x, u, lora_a, lora_b)
-        ctx.scaling, ctx.base = scaling, base
-        return y.view(*x.shape[:-1], y.shape[-1])
+        lora_a, lora_b = matrices[: len(frozen)], matrices[len(frozen) :]
+        u = flat @ _stacked(lora_a, x.dtype).T
+        results = []
+        for (base, scaling), b, part in zip(frozen, lora_b, u.split([len(a) for a in lora_a], dim=1), strict=True):
+            bias = None if base.bias is None else base.bias.to(x.dtype)
+            y = linear(flat, product_weight(base, x.dtype), bias)
+            y.addmm_(part, b.to(x.dtype).T, alpha=scaling)
+            results.append(y.view(*x.shape[:-1], y.shape[-1]))
+        ctx.save_for_backward(x, u, *matrices)
+        ctx.frozen = frozen
+        return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, u, lora_a, lora_b = ctx.saved_tensors
-        flat, dy = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, grads[0].shape[-1])
-        t = ctx.scaling * (dy @ lora_b.to(dy.dtype))
-        dx = da = db = None
+        x, u, *matrices = ctx.saved_tensors
+        count, dtype = len(grads), x.dtype
+        lora_a, lora_b = matrices[:count], matrices[count:]
+        ranks = [len(a) for a in lora_a]
+        flat = x.reshape(-1, x.shape[-1])
+        dys = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        scalings = [scaling for _, scaling in ctx.frozen]
+        t = torch.cat([s * (dy @ b.to(dtype)) for s, dy, b in zip(scalings, dys, lora_b, strict=True)], dim=1)
+        dx: Tensor | None = None
+        da: list[Tensor | None] = [None] * count
+        db: list[Tensor | None] = [None] * count
         if ctx.needs_input_grad[0]:
-            dx = dy @ product_weight(ctx.base, dy.dtype)
-            dx = dx.addmm_(t, lora_a.to(dy.dtype)).view(x.shape)
-        if ctx.needs_input_grad[1]:
-            da = (t.T @ flat).to(lora_a.dtype)
-        if ctx.needs_input_grad[2]:
-            db = (ctx.scaling * (dy.T @ u)).to(lora_b.dtype)
-        return dx, da, db, None, None
+            dx = t @ _stacked(lora_a, dtype)
+            for dy, (base, _) in zip(dys, ctx.frozen, strict=True):
+                dx.addmm_(dy, product_weight(base, dtype))
+            dx = dx.view(x.shape)
+        if any(ctx.needs_input_grad[2 : 2 + count]):
+            parts = (t.T @ flat).split(ranks)
+            da = [part.to(a.dtype) for part, a in zip(parts, lora_a, strict=True)]
+        if any(ctx.needs_input_grad[2 + count :]):
+            parts = u.split(ranks, dim=1)
+            products = zip(scalings, dys, parts, lora_b, strict=True)
+            db = [(s * (dy.T @ part)).to(b.dtype) for s, dy, part, b in products]
+        return dx, None, *da, *db
+
+
+def _stacked(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return matrices of one width on top of each other, in `dtype`."""
+    cast = [matrix.to(dtype) for matrix in matrices]
+    return cast[0] if len(cast) == 1 else torch.cat(cast)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..errors import ShapeError
@@ -214,9 +214,3 @@ def _alike(lengths: Sequence[int]) -> list[list[int]]:
         else:
             runs.append([length])
     return runs
-
-
-def project_heads(x: Tensor, layer: nn.Module, head_dim: int) -> Tensor:
-    """Apply a q, k or v projection to x (tokens, hidden): (tokens, heads, head_dim)."""
-    y: Tensor = layer(x)
-    return y.view(len(x), -1, head_dim)

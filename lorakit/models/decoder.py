@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ShapeError
-from ..layers import RMSNorm, apply_rope, rope_frequencies, rope_tables, swiglu
-from .attention import Layout, project_heads
+from ..layers import RMSNorm, apply_rope, linear_together, rope_frequencies, rope_tables, swiglu
+from .attention import Layout
 from .cache import KVCache
 from .config import DecoderConfig
 
@@ -35,9 +35,8 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, layout: Layout, rope: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
-        q = project_heads(x, self.q_proj, self.head_dim)  # (tokens, heads, head_dim)
-        k = project_heads(x, self.k_proj, self.head_dim)  # (tokens, kv_heads, head_dim)
-        v = project_heads(x, self.v_proj, self.head_dim)
+        projected = linear_together(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (y.view(len(x), -1, self.head_dim) for y in projected)  # (tokens, heads, head_dim); kv_heads
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         mixed = layout.attend(apply_rope(q, *rope), apply_rope(k, *rope), v, self.index, cache)
@@ -55,7 +54,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        result: Tensor = self.down_proj(swiglu(*linear_together(x, self.gate_proj, self.up_proj)))
         return result
 
 

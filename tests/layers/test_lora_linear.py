@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lorakit.errors import ShapeError
-from lorakit.layers import Linear4bit, LoRALinear
+from lorakit.layers import Linear4bit, LoRALinear, linear_together
 from lorakit.quantization import quantize
 
 
@@ -72,6 +72,62 @@ def test_the_adapters_backward_takes_4_n_r_in_plus_out_flops() -> None:
         y.sum().backward()
     base = 2 * tokens * in_features * out_features  # dy W
     assert counter.get_total_flops() - base == 4 * tokens * r * (in_features + out_features)
+
+
+def three_layers(dtype: torch.dtype = torch.float32) -> list[LoRALinear]:
+    """Layers of one width, but other sizes, ranks, scalings and bases."""
+    torch.manual_seed(5)
+    bases = [linear4bit(5, 6), nn.Linear(6, 3, bias=False), linear4bit(8, 6, bias=False)]
+    layers = [
+        make_layer(base.to(dtype), r, s, dtype=dtype)
+        for base, r, s in zip(bases, (2, 1, 3), (0.5, 2.0, 1.0), strict=True)
+    ]
+    layers[0].base_layer.bias.data = layers[0].base_layer.bias.data.to(dtype)
+    return layers
+
+
+def matrices(layers: list[LoRALinear]) -> list[torch.Tensor]:
+    return [table["default"] for layer in layers for table in (layer.lora_A, layer.lora_B)]
+
+
+def test_layers_together_are_the_layers_one_by_one() -> None:
+    layers = three_layers()
+    x = torch.randn(2, 4, 6, requires_grad=True)
+    inputs = [x, *matrices(layers)]
+    together, alone = linear_together(x, *layers), [layer(x) for layer in layers]
+    assert len({y.grad_fn for y in together}) == 1  # one function computed them
+    for found, expected in zip(together, alone, strict=True):
+        torch.testing.assert_close(found, expected)
+    ours, theirs = (torch.autograd.grad(sum(y.sin().sum() for y in ys), inputs) for ys in (together, alone))
+    for found, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_gradcheck_of_layers_together_in_float64() -> None:
+    layers = three_layers(torch.float64)
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, *_: linear_together(x, *layers), (x, *matrices(layers)))
+
+
+def test_a_result_that_nobody_uses_sends_no_gradient() -> None:
+    layers = three_layers()
+    x = torch.randn(4, 6, requires_grad=True)
+    linear_together(x, *layers)[1].sum().backward()
+    assert not layers[0].lora_A["default"].grad.any() and layers[1].lora_A["default"].grad.any()
+
+
+def test_layers_with_hooks_or_without_adapter_are_called_as_they_are() -> None:
+    layers, seen = three_layers(), []
+    x = torch.randn(4, 6)
+    expected = [layer(x) for layer in layers]
+    layers[1].register_forward_hook(lambda *_: seen.append(1))
+    for found, y in zip(linear_together(x, *layers), expected, strict=True):
+        torch.testing.assert_close(found, y)
+    assert seen == [1]
+    layers[2].active = ()
+    dense = nn.Linear(6, 2)
+    assert torch.equal(linear_together(x, layers[2], dense)[0], layers[2].base_layer(x))
+    assert torch.equal(linear_together(x, layers[2], dense)[1], dense(x))
 
 
 def test_x_is_saved_once_in_its_own_dtype() -> None:
