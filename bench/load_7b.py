@@ -6,8 +6,8 @@ before the process starts). Peak memory is the process's VmHWM, Python and PyTor
 that of the call, without imports.
 
 The target for the time is for files that come from the disk. From the page cache they come at the speed of a memory
-copy, and loading takes four times the processor time of that: two cores load in twice the time of reading, more cores
-in less. It needs the processors to itself: measure on a machine that has nothing else to do.
+copy, and loading takes six times the processor time of that: two cores load in three times the time of reading, more
+cores in less. It needs the processors to itself: measure on a machine that has nothing else to do.
 
 Run as: python -m bench.load_7b [--check] [--json FILE] [--folder DIR] [--keep] [--runs 3] [--layers 32]
 The checkpoint goes to DIR (default: a temporary folder), is used again if it is there, and is removed at the end

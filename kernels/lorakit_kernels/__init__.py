@@ -5,6 +5,7 @@
 """
 
 from . import reference
+from .cpu import one_thread
 from .dispatch import (
     BACKENDS,
     dequantize_4bit,
@@ -20,6 +21,7 @@ __all__ = [
     "dequantize_4bit",
     "dequantize_4bit_out",
     "dequantize_8bit",
+    "one_thread",
     "quantize_4bit",
     "quantize_8bit",
     "reference",

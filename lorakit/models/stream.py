@@ -116,7 +116,8 @@ def map_bands(
         try:
             with reading:  # in turn: disks are fastest in sequence
                 values = band.read(buffer)
-            work(band, values)
+            with kernels.one_thread():  # else the threads that each worker's kernels start would spin between bands
+                work(band, values)
         finally:
             buffers.put(buffer)
 

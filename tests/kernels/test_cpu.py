@@ -184,6 +184,17 @@ def test_threads_do_not_show(instruction_set: str) -> None:
     assert torch.equal(results[0][0], expected[0])
 
 
+def test_one_thread_starts_no_other() -> None:
+    book, x = codebook("nf4"), torch.randn(1 << 21)
+    with cpu.one_thread():
+        assert cpu._threads() == (None, 1)
+        found = cpu.quantize_4bit(x, book.boundaries, book.order, 64)
+    assert cpu._threads()[1] == torch.get_num_threads()
+    assert all(
+        torch.equal(a, b) for a, b in zip(found, cpu.quantize_4bit(x, book.boundaries, book.order, 64), strict=True)
+    )
+
+
 def test_sources_that_are_not_contiguous_or_wider_than_fp32() -> None:
     book, x = codebook("nf4"), torch.randn(70, 90)
     for source in (x.t(), x[:, 1:], x[::2], x.double(), x.bfloat16().t()[5:]):

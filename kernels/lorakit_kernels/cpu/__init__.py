@@ -7,10 +7,12 @@ check what C++ cannot see, the dtypes and sizes behind the pointers, and hand th
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from ctypes import CDLL, c_int, c_int64, c_uint, c_void_p
 from functools import cache
 
@@ -26,11 +28,13 @@ __all__ = [
     "dequantize_8bit",
     "is_available",
     "library",
+    "one_thread",
     "quantize_4bit",
     "quantize_8bit",
 ]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as `enum Dtype` in ops.cpp
+_alone: ContextVar[bool] = ContextVar("lorakit_one_thread", default=False)
 _P, _N, _THREADS = c_void_p, c_int64, (c_void_p, c_uint)
 _SIGNATURES = {
     "quantize_4bit": (_P, c_int, _N, _N, _P, _P, c_int, _P, _P, *_THREADS),
@@ -188,8 +192,18 @@ def _instruction_set(choice: str | None) -> str:
 # ---- arguments -----------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute within the context in the calling thread alone: for callers that are several threads themselves."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
+
 def _threads() -> tuple[int | None, int]:
-    return _fork(), torch.get_num_threads()
+    return (None, 1) if _alone.get() else (_fork(), torch.get_num_threads())
 
 
 @cache
