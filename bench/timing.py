@@ -1,0 +1,24 @@
+"""Timing several calls side by side: in turn, within one process, medians."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+
+SHAPES = ((2048, 2048), (4096, 4096), (4096, 14336), (14336, 4096))  # of weights, (out, in)
+
+
+def medians(calls: Mapping[str, Callable[[], object]], rounds: int = 15) -> dict[str, float]:
+    """Return the median seconds of each call.
+
+    They take turns, so that whatever else the machine does meets all of them; a first round is not counted.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: median(taken) for name, taken in seconds.items()}
