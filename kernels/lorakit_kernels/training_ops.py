@@ -1,7 +1,8 @@
 """The operations of `reference_training`, registered with torch.library as those of `dispatch` are.
 
 A backend need not have all of them: one that it lacks is computed by the definition. On the CPU that is right for all
-but AdamW, since PyTorch's own kernels already work at the speed of memory there.
+but AdamW, since PyTorch's own kernels already work at the speed of memory there. So are fp64 tensors, as gradients are
+checked with, which no kernel takes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from .dispatch import _operation, backend
 
 def _computed_by(x: Tensor, name: str) -> Callable[..., Any]:
     """Return the function of that name of the backend for x, else the definition."""
-    function: Callable[..., Any] = getattr(backend(x.device), name, None) or getattr(reference_training, name)
+    chosen = None if x.dtype == torch.float64 else getattr(backend(x.device), name, None)
+    function: Callable[..., Any] = chosen or getattr(reference_training, name)
     return function
 
 
