@@ -23,7 +23,8 @@ class AdamW8bit(torch.optim.Optimizer):
 
     The first moment is held in the signed dynamic map, the second in the unsigned one, in blocks of 256 elements with
     an fp32 scale each: 2.03 bytes a parameter where AdamW's two fp32 moments take 8. Codes are the exact nearest, so
-    that an element without gradient is not moved. A tensor of fewer than `SMALLEST_8BIT` elements keeps fp32 moments.
+    that an element without gradient is not moved; but a positive second moment never becomes zero. A tensor of
+    fewer than `SMALLEST_8BIT` elements keeps fp32 moments.
 
     Args:
         params: fp32, bf16 or fp16 parameters, or groups of them.
@@ -101,9 +102,17 @@ def _take_step(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], gr
 
 @cache
 def _dynamic_map(device: torch.device, signed: bool) -> tuple[Tensor, Tensor]:
-    """Return values and boundaries of the dynamic map on a device."""
+    """Return values and boundaries of the dynamic map on a device, for the first moment (signed) or the second.
+
+    A positive second moment never becomes zero: its first boundary is zero itself. With the nearest code it does where
+    the first moment, of the same gradient, does not; m / (0 + eps) then takes a step of 5,000 times the learning rate
+    (60 steps, 65,536 elements with gradients of lognormal scale, σ = 2). So the largest is 1.7 times.
+    """
     table = dynamic_map(signed)
-    return table.values.to(device), table.boundaries.to(device)
+    boundaries = table.boundaries.clone()
+    if not signed:
+        boundaries[0] = 0
+    return table.values.to(device), boundaries.to(device)
 
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "adamw_8bit": AdamW8bit}

@@ -84,6 +84,18 @@ def test_state_goes_there_and_back(dtype: torch.dtype) -> None:
     assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
 
 
+def test_no_step_is_much_larger_than_the_learning_rate() -> None:
+    torch.manual_seed(0)
+    scale = 1e-4 * torch.exp(2 * torch.randn(1 << 14))  # gradients of many magnitudes in one block
+    parameter = nn.Parameter(torch.zeros(1 << 14))
+    optimizer = AdamW8bit([parameter], lr=1e-3, weight_decay=0.0)
+    for step in range(40):
+        before = parameter.detach().clone()
+        parameter.grad = torch.randn(1 << 14) * scale * (torch.rand(1 << 14) < (0.1 if step % 2 else 1.0))
+        optimizer.step()
+        assert (parameter.detach() - before).abs().max() < 3e-3
+
+
 def test_a_parameter_without_gradient_gets_no_state() -> None:
     parameters = [nn.Parameter(torch.ones(80, 80)), nn.Parameter(torch.ones(3))]
     optimizer = AdamW8bit(parameters)
