@@ -2,9 +2,10 @@
 
 `reference` defines every operation in plain PyTorch and runs anywhere; it is the oracle for all other backends.
 `cpu` is the same in C++. `dispatch` registers the operations with torch.library and picks the backend.
+`reference_training` and `training_ops` are the same pair for the operations around the 4-bit weights.
 """
 
-from . import reference
+from . import reference, reference_training
 from .cpu import one_thread
 from .dispatch import (
     BACKENDS,
@@ -15,9 +16,20 @@ from .dispatch import (
     quantize_8bit,
     use_backend,
 )
+from .training_ops import (
+    adamw_8bit,
+    cross_entropy,
+    rms_norm,
+    rms_norm_backward,
+    rope,
+    swiglu,
+    swiglu_backward,
+)
 
 __all__ = [
     "BACKENDS",
+    "adamw_8bit",
+    "cross_entropy",
     "dequantize_4bit",
     "dequantize_4bit_out",
     "dequantize_8bit",
@@ -25,5 +37,11 @@ __all__ = [
     "quantize_4bit",
     "quantize_8bit",
     "reference",
+    "reference_training",
+    "rms_norm",
+    "rms_norm_backward",
+    "rope",
+    "swiglu",
+    "swiglu_backward",
     "use_backend",
 ]

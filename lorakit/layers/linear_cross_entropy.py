@@ -1,13 +1,14 @@
 """Output head and cross-entropy in one, chunk by chunk: (tokens, vocabulary) is never held.
 
 With a vocabulary of 49,152, the fp32 logits of 2,048 tokens and their gradient take 805 MB; a chunk of 256 rows takes
-101 MB. The gradient is computed in the forward pass, while the chunk's logits are there.
+101 MB. The gradient is computed in the forward pass, in the place of the chunk's logits.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import lorakit_kernels as kernels
 import torch
 from torch import Tensor
 
@@ -37,7 +38,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Return the negative log-likelihood of each target, (tokens,) fp32, without gradient; arguments as above."""
     with torch.no_grad():
-        parts = [_chunk_losses(h, weight, t)[0] for h, t in _chunks(hidden, weight, targets)]
+        parts = [kernels.cross_entropy(_logits(h, weight), t, False) for h, t in _chunks(hidden, weight, targets)]
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
 
 
@@ -50,12 +51,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         start = 0
         for h, t in _chunks(hidden, weight, targets):
-            losses, log_probs = _chunk_losses(h, weight, t)
-            total += losses.sum(dtype=torch.float64)
-            if gradient is not None:
-                probs = log_probs.exp_()
-                probs[torch.arange(len(t), device=t.device), t] -= 1
-                gradient[start : start + len(t)] = probs.to(hidden.dtype) @ weight.to(hidden.dtype)
+            logits = _logits(h, weight)
+            total += kernels.cross_entropy(logits, t, gradient is not None).sum(dtype=torch.float64)
+            if gradient is not None:  # the logits are now their own gradient
+                gradient[start : start + len(t)] = logits @ weight.to(hidden.dtype)
             start += len(t)
         if gradient is not None:
             ctx.save_for_backward(gradient)
@@ -75,7 +74,5 @@ def _chunks(hidden: Tensor, weight: Tensor, targets: Tensor) -> list[tuple[Tenso
     return list(zip(hidden.split(rows), targets.split(rows), strict=True)) if len(hidden) else []
 
 
-def _chunk_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the losses (rows,) and log-probabilities (rows, vocabulary), both fp32."""
-    log_probs = (hidden @ weight.to(hidden.dtype).T).float().log_softmax(dim=-1)
-    return -log_probs.gather(1, targets[:, None]).squeeze(1), log_probs
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    return hidden @ weight.to(hidden.dtype).T

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import lorakit_kernels as kernels
 import torch
 from torch import Tensor, nn
 
@@ -37,15 +38,11 @@ class _FrozenRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.float()
-        rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        y, rstd = kernels.rms_norm(x, weight, eps)
         ctx.save_for_backward(x, rstd, weight)
-        return weight * (wide * rstd).to(x.dtype)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         x, rstd, weight = ctx.saved_tensors
-        normed = x.float() * rstd
-        g = (grads[0] * weight).float()
-        dx = (g - normed * (g * normed).mean(-1, keepdim=True)) * rstd
-        return dx.to(x.dtype), None, None
+        return kernels.rms_norm_backward(grads[0], x, weight, rstd), None, None

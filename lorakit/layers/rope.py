@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import lorakit_kernels as kernels
 import torch
 from torch import Tensor
 
@@ -62,8 +63,21 @@ def rope_tables(frequencies: Tensor, positions: Tensor, dtype: torch.dtype) -> t
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (tokens, heads, head_dim) by tables (tokens, head_dim)."""
-    half = x.shape[-1] // 2
-    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
-    return x * cos[:, None] + turned * sin[:, None]
+def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate q (tokens, heads, head_dim) and k (tokens, kv_heads, head_dim) by tables (tokens, head_dim)."""
+    turned_q, turned_k = _RotaryEmbedding.apply(q, k, cos, sin)
+    return turned_q, turned_k
+
+
+class _RotaryEmbedding(torch.autograd.Function):
+    """The gradient of a rotation is the rotation by −angle. Saves the tables alone, which all layers share."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        return kernels.rope(q, k, cos, sin, False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return *kernels.rope(grads[0], grads[1], cos, sin, True), None, None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import lorakit_kernels as kernels
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -21,11 +21,8 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return silu(gate).mul_(up)
+        return kernels.swiglu(gate, up)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        dy = grads[0]
-        dgate = torch.ops.aten.silu_backward(dy * up, gate)
-        return dgate, silu(gate).mul_(dy)
+        return kernels.swiglu_backward(grads[0], *ctx.saved_tensors)

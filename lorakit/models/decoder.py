@@ -39,7 +39,8 @@ class Attention(nn.Module):
         q, k, v = (y.view(len(x), -1, self.head_dim) for y in projected)  # (tokens, heads, head_dim); kv_heads
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
-        mixed = layout.attend(apply_rope(q, *rope), apply_rope(k, *rope), v, self.index, cache)
+        q, k = apply_rope(q, k, *rope)
+        mixed = layout.attend(q, k, v, self.index, cache)
         result: Tensor = self.o_proj(mixed)
         return result
 

@@ -54,17 +54,19 @@ class Codebook:
 
 
 @cache
-def dynamic_map() -> Codebook:
-    """Return the signed 8-bit dynamic map (Dettmers 2015, arXiv:1511.04561; 256 fp32 values, code 127 is zero).
+def dynamic_map(signed: bool = True) -> Codebook:
+    """Return the 8-bit dynamic map (Dettmers 2015, arXiv:1511.04561; 256 fp32 values).
 
     A code is a sign, a decimal exponent given by the number of leading zero bits, and a linear fraction in [0.1, 1) in
-    the bits that remain: one value near 1e-7, 64 in the top decade. Each sign has 127; zero and 1.0 complete the map.
+    the bits that remain: one value near 1e-7, 64 in the top decade. Each sign has 127; zero (code 127) and 1.0 complete
+    the map. Unsigned, for the second moment of an optimizer (Dettmers et al. 2021, arXiv:2110.02861, section 2.2), the
+    bit of the sign refines the fraction: two values near 1e-7, 128 in the top decade, and zero is code 0.
     """
     positive: list[float] = []
     for decade in range(7):
-        edges = torch.linspace(0.1, 1.0, 2**decade + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1.0, 2 ** (decade + (not signed)) + 1, dtype=torch.float32)
         positive += (10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
-    values = sorted([*positive, *(-x for x in positive), 0.0, 1.0])
+    values = sorted([*positive, *((-x for x in positive) if signed else ()), 0.0, 1.0])
     return Codebook.from_values("dynamic", torch.tensor(values, dtype=torch.float32))
 
 

@@ -1,6 +1,6 @@
 """Training checkpoints: everything a run needs to go on as if it had never stopped, without pickle.
 
-    <output>/checkpoints/step-000040/state.safetensors    parameters, AdamW's moments, random state
+    <output>/checkpoints/step-000040/state.safetensors    parameters, optimizer state, random state
     <output>/checkpoints/step-000040/state.json           step, fingerprint of settings and data
 
 A checkpoint is renamed into place when it is whole, so that a kill in the middle leaves the one before.
@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, TrainingError
 from ..files import atomic_folder
-
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of one parameter
+from .optimizers import state_keys
 
 
 def save_checkpoint(
@@ -42,7 +41,7 @@ def save_checkpoint(
     tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
     for name, parameter in parameters.items():
         tensors[f"parameter/{name}"] = parameter.detach().cpu().contiguous()
-        for key in _MOMENTS:
+        for key in state_keys(optimizer, parameter):
             tensors[f"{key}/{name}"] = optimizer.state[parameter][key].cpu().contiguous()
     target = folder / f"step-{step:06d}"
     with atomic_folder(target) as part:
@@ -79,14 +78,15 @@ def load_checkpoint(
         raise TrainingError(
             f"{path} was written with other settings, data or adapter; resume with those, or train into another folder"
         )
-    expected = {f"{kind}/{name}" for name in parameters for kind in ("parameter", *_MOMENTS)} | {"rng"}
-    if wrong := sorted(expected ^ set(tensors)):
+    keys = {name: state_keys(optimizer, parameter) for name, parameter in parameters.items()}
+    expected = {f"{kind}/{name}" for name in parameters for kind in ("parameter", *keys[name])}
+    if wrong := sorted((expected | {"rng"}) ^ set(tensors)):
         raise CheckpointError(f"{path} does not fit the model: {', '.join(wrong[:5])} missing or unexpected")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"parameter/{name}"])
             optimizer.state[parameter] = {
-                key: tensors[f"{key}/{name}"].to(parameter.device if key != "step" else "cpu") for key in _MOMENTS
+                key: tensors[f"{key}/{name}"].to(parameter.device if key != "step" else "cpu") for key in keys[name]
             }
     torch.set_rng_state(tensors["rng"])
     return step, progress

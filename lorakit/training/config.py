@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -20,6 +20,9 @@ class TrainConfig(Settings):
         ConfigError: an unknown key, a wrong type or a value out of range.
     """
 
+    optimizer: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw", description="adamw_8bit keeps the two moments in 8 bits: 2 bytes a trained parameter instead of 8"
+    )
     lr: float = Field(2e-4, gt=0, description="peak learning rate")
     epochs: float = Field(1.0, gt=0, description="passes over the training records, when max_steps is not given")
     max_steps: int | None = Field(None, ge=1, description="stop after this many optimizer steps")

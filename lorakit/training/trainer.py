@@ -33,6 +33,7 @@ from ..models.loss import summed_loss
 from ..models.tokenizer import Tokenizer
 from .checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from .config import TrainConfig
+from .optimizers import build_optimizer
 from .runlog import RunLog
 from .schedule import learning_rate
 
@@ -89,9 +90,7 @@ def train(
     _check_lengths(model, [*examples, *held_out])
     per_epoch = math.ceil(len(examples) / config.batch_size)
     steps = config.max_steps or max(1, round(config.epochs * per_epoch))
-    optimizer = torch.optim.AdamW(
-        parameters.values(), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
-    )
+    optimizer = build_optimizer(parameters.values(), config)
     optimizer.zero_grad(set_to_none=True)  # whatever the caller, or a run that was interrupted, has left there
     fingerprint = _fingerprint(config, examples, model, parameters)
     torch.manual_seed(config.seed)

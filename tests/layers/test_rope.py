@@ -77,13 +77,21 @@ def test_what_is_not_supported_is_refused(scaling: dict[str, Any], message: str)
 
 def test_halves_are_the_real_and_imaginary_parts_of_a_rotation() -> None:
     torch.manual_seed(0)
-    x = torch.randn(5, 3, 8)
+    q, k = torch.randn(5, 3, 8), torch.randn(5, 1, 8)
     frequencies, positions = rope_frequencies(8, 100.0), torch.tensor([0, 1, 2, 30, 4])
-    ours = apply_rope(x, *rope_tables(frequencies, positions, torch.float32))
     turn = torch.polar(torch.ones(5, 4), positions[:, None] * frequencies)
-    turned = torch.complex(x[..., :4], x[..., 4:]) * turn[:, None]
-    torch.testing.assert_close(ours, torch.cat([turned.real, turned.imag], dim=-1))
-    assert torch.equal(ours[0], x[0])  # position 0 is not turned
+    for x, ours in zip((q, k), apply_rope(q, k, *rope_tables(frequencies, positions, torch.float32)), strict=True):
+        turned = torch.complex(x[..., :4], x[..., 4:]) * turn[:, None]
+        torch.testing.assert_close(ours, torch.cat([turned.real, turned.imag], dim=-1))
+        assert torch.equal(ours[0], x[0])  # position 0 is not turned
+
+
+def test_gradients_are_those_of_a_rotation() -> None:
+    torch.manual_seed(2)
+    q, k = (torch.randn(5, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (3, 1))
+    tables = rope_tables(rope_frequencies(8, 100.0), torch.tensor([0, 1, 0, 1, 2]), torch.float64)
+    assert torch.autograd.gradcheck(lambda q, k: apply_rope(q, k, *tables), (q, k))
+    assert torch.autograd.gradcheck(lambda q: apply_rope(q, k.detach(), *tables)[0], (q,))
 
 
 def test_products_depend_on_the_distance_alone() -> None:
@@ -92,7 +100,7 @@ def test_products_depend_on_the_distance_alone() -> None:
 
     def product(m: int, n: int) -> torch.Tensor:
         tables = [rope_tables(rope_frequencies(16, 100.0), torch.tensor([i]), torch.float64) for i in (m, n)]
-        return (apply_rope(q, *tables[0]) * apply_rope(k, *tables[1])).sum()
+        return (apply_rope(q, k, *tables[0])[0] * apply_rope(q, k, *tables[1])[1]).sum()
 
     torch.testing.assert_close(product(3, 10), product(103, 110), rtol=1e-4, atol=1e-4)
     assert not torch.isclose(product(3, 10), product(3, 11), rtol=1e-3)
@@ -109,4 +117,5 @@ def test_tables_in_bfloat16_are_rounded_after_the_angles_not_before() -> None:
 
 def test_no_tokens() -> None:
     tables = rope_tables(rope_frequencies(8, 100.0), torch.arange(0), torch.float32)
-    assert apply_rope(torch.empty(0, 2, 8), *tables).shape == (0, 2, 8)
+    q, k = apply_rope(torch.empty(0, 2, 8), torch.empty(0, 1, 8), *tables)
+    assert (q.shape, k.shape) == ((0, 2, 8), (0, 1, 8))

@@ -1,7 +1,7 @@
-"""The operations of `reference` in C++, for tensors on the CPU: the same results, bit for bit.
+"""The operations of `reference`, and the optimizer's, in C++, for tensors on the CPU: the same results, bit for bit.
 
 The library is compiled on first use (see `build`) for the processor's instruction set: AVX-512, AVX2 or neither.
-LORAKIT_CPU_ISA=generic|avx2|avx512 picks a smaller one. The functions here have the signatures of `reference`; they
+LORAKIT_CPU_ISA=generic|avx2|avx512 picks a smaller one. The functions here have the signatures of the definitions; they
 check what C++ cannot see, the dtypes and sizes behind the pointers, and hand the pointers over.
 """
 
@@ -13,17 +13,19 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from ctypes import CDLL, c_int, c_int64, c_uint, c_void_p
+from ctypes import CDLL, c_float, c_int, c_int64, c_uint, c_void_p
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from .. import reference
+from ..reference_training import STATE_BLOCK_SIZE, AdamWFactors
 from .build import INSTRUCTION_SETS, BuildError, library_path
 
 __all__ = [
     "BuildError",
+    "adamw_8bit",
     "dequantize_4bit",
     "dequantize_8bit",
     "is_available",
@@ -33,7 +35,7 @@ __all__ = [
     "quantize_8bit",
 ]
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as `enum Dtype` in ops.cpp
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as `enum Dtype` in blocks.h
 _alone: ContextVar[bool] = ContextVar("lorakit_one_thread", default=False)
 _P, _N, _THREADS = c_void_p, c_int64, (c_void_p, c_uint)
 _SIGNATURES = {
@@ -41,6 +43,7 @@ _SIGNATURES = {
     "quantize_8bit": (_P, c_int, _N, _N, _P, c_int, _P, _P, *_THREADS),
     "dequantize_8bit": (_P, _P, _P, _N, _N, _P, *_THREADS),
     "dequantize_4bit": (_P, _P, _P, _P, _P, _P, _N, _N, _N, _P, c_int, *_THREADS),
+    "adamw_8bit": (_P, _P, c_int, _N, *[_P] * 8, *[c_float] * 8, *_THREADS),
 }
 
 
@@ -119,6 +122,50 @@ def dequantize_4bit(
         count, block_size, out.data_ptr(), _DTYPES[out.dtype], *_threads(),
     )  # fmt: skip
     return None
+
+
+def adamw_8bit(
+    parameter: Tensor,
+    gradient: Tensor,
+    first: Tensor,
+    first_absmax: Tensor,
+    second: Tensor,
+    second_absmax: Tensor,
+    first_map: Sequence[Tensor],
+    second_map: Sequence[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+) -> None:
+    """See `reference_training.adamw_8bit`."""
+    count, dtype = parameter.numel(), parameter.dtype
+    if dtype not in _DTYPES:
+        raise ValueError(f"parameter must be fp32, bf16 or fp16, got {dtype}")
+    blocks = _blocks(count, STATE_BLOCK_SIZE)
+    parameter = _writable("parameter", parameter, dtype, count)
+    gradient = _readable("gradient", gradient, dtype, count)
+    states = [
+        _writable(name, tensor, wanted, size)
+        for name, tensor, wanted, size in (
+            ("first", first, torch.uint8, count),
+            ("first_absmax", first_absmax, torch.float32, blocks),
+            ("second", second, torch.uint8, count),
+            ("second_absmax", second_absmax, torch.float32, blocks),
+        )
+    ]
+    maps = [
+        _readable(name, tensor, torch.float32, size)
+        for table in (first_map, second_map)
+        for name, tensor, size in zip(("values", "boundaries"), table, (256, 255), strict=True)
+    ]
+    library().adamw_8bit(
+        parameter.data_ptr(), gradient.data_ptr(), _DTYPES[dtype], count, *(t.data_ptr() for t in (*states, *maps)),
+        beta1, 1 - beta1, beta2, 1 - beta2, *AdamWFactors.of_step(step, lr, beta1, beta2, weight_decay), eps,
+        *_threads(),
+    )  # fmt: skip
 
 
 # ---- the library ---------------------------------------------------------------------------------------------------
@@ -242,3 +289,10 @@ def _readable(name: str, tensor: Tensor, dtype: torch.dtype, count: int) -> Tens
             f"got {tensor.numel()} of {tensor.dtype} on {tensor.device}"
         )
     return tensor.contiguous()
+
+
+def _writable(name: str, tensor: Tensor, dtype: torch.dtype, count: int) -> Tensor:
+    """Return the tensor itself, once it is safe to read and write `count` elements behind its pointer."""
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous")
+    return _readable(name, tensor, dtype, count)

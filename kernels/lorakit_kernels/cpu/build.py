@@ -1,7 +1,8 @@
 """Compiling the operations in C++ on first use, once per machine, into the cache.
 
-One call of the compiler turns `ops.cpp` into a shared library with a plain C interface, which `ctypes` loads. The usual
-way, torch.utils.cpp_extension, wants ninja and reads PyTorch's headers: 40 seconds where this takes one to three.
+One call of the compiler turns `ops.cpp` and `adamw.cpp` into a shared library with a plain C interface, which `ctypes`
+loads. The usual way, torch.utils.cpp_extension, wants ninja and reads PyTorch's headers: 40 seconds where this takes
+one to three.
 There is one library per instruction set, compiled with the flags of that set alone, so that its name (a hash of
 source, flags and compiler) says all that it depends on and a cache on a shared disk serves different machines.
 """
@@ -21,9 +22,11 @@ from pathlib import Path
 
 INSTRUCTION_SETS = {"generic": (), "avx2": ("-mavx2",), "avx512": ("-mavx512f", "-mavx512bw")}
 
-# Strict IEEE: no contraction of a * b + c into one rounding. -O3 alone changes no result.
-_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-Wno-psabi", "-fPIC", "-shared")
-_SOURCE = Path(__file__).parent
+# Strict IEEE: no contraction of a * b + c into one rounding. -O3 alone changes no result, nor does leaving errno alone,
+# without which a square root is a branch and no vector instruction.
+_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi", "-fPIC", "-shared")
+_FOLDER = Path(__file__).parent
+_SOURCES, _HEADERS = ("ops.cpp", "adamw.cpp"), ("blocks.h", "lanes.h")
 _TIMEOUT = 300  # seconds; two are usual
 _OTHER_FOLDER = "LORAKIT_CACHE names another folder"
 
@@ -68,8 +71,8 @@ def _compiler() -> list[str]:
 def _key(compiler: list[str], flags: tuple[str, ...]) -> str:
     digest = hashlib.sha256(_run([*compiler, "--version"]).encode())
     digest.update(" ".join([*compiler, *flags]).encode())
-    for name in ("ops.cpp", "lanes.h"):
-        digest.update((_SOURCE / name).read_bytes())
+    for name in (*_SOURCES, *_HEADERS):
+        digest.update((_FOLDER / name).read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -77,7 +80,7 @@ def _compile(compiler: list[str], flags: tuple[str, ...], path: Path) -> None:
     """Compile beside `path`, flush and rename, so that no process ever loads half a library."""
     with tempfile.TemporaryDirectory(prefix=".build-", dir=path.parent) as folder:
         part = Path(folder) / path.name
-        _run([*compiler, *flags, str(_SOURCE / "ops.cpp"), "-o", str(part)])
+        _run([*compiler, *flags, *(str(_FOLDER / name) for name in _SOURCES), "-o", str(part)])
         with open(part, "rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)

@@ -4,76 +4,13 @@
 // flushing of subnormals, and flags that keep the compiler from contracting a * b + c. The sizes and dtypes of what the
 // pointers point at are checked by the caller, __init__.py.
 
-#include "lanes.h"
+#include "blocks.h"
 
-#include <algorithm>
-#include <atomic>
 #include <type_traits>
 
 namespace {
 
-// ---- threads -----------------------------------------------------------------------------------------------------
-
-// GOMP_parallel of the OpenMP runtime that the process already has (PyTorch's), or null. Linking with -fopenmp could
-// load a second runtime, whose threads would spin against the first one's.
-using Fork = void (*)(void (*function)(void*), void* argument, unsigned threads, unsigned flags);
-
-struct Threads {
-    Fork fork;
-    unsigned count;  // always all of PyTorch's: libgomp ends the threads of its pool that a smaller team leaves out
-};
-
-constexpr int64_t CHUNK = 1 << 16;     // elements that a thread takes at a time
-constexpr int64_t PARALLEL = 1 << 18;  // fewer take under 30 us, not worth waking a thread
-
-// Call body(first block, last block) for chunks that cover all blocks. Threads take chunks as they become free, so that
-// one that wakes late, on a busy machine, holds nobody up.
-template <class Body>
-void for_blocks(int64_t count, int64_t block_size, Threads threads, const Body& body) {
-    struct Job {
-        const Body& body;
-        int64_t blocks, step;
-        std::atomic<int64_t> next;
-    };
-    Job job{body, (count + block_size - 1) / block_size, std::max<int64_t>(1, CHUNK / block_size), {0}};
-    auto work = [](void* argument) {
-        Job& job = *static_cast<Job*>(argument);
-        for (int64_t first; (first = job.next.fetch_add(job.step, std::memory_order_relaxed)) < job.blocks;)
-            job.body(first, std::min(first + job.step, job.blocks));
-    };
-    if (threads.fork && threads.count > 1 && count >= PARALLEL)
-        threads.fork(work, &job, threads.count, 0);
-    else
-        work(&job);
-}
-
 // ---- quantization ------------------------------------------------------------------------------------------------
-
-// The largest |x| of a block. Without their sign bits floats are ordered like integers, and nan is above inf: a block
-// with a nan gets a nan, as from torch's amax.
-template <class Source>
-float largest(const Source* x, int64_t count) {
-    Words most{};
-    auto take = [&](Floats values) {
-        Words bits = (Words)values & 0x7fffffff;
-        most = bits > most ? bits : most;
-    };
-    int64_t i = 0;
-    for (; i + LANES <= count; i += LANES) take(load(x + i));
-    if (i < count) {
-        Source rest[LANES]{};
-        memcpy(rest, x + i, (count - i) * sizeof(Source));
-        take(load(rest));
-    }
-    uint32_t top = 0;
-    for (int lane = 0; lane < LANES; ++lane) top = std::max(top, most[lane]);
-    float result;
-    memcpy(&result, &top, sizeof result);
-    return result;
-}
-
-// x / absmax as the reference computes it; zero stays zero where the reciprocal is inf.
-inline Floats scaled(Floats x, float reciprocal) { return (Floats)((Words)(x * reciprocal) & (Words)(x != 0.0f)); }
 
 // order[number of boundaries below s]. A nan passes all boundaries, as in torch.bucketize: hence "not <=", not ">".
 struct Coder {
@@ -129,29 +66,6 @@ void quantize_block(const Source* x, int64_t count, const Coder& coder, uint8_t*
     }
 }
 
-template <class Source>
-void rank_block(const Source* x, int64_t count, const float* boundaries, int last, uint8_t* codes, float* absmax) {
-    constexpr int GROUP = 16;
-    *absmax = largest(x, count);
-    float reciprocal = 1.0f / *absmax;
-    for (int64_t i = 0; i < count; i += GROUP) {
-        int64_t size = std::min<int64_t>(GROUP, count - i);
-        Source part[GROUP]{};
-        float s[GROUP];
-        int32_t rank[GROUP]{};
-        memcpy(part, x + i, size * sizeof(Source));
-        for (int lane = 0; lane < GROUP; lane += LANES) store(scaled(load(part + lane), reciprocal), s + lane);
-        // How many of the 255 boundaries (padded with inf) are below s: a binary search whose steps are additions. The
-        // group takes each step together, or every one would wait for the one before: 5 ns an element, not 10.
-        for (int step = 128; step; step /= 2)
-            for (int lane = 0; lane < GROUP; ++lane) {
-                float boundary = boundaries[rank[lane] + step - 1];
-                rank[lane] += step * !(s[lane] <= boundary);
-            }
-        for (int lane = 0; lane < size; ++lane) codes[i + lane] = std::min(rank[lane], last);
-    }
-}
-
 // ---- dequantization ----------------------------------------------------------------------------------------------
 
 // A block has 16 different values at most, so they are multiplied and rounded once a block, not once an element; what
@@ -176,16 +90,6 @@ inline void expand_scales(const uint8_t* codes, const float* codebook, const flo
     }
 }
 
-enum Dtype { FLOAT32, BFLOAT16, FLOAT16 };
-
-// Call body with a null pointer of the dtype's type.
-template <class Body>
-void with_dtype(int dtype, const Body& body) {
-    if (dtype == FLOAT32) body((float*)nullptr);
-    if (dtype == BFLOAT16) body((Bfloat16*)nullptr);
-    if (dtype == FLOAT16) body((Float16*)nullptr);
-}
-
 }  // namespace
 
 extern "C" {
@@ -207,14 +111,13 @@ void quantize_4bit(const void* x, int dtype, int64_t count, int64_t block_size, 
 
 void quantize_8bit(const void* x, int dtype, int64_t count, int64_t block_size, const float* boundaries,
                    int boundary_count, uint8_t* codes, float* absmax, Fork fork, unsigned threads) {
-    float padded[255];
-    for (int i = 0; i < 255; ++i) padded[i] = i < boundary_count ? boundaries[i] : __builtin_inff();
+    Ranks ranks(boundaries, boundary_count);
     with_dtype(dtype, [&](auto* type) {
         auto* source = (decltype(type))x;
         for_blocks(count, block_size, {fork, threads}, [&](int64_t first, int64_t last) {
             for (int64_t block = first; block < last; ++block) {
                 int64_t start = block * block_size, size = std::min(block_size, count - start);
-                rank_block(source + start, size, padded, boundary_count, codes + start, absmax + block);
+                ranks.quantize(source + start, size, codes + start, absmax + block);
             }
         });
     });

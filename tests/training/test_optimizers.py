@@ -1,0 +1,145 @@
+"""The optimizers of a run: AdamW8bit against torch's AdamW, its state there and back, and the choice by settings."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from small_models import small_tokenizer
+from small_training import CONVERSATIONS, adapted, config, same, timeless, values_of
+from torch import Tensor, nn
+
+from lorakit import TrainConfig, train
+from lorakit.errors import ConfigError, TrainingError
+from lorakit.training.optimizers import SMALLEST_8BIT, AdamW8bit, build_optimizer, state_keys
+
+HYPER = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+
+
+def regression(optimizer: type[torch.optim.Optimizer], size: int, steps: int = 300) -> tuple[float, float, Tensor]:
+    """Fit a linear map to noisy targets; return the loss at the start, at the end, and the weight."""
+    random = torch.Generator().manual_seed(0)
+    x, truth = torch.randn(256, size, generator=random), torch.randn(size, size, generator=random) / size**0.5
+    y = x @ truth + 0.1 * torch.randn(256, size, generator=random)
+    weight = nn.Parameter(torch.zeros(size, size))
+    chosen = optimizer([weight], lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        loss = (x @ weight - y).square().mean()
+        chosen.zero_grad()
+        loss.backward()
+        chosen.step()
+        losses.append(float(loss.detach()))
+    return losses[0], losses[-1], weight.detach()
+
+
+def test_small_tensors_take_the_steps_of_adamw() -> None:
+    size = 63  # 3,969 elements
+    assert size**2 < SMALLEST_8BIT
+    *_, ours = regression(AdamW8bit, size, steps=50)
+    *_, theirs = regression(torch.optim.AdamW, size, steps=50)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_eight_bits_converge_as_adamw_does() -> None:
+    start, ours, weight = regression(AdamW8bit, 80)
+    _, theirs, other = regression(torch.optim.AdamW, 80)
+    assert theirs < 0.02 * start
+    assert ours < 1.05 * theirs
+    assert (weight - other).norm() < 0.05 * other.norm()
+    assert not torch.equal(weight, other)  # it is 8 bits that were tested
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_goes_there_and_back(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    start = [torch.randn(70, 80).to(dtype), torch.randn(90).to(dtype)]
+    ours, theirs = ([nn.Parameter(p.clone()) for p in start] for _ in range(2))
+    gradients = [[torch.randn_like(p) for p in start] for _ in range(6)]
+
+    def advance(parameters: list[nn.Parameter], optimizer: AdamW8bit, some: list[list[Tensor]]) -> None:
+        for step in some:
+            for p, g in zip(parameters, step, strict=True):
+                p.grad = g.clone()
+            optimizer.step()
+
+    first = AdamW8bit([{"params": ours[:1]}, {"params": ours[1:], "weight_decay": 0.0}], **HYPER)
+    advance(ours, first, gradients[:3])
+    saved = copy.deepcopy(first.state_dict())
+    large, small = first.state[ours[0]], first.state[ours[1]]
+    assert set(large) == set(state_keys(first, ours[0])) and set(small) == set(state_keys(first, ours[1]))
+    assert large["exp_avg"].dtype == torch.uint8 and large["exp_avg_sq_absmax"].shape == (22,)
+    assert small["exp_avg"].dtype == torch.float32
+    second = AdamW8bit([{"params": theirs[:1]}, {"params": theirs[1:]}], lr=9.0)
+    second.load_state_dict(saved)
+    for p, q in zip(ours, theirs, strict=True):
+        q.data.copy_(p)
+        for key, value in first.state[p].items():
+            assert torch.equal(value, second.state[q][key]) and value.dtype == second.state[q][key].dtype
+            assert value.data_ptr() != second.state[q][key].data_ptr()
+    advance(ours, first, gradients[3:])
+    advance(theirs, second, gradients[3:])
+    assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+
+
+def test_no_step_is_much_larger_than_the_learning_rate() -> None:
+    torch.manual_seed(0)
+    scale = 1e-4 * torch.exp(2 * torch.randn(1 << 14))  # gradients of many magnitudes in one block
+    parameter = nn.Parameter(torch.zeros(1 << 14))
+    optimizer = AdamW8bit([parameter], lr=1e-3, weight_decay=0.0)
+    for step in range(40):
+        before = parameter.detach().clone()
+        parameter.grad = torch.randn(1 << 14) * scale * (torch.rand(1 << 14) < (0.1 if step % 2 else 1.0))
+        optimizer.step()
+        assert (parameter.detach() - before).abs().max() < 3e-3
+
+
+def test_a_parameter_without_gradient_gets_no_state() -> None:
+    parameters = [nn.Parameter(torch.ones(80, 80)), nn.Parameter(torch.ones(3))]
+    optimizer = AdamW8bit(parameters)
+    assert optimizer.step(lambda: 2.5) == 2.5
+    assert not optimizer.state
+    assert all((p == 1).all() for p in parameters)
+
+
+@pytest.mark.parametrize("wrong", [{"lr": -1.0}, {"betas": (0.9, 1.0)}, {"eps": 0.0}, {"weight_decay": -0.1}])
+def test_values_out_of_range_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(TrainingError, match="AdamW8bit needs"):
+        AdamW8bit([nn.Parameter(torch.ones(2))], **wrong)
+
+
+def test_the_settings_choose() -> None:
+    parameters = [nn.Parameter(torch.ones(2))]
+    given = {"lr": 0.5, "betas": (0.8, 0.7), "eps": 1e-3, "weight_decay": 0.2}
+    for name, kind in (("adamw", torch.optim.AdamW), ("adamw_8bit", AdamW8bit)):
+        optimizer = build_optimizer(parameters, TrainConfig(optimizer=name, **given))
+        assert type(optimizer) is kind
+        assert given.items() <= optimizer.param_groups[0].items()
+    with pytest.raises(ConfigError, match="adamw_8bit"):
+        TrainConfig(optimizer="sgd")
+
+
+def test_a_run_in_eight_bits_resumes_to_the_bit(tmp_path: Path) -> None:
+    tok = small_tokenizer(tmp_path)
+    run = config(optimizer="adamw_8bit", output=tmp_path / "run", checkpoint_every=2)
+    whole, stopped, resumed = (adapted(r=96) for _ in range(3))
+    assert max(p.numel() for p in whole.parameters() if p.requires_grad) >= SMALLEST_8BIT
+    expected = train(whole, tok, CONVERSATIONS, run.model_copy(update={"output": None}))
+    passes = iter(range(1, 100))
+
+    def interrupt(*_: object) -> None:
+        if next(passes) == 4:
+            raise KeyboardInterrupt
+
+    stopped.model.norm.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped, tok, CONVERSATIONS, run)
+    result = train(resumed, tok, CONVERSATIONS, run, resume=True)
+    assert same(values_of(resumed), values_of(whole))
+    assert timeless(result.history) == timeless(expected.history)
+    train(adamw := adapted(r=96), tok, CONVERSATIONS, config())
+    for ours, theirs in zip(values_of(whole), values_of(adamw), strict=True):
+        assert not torch.equal(ours, theirs) or ours.numel() < SMALLEST_8BIT
+        assert (ours - theirs).norm() < 0.1 * theirs.norm()
