@@ -1,7 +1,8 @@
 """Device code of lorakit: tensors in, tensors out, no knowledge of the library above.
 
 `reference` defines every operation in plain PyTorch and runs anywhere; it is the oracle for all other backends.
-`cpu` is the same in C++. `dispatch` registers the operations with torch.library and picks the backend.
+`cpu` is the same in C++, `triton` in Triton for GPUs. `dispatch` registers the operations with torch.library and picks
+the backend.
 """
 
 from . import reference

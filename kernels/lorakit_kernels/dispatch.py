@@ -1,7 +1,8 @@
 """One torch.library operation per kernel, and the choice of the backend that computes it.
 
 A backend is a module with the functions of `reference`. The tensors' device chooses it; LORAKIT_BACKEND or
-`use_backend` overrides. As registered operations they go through torch.compile without a graph break.
+`use_backend` overrides. The Triton backend is imported when it is first chosen, so nothing else needs triton. As
+registered operations they go through torch.compile without a graph break.
 
 They are defined on a `torch.library.Library`, which adds 4 µs to a call where `torch.library.custom_op` adds 40: a
 training step of a small model makes a thousand.
@@ -10,9 +11,12 @@ training step of a small model makes a thousand.
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from functools import cache
 from types import ModuleType
 from typing import ParamSpec, TypeVar
 
@@ -23,8 +27,8 @@ from torch.library import Library, infer_schema, register_fake
 
 from . import cpu, reference
 
-_MODULES = {"reference": reference, "cpu": cpu}
-BACKENDS = tuple(_MODULES)
+BACKENDS = ("reference", "cpu", "triton")  # the modules of this package that compute
+_TRITON_DEVICES = ("cuda", "xpu")  # ROCm's are called cuda too
 _chosen: ContextVar[str | None] = ContextVar("lorakit_backend", default=None)
 
 
@@ -47,12 +51,25 @@ def backend(device: torch.device) -> ModuleType:
 
     Raises:
         ValueError: LORAKIT_BACKEND names no backend.
+        ImportError: the Triton backend was asked for, and triton is not installed.
     """
     if name := _chosen.get():
-        return _MODULES[name]
+        return _module(name)
     if name := os.environ.get("LORAKIT_BACKEND"):
-        return _MODULES[_known(name, "LORAKIT_BACKEND")]
+        return _module(_known(name, "LORAKIT_BACKEND"))
+    if device.type in _TRITON_DEVICES and _has_triton():
+        return _module("triton")
     return cpu if device.type == "cpu" and cpu.is_available() else reference
+
+
+@cache
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f".{name}", __package__)
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _known(name: str, what: str) -> str:
