@@ -196,3 +196,73 @@ def dequantize_4bit_out(
     """Fill `out`, contiguous, with the values of packed 4-bit codes; see `reference.dequantize_4bit`."""
     backend(packed.device).dequantize_4bit(packed, codebook, absmax, block_size, out, nested, nested_block_size)
     increment_version(out)  # or autograd would not notice that a tensor it saved was overwritten
+
+
+def _empty_result(
+    x: Tensor,
+    packed: Tensor,
+    codebook: Tensor,
+    absmax: Tensor,
+    block_size: int,
+    shape: Sequence[int],
+    nested: Sequence[Tensor],
+    nested_block_size: int,
+    bias: Tensor | None,
+    lora: Sequence[Tensor],
+    scaling: float,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], shape[0])
+
+
+@_operation(fake=_empty_result)
+def linear_4bit(
+    x: Tensor,
+    packed: Tensor,
+    codebook: Tensor,
+    absmax: Tensor,
+    block_size: int,
+    shape: Sequence[int],
+    nested: Sequence[Tensor],
+    nested_block_size: int,
+    bias: Tensor | None,
+    lora: Sequence[Tensor],
+    scaling: float,
+) -> Tensor:
+    """See `reference.linear_4bit`."""
+    y: Tensor = backend(x.device).linear_4bit(
+        x, packed, codebook, absmax, block_size, shape, nested, nested_block_size, bias, lora, scaling
+    )
+    return y
+
+
+def _empty_gradient(
+    dy: Tensor,
+    packed: Tensor,
+    codebook: Tensor,
+    absmax: Tensor,
+    block_size: int,
+    shape: Sequence[int],
+    nested: Sequence[Tensor],
+    nested_block_size: int,
+    lora: Sequence[Tensor],
+) -> Tensor:
+    return dy.new_empty(*dy.shape[:-1], shape[1])
+
+
+@_operation(fake=_empty_gradient)
+def linear_4bit_dx(
+    dy: Tensor,
+    packed: Tensor,
+    codebook: Tensor,
+    absmax: Tensor,
+    block_size: int,
+    shape: Sequence[int],
+    nested: Sequence[Tensor],
+    nested_block_size: int,
+    lora: Sequence[Tensor],
+) -> Tensor:
+    """See `reference.linear_4bit_dx`."""
+    dx: Tensor = backend(dy.device).linear_4bit_dx(
+        dy, packed, codebook, absmax, block_size, shape, nested, nested_block_size, lora
+    )
+    return dx

@@ -53,6 +53,8 @@ def arguments(columns: int) -> dict[str, tuple[Any, ...]]:
     x = torch.randn(3, columns)
     packed, absmax = reference.quantize_4bit(x, BOOK.boundaries, BOOK.order, 32)
     codes, scales = reference.quantize_8bit(x, TABLE.boundaries, 32)
+    dy, bias, factors = torch.randn(2, 4, 3), torch.randn(3), (torch.randn(2, 4, 5), torch.randn(3, 5))
+    weight = packed, BOOK.values, absmax, 32, (3, columns)
     return {
         "quantize_4bit": (x.bfloat16(), BOOK.boundaries, BOOK.order, 32),
         "quantize_8bit": (x, TABLE.boundaries, 32),
@@ -65,6 +67,10 @@ def arguments(columns: int) -> dict[str, tuple[Any, ...]]:
             packed, BOOK.values, codes[: len(absmax)], 32, (3, columns), torch.float32,
             [TABLE.values, scales, torch.tensor(0.5)], 4,
         ),
+        "linear_4bit": (torch.randn(2, 4, columns), *weight, [], 256, bias, factors, 0.5),
+        "linear_4bit plain": (torch.randn(columns), *weight, [], 256, None, [], 1.0),
+        "linear_4bit_dx": (dy, *weight, [], 256, (factors[0], torch.randn(5, columns))),
+        "linear_4bit_dx plain": (dy.bfloat16(), *weight, [], 256, []),
     }  # fmt: skip
 
 
@@ -87,6 +93,16 @@ def test_backends_agree(operation: str) -> None:
         results.append(tensors)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_products_are_those_of_the_values() -> None:
+    x, *weight, nested, nested_block_size, bias, (u, lora_b), scaling = arguments(50)["linear_4bit"]
+    values = kernels.dequantize_4bit(*weight, torch.float32, nested, nested_block_size)
+    y = kernels.linear_4bit(x, *weight, nested, nested_block_size, bias, (u, lora_b), scaling)
+    assert torch.allclose(y, x @ values.T + bias + scaling * (u @ lora_b.T), atol=1e-5)
+    dy, lora_a = torch.randn_like(y), torch.randn(5, 50)
+    dx = kernels.linear_4bit_dx(dy, *weight, nested, nested_block_size, (u, lora_a))
+    assert torch.allclose(dx, dy @ values + u @ lora_a, atol=1e-5)
 
 
 def round_trip(x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:

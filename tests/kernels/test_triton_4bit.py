@@ -9,9 +9,12 @@ are compared with the reference cut off in the same way, and products are comput
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,10 +27,11 @@ pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     from lorakit_kernels import triton as kernels
+    from lorakit_kernels.triton import tiles, tune
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own, started by the first test")
 TABLE = dynamic_map()
-SIZES = (1, 2, 31, 64, 777, 8192, 20_001)
+SIZES = (1, 31, 64, 777, 12_289)
 BLOCK_SIZES = (32, 48, 64, 256, 4096)  # 48 is no power of 2
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 by_type = pytest.mark.parametrize("book", [codebook("nf4"), codebook("fp4")], ids=lambda book: book.name)
@@ -129,6 +133,94 @@ def test_bytes_that_are_not_aligned() -> None:
     for module, out in ((kernels, found), (reference, expected)):
         module.dequantize_4bit(packed[1:], codebook("nf4").values, torch.arange(63.0), 32, out)
     assert same(found, expected)
+
+
+def exact(*products: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """A sum of products in fp64, and how far rounding may take a result from it: of fp32 sums, then of the result.
+
+    Dequantizing first, each product may be rounded before the next is added.
+    """
+    result = error = torch.zeros(())
+    for left, right in products:
+        product = left.double() @ right.double()
+        sums = left.double().abs() @ right.double().abs()
+        result, error = result + product, error + sums * 2.0**-20 + product.abs() * torch.finfo(left.dtype).eps
+    return result, error
+
+
+# Rows of several blocks, of half a block, of no whole number of blocks, and odd ones, which are dequantized first.
+WEIGHTS = [(48, 128, 64), (33, 32, 64), (70, 200, 64), (17, 264, 48), (7, 50, 32), (3, 4104, 4096)]
+TOKENS = [(), (1,), (16,), (2, 17), (129,), (513,)]
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", WEIGHTS, ids=str)
+def test_products(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    rows, columns, block_size = shape
+    random = torch.Generator().manual_seed(0)
+
+    def numbers(*size: int) -> Tensor:
+        return torch.randn(*size, generator=random).to(dtype)
+
+    book = codebook("nf4")
+    packed, absmax = reference.quantize_4bit(numbers(rows, columns) / 8, book.boundaries, book.order, block_size)
+    nesting: list[Tensor] = []
+    for tokens, rank in zip(TOKENS, (0, 1, 16, 70, 4, 8), strict=True):
+        if rank == 70:  # and from here on
+            absmax, scales = reference.quantize_8bit(absmax - 0.1, TABLE.boundaries, 256)
+            nesting = [TABLE.values, scales, torch.tensor(0.1)]
+        weight = torch.empty(rows, columns, dtype=dtype)
+        reference.dequantize_4bit(packed, book.values, absmax, block_size, weight, nesting)
+        arguments = packed, book.values, absmax, block_size, (rows, columns), nesting, 256
+
+        x, bias = numbers(*tokens, columns), numbers(rows) if rank != 16 else None
+        lora = (numbers(*tokens, rank), numbers(rows, rank)) if rank else ()
+        products = [(x, weight.T)]
+        if lora:
+            products.append((lora[0] / 2, lora[1].T))
+        if bias is not None:
+            products.append((torch.ones(*tokens, 1, dtype=dtype), bias[None, :]))
+        expected, error = exact(*products)
+        found = kernels.linear_4bit(x, *arguments, bias, lora, 0.5)
+        assert found.dtype == dtype and found.shape == expected.shape
+        assert ((found.double() - expected).abs() <= error).all(), (tokens, rank)
+
+        dy = numbers(*tokens, rows)
+        lora = (lora[0], numbers(rank, columns)) if rank else ()
+        expected, error = exact((dy, weight), *([lora] if lora else []))
+        found = kernels.linear_4bit_dx(dy, *arguments, lora)
+        assert found.dtype == dtype and found.shape == expected.shape
+        assert ((found.double() - expected).abs() <= error).all(), (tokens, rank)
+
+
+@interpreted
+def test_tuning_keeps_the_fastest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "tuned_file", lambda device: tmp_path / "triton" / "gpu.json")
+    table = tiles.tuned(torch.device("cpu"))
+    fastest = {
+        "linear_4bit 16 64 64": tiles.CANDIDATES["decode"][2],
+        "linear_4bit_dx 16 64 64": None,  # dequantize first
+        "linear_4bit 32 64 64": tiles.CANDIDATES["linear_4bit"][1],
+        "linear_4bit_dx 32 64 64": tiles.CANDIDATES["linear_4bit_dx"][3],
+    }
+    tried = []
+
+    def measure(run: Callable[[], Tensor]) -> float:
+        shape, tile = list(table.items())[-1]
+        tried.append((shape, run()))
+        return 1.0 if tile == fastest[shape] else 2.0
+
+    file = tune.tune([(64, 64)], [1, 32], torch.device("cpu"), measure, torch.float16)
+    chosen = [tiles.choose("linear_4bit", tokens, 64, 64, torch.float16, torch.device("cpu")) for tokens in (1, 20)]
+    table.clear()
+    stored = {shape: tile and tiles.Tile(*tile) for shape, tile in json.loads(file.read_text())["tiles"].items()}
+    assert stored == fastest
+    assert chosen == [fastest["linear_4bit 16 64 64"], fastest["linear_4bit 32 64 64"]]
+    for shape in fastest:  # whichever way it is computed
+        results = [result for name, result in tried if name == shape]
+        assert len(results) == 5
+        assert all(torch.allclose(result, results[-1], rtol=1e-2, atol=1e-2) for result in results)
 
 
 @interpreted

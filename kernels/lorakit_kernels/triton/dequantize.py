@@ -20,7 +20,7 @@ from .device import load_scales, look_up, unpack
 
 WORDS = 1024  # words a program; with 4 warps a thread computes 64 weights
 WARPS = 4
-_VALUES_8BIT = 2048  # values a program
+VALUES_8BIT = 2048  # values a program
 
 
 def dequantize_4bit(
@@ -80,8 +80,8 @@ def dequantize_8bit(codes: Tensor, codebook: Tensor, absmax: Tensor, block_size:
     absmax = readable("absmax", absmax, torch.float32, blocks(count, block_size), device)
     values = torch.empty(count, dtype=torch.float32, device=device)
     if count:
-        dequantize_8bit_kernel[(triton.cdiv(count, _VALUES_8BIT),)](
-            codes, codebook, absmax, values, count, BLOCK=block_size, VALUES=_VALUES_8BIT, enable_fp_fusion=False
+        dequantize_8bit_kernel[(triton.cdiv(count, VALUES_8BIT),)](
+            codes, codebook, absmax, values, count, BLOCK=block_size, VALUES=VALUES_8BIT, enable_fp_fusion=False
         )
     return values
 

@@ -51,3 +51,38 @@ def load_scales(
         value = tl.load(nested_codebook + tl.load(absmax + block, mask=mask, other=0).to(tl.int32))
         scale = value * tl.load(nested_absmax + block // NESTED, mask=mask, other=0.0) + tl.load(nested_offset)
     return scale
+
+
+@triton.jit
+def load_weights(
+    packed: tl.tensor, table: tl.tensor, absmax: tl.tensor,
+    nested_codebook: tl.tensor, nested_absmax: tl.tensor, nested_offset: tl.tensor,
+    row: tl.tensor, first: tl.tensor, rows: tl.tensor, columns: tl.tensor, dtype: tl.constexpr,
+    BLOCK: tl.constexpr, NESTED: tl.constexpr, COLUMNS: tl.constexpr, ONE_SCALE: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Return values (len(row), COLUMNS) of `dtype` of a weight (rows, columns), from column `first`.
+
+    What lies outside of the weight is some finite number. ONE_SCALE says that COLUMNS columns lie in one block, so that
+    a row needs one scale instead of one a word.
+    """
+    word = first // 8 + tl.arange(0, COLUMNS // 8)
+    position = row.to(tl.int64)[:, None] * (columns // 8) + word[None, :]
+    inside = (row < rows)[:, None] & (word < columns // 8)[None, :]
+    codes = unpack(tl.load(packed + position, mask=inside, other=0))
+    if ONE_SCALE:
+        block = (row.to(tl.int64) * columns + first) // BLOCK
+        scale = load_scales(absmax, nested_codebook, nested_absmax, nested_offset, block, row < rows, NESTED)[:, None]
+    else:
+        block = position // (BLOCK // 8)
+        scale = load_scales(absmax, nested_codebook, nested_absmax, nested_offset, block, inside, NESTED)
+    values = look_up(table, codes) * scale[:, :, None]
+    return tl.reshape(values.to(dtype), [row.shape[0], COLUMNS])
+
+
+@triton.jit
+def load_matrix(
+    matrix: tl.tensor, row: tl.tensor, column: tl.tensor, rows: tl.tensor, columns: tl.tensor
+) -> tl.tensor:  # fmt: skip
+    """Return the elements of a matrix (rows, columns) at some rows and columns, zero outside of it."""
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    return tl.load(matrix + row.to(tl.int64)[:, None] * columns + column[None, :], mask=inside, other=0.0)
