@@ -64,8 +64,8 @@ class Case:
         return triton.compile(source, target=target, options=options)
 
 
-def cases() -> list[Case]:
-    """Return every kernel, with each default tile."""
+def cases(lanes: int) -> list[Case]:
+    """Return every kernel, with the default tiles for warps of so many threads."""
     nested, coded = {"NESTED": 256}, {"absmax": "*u8"}
     unpacked = {"BLOCK": 64, "WORDS": dequantize.WORDS}
     result = [
@@ -86,7 +86,7 @@ def cases() -> list[Case]:
         "decode": decode.decode_kernel, "linear_4bit": linear.linear_kernel, "linear_4bit_dx": linear.linear_dx_kernel,
     }  # fmt: skip
     for family, kernel in kernels.items():
-        tile = tiles.CANDIDATES[family][0]
+        tile = tiles.default(family, lanes)
         sizes = {"FEATURES": tile.features, "STEP": tile.step, "BLOCK": 64, "RANK_STEP": 16}
         if family != "decode":
             sizes["TOKENS"] = tile.tokens
@@ -118,10 +118,10 @@ def main() -> None:
     options = parser.parse_args()
     rows: list[list[object]] = []
     targets: list[Target] = []
-    for case in cases():
-        if options.only not in case.name:
-            continue
-        for target in TARGETS:
+    for target in TARGETS:
+        for case in cases(target.warp_size):
+            if options.only not in case.name:
+                continue
             name = f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
             compiled = case.compile(target)
             code = sass.nvidia(compiled.asm["cubin"]) if "cubin" in compiled.asm else sass.amd(compiled.asm["amdgcn"])

@@ -1,10 +1,10 @@
 """Which kernel and which tile for which shape: a small table, by arithmetic, and the figures of a tuning run.
 
-Fused or not: both ways read the codes; dequantizing first costs writing and reading 2 bytes a weight once more, 4.5
-bytes in all with the codes, and the fused product costs some 8 instructions a weight for every tile of tokens. On an
-H100 (3.35 TB/s, 28 T instructions/s) that is 1.3 ps against 0.3 ps a tile, and a compiled product falls short of
-cuBLAS by some fraction of 2.5 fs a weight and token. The two meet near 512 tokens with tiles of 128. This is
-arithmetic, not a measurement: `python -m lorakit_kernels.triton.tune` measures.
+Fused or not: both ways read the codes. Dequantizing first moves 4.5 bytes a weight once, to write the values and read
+them again: 1.3 ps a weight on an H100 (3.35 TB/s). The fused product spends 17 instructions a weight for every 128
+tokens, 0.57 ps (29.6 instructions a ps), of which the tensor cores' 0.26 ps would be spent anyway. The two meet between
+300 and 600 tokens; the limit is 256. This is arithmetic, not a measurement: `python -m lorakit_kernels.triton.tune`
+measures.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 DECODE_TOKENS = 16  # up to here `decode` computes
-FUSED_TOKENS = 512  # above, dequantize first
+FUSED_TOKENS = 256  # above, dequantize first
 LANES = 64 if torch.version.hip else 32  # threads a warp: AMD's are twice as wide, and half as many do
 
 
@@ -39,16 +39,18 @@ class Tile(NamedTuple):
         return {"num_warps": self.warps * 32 // lanes, "num_stages": self.stages, "enable_fp_fusion": False}
 
 
-# The first of each is the default.
+# The first of each is the default, but for AMD where another is named.
 CANDIDATES: dict[str, tuple[Tile, ...]] = {
     "decode": (Tile(16, 16, 256, 4, 3), Tile(16, 32, 256, 4, 3), Tile(16, 32, 128, 4, 4), Tile(16, 64, 128, 4, 3)),
     "linear_4bit": (
-        Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3), Tile(128, 64, 64, 4, 4), Tile(32, 128, 64, 4, 3),
+        Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3), Tile(128, 64, 64, 4, 4), Tile(128, 128, 32, 8, 2),
+        Tile(32, 128, 64, 4, 3),
     ),
     "linear_4bit_dx": (
         Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3), Tile(128, 64, 64, 4, 4), Tile(32, 64, 64, 4, 3),
     ),
 }  # fmt: skip
+AMD_DEFAULTS = {"linear_4bit": Tile(128, 128, 32, 8, 2)}  # steps of 64 spill registers on gfx942
 EXACT = Tile(32, 32, 32, 4, 2)  # for fp32, whose products take no tensor cores and four times the registers
 
 
@@ -63,7 +65,12 @@ def choose(
         return None
     if dtype == torch.float32:
         return EXACT
-    return CANDIDATES[family(operation, tokens)][0]
+    return default(family(operation, tokens))
+
+
+def default(name: str, lanes: int = LANES) -> Tile:
+    """Return the tile of a family where nothing is tuned."""
+    return AMD_DEFAULTS.get(name, CANDIDATES[name][0]) if lanes == 64 else CANDIDATES[name][0]
 
 
 def family(operation: str, tokens: int) -> str:
