@@ -1,8 +1,8 @@
 """Device code of lorakit: tensors in, tensors out, no knowledge of the library above.
 
 `reference` defines every operation in plain PyTorch and runs anywhere; it is the oracle for all other backends.
-`cpu` is the same in C++. `dispatch` registers the operations with torch.library and picks the backend.
-`reference_training` and `training_ops` are the same pair for the operations around the 4-bit weights.
+`cpu` is the same in C++, `triton` in Triton for GPUs. `dispatch` registers the operations with torch.library and picks
+the backend. `reference_training` and `training_ops` are the same for the operations around the 4-bit weights.
 """
 
 from . import reference, reference_training
@@ -12,6 +12,8 @@ from .dispatch import (
     dequantize_4bit,
     dequantize_4bit_out,
     dequantize_8bit,
+    linear_4bit,
+    linear_4bit_dx,
     quantize_4bit,
     quantize_8bit,
     use_backend,
@@ -33,6 +35,8 @@ __all__ = [
     "dequantize_4bit",
     "dequantize_4bit_out",
     "dequantize_8bit",
+    "linear_4bit",
+    "linear_4bit_dx",
     "one_thread",
     "quantize_4bit",
     "quantize_8bit",

@@ -1,7 +1,8 @@
 """One torch.library operation per kernel, and the choice of the backend that computes it.
 
 A backend is a module with the functions of `reference`. The tensors' device chooses it; LORAKIT_BACKEND or
-`use_backend` overrides. As registered operations they go through torch.compile without a graph break.
+`use_backend` overrides. The Triton backend is imported when it is first chosen, so nothing else needs triton. As
+registered operations they go through torch.compile without a graph break.
 
 They are defined on a `torch.library.Library`, which adds 4 µs to a call where `torch.library.custom_op` adds 40: a
 training step of a small model makes a thousand.
@@ -10,9 +11,12 @@ training step of a small model makes a thousand.
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from functools import cache
 from types import ModuleType
 from typing import ParamSpec, TypeVar
 
@@ -23,8 +27,8 @@ from torch.library import Library, infer_schema, register_fake
 
 from . import cpu, reference
 
-_MODULES = {"reference": reference, "cpu": cpu}
-BACKENDS = tuple(_MODULES)
+BACKENDS = ("reference", "cpu", "triton")  # the modules of this package that compute
+_TRITON_DEVICES = ("cuda", "xpu")  # ROCm's are called cuda too
 _chosen: ContextVar[str | None] = ContextVar("lorakit_backend", default=None)
 
 
@@ -47,12 +51,25 @@ def backend(device: torch.device) -> ModuleType:
 
     Raises:
         ValueError: LORAKIT_BACKEND names no backend.
+        ImportError: the Triton backend was asked for, and triton is not installed.
     """
     if name := _chosen.get():
-        return _MODULES[name]
+        return _module(name)
     if name := os.environ.get("LORAKIT_BACKEND"):
-        return _MODULES[_known(name, "LORAKIT_BACKEND")]
+        return _module(_known(name, "LORAKIT_BACKEND"))
+    if device.type in _TRITON_DEVICES and _has_triton():
+        return _module("triton")
     return cpu if device.type == "cpu" and cpu.is_available() else reference
+
+
+@cache
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f".{name}", __package__)
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _known(name: str, what: str) -> str:
@@ -179,3 +196,73 @@ def dequantize_4bit_out(
     """Fill `out`, contiguous, with the values of packed 4-bit codes; see `reference.dequantize_4bit`."""
     backend(packed.device).dequantize_4bit(packed, codebook, absmax, block_size, out, nested, nested_block_size)
     increment_version(out)  # or autograd would not notice that a tensor it saved was overwritten
+
+
+def _empty_result(
+    x: Tensor,
+    packed: Tensor,
+    codebook: Tensor,
+    absmax: Tensor,
+    block_size: int,
+    shape: Sequence[int],
+    nested: Sequence[Tensor],
+    nested_block_size: int,
+    bias: Tensor | None,
+    lora: Sequence[Tensor],
+    scaling: float,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], shape[0])
+
+
+@_operation(fake=_empty_result)
+def linear_4bit(
+    x: Tensor,
+    packed: Tensor,
+    codebook: Tensor,
+    absmax: Tensor,
+    block_size: int,
+    shape: Sequence[int],
+    nested: Sequence[Tensor],
+    nested_block_size: int,
+    bias: Tensor | None,
+    lora: Sequence[Tensor],
+    scaling: float,
+) -> Tensor:
+    """See `reference.linear_4bit`."""
+    y: Tensor = backend(x.device).linear_4bit(
+        x, packed, codebook, absmax, block_size, shape, nested, nested_block_size, bias, lora, scaling
+    )
+    return y
+
+
+def _empty_gradient(
+    dy: Tensor,
+    packed: Tensor,
+    codebook: Tensor,
+    absmax: Tensor,
+    block_size: int,
+    shape: Sequence[int],
+    nested: Sequence[Tensor],
+    nested_block_size: int,
+    lora: Sequence[Tensor],
+) -> Tensor:
+    return dy.new_empty(*dy.shape[:-1], shape[1])
+
+
+@_operation(fake=_empty_gradient)
+def linear_4bit_dx(
+    dy: Tensor,
+    packed: Tensor,
+    codebook: Tensor,
+    absmax: Tensor,
+    block_size: int,
+    shape: Sequence[int],
+    nested: Sequence[Tensor],
+    nested_block_size: int,
+    lora: Sequence[Tensor],
+) -> Tensor:
+    """See `reference.linear_4bit_dx`."""
+    dx: Tensor = backend(dy.device).linear_4bit_dx(
+        dy, packed, codebook, absmax, block_size, shape, nested, nested_block_size, lora
+    )
+    return dx

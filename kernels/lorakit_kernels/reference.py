@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import linear, pad
 
 _CHUNK = 1 << 18  # bytes of packed codes per chunk; measured best of 2^14 .. 2^20 on a 1 MiB L2 cache
 
@@ -104,6 +104,87 @@ def dequantize_4bit(
         target[start : start + 2 * size].copy_(blocks.view(-1))
     if whole < count:
         target[whole:] = codebook[unpack_4bit(source[whole // 2 :], count - whole).int()] * absmax[-1]
+
+
+def linear_4bit(
+    x: Tensor,
+    packed: Tensor,
+    codebook: Tensor,
+    absmax: Tensor,
+    block_size: int,
+    shape: Sequence[int],
+    nested: Sequence[Tensor] = (),
+    nested_block_size: int = 256,
+    bias: Tensor | None = None,
+    lora: Sequence[Tensor] = (),
+    scaling: float = 1.0,
+) -> Tensor:
+    """Return y = x W^T + bias + scaling u B^T, W being the weight's values in x's dtype.
+
+    Backends differ in the order in which they add, and in whether the sum of the products is rounded before the rest is
+    added; they all accumulate products in fp32.
+
+    Args:
+        x: (..., in_features) fp32, bf16 or fp16.
+        packed, codebook, absmax, block_size, nested, nested_block_size: of the weight, as of `dequantize_4bit`.
+        shape: of the weight: out_features, in_features.
+        bias: (out_features,) of x's dtype.
+        lora: of an adapter, what its update takes: u = x A^T (..., r) and B (out_features, r), of x's dtype.
+        scaling: of the update.
+
+    Returns:
+        (..., out_features) of x's dtype.
+    """
+    weight = torch.empty(list(shape), dtype=x.dtype, device=x.device)
+    dequantize_4bit(packed, codebook, absmax, block_size, weight, nested, nested_block_size)
+    return dense_linear(x, weight, bias, lora, scaling)
+
+
+def dense_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, lora: Sequence[Tensor] = (), scaling: float = 1.0
+) -> Tensor:
+    """Return `linear_4bit` of values, (out_features, in_features) of x's dtype."""
+    y = linear(x, weight, bias)
+    if lora:
+        u, lora_b = lora
+        y = torch.addmm(y.flatten(0, -2), u.flatten(0, -2), lora_b.T, alpha=scaling).view(y.shape)
+    return y
+
+
+def linear_4bit_dx(
+    dy: Tensor,
+    packed: Tensor,
+    codebook: Tensor,
+    absmax: Tensor,
+    block_size: int,
+    shape: Sequence[int],
+    nested: Sequence[Tensor] = (),
+    nested_block_size: int = 256,
+    lora: Sequence[Tensor] = (),
+) -> Tensor:
+    """Return dx = dy W + t A, the gradient of `linear_4bit` by its input; rounding as there.
+
+    Args:
+        dy: (..., out_features) fp32, bf16 or fp16.
+        packed, codebook, absmax, block_size, nested, nested_block_size: of the weight, as of `dequantize_4bit`.
+        shape: of the weight: out_features, in_features.
+        lora: of an adapter: t = scaling dy B (..., r) and A (r, in_features), of dy's dtype.
+
+    Returns:
+        (..., in_features) of dy's dtype.
+    """
+    weight = torch.empty(list(shape), dtype=dy.dtype, device=dy.device)
+    dequantize_4bit(packed, codebook, absmax, block_size, weight, nested, nested_block_size)
+    return dense_linear_dx(dy, weight, lora)
+
+
+def dense_linear_dx(dy: Tensor, weight: Tensor, lora: Sequence[Tensor] = ()) -> Tensor:
+    """Return `linear_4bit_dx` of values, (out_features, in_features) of dy's dtype."""
+    dx = dy @ weight
+    if lora:
+        t, lora_a = lora
+        dx = torch.addmm(dx.flatten(0, -2), t.flatten(0, -2), lora_a).view(dx.shape)
+    return dx
 
 
 def unpack_4bit(packed: Tensor, count: int) -> Tensor:

@@ -15,6 +15,7 @@ from torch.library import opcheck
 from lorakit.quantization import codebook, dynamic_map
 
 CPU = torch.device("cpu")
+ON_CPU = ("reference", "cpu")  # of Triton see test_triton_4bit
 BOOK, TABLE = codebook("nf4"), dynamic_map()
 
 
@@ -43,7 +44,7 @@ def test_unknown_backends_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="backend 'cuda' does not exist"), kernels.use_backend("cuda"):
         pass
     monkeypatch.setenv("LORAKIT_BACKEND", "fast")
-    with pytest.raises(ValueError, match=r"LORAKIT_BACKEND 'fast' does not exist \(known: reference, cpu\)"):
+    with pytest.raises(ValueError, match=r"LORAKIT_BACKEND 'fast' does not exist \(known: reference, cpu, triton\)"):
         kernels.quantize_8bit(torch.randn(8), TABLE.boundaries, 32)
 
 
@@ -52,6 +53,8 @@ def arguments(columns: int) -> dict[str, tuple[Any, ...]]:
     x = torch.randn(3, columns)
     packed, absmax = reference.quantize_4bit(x, BOOK.boundaries, BOOK.order, 32)
     codes, scales = reference.quantize_8bit(x, TABLE.boundaries, 32)
+    dy, bias, factors = torch.randn(2, 4, 3), torch.randn(3), (torch.randn(2, 4, 5), torch.randn(3, 5))
+    weight = packed, BOOK.values, absmax, 32, (3, columns)
     return {
         "quantize_4bit": (x.bfloat16(), BOOK.boundaries, BOOK.order, 32),
         "quantize_8bit": (x, TABLE.boundaries, 32),
@@ -64,10 +67,14 @@ def arguments(columns: int) -> dict[str, tuple[Any, ...]]:
             packed, BOOK.values, codes[: len(absmax)], 32, (3, columns), torch.float32,
             [TABLE.values, scales, torch.tensor(0.5)], 4,
         ),
+        "linear_4bit": (torch.randn(2, 4, columns), *weight, [], 256, bias, factors, 0.5),
+        "linear_4bit plain": (torch.randn(columns), *weight, [], 256, None, [], 1.0),
+        "linear_4bit_dx": (dy, *weight, [], 256, (factors[0], torch.randn(5, columns))),
+        "linear_4bit_dx plain": (dy.bfloat16(), *weight, [], 256, []),
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", kernels.BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("operation", arguments(50))
 def test_pytorch_accepts_the_operation(operation: str, backend: str) -> None:
     with kernels.use_backend(backend):
@@ -79,13 +86,23 @@ def test_backends_agree(operation: str) -> None:
     results = []
     torch.manual_seed(0)
     given = arguments(77)[operation]
-    for backend in kernels.BACKENDS:
+    for backend in ON_CPU:
         with kernels.use_backend(backend):
             result = getattr(kernels, operation.split()[0])(*given)
         tensors = [given[4].clone()] if result is None else [result] if isinstance(result, Tensor) else list(result)
         results.append(tensors)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_products_are_those_of_the_values() -> None:
+    x, *weight, nested, nested_block_size, bias, (u, lora_b), scaling = arguments(50)["linear_4bit"]
+    values = kernels.dequantize_4bit(*weight, torch.float32, nested, nested_block_size)
+    y = kernels.linear_4bit(x, *weight, nested, nested_block_size, bias, (u, lora_b), scaling)
+    assert torch.allclose(y, x @ values.T + bias + scaling * (u @ lora_b.T), atol=1e-5)
+    dy, lora_a = torch.randn_like(y), torch.randn(5, 50)
+    dx = kernels.linear_4bit_dx(dy, *weight, nested, nested_block_size, (u, lora_a))
+    assert torch.allclose(dx, dy @ values + u @ lora_a, atol=1e-5)
 
 
 def round_trip(x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,15 @@
-"""The operations of `reference_training` in Triton, for GPUs: CUDA, ROCm, XPU.
+"""The operations of `reference` and `reference_training` in Triton, for GPUs: CUDA, ROCm, XPU.
 
-Only this package imports triton, and it is imported when its backend is first asked for. A module has the functions of
-one operation, its kernels, and `sources()`: the same kernels for typical arguments, to compile where there is no GPU.
+Quantizing and dequantizing agree bit for bit. Only this package imports triton, and it is imported when its backend is
+first asked for. A module of the training operations has its functions, its kernels, and `sources()`: the same kernels
+for typical arguments, to compile where there is no GPU.
 """
 
 from .adamw import adamw_8bit
 from .cross_entropy import cross_entropy
+from .dequantize import dequantize_4bit, dequantize_8bit
+from .linear import linear_4bit, linear_4bit_dx
+from .quantize import quantize_4bit, quantize_8bit
 from .rms_norm import rms_norm, rms_norm_backward
 from .rope import rope
 from .swiglu import swiglu, swiglu_backward
@@ -13,6 +17,12 @@ from .swiglu import swiglu, swiglu_backward
 __all__ = [
     "adamw_8bit",
     "cross_entropy",
+    "dequantize_4bit",
+    "dequantize_8bit",
+    "linear_4bit",
+    "linear_4bit_dx",
+    "quantize_4bit",
+    "quantize_8bit",
     "rms_norm",
     "rms_norm_backward",
     "rope",
