@@ -135,7 +135,7 @@ def test_an_element_without_gradient_stays_where_it_is() -> None:
     assert (state[0][never] == dynamic_map().zero).all() and (state[2][never] == 0).all()
 
 
-@pytest.mark.parametrize("backend", kernels.BACKENDS)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])  # of Triton see test_triton.py
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_pytorch_accepts_the_operation(backend: str, dtype: torch.dtype) -> None:
     arguments = (torch.randn(5, 77, dtype=dtype), torch.randn(5, 77, dtype=dtype), *fresh(385))

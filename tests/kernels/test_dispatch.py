@@ -15,7 +15,7 @@ from torch.library import opcheck
 from lorakit.quantization import codebook, dynamic_map
 
 CPU = torch.device("cpu")
-ON_CPU = ("reference", "cpu")  # of Triton see test_triton_4bit
+ON_CPU = ("reference", "cpu")  # of Triton see test_triton.py
 BOOK, TABLE = codebook("nf4"), dynamic_map()
 
 

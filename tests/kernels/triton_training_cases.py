@@ -1,6 +1,6 @@
 """Triton's kernels of a training step against their definitions, in the interpreter.
 
-Run as: TRITON_INTERPRET=1 pytest tests/kernels/triton_training_cases.py (as test_triton_training.py does).
+Run as: TRITON_INTERPRET=1 pytest tests/kernels/triton_training_cases.py (as test_triton.py does).
 
 In 16 bits a result may be one unit off: the kernels round once where the definition rounds products too, and the
 interpreter rounds fp32 to bf16 towards zero where GPUs round to nearest.

@@ -17,7 +17,7 @@ from lorakit.quantization import NestedScales, QuantizedWeight, dynamic_map, qua
 
 VECTORS = Path(__file__).parent.parent / "vectors"
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "quantization-format.md"
-ON_CPU = ("reference", "cpu")  # of Triton see tests/kernels/test_triton_4bit
+ON_CPU = ("reference", "cpu")  # of Triton see tests/kernels/test_triton.py
 
 
 def cases(quant_type: str) -> dict[str, dict[str, torch.Tensor]]:

@@ -1,7 +1,7 @@
-"""The Triton kernels of a training step: equal to their definitions in the interpreter, compiled for every target.
+"""The Triton kernels: as their definitions say in the interpreter, and compiled for every target.
 
 Neither needs a GPU. The interpreter is chosen before triton is imported, and for a whole process, so those tests are in
-`triton_training_cases.py` and run in one of their own.
+`triton_*_cases.py` and run in processes of their own.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason
 
 
 @needs_triton
-def test_kernels_are_their_definitions_in_the_interpreter() -> None:
-    cases = Path(__file__).with_name("triton_training_cases.py")
+@pytest.mark.parametrize("kind", ["4bit", "training"])
+def test_kernels_are_their_definitions_in_the_interpreter(kind: str) -> None:
+    cases = Path(__file__).with_name(f"triton_{kind}_cases.py")
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(cases)]
     result = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]

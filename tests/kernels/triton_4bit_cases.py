@@ -1,7 +1,6 @@
-"""The Triton kernels in Triton's interpreter against the reference: codecs bit for bit, products within rounding.
+"""The Triton kernels of 4-bit weights in Triton's interpreter: codecs bit for bit, products within rounding.
 
-Triton reads TRITON_INTERPRET when it is imported and kernels when they are defined, so these tests run in a process of
-their own: the test below starts pytest once more with the variable set, on this very file.
+Run as: TRITON_INTERPRET=1 pytest tests/kernels/triton_4bit_cases.py (as test_triton.py does).
 
 The interpreter cuts fp32 off to bf16 instead of rounding, and multiplies bf16 as integers. So bf16 results of the codec
 are compared with the reference cut off in the same way, and products are computed in fp16 and fp32.
@@ -10,39 +9,23 @@ are compared with the reference cut off in the same way, and products are comput
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from lorakit_kernels import reference
+from lorakit_kernels import triton as kernels
+from lorakit_kernels.triton import tiles, tune
 from torch import Tensor
 
 from lorakit.quantization import Codebook, codebook, dynamic_map
 
-pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if INTERPRETED:
-    from lorakit_kernels import triton as kernels
-    from lorakit_kernels.triton import tiles, tune
-
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own, started by the first test")
 TABLE = dynamic_map()
 SIZES = (1, 31, 64, 777, 12_289)
 BLOCK_SIZES = (32, 48, 64, 256, 4096)  # 48 is no power of 2
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 by_type = pytest.mark.parametrize("book", [codebook("nf4"), codebook("fp4")], ids=lambda book: book.name)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is that process")
-def test_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "passed, 1 skipped" in done.stdout
 
 
 def weights(count: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -66,7 +49,6 @@ def same(found: Tensor, expected: Tensor) -> bool:
     return found.dtype == expected.dtype and torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
 
 
-@interpreted
 @by_type
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
@@ -78,7 +60,6 @@ def test_quantize_4bit(block_size: int, dtype: torch.dtype, book: Codebook) -> N
         assert same(found[0], expected[0]) and same(found[1], expected[1]), count
 
 
-@interpreted
 def test_quantizing_what_is_tiny_or_not_finite() -> None:
     book, x = codebook("nf4"), weights(1000, torch.float32)
     x[:300] *= 2.0**-140  # its reciprocal overflows
@@ -90,7 +71,6 @@ def test_quantizing_what_is_tiny_or_not_finite() -> None:
     assert same(found[0], expected[0]) and same(found[1], expected[1])
 
 
-@interpreted
 @pytest.mark.parametrize("block_size", (*BLOCK_SIZES, 6))
 @pytest.mark.parametrize("book", [TABLE, codebook("nf4")], ids=lambda book: book.name)
 def test_8bit(book: Codebook, block_size: int) -> None:
@@ -103,7 +83,6 @@ def test_8bit(book: Codebook, block_size: int) -> None:
         assert same(found, reference.dequantize_8bit(codes, TABLE.values, absmax, block_size)), count
 
 
-@interpreted
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("block_size", (*BLOCK_SIZES, 6))
@@ -126,7 +105,6 @@ def test_dequantize_4bit(block_size: int, dtype: torch.dtype, nested: bool) -> N
         assert same(found, expected.to(dtype)), count
 
 
-@interpreted
 def test_bytes_that_are_not_aligned() -> None:
     packed = torch.randint(256, (1001,), dtype=torch.uint8)
     found, expected = torch.empty(2, 2000)
@@ -153,7 +131,6 @@ WEIGHTS = [(48, 128, 64), (33, 32, 64), (70, 200, 64), (17, 264, 48), (7, 50, 32
 TOKENS = [(), (1,), (16,), (2, 17), (129,), (300,)]
 
 
-@interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", WEIGHTS, ids=str)
 def test_products(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
@@ -194,7 +171,6 @@ def test_products(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
         assert ((found.double() - expected).abs() <= error).all(), (tokens, rank)
 
 
-@interpreted
 def test_tuning_keeps_the_fastest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "tuned_file", lambda device: tmp_path / "triton" / "gpu.json")
     table = tiles.tuned(torch.device("cpu"))
@@ -223,7 +199,6 @@ def test_tuning_keeps_the_fastest(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert all(torch.allclose(result, results[-1], rtol=1e-2, atol=1e-2) for result in results)
 
 
-@interpreted
 def test_what_cannot_be_read_is_refused() -> None:
     book = codebook("nf4")
     with pytest.raises(ValueError, match=r"absmax must have at least 4 elements of torch\.float32 on cpu, got 3"):
