@@ -41,13 +41,16 @@ def inline(text: object) -> str:
 
 
 def signed(value: float, best: float) -> str:
+    """Format a difference of scores with its sign, a true minus."""
     sign = "+" if value > 0 else "\u2212" if value < 0 else ""
     return sign + format_score(abs(value), best)
 
 
 def number(value: Any) -> str:
+    """Format a number with commas between thousands; anything else as it is."""
     return f"{value:,}" if isinstance(value, int | float) else str(value)
 
 
 def words(key: str) -> str:
+    """Return a key such as "train_loss" as words for people, "Train loss"."""
     return key.replace("_", " ").capitalize()
