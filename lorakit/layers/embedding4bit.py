@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ShapeError
-from ..quantization import QuantizedWeight, quantize
+from ..quantization import NestedScales, QuantizedWeight, quantize
 from .quantized_module import QuantizedModule
 
 
@@ -53,5 +53,6 @@ class Embedding4bit(QuantizedModule):
         element = ids[..., None] * self.embedding_dim + columns  # (..., dim) index into the flat table
         byte = weight.packed.reshape(-1)[element // 2]
         code = torch.where(element % 2 == 0, byte >> 4, byte & 15)
-        values = weight.code_values[code.int()] * weight.absmax[element // self.block_size]
-        return values.to(self.dtype)
+        block = element // self.block_size
+        scale = weight.scales.at(block) if isinstance(weight.scales, NestedScales) else weight.scales[block]
+        return (weight.code_values[code.int()] * scale).to(self.dtype)
