@@ -229,9 +229,11 @@ def linear_4bit(
     scaling: float,
 ) -> Tensor:
     """See `reference.linear_4bit`."""
-    y: Tensor = backend(x.device).linear_4bit(
-        x, packed, codebook, absmax, block_size, shape, nested, nested_block_size, bias, lora, scaling
-    )
+    fused = getattr(backend(x.device), "linear_4bit", None)
+    if fused is None:  # the CPU's: values by the backend, their product by PyTorch
+        weight = dequantize_4bit(packed, codebook, absmax, block_size, shape, x.dtype, nested, nested_block_size)
+        return reference.dense_linear(x, weight, bias, lora, scaling)
+    y: Tensor = fused(x, packed, codebook, absmax, block_size, shape, nested, nested_block_size, bias, lora, scaling)
     return y
 
 
@@ -262,7 +264,9 @@ def linear_4bit_dx(
     lora: Sequence[Tensor],
 ) -> Tensor:
     """See `reference.linear_4bit_dx`."""
-    dx: Tensor = backend(dy.device).linear_4bit_dx(
-        dy, packed, codebook, absmax, block_size, shape, nested, nested_block_size, lora
-    )
+    fused = getattr(backend(dy.device), "linear_4bit_dx", None)
+    if fused is None:
+        weight = dequantize_4bit(packed, codebook, absmax, block_size, shape, dy.dtype, nested, nested_block_size)
+        return reference.dense_linear_dx(dy, weight, lora)
+    dx: Tensor = fused(dy, packed, codebook, absmax, block_size, shape, nested, nested_block_size, lora)
     return dx

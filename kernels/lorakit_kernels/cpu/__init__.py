@@ -30,8 +30,6 @@ __all__ = [
     "dequantize_8bit",
     "is_available",
     "library",
-    "linear_4bit",
-    "linear_4bit_dx",
     "one_thread",
     "quantize_4bit",
     "quantize_8bit",
@@ -168,42 +166,6 @@ def adamw_8bit(
         beta1, 1 - beta1, beta2, 1 - beta2, *AdamWFactors.of_step(step, lr, beta1, beta2, weight_decay), eps,
         *_threads(),
     )  # fmt: skip
-
-
-def linear_4bit(
-    x: Tensor,
-    packed: Tensor,
-    codebook: Tensor,
-    absmax: Tensor,
-    block_size: int,
-    shape: Sequence[int],
-    nested: Sequence[Tensor] = (),
-    nested_block_size: int = 256,
-    bias: Tensor | None = None,
-    lora: Sequence[Tensor] = (),
-    scaling: float = 1.0,
-) -> Tensor:
-    """See `reference.linear_4bit`: values by this backend, products by PyTorch."""
-    weight = torch.empty(list(shape), dtype=x.dtype)
-    dequantize_4bit(packed, codebook, absmax, block_size, weight, nested, nested_block_size)
-    return reference.dense_linear(x, weight, bias, lora, scaling)
-
-
-def linear_4bit_dx(
-    dy: Tensor,
-    packed: Tensor,
-    codebook: Tensor,
-    absmax: Tensor,
-    block_size: int,
-    shape: Sequence[int],
-    nested: Sequence[Tensor] = (),
-    nested_block_size: int = 256,
-    lora: Sequence[Tensor] = (),
-) -> Tensor:
-    """See `reference.linear_4bit_dx`."""
-    weight = torch.empty(list(shape), dtype=dy.dtype)
-    dequantize_4bit(packed, codebook, absmax, block_size, weight, nested, nested_block_size)
-    return reference.dense_linear_dx(dy, weight, lora)
 
 
 # ---- the library ---------------------------------------------------------------------------------------------------

@@ -2,8 +2,7 @@
 
 One call of the compiler turns `ops.cpp` and `adamw.cpp` into a shared library with a plain C interface, which `ctypes`
 loads. The usual way, torch.utils.cpp_extension, wants ninja and reads PyTorch's headers: 40 seconds where this takes
-one to three.
-There is one library per instruction set, compiled with the flags of that set alone, so that its name (a hash of
+three. There is one library per instruction set, compiled with the flags of that set alone, so that its name (a hash of
 source, flags and compiler) says all that it depends on and a cache on a shared disk serves different machines.
 """
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import reference
 from .arguments import blocks, readable, readable_nested, words_of
 from .device import load_scales, look_up, unpack
+from .launch import on_device_of
 
 WORDS = 1024  # words a program; with 4 warps a thread computes 64 weights
 WARPS = 4
@@ -47,10 +48,11 @@ def dequantize_4bit(
     absmax = readable("absmax", absmax, torch.uint8 if nested else torch.float32, blocks(count, block_size), device)
     scales = readable_nested(nested, nested_block_size, len(absmax), device)
     if count:
-        dequantize_4bit_kernel[(triton.cdiv(len(words), WORDS),)](
-            words, codebook, absmax, scales.codebook, scales.absmax, scales.offset, out, count, len(words),
-            BLOCK=block_size, NESTED=scales.block_size, WORDS=WORDS, num_warps=WARPS, enable_fp_fusion=False,
-        )  # fmt: skip
+        with on_device_of(out):
+            dequantize_4bit_kernel[(triton.cdiv(len(words), WORDS),)](
+                words, codebook, absmax, scales.codebook, scales.absmax, scales.offset, out, count, len(words),
+                BLOCK=block_size, NESTED=scales.block_size, WORDS=WORDS, num_warps=WARPS, enable_fp_fusion=False,
+            )  # fmt: skip
     return None
 
 
@@ -80,9 +82,10 @@ def dequantize_8bit(codes: Tensor, codebook: Tensor, absmax: Tensor, block_size:
     absmax = readable("absmax", absmax, torch.float32, blocks(count, block_size), device)
     values = torch.empty(count, dtype=torch.float32, device=device)
     if count:
-        dequantize_8bit_kernel[(triton.cdiv(count, VALUES_8BIT),)](
-            codes, codebook, absmax, values, count, BLOCK=block_size, VALUES=VALUES_8BIT, enable_fp_fusion=False
-        )
+        with on_device_of(values):
+            dequantize_8bit_kernel[(triton.cdiv(count, VALUES_8BIT),)](
+                codes, codebook, absmax, values, count, BLOCK=block_size, VALUES=VALUES_8BIT, enable_fp_fusion=False
+            )
     return values
 
 

@@ -24,6 +24,7 @@ from .arguments import FLOATS, Nested, blocks, readable, readable_nested, words_
 from .decode import decode_kernel
 from .dequantize import dequantize_4bit
 from .device import load_matrix, load_weights
+from .launch import on_device_of
 from .tiles import DECODE_TOKENS, Tile, choose
 
 
@@ -83,11 +84,12 @@ def linear_4bit(
         kernel, sizes = decode_kernel[(programs,)], {}
     else:
         kernel, sizes = linear_kernel[(triton.cdiv(tokens, tile.tokens), programs)], {"TOKENS": tile.tokens}
-    kernel(
-        x2d, *checked.pointers(), bias, u, lora_b, y, tokens, rows, columns, rank, float(scaling),
-        BLOCK=block_size, NESTED=checked.nested.block_size, ONE_SCALE=checked.one_scale(columns, tile.step),
-        FEATURES=tile.features, STEP=tile.step, RANK_STEP=_rank_step(rank), **sizes, **tile.options(),
-    )  # fmt: skip
+    with on_device_of(x):
+        kernel(
+            x2d, *checked.pointers(), bias, u, lora_b, y, tokens, rows, columns, rank, float(scaling),
+            BLOCK=block_size, NESTED=checked.nested.block_size, ONE_SCALE=checked.one_scale(columns, tile.step),
+            FEATURES=tile.features, STEP=tile.step, RANK_STEP=_rank_step(rank), **sizes, **tile.options(),
+        )  # fmt: skip
     return y
 
 
@@ -150,11 +152,12 @@ def linear_4bit_dx(
     checked = _weight(packed, codebook, absmax, block_size, rows * columns, nested, nested_block_size, dy.device)
     t, lora_a, rank = _lora(lora, tokens, columns, dy)
     dx = torch.empty(*dy.shape[:-1], columns, dtype=dy.dtype, device=dy.device)
-    linear_dx_kernel[triton.cdiv(tokens, tile.tokens), triton.cdiv(columns, tile.features)](
-        dy2d, *checked.pointers(), t, lora_a, dx, tokens, rows, columns, rank,
-        BLOCK=block_size, NESTED=checked.nested.block_size, ONE_SCALE=checked.one_scale(columns, tile.features),
-        TOKENS=tile.tokens, FEATURES=tile.features, STEP=tile.step, RANK_STEP=_rank_step(rank), **tile.options(),
-    )  # fmt: skip
+    with on_device_of(dy):
+        linear_dx_kernel[triton.cdiv(tokens, tile.tokens), triton.cdiv(columns, tile.features)](
+            dy2d, *checked.pointers(), t, lora_a, dx, tokens, rows, columns, rank,
+            BLOCK=block_size, NESTED=checked.nested.block_size, ONE_SCALE=checked.one_scale(columns, tile.features),
+            TOKENS=tile.tokens, FEATURES=tile.features, STEP=tile.step, RANK_STEP=_rank_step(rank), **tile.options(),
+        )  # fmt: skip
     return dx
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import reference
 from .arguments import FLOATS, at_most, blocks, readable
 from .device import look_up, pack
+from .launch import on_device_of
 
 VALUES = 4096  # values a program, or one block if that is larger; with 4 warps 32 a thread
 WARPS = 4
@@ -58,10 +59,11 @@ def _launch(
     width = triton.next_power_of_2(block_size)
     rows = max(1, VALUES // width)
     if scales:
-        quantize_kernel[(triton.cdiv(scales, rows),)](
-            x, boundaries, order, codes, absmax, x.numel(), steps,
-            BLOCK=block_size, WIDTH=width, ROWS=rows, TABLE=table, num_warps=WARPS, enable_fp_fusion=False,
-        )  # fmt: skip
+        with on_device_of(x):
+            quantize_kernel[(triton.cdiv(scales, rows),)](
+                x, boundaries, order, codes, absmax, x.numel(), steps,
+                BLOCK=block_size, WIDTH=width, ROWS=rows, TABLE=table, num_warps=WARPS, enable_fp_fusion=False,
+            )  # fmt: skip
     return absmax
 
 
