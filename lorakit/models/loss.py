@@ -26,7 +26,6 @@ def summed_loss(model: nn.Module, input_ids: Tensor, targets: Tensor, lengths: S
         input_ids: (tokens,) int64, sequences laid end to end; `lengths` are theirs.
         targets: (tokens,) int64, the next token, or negative where it is not trained.
     """
-    trained = targets >= 0
     if isinstance(model, Decoder):
         input_ids, targets, lengths, shared = _share_prefix(input_ids, targets, lengths)
         trained = targets >= 0
@@ -37,6 +36,7 @@ def summed_loss(model: nn.Module, input_ids: Tensor, targets: Tensor, lengths: S
             return linear_cross_entropy(hidden, head.weight, targets[trained])
         logits = head(hidden)
     else:
+        trained = targets >= 0
         logits = _padded_logits(model, input_ids, lengths)[trained]
     return cross_entropy(logits.float(), targets[trained], reduction="sum")
 
