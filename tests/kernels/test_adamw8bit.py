@@ -17,8 +17,7 @@ from torch.library import opcheck
 
 from lorakit.quantization import dynamic_map
 
-CAPABILITY = torch.backends.cpu.get_cpu_capability()
-SETS = ["generic", *(["avx2"] if CAPABILITY.startswith("AVX") else []), *(["avx512"] if CAPABILITY == "AVX512" else [])]
+SETS = cpu.instruction_sets()
 SIGNED, UNSIGNED = ((table.values, table.boundaries) for table in (dynamic_map(), dynamic_map(signed=False)))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HYPER = (1e-2, 0.9, 0.999, 1e-8, 0.1)  # lr, betas, eps, weight_decay

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lorakit_kernels import cpu, reference
+from lorakit_kernels.cpu.loading import threads
 from torch import Tensor
 
 from lorakit.quantization import BLOCK_SIZES, codebook, dynamic_map
@@ -16,8 +17,7 @@ from lorakit.quantization import BLOCK_SIZES, codebook, dynamic_map
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 
 INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
-CAPABILITY = torch.backends.cpu.get_cpu_capability()
-SETS = ["generic", *(["avx2"] if CAPABILITY.startswith("AVX") else []), *(["avx512"] if CAPABILITY == "AVX512" else [])]
+SETS = cpu.instruction_sets()
 every_set = pytest.mark.parametrize("instruction_set", SETS)
 
 dtypes = st.sampled_from(list(INTEGERS))
@@ -167,7 +167,7 @@ def test_every_rounding(instruction_set: str, dtype: torch.dtype) -> None:
 @every_set
 def test_threads_do_not_show(instruction_set: str) -> None:
     book, x = codebook("nf4"), torch.randn((1 << 21) + 77).bfloat16()
-    threads = torch.get_num_threads()
+    before = torch.get_num_threads()
     results = []
     try:
         for count in (1, 2, 5):
@@ -177,7 +177,7 @@ def test_threads_do_not_show(instruction_set: str) -> None:
             cpu.dequantize_4bit(packed, book.values, absmax, 64, out)
             results.append((packed, absmax, out))
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
     expected = reference.quantize_4bit(x, book.boundaries, book.order, 64)
@@ -187,9 +187,9 @@ def test_threads_do_not_show(instruction_set: str) -> None:
 def test_one_thread_starts_no_other() -> None:
     book, x = codebook("nf4"), torch.randn(1 << 21)
     with cpu.one_thread():
-        assert cpu._threads() == (None, 1)
+        assert threads() == (None, 1)
         found = cpu.quantize_4bit(x, book.boundaries, book.order, 64)
-    assert cpu._threads()[1] == torch.get_num_threads()
+    assert threads()[1] == torch.get_num_threads()
     assert all(
         torch.equal(a, b) for a, b in zip(found, cpu.quantize_4bit(x, book.boundaries, book.order, 64), strict=True)
     )
@@ -264,7 +264,7 @@ def test_the_choice_of_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("LORAKIT_CPU_ISA", "avx1024")
     with pytest.raises(ValueError, match="'avx1024', expected one of generic, avx2, avx512"):
         cpu.quantize_8bit(x, boundaries, 32)
-    if CAPABILITY != "AVX512":
+    if "avx512" not in SETS:
         monkeypatch.setenv("LORAKIT_CPU_ISA", "avx512")
         with pytest.raises(ValueError, match="this processor has"):
             cpu.quantize_8bit(x, boundaries, 32)

@@ -2,7 +2,7 @@
 //
 // Nothing here may change a result: fp32 throughout, a true division for the reciprocal, one rounding at the end, no
 // flushing of subnormals, and flags that keep the compiler from contracting a * b + c. The sizes and dtypes of what the
-// pointers point at are checked by the caller, __init__.py.
+// pointers point at are checked by the caller, in Python.
 
 #include "blocks.h"
 

@@ -1,0 +1,128 @@
+"""The compiled library: loaded once for the processor's instruction set, its functions declared, its threads found.
+
+It is compiled on first use (see `build`) for AVX-512, AVX2 or neither, whichever is the best that the processor has.
+LORAKIT_CPU_ISA=generic|avx2|avx512 picks a smaller one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
+from ctypes import CDLL, c_float, c_int, c_int64, c_uint, c_void_p
+from functools import cache
+
+import torch
+
+from .build import INSTRUCTION_SETS, BuildError, library_path
+
+_alone: ContextVar[bool] = ContextVar("lorakit_one_thread", default=False)
+_P, _N, _THREADS = c_void_p, c_int64, (c_void_p, c_uint)
+SIGNATURES = {  # of every function of the library
+    "quantize_4bit": (_P, c_int, _N, _N, _P, _P, c_int, _P, _P, *_THREADS),
+    "quantize_8bit": (_P, c_int, _N, _N, _P, c_int, _P, _P, *_THREADS),
+    "dequantize_8bit": (_P, _P, _P, _N, _N, _P, *_THREADS),
+    "dequantize_4bit": (_P, _P, _P, _P, _P, _P, _N, _N, _N, _P, c_int, *_THREADS),
+    "adamw_8bit": (_P, _P, c_int, _N, *[_P] * 8, *[c_float] * 8, *_THREADS),
+}
+
+
+def is_available() -> bool:
+    """Return whether the library is there, building it if need be; a failure is warned about, once."""
+    result = _attempt(os.environ.get("LORAKIT_CPU_ISA"))
+    if isinstance(result, BuildError):
+        _warn(str(result))
+        return False
+    return True
+
+
+def library() -> CDLL:
+    """Return the library for the processor, or for LORAKIT_CPU_ISA.
+
+    Raises:
+        BuildError: it cannot be built or loaded.
+        ValueError: LORAKIT_CPU_ISA names no instruction set, or one that the processor does not have.
+    """
+    result = _attempt(os.environ.get("LORAKIT_CPU_ISA"))
+    if isinstance(result, BuildError):
+        raise result
+    return result
+
+
+@cache
+def _attempt(choice: str | None) -> CDLL | BuildError:
+    """Build and load once; a failure is remembered too, or every operation would try again."""
+    instruction_set = _instruction_set(choice)
+    try:
+        path = library_path(instruction_set)
+        try:
+            loaded = CDLL(str(path))
+        except OSError:  # a damaged file, or none a moment later: build it again
+            path.unlink(missing_ok=True)
+            loaded = CDLL(str(library_path(instruction_set)))
+    except BuildError as error:
+        return error
+    except OSError as error:
+        return BuildError(f"cannot load the compiled library: {error}; LORAKIT_CACHE names another folder for it")
+    for name, signature in SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = signature, None
+    return loaded
+
+
+@cache
+def _warn(reason: str) -> None:
+    warnings.warn(
+        f"4-bit weights take the slower path in plain PyTorch on the CPU, with the same results: {reason}. "
+        "LORAKIT_BACKEND=reference chooses it without this warning.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def instruction_sets() -> list[str]:
+    """Return those of `build.INSTRUCTION_SETS` that this processor has, each including those before it."""
+    detected = torch.backends.cpu.get_cpu_capability()  # by which PyTorch chooses its own kernels
+    best = {"AVX512": "avx512", "AVX2": "avx2"}.get(detected, "generic")
+    known = list(INSTRUCTION_SETS)
+    return known[: known.index(best) + 1]
+
+
+def _instruction_set(choice: str | None) -> str:
+    """Return the choice, if the processor has it, or its best."""
+    has = instruction_sets()
+    if choice and choice not in INSTRUCTION_SETS:
+        raise ValueError(f"LORAKIT_CPU_ISA is '{choice}', expected one of {', '.join(INSTRUCTION_SETS)}")
+    if choice and choice not in has:
+        raise ValueError(f"LORAKIT_CPU_ISA is '{choice}', but this processor has '{has[-1]}' at most")
+    return choice or has[-1]
+
+
+# ---- threads -------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute within the context in the calling thread alone: for callers that are several threads themselves."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
+
+def threads() -> tuple[int | None, int]:
+    """Return what the functions take last: how to fork (None: not at all) and into how many threads."""
+    return (None, 1) if _alone.get() else (_fork(), torch.get_num_threads())
+
+
+@cache
+def _fork() -> int | None:
+    """Return the address of GOMP_parallel in the OpenMP runtime that PyTorch loaded; None means a single thread."""
+    try:
+        return ctypes.cast(CDLL(None).GOMP_parallel, c_void_p).value
+    except AttributeError:  # another runtime, as on macOS
+        return None
