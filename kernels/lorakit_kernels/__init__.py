@@ -2,13 +2,15 @@
 
 `reference` defines every operation in plain PyTorch and runs anywhere; it is the oracle for all other backends.
 `cpu` is the same in C++, `triton` in Triton for GPUs. `dispatch` registers the operations with torch.library and picks
-the backend. `reference_training` and `training_ops` are the same for the operations around the 4-bit weights.
+the backend. `reference_training` and `training_ops` are the same for the operations around the 4-bit weights;
+`gradients` are those of both.
 """
 
-from . import reference, reference_training
+from . import gradients, reference, reference_training
 from .cpu import one_thread
 from .dispatch import (
     BACKENDS,
+    add_linear_4bit_dx,
     dequantize_4bit,
     dequantize_4bit_out,
     dequantize_8bit,
@@ -31,10 +33,12 @@ from .training_ops import (
 __all__ = [
     "BACKENDS",
     "adamw_8bit",
+    "add_linear_4bit_dx",
     "cross_entropy",
     "dequantize_4bit",
     "dequantize_4bit_out",
     "dequantize_8bit",
+    "gradients",
     "linear_4bit",
     "linear_4bit_dx",
     "one_thread",

@@ -80,7 +80,7 @@ def _known(name: str, what: str) -> str:
 
 # ---- operations ----------------------------------------------------------------------------------------------------
 
-_library = Library("lorakit", "DEF")
+operations = Library("lorakit", "DEF")
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -97,9 +97,9 @@ def _operation(
 
     def register(function: Callable[_P, _R]) -> Callable[_P, _R]:
         name = function.__name__
-        _library.define(name + infer_schema(function, mutates_args=writes), tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(name, function, "CompositeExplicitAutograd")
-        register_fake(f"lorakit::{name}", fake, lib=_library)
+        operations.define(name + infer_schema(function, mutates_args=writes), tags=(torch.Tag.pt2_compliant_tag,))
+        operations.impl(name, function, "CompositeExplicitAutograd")
+        register_fake(f"lorakit::{name}", fake, lib=operations)
         overload: Callable[_P, _R] = getattr(torch.ops.lorakit, name).default
         return overload
 
@@ -229,11 +229,9 @@ def linear_4bit(
     scaling: float,
 ) -> Tensor:
     """See `reference.linear_4bit`."""
-    fused = getattr(backend(x.device), "linear_4bit", None)
-    if fused is None:  # the CPU's: values by the backend, their product by PyTorch
-        weight = dequantize_4bit(packed, codebook, absmax, block_size, shape, x.dtype, nested, nested_block_size)
-        return reference.dense_linear(x, weight, bias, lora, scaling)
-    y: Tensor = fused(x, packed, codebook, absmax, block_size, shape, nested, nested_block_size, bias, lora, scaling)
+    y: Tensor = backend(x.device).linear_4bit(
+        x, packed, codebook, absmax, block_size, shape, nested, nested_block_size, bias, lora, scaling
+    )
     return y
 
 
@@ -264,9 +262,40 @@ def linear_4bit_dx(
     lora: Sequence[Tensor],
 ) -> Tensor:
     """See `reference.linear_4bit_dx`."""
-    fused = getattr(backend(dy.device), "linear_4bit_dx", None)
-    if fused is None:
-        weight = dequantize_4bit(packed, codebook, absmax, block_size, shape, dy.dtype, nested, nested_block_size)
-        return reference.dense_linear_dx(dy, weight, lora)
-    dx: Tensor = fused(dy, packed, codebook, absmax, block_size, shape, nested, nested_block_size, lora)
+    dx: Tensor = backend(dy.device).linear_4bit_dx(
+        dy, packed, codebook, absmax, block_size, shape, nested, nested_block_size, lora
+    )
     return dx
+
+
+def _added(
+    dx: Tensor,
+    dy: Tensor,
+    packed: Tensor,
+    codebook: Tensor,
+    absmax: Tensor,
+    block_size: int,
+    shape: Sequence[int],
+    nested: Sequence[Tensor],
+    nested_block_size: int,
+) -> None:
+    return None
+
+
+@_operation(writes=("dx",), fake=_added)
+def add_linear_4bit_dx(
+    dx: Tensor,
+    dy: Tensor,
+    packed: Tensor,
+    codebook: Tensor,
+    absmax: Tensor,
+    block_size: int,
+    shape: Sequence[int],
+    nested: Sequence[Tensor],
+    nested_block_size: int,
+) -> None:
+    """See `reference.add_linear_4bit_dx`."""
+    backend(dy.device).add_linear_4bit_dx(
+        dx, dy, packed, codebook, absmax, block_size, shape, nested, nested_block_size
+    )
+    increment_version(dx)

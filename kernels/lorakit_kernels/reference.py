@@ -178,6 +178,21 @@ def linear_4bit_dx(
     return dense_linear_dx(dy, weight, lora)
 
 
+def add_linear_4bit_dx(
+    dx: Tensor,
+    dy: Tensor,
+    packed: Tensor,
+    codebook: Tensor,
+    absmax: Tensor,
+    block_size: int,
+    shape: Sequence[int],
+    nested: Sequence[Tensor] = (),
+    nested_block_size: int = 256,
+) -> None:
+    """Add dy W to dx, (..., in_features), contiguous, of dy's dtype: for layers that read the same x."""
+    dx += linear_4bit_dx(dy, packed, codebook, absmax, block_size, shape, nested, nested_block_size)
+
+
 def dense_linear_dx(dy: Tensor, weight: Tensor, lora: Sequence[Tensor] = ()) -> Tensor:
     """Return `linear_4bit_dx` of values, (out_features, in_features) of dy's dtype."""
     dx = dy @ weight

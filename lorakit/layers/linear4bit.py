@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import lorakit_kernels as kernels
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from ..errors import ShapeError
 from ..quantization import QuantizedWeight, quantize
 from .quantized_module import QuantizedModule, frozen
-from .workspace import workspace
 
 
 class Linear4bit(QuantizedModule):
@@ -76,28 +76,51 @@ class Linear4bit(QuantizedModule):
         return result.to(given)
 
 
-def product_weight(base: nn.Linear | Linear4bit, dtype: torch.dtype) -> Tensor:
-    """Return a frozen linear layer's weight, (out_features, in_features) in `dtype`, for one product.
-
-    Of a 4-bit layer on the CPU it lies in the thread's workspace: the next call overwrites it.
-    """
-    if not isinstance(base, Linear4bit):
-        return base.weight.to(dtype)
-    if base.packed.is_cpu and not torch.compiler.is_compiling():  # a compiler plans its own buffers
-        return base.quantized.dequantize(out=workspace(base.weight_shape, dtype))
-    return base.dense_weight(dtype)
-
-
 class _FrozenLinear(torch.autograd.Function):
-    """y = x Wᵀ + b and dx = dy W, dequantizing W in each pass instead of keeping it."""
+    """y = x Wᵀ + b and dx = dy W, from the codes in each pass. Saves nothing: the layer is there."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: Linear4bit) -> Tensor:
         ctx.layer = layer
-        return linear(x, product_weight(layer, x.dtype), bias)
+        return frozen_linear(layer, x, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         (dy,) = grads
         bias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None  # if someone trains the bias
-        return dy @ product_weight(ctx.layer, dy.dtype), bias, None
+        return frozen_linear_dx(ctx.layer, dy), bias, None
+
+
+# ---- products with a frozen weight, dense or in 4 bits, for the functions that differentiate by hand -----------------
+
+
+def frozen_linear(
+    base: nn.Linear | Linear4bit, x: Tensor, bias: Tensor | None, lora: Sequence[Tensor] = (), scaling: float = 1.0
+) -> Tensor:
+    """Return y = x Wᵀ + bias + scaling u Bᵀ.
+
+    Shapes:
+        x (..., in_features) -> (..., out_features); lora: u (..., r) and B (out_features, r), of x's dtype, or nothing
+    """
+    if isinstance(base, Linear4bit):
+        return kernels.linear_4bit(x, *base.quantized.operand, bias, lora, scaling)
+    return kernels.reference.dense_linear(x, base.weight.to(x.dtype), bias, lora, scaling)
+
+
+def frozen_linear_dx(base: nn.Linear | Linear4bit, dy: Tensor, lora: Sequence[Tensor] = ()) -> Tensor:
+    """Return dx = dy W + t A.
+
+    Shapes:
+        dy (..., out_features) -> (..., in_features); lora: t (..., r) and A (r, in_features), of dy's dtype, or nothing
+    """
+    if isinstance(base, Linear4bit):
+        return kernels.linear_4bit_dx(dy, *base.quantized.operand, lora)
+    return kernels.reference.dense_linear_dx(dy, base.weight.to(dy.dtype), lora)
+
+
+def add_frozen_linear_dx(dx: Tensor, base: nn.Linear | Linear4bit, dy: Tensor) -> None:
+    """Add dy W to dx, for layers that read the same x; both (tokens, features)."""
+    if isinstance(base, Linear4bit):
+        kernels.add_linear_4bit_dx(dx, dy, *base.quantized.operand)
+    else:
+        dx.addmm_(dy, base.weight.to(dy.dtype))

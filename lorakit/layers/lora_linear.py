@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 
 from ..errors import ShapeError
-from .linear4bit import Linear4bit, product_weight
+from .linear4bit import Linear4bit, add_frozen_linear_dx, frozen_linear, frozen_linear_dx
 
 
 class LoRALinear(nn.Module):
@@ -157,8 +157,7 @@ class _LoRALinearFunction(torch.autograd.Function):
         results = []
         for (base, scaling), b, part in zip(frozen, lora_b, u.split([len(a) for a in lora_a], dim=1), strict=True):
             bias = None if base.bias is None else base.bias.to(x.dtype)
-            y = linear(flat, product_weight(base, x.dtype), bias)
-            y.addmm_(part, b.to(x.dtype).T, alpha=scaling)
+            y = frozen_linear(base, flat, bias, (part, b.to(x.dtype)), scaling)
             results.append(y.view(*x.shape[:-1], y.shape[-1]))
         ctx.save_for_backward(x, u, *matrices)
         ctx.frozen = frozen
@@ -178,9 +177,10 @@ class _LoRALinearFunction(torch.autograd.Function):
         da: list[Tensor | None] = [None] * count
         db: list[Tensor | None] = [None] * count
         if ctx.needs_input_grad[0]:
-            dx = t @ _stacked(lora_a, dtype)
-            for dy, (base, _) in zip(dys, ctx.frozen, strict=True):
-                dx.addmm_(dy, product_weight(base, dtype))
+            (first, _), *others = ctx.frozen
+            dx = frozen_linear_dx(first, dys[0], (t, _stacked(lora_a, dtype)))
+            for dy, (base, _) in zip(dys[1:], others, strict=True):
+                add_frozen_linear_dx(dx, base, dy)
             dx = dx.view(x.shape)
         if any(ctx.needs_input_grad[2 : 2 + count]):
             parts = (t.T @ flat).split(ranks)

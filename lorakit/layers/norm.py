@@ -1,8 +1,6 @@
-"""RMSNorm with a hand-written backward pass that skips the gradient of the frozen weight."""
+"""RMSNorm; `lorakit_kernels.gradients` has its backward pass, which skips the gradient of a frozen weight."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import lorakit_kernels as kernels
 import torch
@@ -26,23 +24,5 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight.requires_grad:  # someone trains the norm: let autograd do it
-            normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
-            return self.weight * normed.to(x.dtype)
-        result: Tensor = _FrozenRMSNorm.apply(x, self.weight, self.eps)
-        return result
-
-
-class _FrozenRMSNorm(torch.autograd.Function):
-    """With x̂ = x·rstd and g = weight·dy:  dx = rstd·(g − x̂·mean(g·x̂)). Saves x in its own dtype and rstd."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, rstd = kernels.rms_norm(x, weight, eps)
-        ctx.save_for_backward(x, rstd, weight)
+        y, _ = kernels.rms_norm(x, self.weight, self.eps)
         return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        x, rstd, weight = ctx.saved_tensors
-        return kernels.rms_norm_backward(grads[0], x, weight, rstd), None, None

@@ -65,19 +65,4 @@ def rope_tables(frequencies: Tensor, positions: Tensor, dtype: torch.dtype) -> t
 
 def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate q (tokens, heads, head_dim) and k (tokens, kv_heads, head_dim) by tables (tokens, head_dim)."""
-    turned_q, turned_k = _RotaryEmbedding.apply(q, k, cos, sin)
-    return turned_q, turned_k
-
-
-class _RotaryEmbedding(torch.autograd.Function):
-    """The gradient of a rotation is the rotation by −angle. Saves the tables alone, which all layers share."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(cos, sin)
-        return kernels.rope(q, k, cos, sin, False)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return *kernels.rope(grads[0], grads[1], cos, sin, True), None, None
+    return kernels.rope(q, k, cos, sin, False)

@@ -102,21 +102,26 @@ class QuantizedWeight:
         if rows is not None:
             part = self._rows(rows, dtype or self.dtype)
             return part if out is None else _checked_out(out, part.shape).copy_(part)
+        packed, codebook, scales, block_size, shape, nested, nested_block_size = self.operand
+        if out is None:
+            values: Tensor = kernels.dequantize_4bit(
+                packed, codebook, scales, block_size, shape, dtype or self.dtype, nested, nested_block_size
+            )
+            return values
+        kernels.dequantize_4bit_out(
+            packed, codebook, scales, block_size, _checked_out(out, shape), nested, nested_block_size
+        )
+        return out
+
+    @property
+    def operand(self) -> tuple[Tensor, Tensor, Tensor, int, torch.Size, list[Tensor], int]:
+        """The weight as the kernels take it, as of `lorakit_kernels.reference.linear_4bit`: packed, codebook, absmax,
+        block_size, shape, nested, nested_block_size."""
         scales, nested, nested_block_size = self.scales, [], NESTED_BLOCK_SIZE
         if isinstance(scales, NestedScales):
             nested, nested_block_size = [scales.code_values, scales.absmax, scales.offset], scales.block_size
             scales = scales.codes
-        if out is None:
-            values: Tensor = kernels.dequantize_4bit(
-                self.packed, self.code_values, scales, self.block_size, self.shape, dtype or self.dtype, nested,
-                nested_block_size,
-            )  # fmt: skip
-            return values
-        kernels.dequantize_4bit_out(
-            self.packed, self.code_values, scales, self.block_size, _checked_out(out, self.shape), nested,
-            nested_block_size,
-        )  # fmt: skip
-        return out
+        return self.packed, self.code_values, scales, self.block_size, self.shape, nested, nested_block_size
 
     def _rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """Dequantize the blocks that the rows touch, and cut the rows out of them."""

@@ -71,6 +71,7 @@ def arguments(columns: int) -> dict[str, tuple[Any, ...]]:
         "linear_4bit plain": (torch.randn(columns), *weight, [], 256, None, [], 1.0),
         "linear_4bit_dx": (dy, *weight, [], 256, (factors[0], torch.randn(5, columns))),
         "linear_4bit_dx plain": (dy.bfloat16(), *weight, [], 256, []),
+        "add_linear_4bit_dx": (torch.randn(2, 4, columns), dy, *weight, [], 256),
     }  # fmt: skip
 
 

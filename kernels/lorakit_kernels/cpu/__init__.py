@@ -13,18 +13,22 @@ from torch import Tensor
 
 from .. import reference
 from ..reference_training import STATE_BLOCK_SIZE, AdamWFactors
-from .arguments import DTYPES, at_most, block_count, readable, source, writable
+from .arguments import DTYPES, at_most, block_count, readable, source, weight, writable
 from .build import BuildError
+from .linear import add_linear_4bit_dx, linear_4bit, linear_4bit_dx
 from .loading import instruction_sets, is_available, library, one_thread, threads
 
 __all__ = [
     "BuildError",
     "adamw_8bit",
+    "add_linear_4bit_dx",
     "dequantize_4bit",
     "dequantize_8bit",
     "instruction_sets",
     "is_available",
     "library",
+    "linear_4bit",
+    "linear_4bit_dx",
     "one_thread",
     "quantize_4bit",
     "quantize_8bit",
@@ -87,23 +91,10 @@ def dequantize_4bit(
     """See `reference.dequantize_4bit`."""
     if out.dtype not in DTYPES:
         return reference.dequantize_4bit(packed, codebook, absmax, block_size, out, nested, nested_block_size)
-    count = out.numel()
-    blocks = block_count(count, block_size, even=True)
-    packed = readable("packed", packed, torch.uint8, (count + 1) // 2)
-    codebook = readable("codebook", codebook, torch.float32, 16)
-    absmax = readable("absmax", absmax, torch.uint8 if nested else torch.float32, blocks)
-    sizes = (256, block_count(blocks, nested_block_size), 1)
-    nested = [
-        readable(f"nested {name}", tensor, torch.float32, size)
-        for name, tensor, size in zip(("codebook", "absmax", "offset"), nested, sizes, strict=bool(nested))
-    ]
+    checked = weight(out.numel(), packed, codebook, absmax, block_size, nested, nested_block_size)
     if not out.is_contiguous() or not out.is_cpu:
         raise ValueError("out must be contiguous, on the CPU")
-    library().dequantize_4bit(
-        packed.data_ptr(), codebook.data_ptr(), absmax.data_ptr(),
-        *([tensor.data_ptr() for tensor in nested] or (None, None, None)), nested_block_size,
-        count, block_size, out.data_ptr(), DTYPES[out.dtype], *threads(),
-    )  # fmt: skip
+    library().dequantize_4bit(*checked.pointers(), out.numel(), out.data_ptr(), DTYPES[out.dtype], *threads())
     return None
 
 

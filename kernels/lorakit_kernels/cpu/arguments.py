@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -44,3 +47,46 @@ def writable(name: str, tensor: Tensor, dtype: torch.dtype, count: int) -> Tenso
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous")
     return readable(name, tensor, dtype, count)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A 4-bit weight whose tensors are contiguous and as large as its elements need."""
+
+    packed: Tensor
+    codebook: Tensor
+    absmax: Tensor
+    nested: list[Tensor]  # codebook, absmax, offset; or none
+    nested_block_size: int
+    block_size: int
+
+    def pointers(self) -> tuple[int | None, ...]:
+        """Return what the functions take of a weight, as `struct Weight` in dequantize.h has it."""
+        tensors = self.packed.data_ptr(), self.codebook.data_ptr(), self.absmax.data_ptr()
+        nested = [tensor.data_ptr() for tensor in self.nested] or (None, None, None)
+        return *tensors, *nested, self.nested_block_size, self.block_size
+
+
+def weight(
+    count: int,
+    packed: Tensor,
+    codebook: Tensor,
+    absmax: Tensor,
+    block_size: int,
+    nested: Sequence[Tensor],
+    nested_block_size: int,
+) -> Weight:
+    """Return a weight of `count` elements, checked."""
+    blocks = block_count(count, block_size, even=True)
+    sizes = (256, block_count(blocks, nested_block_size), 1)
+    return Weight(
+        readable("packed", packed, torch.uint8, (count + 1) // 2),
+        readable("codebook", codebook, torch.float32, 16),
+        readable("absmax", absmax, torch.uint8 if nested else torch.float32, blocks),
+        [
+            readable(f"nested {name}", tensor, torch.float32, size)
+            for name, tensor, size in zip(("codebook", "absmax", "offset"), nested, sizes, strict=bool(nested))
+        ],
+        nested_block_size,
+        block_size,
+    )

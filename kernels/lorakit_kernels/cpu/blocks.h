@@ -19,7 +19,8 @@ struct Threads {
     unsigned count;  // always all of PyTorch's: libgomp ends the threads of its pool that a smaller team leaves out
 };
 
-constexpr int64_t CHUNK = 1 << 16;     // elements that a thread takes at a time
+constexpr int64_t CHUNK = 1 << 16;     // elements that a thread takes at a time, or more:
+constexpr int64_t CHUNKS = 64;         // that an operation has at the most, so that they are long enough to prefetch
 constexpr int64_t PARALLEL = 1 << 18;  // fewer take under 30 us, not worth waking a thread
 
 // Call body(first block, last block) for chunks that cover all blocks. Threads take chunks as they become free, so that
@@ -31,7 +32,8 @@ void for_blocks(int64_t count, int64_t block_size, Threads threads, const Body& 
         int64_t blocks, step;
         std::atomic<int64_t> next;
     };
-    Job job{body, (count + block_size - 1) / block_size, std::max<int64_t>(1, CHUNK / block_size), {0}};
+    const int64_t chunk = std::max(CHUNK, count / CHUNKS);
+    Job job{body, (count + block_size - 1) / block_size, std::max<int64_t>(1, chunk / block_size), {0}};
     auto work = [](void* argument) {
         Job& job = *static_cast<Job*>(argument);
         for (int64_t first; (first = job.next.fetch_add(job.step, std::memory_order_relaxed)) < job.blocks;)

@@ -19,13 +19,19 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-INSTRUCTION_SETS = {"generic": (), "avx2": ("-mavx2",), "avx512": ("-mavx512f", "-mavx512bw")}
+_AVX512 = ("-mavx512f", "-mavx512bw")
+INSTRUCTION_SETS = {  # each includes those before it
+    "generic": (),
+    "avx2": ("-mavx2", "-mfma"),
+    "avx512": _AVX512,
+    "avx512_bf16": (*_AVX512, "-mavx512bf16"),
+}
 
 # Strict IEEE: no contraction of a * b + c into one rounding. -O3 alone changes no result, nor does leaving errno alone,
 # without which a square root is a branch and no vector instruction.
 _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi", "-fPIC", "-shared")
 _FOLDER = Path(__file__).parent
-_SOURCES, _HEADERS = ("ops.cpp", "adamw.cpp"), ("blocks.h", "lanes.h")
+_SOURCES, _HEADERS = ("ops.cpp", "matmul.cpp", "adamw.cpp"), ("blocks.h", "dequantize.h", "lanes.h", "products.h")
 _TIMEOUT = 300  # seconds; two are usual
 _OTHER_FOLDER = "LORAKIT_CACHE names another folder"
 

@@ -1,7 +1,7 @@
 """The compiled library: loaded once for the processor's instruction set, its functions declared, its threads found.
 
-It is compiled on first use (see `build`) for AVX-512, AVX2 or neither, whichever is the best that the processor has.
-LORAKIT_CPU_ISA=generic|avx2|avx512 picks a smaller one.
+It is compiled on first use (see `build`) for the best instruction set that the processor has, from AVX-512 with bf16
+products down to none. LORAKIT_CPU_ISA=generic|avx2|avx512|avx512_bf16 picks a smaller one.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ from .build import INSTRUCTION_SETS, BuildError, library_path
 
 _alone: ContextVar[bool] = ContextVar("lorakit_one_thread", default=False)
 _P, _N, _THREADS = c_void_p, c_int64, (c_void_p, c_uint)
+_WEIGHT = (*[_P] * 6, _N, _N)
 SIGNATURES = {  # of every function of the library
     "quantize_4bit": (_P, c_int, _N, _N, _P, _P, c_int, _P, _P, *_THREADS),
     "quantize_8bit": (_P, c_int, _N, _N, _P, c_int, _P, _P, *_THREADS),
     "dequantize_8bit": (_P, _P, _P, _N, _N, _P, *_THREADS),
-    "dequantize_4bit": (_P, _P, _P, _P, _P, _P, _N, _N, _N, _P, c_int, *_THREADS),
+    "dequantize_4bit": (*_WEIGHT, _N, _P, c_int, *_THREADS),
+    "dequantize_part": (*_WEIGHT, *[_N] * 5, _P, c_int, *_THREADS),
+    "linear_4bit": (_P, c_int, _N, *_WEIGHT, _N, _N, _P, _P, *_THREADS),
     "adamw_8bit": (_P, _P, c_int, _N, *[_P] * 8, *[c_float] * 8, *_THREADS),
 }
 
@@ -87,6 +90,8 @@ def instruction_sets() -> list[str]:
     """Return those of `build.INSTRUCTION_SETS` that this processor has, each including those before it."""
     detected = torch.backends.cpu.get_cpu_capability()  # by which PyTorch chooses its own kernels
     best = {"AVX512": "avx512", "AVX2": "avx2"}.get(detected, "generic")
+    if best == "avx512" and torch.cpu._is_avx512_bf16_supported():
+        best = "avx512_bf16"
     known = list(INSTRUCTION_SETS)
     return known[: known.index(best) + 1]
 

@@ -4,9 +4,7 @@
 // flushing of subnormals, and flags that keep the compiler from contracting a * b + c. The sizes and dtypes of what the
 // pointers point at are checked by the caller, in Python.
 
-#include "blocks.h"
-
-#include <type_traits>
+#include "dequantize.h"
 
 namespace {
 
@@ -66,30 +64,6 @@ void quantize_block(const Source* x, int64_t count, const Coder& coder, uint8_t*
     }
 }
 
-// ---- dequantization ----------------------------------------------------------------------------------------------
-
-// A block has 16 different values at most, so they are multiplied and rounded once a block, not once an element; what
-// is left is a look-up.
-template <class Target>
-void dequantize_block(const uint8_t* packed, const float* codebook, float absmax, Target* out, int64_t count) {
-    Target table[16];
-    for (int i = 0; i < 16; i += LANES) store(load(codebook + i) * absmax, table + i);
-    using Entry = std::conditional_t<sizeof(Target) == 2, uint16_t, uint32_t>;
-    look_up(packed, (const Entry*)table, (Entry*)out, count);
-}
-
-constexpr int64_t SCALES = 1024;  // that are expanded at a time
-
-// The scales of the blocks from `first` to before `last`, from their codes. Product and sum are rounded each.
-inline void expand_scales(const uint8_t* codes, const float* codebook, const float* absmax, float offset,
-                          int64_t block_size, int64_t first, int64_t last, float* out) {
-    while (first < last) {
-        float scale = absmax[first / block_size];
-        int64_t stop = std::min((first / block_size + 1) * block_size, last);
-        for (; first < stop; ++first) *out++ = codebook[codes[first]] * scale + offset;
-    }
-}
-
 }  // namespace
 
 extern "C" {
@@ -132,24 +106,32 @@ void dequantize_8bit(const uint8_t* codes, const float* codebook, const float* a
     });
 }
 
-// Where nested_codebook is null, `scales` are fp32 numbers, else uint8 codes.
+// The arguments of a weight are those of `struct Weight`.
 void dequantize_4bit(const uint8_t* packed, const float* codebook, const void* scales, const float* nested_codebook,
-                     const float* nested_absmax, const float* offset, int64_t nested_block_size, int64_t count,
-                     int64_t block_size, void* out, int dtype, Fork fork, unsigned threads) {
+                     const float* nested_absmax, const float* offset, int64_t nested_block_size, int64_t block_size,
+                     int64_t count, void* out, int dtype, Fork fork, unsigned threads) {
+    Weight weight{packed, codebook, scales, nested_codebook, nested_absmax, offset, nested_block_size, block_size};
     with_dtype(dtype, [&](auto* type) {
         auto* target = (decltype(type))out;
         for_blocks(count, block_size, {fork, threads}, [&](int64_t first, int64_t last) {
-            float expanded[SCALES];
-            const float* absmax = (const float*)scales + first;
-            for (int64_t block = first; block < last; ++block, ++absmax) {
-                if (nested_codebook && (block - first) % SCALES == 0) {
-                    int64_t stop = std::min(block + SCALES, last);
-                    expand_scales((const uint8_t*)scales, nested_codebook, nested_absmax, *offset, nested_block_size,
-                                  block, stop, expanded);
-                    absmax = expanded;
-                }
-                int64_t start = block * block_size, size = std::min(block_size, count - start);
-                dequantize_block(packed + start / 2, codebook, *absmax, target + start, size);
+            int64_t start = first * block_size;
+            weight.dequantize(start, std::min(last * block_size, count), target + start);
+        });
+    });
+}
+
+// Some rows and columns of a matrix whose rows have an even number of `columns`; `first_column` is even.
+void dequantize_part(const uint8_t* packed, const float* codebook, const void* scales, const float* nested_codebook,
+                     const float* nested_absmax, const float* offset, int64_t nested_block_size, int64_t block_size,
+                     int64_t columns, int64_t first_row, int64_t rows, int64_t first_column, int64_t width, void* out,
+                     int dtype, Fork fork, unsigned threads) {
+    Weight weight{packed, codebook, scales, nested_codebook, nested_absmax, offset, nested_block_size, block_size};
+    with_dtype(dtype, [&](auto* type) {
+        auto* target = (decltype(type))out;
+        for_blocks(rows * width, width, {fork, threads}, [&](int64_t first, int64_t last) {
+            for (int64_t row = first; row < last; ++row) {
+                int64_t start = (first_row + row) * columns + first_column;
+                weight.dequantize(start, start + width, target + row * width);
             }
         });
     });

@@ -8,7 +8,7 @@ for typical arguments, to compile where there is no GPU.
 from .adamw import adamw_8bit
 from .cross_entropy import cross_entropy
 from .dequantize import dequantize_4bit, dequantize_8bit
-from .linear import linear_4bit, linear_4bit_dx
+from .linear import add_linear_4bit_dx, linear_4bit, linear_4bit_dx
 from .quantize import quantize_4bit, quantize_8bit
 from .rms_norm import rms_norm, rms_norm_backward
 from .rope import rope
@@ -16,6 +16,7 @@ from .swiglu import swiglu, swiglu_backward
 
 __all__ = [
     "adamw_8bit",
+    "add_linear_4bit_dx",
     "cross_entropy",
     "dequantize_4bit",
     "dequantize_8bit",

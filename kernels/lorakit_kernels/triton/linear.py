@@ -161,6 +161,21 @@ def linear_4bit_dx(
     return dx
 
 
+def add_linear_4bit_dx(
+    dx: Tensor,
+    dy: Tensor,
+    packed: Tensor,
+    codebook: Tensor,
+    absmax: Tensor,
+    block_size: int,
+    shape: Sequence[int],
+    nested: Sequence[Tensor] = (),
+    nested_block_size: int = 256,
+) -> None:
+    """See `reference.add_linear_4bit_dx`."""
+    dx += linear_4bit_dx(dy, packed, codebook, absmax, block_size, shape, nested, nested_block_size)
+
+
 @triton.jit
 def linear_dx_kernel(
     dy: tl.tensor, packed: tl.tensor, codebook: tl.tensor, absmax: tl.tensor,

@@ -21,7 +21,7 @@ _buffer = _Buffer()
 def workspace(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Return a tensor on the CPU with arbitrary content, which this thread's next call returns again.
 
-    It grows to the largest weight and stays: a fresh buffer of 32 MiB costs eight times in page faults what it costs
+    It grows to the largest that was asked for and stays: the pages of a fresh buffer cost several times what it costs
     to dequantize into it.
     """
     size = math.prod(shape) * dtype.itemsize

@@ -1,0 +1,176 @@
+"""Products with a 4-bit weight: of few tokens straight from the codes, of many from bands of values.
+
+A band is a part of the weight whose values fit a small workspace that stays in the cache, so memory does not grow with
+the weight. Forward, a band is some rows of W: some columns of y. Backward, it is some columns of W: some columns of dx.
+Either way a product over a whole row or column is one sum, with one rounding, as if there were no bands.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .arguments import DTYPES, Weight, readable, weight
+from .loading import library, threads
+from .workspace import workspace
+
+FEW_TOKENS = (
+    32  # beyond, values and PyTorch's product are faster: measured at 4096 x 4096, where 64 tokens take 1.1 times
+)
+_BAND = 8 << 20  # bytes of values at a time; smaller bands make the product slower, by 5% at 2 MiB
+_ALIGNED = 64  # rows or columns that a band is a multiple of
+
+
+def linear_4bit(
+    x: Tensor,
+    packed: Tensor,
+    codebook: Tensor,
+    absmax: Tensor,
+    block_size: int,
+    shape: Sequence[int],
+    nested: Sequence[Tensor] = (),
+    nested_block_size: int = 256,
+    bias: Tensor | None = None,
+    lora: Sequence[Tensor] = (),
+    scaling: float = 1.0,
+) -> Tensor:
+    """See `reference.linear_4bit`."""
+    rows, columns = shape
+    if not _takes(x, columns):
+        return reference.linear_4bit(
+            x, packed, codebook, absmax, block_size, shape, nested, nested_block_size, bias, lora, scaling
+        )
+    values = weight(rows * columns, packed, codebook, absmax, block_size, nested, nested_block_size)
+    flat = x.reshape(math.prod(x.shape[:-1]), columns)
+    if len(flat) <= FEW_TOKENS and _divides(block_size, columns):
+        y = _from_codes(flat, values, rows, bias)
+    else:
+        y = x.new_empty(len(flat), rows)
+        for first, last in _bands(rows, columns * x.itemsize):
+            band = _part(values, x.dtype, columns, (first, last), (0, columns)).T
+            part = y[:, first:last]
+            if bias is None:
+                torch.mm(flat, band, out=part)
+            else:
+                torch.addmm(bias[first:last], flat, band, out=part)
+    if lora:
+        u, lora_b = lora
+        y.addmm_(u.reshape(len(flat), u.shape[-1]), lora_b.T, alpha=scaling)
+    return y.view(*x.shape[:-1], rows)
+
+
+def linear_4bit_dx(
+    dy: Tensor,
+    packed: Tensor,
+    codebook: Tensor,
+    absmax: Tensor,
+    block_size: int,
+    shape: Sequence[int],
+    nested: Sequence[Tensor] = (),
+    nested_block_size: int = 256,
+    lora: Sequence[Tensor] = (),
+) -> Tensor:
+    """See `reference.linear_4bit_dx`."""
+    columns = shape[1]
+    if lora:
+        t, lora_a = lora
+        dx = t.reshape(math.prod(t.shape[:-1]), t.shape[-1]) @ lora_a
+    else:
+        dx = dy.new_empty(math.prod(dy.shape[:-1]), columns)
+    _accumulate(dx, dy, packed, codebook, absmax, block_size, shape, nested, nested_block_size, 1 if lora else 0)
+    return dx.view(*dy.shape[:-1], columns)
+
+
+def add_linear_4bit_dx(
+    dx: Tensor,
+    dy: Tensor,
+    packed: Tensor,
+    codebook: Tensor,
+    absmax: Tensor,
+    block_size: int,
+    shape: Sequence[int],
+    nested: Sequence[Tensor] = (),
+    nested_block_size: int = 256,
+) -> None:
+    """See `reference.add_linear_4bit_dx`."""
+    _accumulate(
+        dx.view(math.prod(dx.shape[:-1]), shape[1]),
+        dy,
+        packed,
+        codebook,
+        absmax,
+        block_size,
+        shape,
+        nested,
+        nested_block_size,
+        1,
+    )
+
+
+def _accumulate(
+    dx: Tensor,
+    dy: Tensor,
+    packed: Tensor,
+    codebook: Tensor,
+    absmax: Tensor,
+    block_size: int,
+    shape: Sequence[int],
+    nested: Sequence[Tensor],
+    nested_block_size: int,
+    beta: int,
+) -> None:
+    """Write beta * dx + dy W into dx, (tokens, in_features)."""
+    rows, columns = shape
+    flat = dy.reshape(math.prod(dy.shape[:-1]), rows)
+    if not _takes(dy, columns):
+        full = torch.empty(rows, columns, dtype=dy.dtype)
+        reference.dequantize_4bit(packed, codebook, absmax, block_size, full, nested, nested_block_size)
+        dx.addmm_(flat, full, beta=beta)
+        return
+    values = weight(rows * columns, packed, codebook, absmax, block_size, nested, nested_block_size)
+    for first, last in _bands(columns, rows * dy.itemsize):
+        band = _part(values, dy.dtype, columns, (0, rows), (first, last))
+        dx[:, first:last].addmm_(flat, band, beta=beta)
+
+
+def _takes(x: Tensor, columns: int) -> bool:
+    """Return whether C++ computes with x's dtype and can cut rows of so many columns."""
+    return x.dtype in DTYPES and columns > 0 and columns % 2 == 0
+
+
+def _divides(block_size: int, columns: int) -> bool:
+    """Return whether blocks are what matmul.cpp reads."""
+    return block_size >= 64 and block_size & (block_size - 1) == 0 and columns % block_size == 0
+
+
+def _from_codes(x: Tensor, values: Weight, rows: int, bias: Tensor | None) -> Tensor:
+    tokens, columns = x.shape
+    x = readable("x", x, x.dtype, tokens * columns)
+    bias = bias if bias is None else readable("bias", bias, x.dtype, rows)
+    y = x.new_empty(tokens, rows)
+    library().linear_4bit(
+        x.data_ptr(), DTYPES[x.dtype], tokens, *values.pointers(), rows, columns,
+        None if bias is None else bias.data_ptr(), y.data_ptr(), *threads(),
+    )  # fmt: skip
+    return y
+
+
+def _bands(count: int, bytes_each: int) -> Iterator[tuple[int, int]]:
+    """Return first and last of each band of rows or columns."""
+    step = max(1, _BAND // max(1, bytes_each) // _ALIGNED) * _ALIGNED
+    for first in range(0, count, step):
+        yield first, min(first + step, count)
+
+
+def _part(values: Weight, dtype: torch.dtype, columns: int, rows: tuple[int, int], part: tuple[int, int]) -> Tensor:
+    """Return the values of some rows and of a part of their columns, in the workspace."""
+    height, width = rows[1] - rows[0], part[1] - part[0]
+    out = workspace((height, width), dtype)
+    library().dequantize_part(
+        *values.pointers(), columns, rows[0], height, part[0], width, out.data_ptr(), DTYPES[dtype], *threads()
+    )
+    return out

@@ -1,0 +1,102 @@
+"""Gradients of the registered operations: against autograd of the formula, and by PyTorch's own checks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lorakit_kernels as kernels
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.library import opcheck
+
+from lorakit import quantize
+from lorakit.layers import rope_frequencies, rope_tables
+
+DOUBLE = {"dtype": torch.float64, "requires_grad": True}
+
+
+def operand(double_quant: bool) -> tuple[Any, ...]:
+    torch.manual_seed(0)
+    return quantize(torch.randn(4, 64), double_quant=double_quant).operand
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("with_lora", [True, False])
+def test_linear(double_quant: bool, with_bias: bool, with_lora: bool) -> None:
+    weight = operand(double_quant)
+    inputs = [torch.randn(2, 3, 64, **DOUBLE)]
+    inputs += [torch.randn(4, **DOUBLE)] if with_bias else []
+    inputs += [torch.randn(2, 3, 5, **DOUBLE), torch.randn(4, 5, **DOUBLE)] if with_lora else []
+
+    def forward(x: Tensor, *rest: Tensor) -> Tensor:
+        bias = rest[0] if with_bias else None
+        return kernels.linear_4bit(x, *weight, bias, list(rest[int(with_bias) :]), 0.5)
+
+    assert gradcheck(forward, inputs)
+    assert not with_lora or gradgradcheck(forward, inputs)
+
+
+@pytest.mark.parametrize("with_lora", [True, False])
+def test_linear_dx(with_lora: bool) -> None:
+    weight = operand(True)
+    inputs = [torch.randn(2, 4, **DOUBLE)]
+    inputs += [torch.randn(2, 5, **DOUBLE), torch.randn(5, 64, **DOUBLE)] if with_lora else []
+    assert gradcheck(lambda dy, *lora: kernels.linear_4bit_dx(dy, *weight, list(lora)), inputs)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_rms_norm_and_its_weight(trained: bool) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 5, 8, requires_grad=True), torch.randn(8, requires_grad=trained)
+    wide, wide_weight = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_(trained)
+    dy = torch.randn(2, 5, 8)
+    kernels.rms_norm(x, weight, 1e-5)[0].backward(dy)
+    (wide_weight * wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt()).backward(dy.double())
+    torch.testing.assert_close(x.grad, wide.grad.float())
+    assert not trained or torch.allclose(weight.grad, wide_weight.grad.float(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_rope(backward: bool) -> None:
+    cos, sin = rope_tables(rope_frequencies(8, 100.0), torch.arange(3), torch.float64)
+    q, k = torch.randn(3, 2, 8, **DOUBLE), torch.randn(3, 1, 8, **DOUBLE)
+    assert gradcheck(lambda q, k: kernels.rope(q, k, cos, sin, backward), (q, k))
+
+
+def test_swiglu() -> None:
+    assert gradcheck(kernels.swiglu, (torch.randn(3, 8, **DOUBLE), torch.randn(3, 8, **DOUBLE)))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_pytorch_accepts_the_gradients(backend: str, double_quant: bool) -> None:
+    weight = operand(double_quant)
+    x, bias = torch.randn(2, 3, 64, requires_grad=True), torch.randn(4, requires_grad=True)
+    factors = [torch.randn(2, 3, 5, requires_grad=True), torch.randn(4, 5, requires_grad=True)]
+    rotated = torch.randn(3, 2, 8, requires_grad=True)
+    tables = rope_tables(rope_frequencies(8, 100.0), torch.arange(3), torch.float32)
+    with kernels.use_backend(backend):
+        opcheck(torch.ops.lorakit.linear_4bit.default, (x, *weight, bias, factors, 0.5))
+        opcheck(torch.ops.lorakit.linear_4bit_dx.default, (torch.randn(2, 4, requires_grad=True), *weight, []))
+        opcheck(torch.ops.lorakit.rms_norm.default, (x, torch.randn(64, requires_grad=True), 1e-5))
+        opcheck(torch.ops.lorakit.rope.default, (rotated, rotated.detach(), *tables, False))
+        opcheck(torch.ops.lorakit.swiglu.default, (x, x.detach()))
+
+
+def test_compiles_without_graph_breaks_for_dynamic_shapes() -> None:
+    weight = operand(True)
+
+    def loss(x: Tensor, u: Tensor, lora_b: Tensor) -> Tensor:
+        return kernels.linear_4bit(x, *weight, None, [u, lora_b], 2.0).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (5, 9, 70):
+        inputs = [torch.randn(tokens, 64), torch.randn(tokens, 3), torch.randn(4, 3)]
+        inputs = [tensor.requires_grad_() for tensor in inputs]
+        expected, found = loss(*inputs), compiled(*inputs)
+        torch.testing.assert_close(found, expected)
+        for one, other in zip(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs), strict=True):
+            torch.testing.assert_close(one, other)
