@@ -72,8 +72,11 @@ class Linear4bit(QuantizedModule):
         given = x.dtype
         x = x if self.compute_dtype is None else x.to(self.compute_dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        result: Tensor = _FrozenLinear.apply(x, bias, self)
-        return result.to(given)
+        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            y: Tensor = _FrozenLinear.apply(x, bias, self)
+        else:
+            y = frozen_linear(self, x, bias)
+        return y.to(given)
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -103,7 +106,7 @@ def frozen_linear(
         x (..., in_features) -> (..., out_features); lora: u (..., r) and B (out_features, r), of x's dtype, or nothing
     """
     if isinstance(base, Linear4bit):
-        return kernels.linear_4bit(x, *base.quantized.operand, bias, lora, scaling)
+        return kernels.linear_4bit(x, *base.operand, bias, lora, scaling)
     return kernels.reference.dense_linear(x, base.weight.to(x.dtype), bias, lora, scaling)
 
 
@@ -114,13 +117,13 @@ def frozen_linear_dx(base: nn.Linear | Linear4bit, dy: Tensor, lora: Sequence[Te
         dy (..., out_features) -> (..., in_features); lora: t (..., r) and A (r, in_features), of dy's dtype, or nothing
     """
     if isinstance(base, Linear4bit):
-        return kernels.linear_4bit_dx(dy, *base.quantized.operand, lora)
+        return kernels.linear_4bit_dx(dy, *base.operand, lora)
     return kernels.reference.dense_linear_dx(dy, base.weight.to(dy.dtype), lora)
 
 
 def add_frozen_linear_dx(dx: Tensor, base: nn.Linear | Linear4bit, dy: Tensor) -> None:
     """Add dy W to dx, for layers that read the same x; both (tokens, features)."""
     if isinstance(base, Linear4bit):
-        kernels.add_linear_4bit_dx(dx, dy, *base.quantized.operand)
+        kernels.add_linear_4bit_dx(dx, dy, *base.operand)
     else:
         dx.addmm_(dy, base.weight.to(dy.dtype))

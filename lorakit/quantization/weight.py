@@ -18,6 +18,9 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 STORAGE_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 SOURCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+# packed, codebook, absmax, block_size, shape, nested, nested_block_size, as `lorakit_kernels.linear_4bit` takes them
+Operand = tuple[Tensor, Tensor, Tensor, int, torch.Size, list[Tensor], int]
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class QuantizedWeight:
@@ -114,9 +117,8 @@ class QuantizedWeight:
         return out
 
     @property
-    def operand(self) -> tuple[Tensor, Tensor, Tensor, int, torch.Size, list[Tensor], int]:
-        """The weight as the kernels take it, as of `lorakit_kernels.reference.linear_4bit`: packed, codebook, absmax,
-        block_size, shape, nested, nested_block_size."""
+    def operand(self) -> Operand:
+        """The weight as the kernels take it."""
         scales, nested, nested_block_size = self.scales, [], NESTED_BLOCK_SIZE
         if isinstance(scales, NestedScales):
             nested, nested_block_size = [scales.code_values, scales.absmax, scales.offset], scales.block_size

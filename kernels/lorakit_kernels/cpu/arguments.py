@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,8 +49,7 @@ def writable(name: str, tensor: Tensor, dtype: torch.dtype, count: int) -> Tenso
     return readable(name, tensor, dtype, count)
 
 
-@dataclass(frozen=True)
-class Weight:
+class Weight(NamedTuple):
     """A 4-bit weight whose tensors are contiguous and as large as its elements need."""
 
     packed: Tensor

@@ -8,16 +8,20 @@
 
 #include "products.h"
 
-#include <vector>
+#include <memory>
 
 namespace {
 
 constexpr int ROWS = 4;            // of W at a time
 constexpr int TOKENS = 6;          // at a time: 24 sums, in 32 registers (with 4 tokens 10% slower)
 constexpr int64_t WIDTH = 2048;    // columns at a time: in bf16 a piece takes 16 KiB, half of the first-level cache
+constexpr int AHEAD = 2 * ROWS;    // rows whose codes are fetched into the second-level cache, by the time they are read
 constexpr int MOST_TOKENS = 16;    // whose sums are kept over the columns; more take another pass over the codes
 
 float total(Floats lanes) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps(lanes);
+#endif
     float sum = 0;
     for (int lane = 0; lane < LANES; ++lane) sum += lanes[lane];
     return sum;
@@ -41,8 +45,10 @@ struct Linear {
         for (int64_t column = 0; column < columns; column += WIDTH) {
             const int64_t width = std::min(WIDTH, columns - column), padded = std::min(WIDTH, stride - column);
             for (int64_t row = first; row < last; ++row) {
-                for (int64_t i = 0; i < width; i += 128) prefetch(row * columns + column + i);
-                Product::dequantize(weight, row * columns + column, width, piece + (row - first) * WIDTH);
+                const int64_t element = row * columns + column;
+                const uint8_t* ahead = weight.packed + (element + AHEAD * columns) / 2;
+                for (int64_t i = 0; i < width / 2; i += 64) __builtin_prefetch(ahead + i, 0, 2);
+                Product::dequantize(weight, element, width, piece + (row - first) * WIDTH);
             }
             const Number* part = x + token * stride + column;
             for (int done = 0, groups = (tokens + TOKENS - 1) / TOKENS; groups; --groups) {
@@ -90,22 +96,24 @@ struct Linear {
                 int64_t block = (first + row) * (columns >> shift);
                 absmax[row] = weight.absmax(block + (start >> shift), block + ((stop - 1) >> shift) + 1, expanded[row]);
             }
-            for (int64_t column = start; column < stop; column += Product::GROUP) {
+            auto add = [&](auto whole, int64_t column) {
                 typename Product::Vector values[4], w[4];
                 for (int part = 0; part < 4; ++part) values[part] = Product::read(x + column + part * Product::STEP);
-                for (int row = 0; row < ROWS; ++row) {
-                    const int64_t element = (first + row) * columns + column;
-                    prefetch(element);
-                    Product::unpack(weight, weight.packed + element / 2, column - start, columns - column, shift, absmax[row], w);
+                const int64_t low = (column - start) >> shift, high = (column - start + Product::GROUP / 2) >> shift;
+                const uint8_t* packed = weight.packed + (first * columns + column) / 2;
+                for (int row = 0; row < ROWS; ++row, packed += columns / 2) {
+                    __builtin_prefetch(packed + AHEAD * columns / 2, 0, 2);
+                    const float last = whole ? absmax[row][high] : 0;
+                    Product::template unpack<whole>(weight, packed, absmax[row][low], last, w);
                     for (int part = 0; part < 4; ++part) Product::add(sums[row], values[part], w[part]);
                 }
-            }
+            };
+            int64_t column = start;
+            for (; column + Product::GROUP <= stop; column += Product::GROUP) add(std::true_type(), column);
+            if (column < stop) add(std::false_type(), column);
         }
         for (int row = 0; row < ROWS; ++row) finish(sums[row], 0, first + row);
     }
-
-    // Have the codes that will be read two groups of rows after this element brought to the second-level cache.
-    void prefetch(int64_t element) const { __builtin_prefetch(weight.packed + element / 2 + ROWS * columns, 0, 2); }
 
     void finish(Floats sum, int64_t token, int64_t row) const {
         Number numbers[LANES]{};
@@ -126,10 +134,10 @@ extern "C" void linear_4bit(const void* x, int dtype, int64_t tokens, const uint
         using Number = std::remove_pointer_t<decltype(type)>;
         using Product = Products<Number>;
         const int64_t stride = (columns + Product::GROUP - 1) / Product::GROUP * Product::GROUP;
-        std::vector<Number> dealt(tokens * stride);
+        const std::unique_ptr<Number[]> dealt(new Number[tokens * stride]);
         for (int64_t token = 0; token < tokens; ++token)
-            Product::deal((const Number*)x + token * columns, columns, dealt.data() + token * stride);
-        const Linear<Number> linear{weight, dealt.data(), stride, columns, rows, (const Number*)bias, (Number*)y};
+            Product::deal((const Number*)x + token * columns, columns, dealt.get() + token * stride);
+        const Linear<Number> linear{weight, dealt.get(), stride, columns, rows, (const Number*)bias, (Number*)y};
         for_blocks(rows * columns, ROWS * columns, {fork, threads}, [&](int64_t first, int64_t last) {
             for (int64_t row = first * ROWS; row < std::min(last * ROWS, rows); row += ROWS) {
                 if constexpr (Product::IN_REGISTERS)

@@ -57,23 +57,21 @@ struct Products<Bfloat16> {
         }
     }
 
-    // A group of a row, of which `count` elements, 64 or more, are left; absmax is that of the row's first block.
-    static void unpack(const Weight& weight, const uint8_t* packed, int64_t column, int64_t count, int shift,
-                       const float* absmax, Vector out[4]) {
-        const bool whole = count >= GROUP;
-        const __m512i words = _mm512_maskz_loadu_epi64(whole ? 0xff : 0x0f, packed);
+    // A group of GROUP elements, or half of one: `packed` and the scales of its halves.
+    template <bool WHOLE>
+    static void unpack(const Weight& weight, const uint8_t* packed, float low, float high, Vector out[4]) {
+        const __m512i words = WHOLE ? load_bits<__m512i>(packed) : _mm512_zextsi256_si512(load_bits<__m256i>(packed));
         const __m512 values = load(weight.codebook);
-        const __m512 low = values * absmax[column >> shift];
-        const __m512 high = values * absmax[(column + (whole ? GROUP / 2 : 0)) >> shift];
-        const __m512i table = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-        const __m512i code = _mm512_set1_epi16(15), half = _mm512_set_epi64(HALF, HALF, HALF, HALF, 0, 0, 0, 0);
-        for (int part = 0; part < 4; ++part) {
-            __m512i index = _mm512_srli_epi16(words, 4 * part);
-            index = _mm512_ternarylogic_epi32(index, code, half, 0xea);  // index & code | half
-            out[part] = (Vector)_mm512_permutexvar_epi16(index, table);
-        }
+        const __m512i table = (__m512i)_mm512_cvtne2ps_pbh(values * high, values * low);
+        const __m512i nibbles = _mm512_set1_epi8(15), half = _mm512_set_epi64(HALF, HALF, HALF, HALF, 0, 0, 0, 0);
+        const __m512i even = _mm512_ternarylogic_epi32(words, nibbles, half, 0xea);  // words & nibbles | half
+        const __m512i odd = _mm512_ternarylogic_epi32(_mm512_srli_epi16(words, 4), nibbles, half, 0xea);
+        out[0] = (Vector)_mm512_permutexvar_epi16(even, table);
+        out[1] = (Vector)_mm512_permutexvar_epi16(odd, table);
+        out[2] = (Vector)_mm512_permutexvar_epi16(_mm512_srli_epi16(even, 8), table);
+        out[3] = (Vector)_mm512_permutexvar_epi16(_mm512_srli_epi16(odd, 8), table);
     }
-    static constexpr int64_t HALF = 0x0010001000100010;  // 16 in each number: where the second table begins
+    static constexpr int64_t HALF = 0x1010101010101010;  // 16 in each byte: where the second table begins
 
     static void dequantize(const Weight& weight, int64_t first, int64_t count, Bfloat16* out) {
         float expanded[Weight::SCALES];
@@ -81,10 +79,17 @@ struct Products<Bfloat16> {
         const int64_t block = first >> shift;
         const float* absmax = weight.absmax(block, ((first + count - 1) >> shift) + 1, expanded);
         const int64_t skipped = first - (block << shift);  // of the first block
-        for (int64_t i = 0; i < count; i += GROUP) {
-            Vector parts[4];
-            unpack(weight, weight.packed + (first + i) / 2, skipped + i, count - i, shift, absmax, parts);
-            for (int part = 0; part < 4; ++part, out += STEP) memcpy(out, &parts[part], sizeof parts[part]);
+        auto scale = [&](int64_t element) { return absmax[(skipped + element) >> shift]; };
+        const uint8_t* packed = weight.packed + first / 2;
+        int64_t i = 0;
+        Vector parts[4];
+        for (; i + GROUP <= count; i += GROUP) {
+            unpack<true>(weight, packed + i / 2, scale(i), scale(i + GROUP / 2), parts);
+            memcpy(out + i, parts, sizeof parts);
+        }
+        if (i < count) {
+            unpack<false>(weight, packed + i / 2, scale(i), 0, parts);
+            memcpy(out + i, parts, sizeof parts);
         }
     }
 };
