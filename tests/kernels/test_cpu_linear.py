@@ -126,11 +126,11 @@ def test_bands_make_no_difference(narrow_bands: None, dtype: torch.dtype, shape:
 
 
 def test_memory_does_not_grow_with_the_weight() -> None:
-    weight = quantize(torch.randn(3000, 4096).bfloat16())
+    weight = quantize(torch.randn(5000, 4096).bfloat16())
     x = torch.randn(40, 4096).bfloat16()
     cpu.linear_4bit(x, *weight.operand)
-    cpu.linear_4bit_dx(torch.randn(40, 3000).bfloat16(), *weight.operand)
-    assert workspace._buffer.memory.numel() <= linear._BAND < 3000 * 4096 * 2
+    cpu.linear_4bit_dx(torch.randn(40, 5000).bfloat16(), *weight.operand)
+    assert workspace._buffer.memory.numel() <= linear._BAND < 5000 * 4096 * 2
 
 
 def test_infinite_and_missing_numbers_pass_through() -> None:
