@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 from lorakit_kernels import cpu
+from lorakit_kernels.cpu.arguments import DTYPES as NUMBERS
+from lorakit_kernels.cpu.arguments import Weight
 from lorakit_kernels.cpu.loading import SIGNATURES
 from torch import Tensor
 
@@ -26,8 +28,11 @@ COUNTS = (*range(36), 63, 64, 65, 127, 129, 255, 256, 257, 511, 1000, 4097)
 MANY = (1 << 18) + 77  # divided among threads
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NF4, TABLE, UNSIGNED = codebook("nf4"), dynamic_map(), dynamic_map(signed=False)
-# Which argument of the function in C++ is the number of elements.
-COUNT_AT = {"quantize_4bit": 2, "quantize_8bit": 2, "dequantize_8bit": 3, "dequantize_4bit": 7, "adamw_8bit": 3}
+# Which argument of the function in C++ is the number of elements or rows.
+COUNT_AT = {
+    "quantize_4bit": 2, "quantize_8bit": 2, "dequantize_8bit": 3, "dequantize_4bit": 8, "dequantize_part": 10,
+    "linear_4bit": 11, "adamw_8bit": 3,
+}  # fmt: skip
 
 Call = tuple[Callable[..., object], tuple[Any, ...]]
 
@@ -54,6 +59,34 @@ def quantized(count: int, block_size: int, dtype: torch.dtype) -> Iterator[Call]
             )
 
 
+def dequantize_part(
+    weight: Weight, dtype: torch.dtype, columns: int, rows: tuple[int, int], part: tuple[int, int]
+) -> Tensor:
+    """Some rows and columns in a tensor of exactly their size; the library's own workspace is larger."""
+    out = torch.empty(rows[1] - rows[0], part[1] - part[0], dtype=dtype)
+    cpu.library().dequantize_part(
+        *weight.pointers(), columns, rows[0], len(out), part[0], out.shape[1], out.data_ptr(), NUMBERS[dtype],
+        *cpu.threads(),
+    )  # fmt: skip
+    return out
+
+
+def multiplied(rows: int, columns: int, dtype: torch.dtype) -> Iterator[Call]:
+    """Products with a weight, of few tokens from its codes, and the parts of it that many tokens take."""
+    packed, bias = bytes_of(rows * columns // 2), torch.randn(rows).to(dtype)
+    for block_size in (64, 128):
+        blocks = -(-rows * columns // block_size)
+        nested = [TABLE.values.clone(), torch.rand(-(-blocks // 3)), torch.tensor(0.5)]
+        for absmax, scales in ((torch.rand(blocks), []), (bytes_of(blocks), nested)):
+            weight = Weight(packed, NF4.values.clone(), absmax, scales, 3, block_size)
+            for part in ((0, columns), (2, columns), (0, columns - 2)):
+                yield dequantize_part, (weight, dtype, columns, (rows // 2, rows), part)
+            for tokens in (0, 1, 2, 7, 17):
+                x = torch.randn(tokens, columns).to(dtype)
+                operand = packed, weight.codebook, absmax, block_size, (rows, columns), scales, 3
+                yield cpu.linear_4bit, (x, *operand, bias if tokens % 2 else None)
+
+
 def optimized(count: int, dtype: torch.dtype) -> Iterator[Call]:
     """The optimizer's step on `count` parameters."""
     blocks = -(-count // 256)
@@ -68,6 +101,9 @@ def all_calls() -> Iterator[Call]:
         for block_size in (2, 7, 32, 48, 64, 256):
             yield from quantized(count, block_size, dtype)
         yield from optimized(count, dtype)
+    for dtype, rows, columns in product(DTYPES, (1, 3, 4, 9), (64, 128, 192, 2112, 16448)):
+        yield from multiplied(rows, columns, dtype)
+    yield from multiplied(2055, 128, torch.bfloat16)
 
 
 def is_reported(name: str) -> bool:
@@ -83,7 +119,12 @@ def is_reported(name: str) -> bool:
         if child == 0:
             os.dup2(report.fileno(), 2)
             setattr(library, name, told_of_one_more)
-            for function, arguments in (*quantized(256, 64, torch.float32), *optimized(256, torch.float32)):
+            small = (
+                *quantized(256, 64, torch.float32),
+                *multiplied(4, 64, torch.float32),
+                *optimized(256, torch.float32),
+            )
+            for function, arguments in small:
                 if function.__name__ == name:
                     function(*arguments)
             os._exit(0)

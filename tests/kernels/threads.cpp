@@ -24,8 +24,16 @@ void quantize_8bit(const void* x, int dtype, int64_t count, int64_t block_size, 
 void dequantize_8bit(const uint8_t* codes, const float* codebook, const float* absmax, int64_t count,
                      int64_t block_size, float* out, Fork, unsigned);
 void dequantize_4bit(const uint8_t* packed, const float* codebook, const void* scales, const float* nested_codebook,
-                     const float* nested_absmax, const float* offset, int64_t nested_block_size, int64_t count,
-                     int64_t block_size, void* out, int dtype, Fork, unsigned);
+                     const float* nested_absmax, const float* offset, int64_t nested_block_size, int64_t block_size,
+                     int64_t count, void* out, int dtype, Fork, unsigned);
+void dequantize_part(const uint8_t* packed, const float* codebook, const void* scales, const float* nested_codebook,
+                     const float* nested_absmax, const float* offset, int64_t nested_block_size, int64_t block_size,
+                     int64_t columns, int64_t first_row, int64_t rows, int64_t first_column, int64_t width, void* out,
+                     int dtype, Fork, unsigned);
+void linear_4bit(const void* x, int dtype, int64_t tokens, const uint8_t* packed, const float* codebook,
+                 const void* scales, const float* nested_codebook, const float* nested_absmax, const float* offset,
+                 int64_t nested_block_size, int64_t block_size, int64_t rows, int64_t columns, const void* bias,
+                 void* y, Fork, unsigned);
 void adamw_8bit(void* parameter, const void* gradient, int dtype, int64_t count, uint8_t* first, float* first_absmax,
                 uint8_t* second, float* second_absmax, const float* first_values, const float* first_boundaries,
                 const float* second_values, const float* second_boundaries, float beta1, float rest1, float beta2,
@@ -35,6 +43,7 @@ void adamw_8bit(void* parameter, const void* gradient, int dtype, int64_t count,
 namespace {
 
 constexpr int64_t COUNT = (1 << 20) + 77, BLOCK = 64, BLOCKS = (COUNT + BLOCK - 1) / BLOCK, STATE_BLOCK = 256;
+constexpr int64_t COLUMNS = 320, ROWS = COUNT / COLUMNS;  // of the same elements as a matrix
 constexpr unsigned THREADS = 8, CALLERS = 3;
 
 // None begins before all are there, or the first would have done the work before the last is started.
@@ -74,6 +83,11 @@ Codes bytes(int64_t count) {
 
 const Numbers numbers = waves(COUNT), scales = waves(BLOCKS, 20), boundaries = ramp(255), codebook = ramp(256);
 const Codes codes = bytes(COUNT);
+const std::vector<uint16_t> rounded = [] {  // `numbers` in bf16
+    std::vector<uint16_t> values(COUNT);
+    for (int64_t i = 0; i < COUNT; ++i) values[i] = ((const uint16_t*)numbers.data())[2 * i + 1];
+    return values;
+}();
 
 // ---- the operations: each returns the bytes that it wrote ---------------------------------------------------------
 
@@ -113,11 +127,32 @@ const Operation operations[] = {
     {"dequantize_4bit",
      [](Fork fork, unsigned threads) {
          Numbers plain(COUNT), nested(COUNT);
-         dequantize_4bit(codes.data(), codebook.data(), scales.data(), nullptr, nullptr, nullptr, 1, COUNT, BLOCK,
+         dequantize_4bit(codes.data(), codebook.data(), scales.data(), nullptr, nullptr, nullptr, 1, BLOCK, COUNT,
                          plain.data(), FLOAT32, fork, threads);
          dequantize_4bit(codes.data(), codebook.data(), codes.data(), codebook.data(), scales.data(), scales.data(), 256,
-                         COUNT, BLOCK, nested.data(), FLOAT32, fork, threads);
+                         BLOCK, COUNT, nested.data(), FLOAT32, fork, threads);
          return joined(plain, nested);
+     }},
+    {"dequantize_part",
+     [](Fork fork, unsigned threads) {
+         Numbers out((ROWS - 5) * (COLUMNS - 64));
+         dequantize_part(codes.data(), codebook.data(), codes.data(), codebook.data(), scales.data(), scales.data(), 256,
+                         BLOCK, COLUMNS, 3, ROWS - 5, 64, COLUMNS - 64, out.data(), FLOAT32, fork, threads);
+         return joined(out);
+     }},
+    {"linear_4bit",
+     [](Fork fork, unsigned threads) {
+         std::string all;
+         for (int64_t tokens : {1, 3, 19}) {
+             Numbers y(tokens * ROWS);
+             linear_4bit(numbers.data(), FLOAT32, tokens, codes.data(), codebook.data(), scales.data(), nullptr, nullptr,
+                         nullptr, 1, BLOCK, ROWS, COLUMNS, numbers.data(), y.data(), fork, threads);
+             std::vector<uint16_t> halves(tokens * ROWS);
+             linear_4bit(rounded.data(), BFLOAT16, tokens, codes.data(), codebook.data(), scales.data(), nullptr,
+                         nullptr, nullptr, 1, BLOCK, ROWS, COLUMNS, rounded.data(), halves.data(), fork, threads);
+             all += joined(y, halves);
+         }
+         return all;
      }},
     {"adamw_8bit",
      [](Fork fork, unsigned threads) {

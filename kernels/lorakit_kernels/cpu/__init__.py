@@ -32,6 +32,7 @@ __all__ = [
     "one_thread",
     "quantize_4bit",
     "quantize_8bit",
+    "threads",
 ]
 
 
