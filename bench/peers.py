@@ -57,25 +57,24 @@ def bitsandbytes_layer(dense: nn.Linear) -> nn.Module:
     return result
 
 
-def dequantized_by_torchao(weight: Tensor, compiled: bool = True) -> Call:
+def dequantized_by_torchao(weight: Tensor) -> Call:
     """Return a call that dequantizes the weight."""
     packed = _nf4().to_nf4(weight, NF4_BLOCK, NF4_SCALER_BLOCK)
-    dequantize = _faster(_get_original_weight, compiled)
+    dequantize = _faster(_get_original_weight)
     return lambda: dequantize(packed)
 
 
-def quantized_by_torchao(weight: Tensor, compiled: bool = True) -> Call:
+def quantized_by_torchao(weight: Tensor) -> Call:
     """Return a call that quantizes the weight."""
-    quantize = _faster(_nf4().to_nf4, compiled)
+    quantize = _faster(_nf4().to_nf4)
     return lambda: quantize(weight, NF4_BLOCK, NF4_SCALER_BLOCK)
 
 
-def torchao_layer(weight: Tensor, compiled: bool = True) -> Callable[[Tensor], Tensor]:
-    """Return torchao's function x -> y of a frozen NF4 weight, (out, in); not to be called in inference mode."""
+def torchao_layer(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return torchao's function x -> y of a frozen NF4 weight, (out, in); to be set up outside of inference mode."""
     module = _nf4()
-    packed, linear = module.to_nf4(weight.detach(), NF4_BLOCK, NF4_SCALER_BLOCK), _faster(module.linear_nf4, compiled)
-    result: Callable[[Tensor], Tensor] = lambda x: linear(x, packed)  # noqa: E731
-    return result
+    packed, linear = module.to_nf4(weight.detach(), NF4_BLOCK, NF4_SCALER_BLOCK), _faster(module.linear_nf4)
+    return lambda x: linear(x, packed)
 
 
 def _get_original_weight(packed: Any) -> Any:
@@ -83,10 +82,8 @@ def _get_original_weight(packed: Any) -> Any:
 
 
 @cache
-def _faster(function: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
-    """Return the function, compiled for each shape that it meets."""
-    if not compiled:
-        return function
+def _faster(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function, compiled for each shape that it meets; `torch.compiler.set_stance` can say: eager."""
     torch._dynamo.config.recompile_limit = 64  # the default of 8 is fewer than the shapes of one measurement
     return torch.compile(function, dynamic=False)
 

@@ -86,7 +86,7 @@ def finish(
     console = Console(width=120 if not sys.stdout.isatty() else None)
     table = Table(title=escape(title), title_justify="left")
     for place, column in enumerate(columns):
-        table.add_column(escape(column), no_wrap=place == 0)
+        table.add_column(escape(column), no_wrap=place < 2)
     for row in rows:
         table.add_row(*(escape(text(cell)) for cell in row))
     console.print(table)
@@ -117,6 +117,14 @@ def finish(
 def text(cell: object) -> str:
     """Return a cell of a table: four digits of a number, nothing for None."""
     return f"{cell:.4g}" if isinstance(cell, float) else "" if cell is None else str(cell)
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return a table in Markdown; columns of numbers are aligned to the right."""
+    is_number = [all(isinstance(row[place], int | float | None) for row in rows) for place in range(len(columns))]
+    lines = [list(columns), ["---:" if number else "---" for number in is_number]]
+    lines += [[text(cell).replace("|", r"\|") for cell in row] for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def milliseconds(seconds: Mapping[str, float], name: str) -> float | str:
