@@ -142,7 +142,7 @@ def in_markdown(section: Section, figures: dict[str, Any]) -> str:
 
 
 def description(module: str) -> str:
-    """Return what a measurement says of itself, without how to run it. It is not imported: it may need what is missing."""
+    """Return what a measurement says of itself, without how to run it; read, as importing it may need a peer."""
     source = (Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8")
     text = ast.get_docstring(ast.parse(source)) or ""
     return text.partition("Run as:")[0].rstrip() + "\n"

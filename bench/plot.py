@@ -20,7 +20,7 @@ LOOKS = {  # a contender looks alike in all pictures: color and hatching
     "lorakit": ("#0072B2", ""), "reused buffer": ("#0072B2", ""), "fresh": ("#56B4E9", "///"),
     "bitsandbytes": ("#E69F00", "..."), "torchao": ("#009E73", "\\\\\\"), "dense": ("#999999", ""),
 }  # fmt: skip
-OTHERS = (("#0072B2", ""), ("#E69F00", "..."), ("#009E73", "\\\\\\"), ("#CC79A7", "///"), ("#56B4E9", ""), ("#D55E00", "xx"))
+OTHERS = (("#0072B2", ""), ("#E69F00", "..."), ("#009E73", "\\\\\\"), ("#CC79A7", "///"), ("#56B4E9", ""))
 MARKS = ("-", (0, (2, 1.2)))  # how the lines of marks are dashed
 LOG_RANGE = 8.0  # longest bar / shortest, from which on the axis is logarithmic
 BAR_INCHES = 0.17
