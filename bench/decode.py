@@ -54,7 +54,7 @@ def main() -> None:
         names = (*CONTENDERS[:-1], "limit")
         rows.append([size, tokens, *(milliseconds(seen, name) for name in names), of_dense, of_peer])
         group = f"{size}, {tokens} token{'s' * (tokens > 1)}"
-        picture.add(group, seen, CONTENDERS[:-1], ("limit",) if tokens == 1 else ())
+        picture.add(group, seen, CONTENDERS[:-1], ("limit",))
         least = 2.5 if tokens == 1 else 1.0
         targets.append(Target(f"{group}: times the dense layer's speed", of_dense, least, at_least=True))
         if of_peer is not None:

@@ -6,9 +6,10 @@ A case is built when its turn comes and dropped after it, so that only one holds
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import lorakit_kernels as kernels
 import torch
@@ -81,7 +82,7 @@ class Case:
     size: str
     check: Callable[[], float]
     exact: bool
-    rivals: dict[str, Callable[[], Call]] = field(repr=False)
+    rivals: Mapping[str, Callable[[], Call]] = field(repr=False)
     bytes_moved: float = 0
 
 
@@ -242,7 +243,7 @@ def close(found: Tensor, exact: Tensor, units: int = 1, floor: float | None = No
     return _largest((found.float() - exact).abs() / (exact.abs() * unit + least))
 
 
-def operands(packed: QuantizedWeight) -> tuple[object, ...]:
+def operands(packed: QuantizedWeight) -> tuple[Any, ...]:
     """Return a doubly quantized weight as the kernels of products take it, up to the nested block size."""
     scales = packed.scales
     assert isinstance(scales, NestedScales)

@@ -60,11 +60,12 @@ def main() -> None:
     rows, targets, picture = [], [], Picture("milliseconds")
     for shape, tokens in SIZES:
         seen = medians(calls(shape, tokens), options.rounds)
+        seen["limit"] = seen["dense"]
         of_dense, speedup = seen["lorakit"] / seen["dense"], ratio(seen, "bitsandbytes", "lorakit")
         size = size_of(shape)
         rows.append([size, tokens, *(milliseconds(seen, name) for name in CONTENDERS), of_dense, speedup])
         group = f"{size}, {tokens} tokens"
-        picture.add(group, seen, CONTENDERS, ())
+        picture.add(group, seen, CONTENDERS, ("limit",))
         targets.append(Target(f"{group}: time of the dense layer", of_dense, TOKENS[tokens]))
         if tokens == 512 and speedup is not None:
             targets.append(Target(f"{group}: times bitsandbytes' speed", speedup, 2, at_least=True))

@@ -22,22 +22,20 @@ from torch import Tensor, nn
 NF4_BLOCK, NF4_SCALER_BLOCK = 64, 256
 _NF4_MODULE = "torchao.quantization.quantize_.workflows.nf4.nf4_tensor"
 
-Call = Callable[[], object]
-
 
 def has(name: str) -> bool:
     """Whether a peer is installed."""
     return importlib.util.find_spec(name) is not None
 
 
-def dequantized_by_bitsandbytes(weight: Tensor) -> Call:
+def dequantized_by_bitsandbytes(weight: Tensor) -> Callable[[], Any]:
     """Return a call that dequantizes the weight, quantized with double quantization."""
     functional = importlib.import_module("bitsandbytes.functional")
     packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     return lambda: functional.dequantize_4bit(packed, state)
 
 
-def quantized_by_bitsandbytes(weight: Tensor) -> Call:
+def quantized_by_bitsandbytes(weight: Tensor) -> Callable[[], Any]:
     """Return a call that quantizes the weight with double quantization."""
     functional = importlib.import_module("bitsandbytes.functional")
     return lambda: functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
@@ -57,14 +55,14 @@ def bitsandbytes_layer(dense: nn.Linear) -> nn.Module:
     return result
 
 
-def dequantized_by_torchao(weight: Tensor) -> Call:
+def dequantized_by_torchao(weight: Tensor) -> Callable[[], Any]:
     """Return a call that dequantizes the weight."""
     packed = _nf4().to_nf4(weight, NF4_BLOCK, NF4_SCALER_BLOCK)
     dequantize = _faster(_get_original_weight)
     return lambda: dequantize(packed)
 
 
-def quantized_by_torchao(weight: Tensor) -> Call:
+def quantized_by_torchao(weight: Tensor) -> Callable[[], Any]:
     """Return a call that quantizes the weight."""
     quantize = _faster(_nf4().to_nf4)
     return lambda: quantize(weight, NF4_BLOCK, NF4_SCALER_BLOCK)

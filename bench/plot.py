@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".svg")
 LOOKS = {  # a contender looks alike in all pictures: color and hatching
     "lorakit": ("#0072B2", ""), "reused buffer": ("#0072B2", ""), "fresh": ("#56B4E9", "///"),
-    "bitsandbytes": ("#E69F00", "..."), "torchao": ("#009E73", "\\\\\\"), "dense": ("#999999", ""),
+    "bitsandbytes": ("#E69F00", "|||"), "torchao": ("#009E73", "\\\\\\"), "dense": ("#999999", ""),
 }  # fmt: skip
-OTHERS = (("#0072B2", ""), ("#E69F00", "..."), ("#009E73", "\\\\\\"), ("#CC79A7", "///"), ("#56B4E9", ""))
+OTHERS = (("#0072B2", ""), ("#E69F00", "|||"), ("#009E73", "\\\\\\"), ("#CC79A7", "///"), ("#56B4E9", ""))
 MARKS = ("-", (0, (2, 1.2)))  # how the lines of marks are dashed
 LOG_RANGE = 8.0  # longest bar / shortest, from which on the axis is logarithmic
 BAR_INCHES = 0.17
@@ -81,8 +81,9 @@ def _bars(axes: Any, picture: Picture) -> None:
                 label=None if name in labelled else name, zorder=2,
             )  # fmt: skip
             axes.annotate(
-                f"{value:.3g}", (value, row + place), xytext=(3, 0), textcoords="offset points", va="center",
-                fontsize=7, zorder=4, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4},
+                f"{value:,.0f}" if value >= 1000 else f"{value:.3g}", (value, row + place), xytext=(3, 0),
+                textcoords="offset points", va="center", fontsize=7, zorder=4,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4},
             )  # fmt: skip
             labelled.add(name)
         for name, value in picture.marks.get(group, {}).items():
@@ -108,7 +109,7 @@ def _axis(axes: Any, picture: Picture) -> None:
     if positive and max(positive) / min(positive) > LOG_RANGE:
         axes.set_xscale("log")
         axes.set_xlim(10 ** (math.floor(10 * math.log10(min(positive)) - 2) / 10), max(positive) * 1.5)
-        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_major_formatter("{x:,g}")
         axes.set_xlabel(f"{picture.unit}, logarithmic")
     else:
         axes.set_xlim(0, max(positive, default=1) * 1.1)

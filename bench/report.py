@@ -116,7 +116,9 @@ def finish(
 
 def text(cell: object) -> str:
     """Return a cell of a table: four digits of a number, nothing for None."""
-    return f"{cell:.4g}" if isinstance(cell, float) else "" if cell is None else str(cell)
+    if isinstance(cell, float):
+        return f"{cell:,.0f}" if abs(cell) >= 1000 else f"{cell:.4g}"
+    return "" if cell is None else str(cell)
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -76,7 +76,7 @@ def test_the_json_file_holds_all_figures(tmp_path: Path, capsys: pytest.CaptureF
     assert picture.bars == {"2 x 2": {"ours": 1.0}} and picture.marks == {"2 x 2": {"copy": 2.0}}
     assert read["targets"] == [{"name": "a", "value": 1.0, "limit": 2.0, "at_least": False, "met": True}]
     printed = capsys.readouterr().out
-    assert "0.1235" in printed and "1235" in printed and "4 [bold] 4" in printed  # nothing is taken for markup
+    assert "0.1235" in printed and "1,235" in printed and "4 [bold] 4" in printed  # nothing is taken for markup
 
 
 def test_the_machine_is_named_with_date_and_versions() -> None:
