@@ -54,9 +54,15 @@ docs: setup $(STAMPS)/docs  ## build the pages of docs/ into site/
 	$(BIN)/mkdocs build --strict --quiet
 	@echo "[docs] open site/index.html"
 
-bench: setup  ## say how to run the measurements
-	@echo "Each measurement in bench/ is a module that says at its top what it measures and how to run it:"
-	@for file in bench/[a-z]*.py; do [ -e "$$file" ] && echo "  $(BIN)/python -m bench.$$(basename $$file .py)"; done; true
+bench: peers $(STAMPS)/bench  ## install what the measurements need, and say how to run them
+	@echo "All measurements of the kernels, and their page docs/benchmarks/kernels.md (ten minutes of a quiet machine):"
+	@echo "  $(BIN)/python -m bench.pages --run"
+	@echo "Statistics of the same calls: $(BIN)/python -m pytest bench --benchmark-only"
+	@echo "On a GPU, everything into one report: bench/gpu.sh"
+	@echo "Each measurement is a module that says at its top what it measures and how to run it:"
+	@for file in $$(grep -l '^Run as: python -m bench' bench/*.py); do \
+	  echo "  $(BIN)/python -m bench.$$(basename $$file .py)"; \
+	done
 
 clean:  ## remove what building and testing left behind; .venv and runs stay
 	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -84,7 +90,7 @@ $(STAMPS)/data: Makefile | $(STAMPS)/core
 	@touch $@
 
 # The extras, one stamp each.
-$(STAMPS)/dev $(STAMPS)/docs $(STAMPS)/peers: $(STAMPS)/%: $(INPUTS) | $(STAMPS)/core
+$(STAMPS)/dev $(STAMPS)/docs $(STAMPS)/peers $(STAMPS)/bench: $(STAMPS)/%: $(INPUTS) | $(STAMPS)/core
 	@echo "[setup] the $* tools"
 	@$(INSTALL) -e ".[$*]" $(LOGGED)
 	@touch $@

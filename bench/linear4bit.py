@@ -1,35 +1,41 @@
-"""A frozen 4-bit linear layer in training, forward and backward to x: lorakit, the dense bf16 layer, bitsandbytes.
+"""A frozen 4-bit linear layer in training, forward and backward to x: lorakit, the dense bf16 layer, the peers.
 
-Run as: python -m bench.linear4bit [--check] [--json FILE] [--rounds 5]
+The limit is the dense layer's time: its two products have to be computed whatever the weight is stored in.
+
+Run as: python -m bench.linear4bit [--check] [--json FILE] [--plot FILE] [--rounds 5]
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 
 from lorakit.layers import Linear4bit
 
-from .report import Target, arguments, finish
-from .timing import SHAPES, medians
+from . import peers
+from .report import Picture, Target, arguments, finish, milliseconds, ratio
+from .timing import SHAPES, Calls, medians, size_of
 
 TOKENS = {512: 1.12, 2048: 1.05}  # and how many times the dense layer's time each may take
+SIZES = tuple((shape, tokens) for shape in SHAPES for tokens in TOKENS)
+CONTENDERS = ("lorakit", "bitsandbytes", "torchao", "dense")
 
 
-def peer(dense: nn.Linear) -> nn.Module:
-    """Return bitsandbytes' layer with the weight of a dense one."""
-    layer = bnb.nn.Linear4bit(
-        dense.in_features, dense.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
-    )
-    layer.load_state_dict(dense.state_dict())
-    result: nn.Module = layer.to("cpu").requires_grad_(False)
-    return result
+def layers(shape: tuple[int, int], training: bool) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return the layers (out, in), each with the same weight, by contender."""
+    out_features, in_features = shape
+    dense = nn.Linear(in_features, out_features, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    result: dict[str, Callable[[Tensor], Tensor]] = {"lorakit": Linear4bit.from_linear(dense)}
+    if peers.has("bitsandbytes"):
+        result["bitsandbytes"] = peers.bitsandbytes_layer(dense).train(training)
+    if peers.has("torchao"):
+        result["torchao"] = peers.torchao_layer(dense.weight)
+    return result | {"dense": dense}
 
 
-def step(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], object]:
+def step(layer: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> Callable[[], object]:
     """Return a call that goes forward, and backward to x."""
 
     def run() -> None:
@@ -39,27 +45,33 @@ def step(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], object]:
     return run
 
 
+def calls(shape: tuple[int, int], tokens: int) -> Calls:
+    """Return what takes turns, by contender."""
+    x = torch.randn(tokens, shape[1], dtype=torch.bfloat16, requires_grad=True)
+    dy = torch.randn(tokens, shape[0], dtype=torch.bfloat16)
+    return {name: step(layer, x, dy) for name, layer in layers(shape, training=True).items()}
+
+
 def main() -> None:
     """Measure, print, compare with the targets."""
-    parser = arguments(str(__doc__))
+    parser = arguments(str(__doc__), plots=True)
     parser.add_argument("--rounds", type=int, default=5, help="times that each call is measured")
     options = parser.parse_args()
-    rows, targets = [], []
-    for out_features, in_features in SHAPES:
-        dense = nn.Linear(in_features, out_features, bias=False, dtype=torch.bfloat16).requires_grad_(False)
-        layers = {"lorakit": Linear4bit.from_linear(dense), "dense": dense, "bitsandbytes": peer(dense).train()}
-        for tokens, limit in TOKENS.items():
-            x = torch.randn(tokens, in_features, dtype=torch.bfloat16, requires_grad=True)
-            dy = torch.randn(tokens, out_features, dtype=torch.bfloat16)
-            seen = medians({name: step(layer, x, dy) for name, layer in layers.items()}, options.rounds)
-            of_dense, speedup = seen["lorakit"] / seen["dense"], seen["bitsandbytes"] / seen["lorakit"]
-            size = f"{out_features} x {in_features}"
-            rows.append([size, tokens, *(1e3 * seconds for seconds in seen.values()), of_dense, speedup])
-            targets.append(Target(f"{size}, {tokens} tokens: time of the dense layer", of_dense, limit))
-            if tokens == 512:
-                targets.append(Target(f"{size}, 512 tokens: times bitsandbytes' speed", speedup, 2, at_least=True))
-    columns = ["weight", "tokens", "lorakit, ms", "dense, ms", "bitsandbytes, ms", "ours / dense", "bnb / ours"]
-    finish(options, "Forward and backward of a frozen NF4 layer in bf16, medians", columns, rows, targets)
+    rows, targets, picture = [], [], Picture("milliseconds")
+    for shape, tokens in SIZES:
+        seen = medians(calls(shape, tokens), options.rounds)
+        seen["limit"] = seen["dense"]
+        of_dense, speedup = seen["lorakit"] / seen["dense"], ratio(seen, "bitsandbytes", "lorakit")
+        size = size_of(shape)
+        rows.append([size, tokens, *(milliseconds(seen, name) for name in CONTENDERS), of_dense, speedup])
+        group = f"{size}, {tokens} tokens"
+        picture.add(group, seen, CONTENDERS, ("limit",))
+        targets.append(Target(f"{group}: time of the dense layer", of_dense, TOKENS[tokens]))
+        if tokens == 512 and speedup is not None:
+            targets.append(Target(f"{group}: times bitsandbytes' speed", speedup, 2, at_least=True))
+    columns = ["weight", "tokens", *CONTENDERS, "ours / dense", "bnb / ours"]
+    title = "Forward and backward of a frozen NF4 layer in bf16, medians in ms"
+    finish(options, title, columns, rows, targets, picture)
 
 
 if __name__ == "__main__":

@@ -1,41 +1,55 @@
-"""Quantizing bf16 weights to NF4, blocks of 64, with double quantization: lorakit and bitsandbytes.
+"""Quantizing bf16 weights to NF4, blocks of 64, with double quantization: lorakit, bitsandbytes, torchao.
 
-Run as: python -m bench.quantize [--check] [--json FILE] [--rounds 5]
+The limit is what memory allows: the time of a copy of the bf16 matrix between two buffers, measured in the same turns,
+times the share of its bytes that quantizing moves. A copy moves 4 bytes a weight; quantizing reads 2 and writes 0.52.
+
+Run as: python -m bench.quantize [--check] [--json FILE] [--plot FILE] [--rounds 5]
 """
 
 from __future__ import annotations
 
 import torch
-from bitsandbytes import functional as bnb
 
 from lorakit import quantize
 
-from .report import Target, arguments, finish
-from .timing import SHAPES, medians
+from . import peers
+from .dequantize import CODES, COPIED
+from .report import Picture, Target, arguments, finish, milliseconds, ratio
+from .timing import SHAPES, Calls, medians, size_of
+
+SIZES = tuple((shape,) for shape in SHAPES)
+CONTENDERS = ("lorakit", "bitsandbytes", "torchao", "copy")
+MOVED = 2 + CODES
+
+
+def calls(shape: tuple[int, int]) -> Calls:
+    """Return what takes turns, by contender."""
+    weight = torch.randn(shape).bfloat16()
+    out = torch.empty_like(weight)
+    result: Calls = {"lorakit": lambda: quantize(weight)}
+    if peers.has("bitsandbytes"):
+        result["bitsandbytes"] = peers.quantized_by_bitsandbytes(weight)
+    if peers.has("torchao"):
+        result["torchao"] = peers.quantized_by_torchao(weight)
+    return result | {"copy": lambda: out.copy_(weight)}
 
 
 def main() -> None:
     """Measure, print, compare with the target."""
-    parser = arguments(str(__doc__))
+    parser = arguments(str(__doc__), plots=True)
     parser.add_argument("--rounds", type=int, default=5, help="times that each call is measured")
     options = parser.parse_args()
-    rows, targets = [], []
+    rows, targets, picture = [], [], Picture("milliseconds")
     for shape in SHAPES:
-        weight = torch.randn(shape).bfloat16()
-        seen = medians(
-            {
-                "lorakit": lambda weight=weight: quantize(weight),
-                "bitsandbytes": lambda weight=weight: bnb.quantize_4bit(
-                    weight, quant_type="nf4", compress_statistics=True
-                ),
-            },
-            options.rounds,
-        )
-        speedup, size = seen["bitsandbytes"] / seen["lorakit"], f"{shape[0]} x {shape[1]}"
-        rows.append([size, *(1e3 * seconds for seconds in seen.values()), speedup])
-        targets.append(Target(f"{size}: times bitsandbytes' speed", speedup, 20, at_least=True))
-    columns = ["weight", "lorakit, ms", "bitsandbytes, ms", "bnb / ours"]
-    finish(options, "bf16 to NF4 with double quantization, medians", columns, rows, targets)
+        seen = medians(calls(shape), options.rounds)
+        seen["limit"] = seen["copy"] * MOVED / COPIED
+        size, speedup = size_of(shape), ratio(seen, "bitsandbytes", "lorakit")
+        rows.append([size, *(milliseconds(seen, name) for name in (*CONTENDERS, "limit")), speedup])
+        picture.add(size, seen, CONTENDERS[:-1], ("limit", "copy"))
+        if speedup is not None:
+            targets.append(Target(f"{size}: times bitsandbytes' speed", speedup, 20, at_least=True))
+    columns = ["weight", *CONTENDERS, "limit", "bnb / ours"]
+    finish(options, "bf16 to NF4 with double quantization, medians in ms", columns, rows, targets, picture)
 
 
 if __name__ == "__main__":

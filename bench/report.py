@@ -1,18 +1,30 @@
-"""What every measurement shares: a table of results with targets, --check, --json."""
+"""What every measurement shares: a table of results with targets, --check, --json, --plot."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
+import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+
+from . import plot
+
+PEERS = ("bitsandbytes", "torchao", "peft", "transformers", "triton")
+NOT_INSTALLED = "not installed"
+INSTRUCTIONS = ("avx2", "avx512_f", "avx512_bw", "avx512_vbmi", "avx512_bf16", "amx_bf16")
+MANY = 30  # targets; more are not listed one by one where they are met
 
 
 @dataclass(frozen=True)
@@ -32,44 +44,142 @@ class Target:
 
     @property
     def met(self) -> bool:
-        """Whether the figure holds."""
+        """Whether the figure holds; one that is no number does not."""
         return self.value >= self.limit if self.at_least else self.value <= self.limit
 
 
-def arguments(description: str) -> argparse.ArgumentParser:
-    """Return a parser with the options that all measurements take."""
+@dataclass
+class Picture:
+    """What a plot shows: groups of bars, and marks across a group.
+
+    Attributes:
+        unit: of the numbers.
+        bars: group -> bar -> number.
+        marks: group -> mark -> number: what the bars are to be compared with, such as a copy.
+    """
+
+    unit: str
+    bars: dict[str, dict[str, float]] = field(default_factory=dict)
+    marks: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def add(self, group: str, seconds: Mapping[str, float], bars: Sequence[str], marks: Sequence[str]) -> None:
+        """Add a group of times, in ms, of those that were measured."""
+        self.bars[group] = {name: 1e3 * seconds[name] for name in bars if name in seconds}
+        self.marks[group] = {name: 1e3 * seconds[name] for name in marks}
+
+
+def arguments(description: str, plots: bool = False) -> argparse.ArgumentParser:
+    """Return a parser with the options that all measurements take, and --plot for those that have a picture."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="exit 1 where a target is missed")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
+    if plots:
+        parser.add_argument("--plot", type=plot.file_to_draw, help="draw the figures: a .png or .svg file")
     return parser
 
 
 def finish(
     options: argparse.Namespace, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]],
-    targets: Sequence[Target] = (),
+    targets: Sequence[Target] = (), picture: Picture | None = None, device: torch.device | None = None,
 ) -> None:  # fmt: skip
-    """Print the table and the targets, write the JSON file, and exit 1 under --check where a target is missed."""
+    """Print the table and the targets, write the files, and exit 1 under --check where a target is missed."""
     console = Console(width=120 if not sys.stdout.isatty() else None)
-    table = Table(*columns, title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
+    for place, column in enumerate(columns):
+        table.add_column(escape(column), no_wrap=place < 2)
     for row in rows:
-        table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
+        table.add_row(*(escape(text(cell)) for cell in row))
     console.print(table)
     for target in targets:
+        if target.met and len(targets) > MANY:
+            continue
         relation = "at least" if target.at_least else "at most"
         verdict = "ok" if target.met else "MISSED"
-        console.print(f"{verdict:<7}{target.name}: {target.value:.4g} ({relation} {target.limit:.4g})")
-    console.print(f"{machine()}")
+        console.print(f"{verdict:<7}{escape(target.name)}: {target.value:.4g} ({relation} {target.limit:.4g})")
+    if len(targets) > MANY:
+        console.print(f"{sum(target.met for target in targets)} of {len(targets)} targets are met")
+    host = machine(device)
+    console.print(escape(in_words(host)), soft_wrap=True)
+    figures = {
+        "title": title, "command": command(), "machine": host, "columns": list(columns),
+        "rows": [dict(zip(columns, row, strict=True)) for row in rows],
+        "targets": [asdict(target) | {"met": target.met} for target in targets],
+        "picture": picture and asdict(picture),
+    }  # fmt: skip
     if options.json:
-        figures = {
-            "title": title, "machine": machine(), "rows": [dict(zip(columns, row, strict=True)) for row in rows],
-            "targets": [asdict(target) | {"met": target.met} for target in targets],
-        }  # fmt: skip
-        options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    if picture and getattr(options, "plot", None):
+        plot.draw(picture, title, options.plot)
     if options.check and not all(target.met for target in targets):
         sys.exit(1)
 
 
-def machine() -> str:
-    """Return what the figures were measured on, in one line."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{platform.machine()} {capability}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+def text(cell: object) -> str:
+    """Return a cell of a table: four digits of a number, nothing for None."""
+    if isinstance(cell, float):
+        return f"{cell:,.0f}" if abs(cell) >= 1000 else f"{cell:.4g}"
+    return "" if cell is None else str(cell)
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return a table in Markdown; columns of numbers are aligned to the right."""
+    is_number = [all(isinstance(row[place], int | float | None) for row in rows) for place in range(len(columns))]
+    lines = [list(columns), ["---:" if number else "---" for number in is_number]]
+    lines += [[text(cell).replace("|", r"\|") for cell in row] for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def milliseconds(seconds: Mapping[str, float], name: str) -> float | str:
+    """Return a median in ms, or that the contender is not installed."""
+    return 1e3 * seconds[name] if name in seconds else NOT_INSTALLED
+
+
+def ratio(seconds: Mapping[str, float], slow: str, fast: str) -> float | None:
+    """Return how many times the time of another one contender takes; None where one is not installed."""
+    return seconds[slow] / seconds[fast] if slow in seconds and fast in seconds else None
+
+
+def command() -> str:
+    """Return the command line, without the options that only say where the result goes."""
+    words, kept = iter(sys.argv[1:]), ["python", "-m", f"bench.{Path(sys.argv[0]).stem}"]
+    for word in words:
+        if word in ("--json", "--plot", "--markdown"):
+            next(words, None)
+        elif not word.startswith(("--json=", "--plot=", "--markdown=", "--check")):
+            kept.append(word)
+    return shlex.join(kept)
+
+
+def machine(device: torch.device | None = None) -> dict[str, str | int]:
+    """Return what the figures were measured on, and when: processor or GPU, instruction sets, threads, versions."""
+    found: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    names = [name for name in INSTRUCTIONS if found.get(name)] or [torch.backends.cpu.get_cpu_capability()]
+    result: dict[str, str | int] = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "processor": str(found.get("cpu_name") or platform.processor() or platform.machine()),
+        "cores": int(str(found.get("num_physical_cores") or os.cpu_count() or 1)),
+        "instructions": " ".join(names),
+        "threads": torch.get_num_threads(),
+    }
+    if device is not None and device.type != "cpu":
+        result["gpu"] = torch.get_device_module(device).get_device_name(device)
+    result |= {name: os.environ[name] for name in ("LORAKIT_BACKEND", "LORAKIT_CPU_ISA") if name in os.environ}
+    return result | versions()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of PyTorch and of the peers that are installed."""
+    result = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in PEERS:
+        try:
+            result[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            result[name] = NOT_INSTALLED
+    return result
+
+
+def in_words(host: Mapping[str, str | int]) -> str:
+    """Return a machine in one line."""
+    first = f"{host['date']}, {host['processor']}, {host['cores']} cores, {host['threads']} threads"
+    rest = [f"{name} {value}" for name, value in host.items() if name not in ("date", "processor", "cores", "threads")]
+    return ", ".join([first, *rest])

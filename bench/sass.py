@@ -25,15 +25,20 @@ class Code:
 
     Attributes:
         names: of the instructions, in order, but for the padding at the end.
-        loop: names within the longest loop; empty where there is none.
+        loops: names within each loop that lies in no other, in order.
         registers: a thread's, accumulation registers included.
         spills: instructions that move registers to local memory or back.
     """
 
     names: list[str]
-    loop: list[str]
+    loops: list[list[str]]
     registers: int
     spills: int
+
+    @property
+    def loop(self) -> list[str]:
+        """Names within the longest loop; empty where there is none."""
+        return max(self.loops, key=len, default=[])
 
     @property
     def load_bytes(self) -> int:
@@ -86,16 +91,15 @@ def from_sass(listing: str, registers: int) -> Code:
         for address, name, rest in found
         if name.startswith("BRA") and (target := re.findall(r"0x[0-9a-f]+", rest)) and int(target[0], 16) < address
     ]
-    first, last = max(spans, key=lambda span: span[1] - span[0], default=(1, 0))
-    loop = [name for address, name, _ in found if first <= address <= last]
-    return Code(names, loop, registers, sum(name.startswith(("LDL", "STL")) for name in names))
+    loops = [[name for address, name, _ in found if first <= address <= last] for first, last in _outermost(spans)]
+    return Code(names, loops, registers, sum(name.startswith(("LDL", "STL")) for name in names))
 
 
 def amd(assembly: str) -> Code:
     """Read the assembly of one kernel."""
     labels: dict[str, int] = {}
     names: list[str] = []
-    spans = [(1, 0)]
+    spans: list[tuple[int, int]] = []
     for line in assembly.split(".end_amdhsa_kernel")[0].splitlines():
         if label := re.match(r"(\.L\w+):", line):
             labels[label[1]] = len(names)
@@ -103,12 +107,20 @@ def amd(assembly: str) -> Code:
             names.append(found[1])
             if found[1].startswith(("s_cbranch", "s_branch")) and found[2].strip() in labels:
                 spans.append((labels[found[2].strip()], len(names) - 1))
-    first, last = max(spans, key=lambda span: span[1] - span[0])
     registers, spills = (
         sum(int(number) for number in re.findall(rf"\.{field}:\s+(\d+)", assembly))
         for field in ("vgpr_count", "[sv]gpr_spill_count")
     )
-    return Code(names, names[first : last + 1], registers, spills)
+    return Code(names, [names[first : last + 1] for first, last in _outermost(spans)], registers, spills)
+
+
+def _outermost(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the spans, of first and last places, that lie in no other."""
+    result: list[tuple[int, int]] = []
+    for first, last in sorted(spans, key=lambda span: (span[0], -span[1])):
+        if not result or first > result[-1][1]:
+            result.append((first, last))
+    return result
 
 
 def from_library(library: Path, architecture: str, kernel: re.Pattern[str]) -> tuple[str, Code] | None:

@@ -8,6 +8,9 @@ from statistics import median
 
 SHAPES = ((2048, 2048), (4096, 4096), (4096, 14336), (14336, 4096))  # of weights, (out, in)
 
+# The calls of one line of a table, by contender: lorakit, the peers that are installed, and what they are held against.
+Calls = dict[str, Callable[[], object]]
+
 
 def medians(calls: Mapping[str, Callable[[], object]], rounds: int = 15) -> dict[str, float]:
     """Return the median seconds of each call.
@@ -22,3 +25,8 @@ def medians(calls: Mapping[str, Callable[[], object]], rounds: int = 15) -> dict
             if number:
                 seconds[name].append(time.perf_counter() - start)
     return {name: median(taken) for name, taken in seconds.items()}
+
+
+def size_of(shape: tuple[int, int]) -> str:
+    """Return a weight's shape as the tables name it."""
+    return f"{shape[0]} x {shape[1]}"
