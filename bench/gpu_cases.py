@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import lorakit_kernels as kernels
 import torch
@@ -141,7 +140,7 @@ def _dequantize(weight: Tensor, packed: QuantizedWeight) -> Case:
 
 def _product(setting: Setting, weight: Tensor, packed: QuantizedWeight, tokens: int, operation: str) -> Case:
     rows, columns = weight.shape
-    x, dense, arguments = setting.random(tokens, columns), _dense(weight), operands(packed)
+    x, dense, arguments = setting.random(tokens, columns), _dense(weight), packed.operand
     u, lora_b = setting.random(tokens, RANK), setting.random(rows, RANK)
 
     def check() -> float:
@@ -160,7 +159,7 @@ def _product(setting: Setting, weight: Tensor, packed: QuantizedWeight, tokens: 
 
 def _product_dx(setting: Setting, weight: Tensor, packed: QuantizedWeight, tokens: int) -> Case:
     rows, columns = weight.shape
-    dy, arguments = setting.random(tokens, rows), operands(packed)
+    dy, arguments = setting.random(tokens, rows), packed.operand
     t, lora_a = setting.random(tokens, RANK), setting.random(RANK, columns)
 
     def check() -> float:
@@ -241,15 +240,6 @@ def close(found: Tensor, exact: Tensor, units: int = 1, floor: float | None = No
     unit = units * max(torch.finfo(found.dtype).eps, 1e-5)  # 1e-5: fp32 sums in another order
     least = float(exact.square().mean().sqrt()) * unit if floor is None else floor
     return _largest((found.float() - exact).abs() / (exact.abs() * unit + least))
-
-
-def operands(packed: QuantizedWeight) -> tuple[Any, ...]:
-    """Return a doubly quantized weight as the kernels of products take it, up to the nested block size."""
-    scales = packed.scales
-    assert isinstance(scales, NestedScales)
-    nested = [scales.code_values, scales.absmax, scales.offset]
-    shape = list(packed.shape)
-    return packed.packed, packed.code_values, scales.codes, packed.block_size, shape, nested, scales.block_size
 
 
 def _largest(errors: Tensor) -> float:

@@ -6,11 +6,13 @@ Hidden states travel as a flat (tokens, hidden) matrix, whatever the batch looks
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..errors import ShapeError
 from ..layers import RMSNorm, apply_rope, linear_together, rope_frequencies, rope_tables, swiglu
@@ -69,10 +71,28 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
+        self.checkpointing: Literal["none", "mlp", "layer"] = "none"
+
     def forward(self, x: Tensor, layout: Layout, rope: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
+        if self.checkpointing == "layer":
+            return recomputed(self._all, x, layout, rope, cache)
+        return self._all(x, layout, rope, cache)
+
+    def _all(self, x: Tensor, layout: Layout, rope: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), layout, rope, cache)
+        return recomputed(self._feed_forward, x) if self.checkpointing == "mlp" else self._feed_forward(x)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
         result: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return result
+
+
+def recomputed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """Return function(*arguments), computed again when its gradient is, with the same dropout."""
+    if not torch.is_grad_enabled():
+        return function(*arguments)
+    result: Tensor = checkpoint(function, *arguments, use_reentrant=False)
+    return result
 
 
 class DecoderStack(nn.Module):
@@ -113,6 +133,17 @@ class Decoder(nn.Module):
     def device(self) -> torch.device:
         """Where the model is."""
         return self.model.norm.weight.device
+
+    def set_checkpointing(self, how: Literal["none", "mlp", "layer"] | int) -> None:
+        """Choose what the backward pass computes again instead of keeping it; no result changes.
+
+        Args:
+            how: nothing; the MLP of every layer with its norm, whose intermediates are the widest; every layer, of
+                which only the input is kept (Chen et al. 2016, arXiv:1604.06174); or with a number n every n-th layer.
+        """
+        for index, layer in enumerate(self.model.layers):
+            assert isinstance(layer, DecoderLayer)
+            layer.checkpointing = how if isinstance(how, str) else "none" if (index + 1) % how else "layer"
 
     def get_output_embeddings(self) -> nn.Module:
         """Return the output head, which "all-linear" leaves out."""

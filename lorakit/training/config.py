@@ -30,6 +30,11 @@ class TrainConfig(Settings):
     micro_batch_tokens: int = Field(
         2048, ge=1, description="tokens per forward pass; a larger batch is accumulated over several, with equal result"
     )
+    checkpointing: Literal["none", "mlp", "layer"] | Annotated[int, Field(ge=2)] = Field(
+        "none",
+        description="what the backward pass computes again instead of keeping it: nothing, the MLPs, every layer, or "
+        "with a number n every n-th layer; slower, in less memory, with the same result",
+    )
     max_length: int = Field(1024, ge=2, description="longest conversation in tokens; a longer one is an error")
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps over which lr rises from 0")
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="lr at the end of the cosine, as a share of the peak")

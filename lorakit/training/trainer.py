@@ -31,11 +31,14 @@ from ..measure import peak_rss_mb
 from ..models.decoder import Decoder
 from ..models.loss import summed_loss
 from ..models.tokenizer import Tokenizer
+from .activations import saving_activations
 from .checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from .config import TrainConfig
 from .optimizers import build_optimizer
 from .runlog import RunLog
 from .schedule import learning_rate
+
+_WITHOUT_EFFECT = {"output", "progress", "eval_every", "checkpoint_every", "checkpointing"}  # on what is learned
 
 
 @dataclass
@@ -102,7 +105,11 @@ def train(
     earlier = result.history[-1]["seconds"] if result.history else 0.0
     started = time.perf_counter() - earlier
     log_path = config.output / "train.jsonl" if config.output else None
-    with _mode(model, training=True), RunLog(log_path, steps, result.history, config.progress) as log:
+    with (
+        _mode(model, training=True),
+        saving_activations(model, config.checkpointing),
+        RunLog(log_path, steps, result.history, config.progress) as log,
+    ):
         for step in range(result.steps, steps):
             order = batch_order(len(examples), config.batch_size, config.seed, step // per_epoch)
             batch = [examples[i] for i in order[step % per_epoch]]
@@ -212,7 +219,7 @@ def _fingerprint(
     config: TrainConfig, examples: Sequence[Example], model: nn.Module, parameters: dict[str, nn.Parameter]
 ) -> str:
     """Return a hash of all that must be alike for a resumed run to be the same run."""
-    settings = config.model_dump(mode="json", exclude={"output", "progress", "eval_every", "checkpoint_every"})
+    settings = config.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for adapter, lora in adapter_configs(model).items():
         digest.update(f"{adapter} {lora.model_dump_json()}".encode())

@@ -1,0 +1,75 @@
+"""Activation checkpointing: less is kept, nothing else changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from small_models import small_decoder
+from small_training import adapted
+from torch import Tensor, nn
+
+from lorakit import TrainConfig, add_adapter
+from lorakit.adapters import LoraConfig
+from lorakit.errors import ConfigError, TrainingError
+from lorakit.models.loss import summed_loss
+from lorakit.training.activations import saving_activations
+
+KINDS: list[Any] = ["none", "mlp", "layer", 2, 3]
+LENGTHS = [40, 17, 33]
+
+
+def saved_bytes(model: nn.Module, how: Any) -> tuple[int, Tensor, list[Tensor]]:
+    """Return the bytes of distinct activations kept for the backward pass, the loss and the gradients."""
+    torch.manual_seed(0)
+    ids = torch.randint(400, (sum(LENGTHS),))
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with saving_activations(model, how):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = summed_loss(model, ids, ids.roll(-1), LENGTHS)
+        return sum(kept.values()), loss.detach(), list(torch.autograd.grad(loss, parameters))
+
+
+@pytest.mark.parametrize("how", KINDS)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_results_are_the_same_to_the_bit(how: Any, dropout: float) -> None:
+    model = adapted(init_lora_weights=False, lora_dropout=dropout).train()
+    _, loss, gradients = saved_bytes(model, "none")
+    _, other, others = saved_bytes(model, how)
+    assert torch.equal(loss, other)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, others, strict=True))
+    assert all(layer.checkpointing == "none" for layer in model.model.layers)  # afterwards, too
+
+
+def test_each_kind_keeps_less_than_the_one_before() -> None:
+    model = small_decoder(num_hidden_layers=6)
+    add_adapter(model, LoraConfig(r=4))
+    sizes = {how: saved_bytes(model.train(), how)[0] for how in KINDS}
+    assert sizes["layer"] < sizes[2] < sizes[3] < sizes["none"]
+    assert sizes["layer"] < sizes["mlp"] < sizes["none"]
+
+
+def test_nothing_is_checkpointed_in_evaluation() -> None:
+    model = adapted()
+    with saving_activations(model, "layer"), torch.no_grad():
+        assert not summed_loss(model, torch.arange(9), torch.arange(9), [9]).requires_grad
+
+
+def test_wrong_kinds_are_refused() -> None:
+    with pytest.raises(ConfigError, match="checkpointing"):
+        TrainConfig(checkpointing="some")
+    with pytest.raises(ConfigError, match="checkpointing"):
+        TrainConfig(checkpointing=1)
+    with (
+        pytest.raises(TrainingError, match="Linear does not offer checkpointing: mlp"),
+        saving_activations(nn.Linear(2, 2), "mlp"),
+    ):
+        pass
