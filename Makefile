@@ -53,7 +53,9 @@ docs: setup $(STAMPS)/docs  ## build the pages of docs/ into site/
 
 bench: setup  ## say how to run the measurements
 	@echo "Each measurement in bench/ is a module that says at its top what it measures and how to run it:"
-	@for file in bench/[a-z]*.py; do [ -e "$$file" ] && echo "  $(BIN)/python -m bench.$$(basename $$file .py)"; done; true
+	@for file in $$(grep -l "^Run as: python -m bench" bench/*.py); do \
+	  echo "  $(BIN)/python -m bench.$$(basename $$file .py)"; \
+	done
 
 clean:  ## remove what building and testing left behind; .venv and runs stay
 	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,8 +1,8 @@
 """Peak memory of training SmolLM2-135M by configuration: lorakit, and PEFT + bitsandbytes + transformers.
 
-Each row is a process of its own that loads the model and takes two steps. Its peak resident size is given in parts: what
-the imports take, what the loaded model adds, and what training adds at its worst. PEFT has the settings that need the
-least (sdpa attention, adapter in bf16), without gradient checkpointing and with it.
+Each row is a process of its own that loads the model and takes two steps. Its peak resident size is given in parts:
+what the imports take, what the model with its adapter adds, and what training adds at its worst. PEFT has the settings
+that need the least (sdpa attention, adapter in bf16), without gradient checkpointing and with it.
 
 Run as: python -m bench.memory [--model smollm2-135m-instruct] [--json FILE] [--plot FILE]
 """

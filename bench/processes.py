@@ -1,4 +1,4 @@
-"""Comparing sides that each run in a process of their own, in turn: so peak memory is one's own, and noise meets all."""
+"""Sides of a comparison run in turn, each in a process of its own: peak memory is its own, and noise meets all."""
 
 from __future__ import annotations
 

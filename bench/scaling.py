@@ -1,9 +1,10 @@
 """How training memory grows with the length of the sequence and with the vocabulary: lorakit, and PEFT + bitsandbytes.
 
-The model has SmolLM2-135M's width with 10 layers and random weights, in NF4; its own vocabulary where the length varies,
-and 1,024 tokens where the vocabulary does. Each size is a process of its own that takes two steps. Training memory is
-the peak of the steps above what was resident before the first, the weights left out. PEFT has gradient checkpointing,
-sdpa attention and the adapter in bf16, the settings that need the least.
+The model has SmolLM2-135M's width with 10 layers and random weights, in NF4; its own vocabulary where the length
+varies, and 1,024 tokens where the vocabulary does. Each size is a process of its own that takes two steps. Training
+memory is the peak of the steps above what was resident before the first: the weights are left out, for a table of
+embeddings grows with the vocabulary whoever trains. PEFT has gradient checkpointing, sdpa attention and the adapter in
+bf16, the settings that need the least.
 
 Ours must be a straight line in the length, and the same for all vocabularies.
 
@@ -123,9 +124,7 @@ def run(
             figures = seen[side][0]
             memory = training_mb(figures)
             panels[panel].setdefault(who, {})[size] = memory
-            rows.append(
-                [length, vocabulary, who, memory / 1024, figures["loaded_mb"] / 1024, step_seconds(seen[side])]
-            )
+            rows.append([length, vocabulary, who, memory / 1024, figures["loaded_mb"] / 1024, step_seconds(seen[side])])
     return rows, panels
 
 

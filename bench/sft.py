@@ -1,7 +1,7 @@
 """Fine-tuning SmolLM2-135M on addresses as JSON, lorakit next to TRL + PEFT + bitsandbytes: speed, memory, outcome.
 
-The data are JSON Lines of {"text": ..., "fields": {...}}; the model learns to answer the text with its fields as one JSON
-object. One epoch of QLoRA in batches of 8, only the answer trained. For each seed both sides train
+The data are JSON Lines of {"text": ..., "fields": {...}}; the model learns to answer the text with its fields as one
+JSON object. One epoch of QLoRA in batches of 8, only the answer trained. For each seed both sides train
 
 - on the same tokens: each encodes the conversations with its own library, and the hashes of all token ids and of which
   of them are trained must be equal, or this stops;

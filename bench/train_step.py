@@ -11,8 +11,9 @@ are. The first round runs every setting of the peers; the others take turns betw
 Seconds are medians over all counted steps of all rounds. The peer's column of speed has its fastest setting, that of
 memory its leanest without gradient checkpointing, and, for lorakit with checkpointing, its leanest with it.
 
-Peak memory is the process's peak resident size less that of a bare Python interpreter (about 10 MiB): imports count, for
-who trains cannot do without them. "imports" and "loaded" say how much was resident after them and before the first step.
+Peak memory is the process's peak resident size less that of a bare Python interpreter (about 10 MiB): imports count,
+for who trains cannot do without them. "imports" and "loaded" say how much was resident after them and before the first
+step.
 
 Run as: python -m bench.train_step [--model llama-1b] [--rounds 2] [--steps 3] [--check] [--json FILE]
 """
@@ -23,8 +24,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .make_llama import model_folder
-from .report import Target, arguments, finish
 from .processes import CHECKPOINTING, Figures, Side, alternate, interpreter_mb, middle, step_seconds
+from .report import Target, arguments, finish
 
 SETTINGS = {  # of the peers
     "sdpa, adapter bf16": (),

@@ -75,7 +75,7 @@ class Meter:
 
     def loaded(self) -> None:
         """Note that the model is ready to train; the peak starts anew."""
-        self.figures |= {"loading_peak_mb": memory_mb("VmHWM"), "loaded_mb": memory_mb("VmRSS")}
+        self.figures |= {"loaded_mb": memory_mb("VmRSS"), "loading_peak_mb": memory_mb("VmHWM")}
         Path("/proc/self/clear_refs").write_text("5")
 
     def trained(self) -> None:

@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = PeftModel.from_pretrained(base, options.adapter[0], adapter_name="0")
     for number, folder in enumerate(options.adapter[1:], start=1):
         model.load_adapter(folder, adapter_name=str(number))
-    model.eval()
+    model.train()  # nothing drops out; in eval mode bitsandbytes repacks the weights, for one token at a time
     losses = {}
     for number, folder in enumerate(options.adapter):
         model.set_adapter(str(number))

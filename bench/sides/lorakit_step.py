@@ -1,6 +1,7 @@
 """lorakit's training step: load a checkpoint, attach an adapter to all linear layers, take steps as the trainer does.
 
-Run as: python -m bench.sides.lorakit_step --model FOLDER [--quant-type none] [--batch 2] [--length 512] [--set KEY=VALUE]
+Run as: python -m bench.sides.lorakit_step --model FOLDER [--quant-type none] [--batch 2] [--length 512]
+                                           [--set KEY=VALUE] [--products 1]
 It prints one line of JSON; bench.train_step and its relatives run it and the peers' scripts in turn.
 """
 

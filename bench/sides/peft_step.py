@@ -63,8 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = load(options.model, options.quant_type, options.attention)
     ids = random_tokens(model.config.vocab_size, options.batch, options.length)
     if options.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.config.use_cache = False
+        model.activation_checkpointing_enable({"use_reentrant": False})
     if not options.full:
         model = add_adapter(model, getattr(torch, options.adapter_dtype))
     model.train()

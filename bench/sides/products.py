@@ -6,7 +6,7 @@ from collections import Counter
 
 import torch
 
-from lorakit import Decoder, Linear4bit, LoRALinear
+from lorakit import Decoder, Linear4bit
 
 from ..timing import medians
 

@@ -4,8 +4,8 @@ Run as: python -m bench.sides.trl_sft --model FOLDER --records train.jsonl --sta
                                       [--attention eager] [--no-checkpointing] [--no-autocast] [--max-steps 3]
 
 The tokens are made by transformers' own tokenizer and chat template: the assistant's turn is trained, from after its
-header to its end-of-turn token. They are given as input_ids and labels, so that exactly those tokens are trained; from a
-prompt and a completion SFTTrainer would also train the newline after the end-of-turn token. The adapter starts as the
+header to its end-of-turn token. They are given as input_ids and labels, so that exactly those tokens are trained; from
+a prompt and a completion SFTTrainer would also train the newline after the end-of-turn token. The adapter starts as the
 other side's did (--start), and the records are taken in their order, eight at a time. TRL trains the adapter of a 4-bit
 model in bf16. Its defaults are gradient checkpointing and bf16 autocast; the options turn them off. Packing and
 padding-free batches need FlashAttention, which the CPU does not have.
