@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .make_llama import model_folder
-from .processes import CHECKPOINTING, Figures, Side, alternate, step_seconds
+from .processes import CHECKPOINTING, Figures, Side, step_seconds
 from .report import arguments, finish
 
 CONFIGURATIONS = {  # name -> 4-bit type of the weights, sequences, tokens of each
@@ -84,11 +84,11 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m-instruct", help="a known model or a checkpoint folder")
     options = parser.parse_args()
     named = sides(str(model_folder(options.model).resolve()))
-    seen = alternate(list(named), 1)
-    stacks = {named[side]: parts(runs[0]) for side, runs in seen.items()}
+    seen = {side: side.measure() for side in named}
+    stacks = {named[side]: parts(figures) for side, figures in seen.items()}
     rows = [
-        [*named[side], sum(stacks[named[side]].values()), *stacks[named[side]].values(), step_seconds(runs)]
-        for side, runs in seen.items()
+        [*named[side], sum(stacks[named[side]].values()), *stacks[named[side]].values(), step_seconds([figures])]
+        for side, figures in seen.items()
     ]
     columns = ["configuration", "who", "peak GiB", *(f"{part} GiB" for part in PARTS), "s a step"]
     if options.plot:

@@ -51,8 +51,7 @@ class Side:
 def alternate(sides: Sequence[Side], rounds: int) -> dict[Side, list[Figures]]:
     """Measure all sides in turn, `rounds` times."""
     seen: dict[Side, list[Figures]] = {side: [] for side in sides}
-    for number in range(rounds):
-        print(f"round {number + 1} of {rounds}", file=sys.stderr)
+    for _ in range(rounds):
         for side in sides:
             seen[side].append(side.measure())
     return seen

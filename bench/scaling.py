@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from .make_llama import SMOLLM2, make_llama
-from .processes import CHECKPOINTING, Figures, Side, alternate, step_seconds
+from .processes import CHECKPOINTING, Figures, Side, step_seconds
 from .report import Target, arguments, finish
 
 LAYERS = 10
@@ -119,12 +119,11 @@ def run(
     panels: dict[str, Points] = {"tokens": {}, "vocabulary": {}}
     for length, vocabulary, panel, size in sizes:
         pair = sides(folder, {**config, "vocab_size": vocabulary}, length)
-        seen = alternate(list(pair.values()), 1)
         for who, side in pair.items():
-            figures = seen[side][0]
+            figures = side.measure()
             memory = training_mb(figures)
             panels[panel].setdefault(who, {})[size] = memory
-            rows.append([length, vocabulary, who, memory / 1024, figures["loaded_mb"] / 1024, step_seconds(seen[side])])
+            rows.append([length, vocabulary, who, memory / 1024, figures["loaded_mb"] / 1024, step_seconds([figures])])
     return rows, panels
 
 
