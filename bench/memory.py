@@ -72,7 +72,7 @@ def draw(stacks: Mapping[tuple[str, str], Mapping[str, float]], file: Path) -> N
     axes.set_yticks(places, labels, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("peak resident memory, GiB")
-    axes.legend(loc="lower right", fontsize=8)
+    figure.legend(loc="outside upper center", ncols=len(PARTS), frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=144)
 

@@ -76,10 +76,9 @@ def draw(panels: Mapping[str, Points], file: Path) -> None:
             color, marker, dashes = looks[who]
             gib = [value / 1024 for value in values.values()]
             axes.plot(list(values), gib, color=color, marker=marker, linestyle=dashes, label=who)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log", base=2)
-        axes.set_xticks(list(values), [f"{size:,}" for size in values], fontsize=7)
-        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set_xlabel(what)
         axes.set_ylabel("training memory, GiB")
         axes.grid(color="#dddddd", linewidth=0.6)
