@@ -117,7 +117,7 @@ def test_targets_of_fine_tuning() -> None:
         seen[side] = run_of(seconds, peak) | {"samples": 16, "digest": "same"}
     losses = {ours[0]: 1.0, ours[1]: 1.1, fast[0]: 1.2, fast[1]: 0.8}
     values = [target.value for target in sft.targets(seen, losses, interpreter=10.0)]
-    assert values == pytest.approx([4.0, 0.5, 1.05])
+    assert values == pytest.approx([4.0, 200 / 600, 1.05])
     sft.check_alike(seen)
     with pytest.raises(AssertionError, match="tokens"):
         sft.check_alike(seen | {lean: seen[lean] | {"digest": "other"}})
