@@ -14,7 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 # Settings of TrainConfig that compute activations again instead of keeping them.
-CHECKPOINTING: tuple[str, ...] = ()
+CHECKPOINTING: tuple[str, ...] = ("checkpointing=layer",)
 
 Figures = Mapping[str, Any]  # what a script prints
 
