@@ -13,7 +13,7 @@ from ..errors import ShapeError
 from .cache import KVCache
 
 # On the CPU, explicit products beat PyTorch's fused kernel: forward and backward of 9 heads in bf16 take 17 against 32
-# ms at 2 x 512 tokens, 32 against 47 at 1 x 1,024, 1.9 against 2.4 s at 1 x 8,192; blocks of 128 queries are the best of
+# ms at 2 x 512 tokens, 32 against 47 at 1 x 1,024, 1.9 against 2.4 s at 1 x 8,192. Blocks of 128 are the best of
 # 64 to 1,024. Only one token after another over 16 x 700 keys, with a mask, is the fused kernel faster.
 _QUERY_BLOCK = 128
 _MASKED_SCORES = 512 * 512  # a head's, above which masked attention is the fused kernel's

@@ -1,4 +1,4 @@
-"""RMSNorm, rotary embedding and SwiGLU in C++ against their definitions, with every instruction set there is.
+"""RMSNorm, rotary embedding, SwiGLU and the loss in C++ against their definitions, with every instruction set there is.
 
 Bit for bit wherever the definition rounds the same numbers. Two things differ, each with its bound here: a sum, which
 C++ takes in fp64, and the exponential, which is right to one unit of fp32.
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ com
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HALF_UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # of the value
-OPERATIONS = ("rms_norm", "rms_norm_backward", "rope", "swiglu", "swiglu_backward")
+OPERATIONS = ("rms_norm", "rms_norm_backward", "rope", "swiglu", "swiglu_backward", "cross_entropy")
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 SIZES = (1, 2, 3, 15, 16, 17, 64, 100, 577, 2049)
 
@@ -222,6 +222,47 @@ def results(tokens: int, dtype: torch.dtype, size: int = 64) -> list[Tensor]:
         y, rstd, cpu.rms_norm_backward(dy, x, weight, rstd), *cpu.rope(heads, heads[:, :1], cos, sin),
         cpu.swiglu(x, z), *cpu.swiglu_backward(dy, x, z),
     ]  # fmt: skip
+
+
+# ---- the loss ------------------------------------------------------------------------------------------------------
+
+
+@every_dtype
+@given(
+    rows=st.integers(1, 5),
+    size=st.integers(1, 300),
+    scale=st.sampled_from([0.01, 1.0, 30.0]),
+    seed=st.integers(0, 2**32),
+)
+@settings(deadline=None, max_examples=60)
+def test_cross_entropy(dtype: torch.dtype, rows: int, size: int, scale: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    logits, targets = (scale * torch.randn(rows, size)).to(dtype), torch.randint(size, (rows,))
+    exact = logits.double().log_softmax(dim=-1)
+    kept = logits.clone()
+    losses = cpu.cross_entropy(kept, targets, False)
+    assert_same(kept, logits)
+    assert_same(cpu.cross_entropy(kept, targets, True), losses)
+    expected = -exact.gather(1, targets[:, None])[:, 0]
+    largest = logits.double().abs().amax(dim=1)
+    assert ((losses.double() - expected).abs() <= 2.0**-23 * (expected + largest) + 1e-7).all()
+    gradient = exact.exp() - torch.nn.functional.one_hot(targets, size)
+    assert ((kept.double() - gradient).abs() <= 1.02 * HALF_UNIT[dtype] * gradient.abs() + 2.0**-22).all()
+
+
+def test_cross_entropy_of_the_extremes() -> None:
+    inf, nan = float("inf"), float("nan")
+    logits = torch.tensor([[0.0, -inf, 1.0], [3e38, -3e38, 0.0], [nan, 0.0, 0.0], [inf, 0.0, 0.0], [-inf, -inf, -inf]])
+    targets, theirs = torch.tensor([0, 0, 1, 1, 2]), logits.clone()
+    found, expected = cpu.cross_entropy(logits, targets, True), definition.cross_entropy(theirs, targets, True)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    torch.testing.assert_close(logits, theirs, equal_nan=True)
+
+
+def test_a_target_outside_of_the_vocabulary_is_named() -> None:
+    for bad in (-1, 7):
+        with pytest.raises(IndexError, match=f"target {bad} is outside the vocabulary of 7"):
+            cpu.cross_entropy(torch.randn(2, 7), torch.tensor([0, bad]), True)
 
 
 @every_dtype

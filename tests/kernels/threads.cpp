@@ -44,6 +44,8 @@ void rms_norm_backward(const void* dy, int y_dtype, const void* x, int x_dtype, 
                        int64_t rows, int64_t size, void* dx, Fork, unsigned);
 void rope(const void* x, int dtype, int64_t tokens, int64_t heads, int64_t size, int64_t token_stride,
           int64_t head_stride, const void* cos, const void* sin, int backward, void* out, Fork, unsigned);
+void cross_entropy(void* logits, int dtype, int64_t rows, int64_t size, const int64_t* targets, int with_gradient,
+                   float* losses, Fork, unsigned);
 void swiglu(const void* gate, const void* up, int dtype, int64_t count, void* y, Fork, unsigned);
 void swiglu_backward(const void* dy, const void* gate, const void* up, int dtype, int64_t count, void* dgate, void* dup,
                      Fork, unsigned);
@@ -194,6 +196,13 @@ const Operation operations[] = {
          rope(numbers.data(), FLOAT32, TOKENS, HEADS, HEAD, SIZE, HEAD, numbers.data(), numbers.data() + 7, true,
               out.data(), fork, threads);
          return joined(out);
+     }},
+    {"cross_entropy",
+     [](Fork fork, unsigned threads) {
+         Numbers logits = numbers, losses(ROWS);
+         std::vector<int64_t> targets(ROWS, COLUMNS / 2);
+         cross_entropy(logits.data(), FLOAT32, ROWS, COLUMNS, targets.data(), 1, losses.data(), fork, threads);
+         return joined(logits, losses);
      }},
     {"swiglu",
      [](Fork fork, unsigned threads) {

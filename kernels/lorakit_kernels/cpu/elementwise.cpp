@@ -1,5 +1,5 @@
 // What stands between the matrix products of a training step, as reference_training.py defines it: RMSNorm, rotary
-// embedding, SwiGLU and their gradients.
+// embedding, SwiGLU and their gradients; and the loss.
 //
 // The definition goes over memory once for each product and sum that it writes; here every element is read once, worked
 // on in fp32 registers and written once. It is rounded to 16 bits wherever the definition rounds, so rotations agree with
@@ -26,12 +26,14 @@ class Sum {
         high += __builtin_convertvector(halves[1], Doubles);
     }
 
-    float mean(int64_t count) const {
+    double total() const {
         Doubles both = low + high;
-        double total = 0;
-        for (int lane = 0; lane < LANES / 2; ++lane) total += both[lane];
-        return (float)total / (float)count;
+        double result = 0;
+        for (int lane = 0; lane < LANES / 2; ++lane) result += both[lane];
+        return result;
     }
+
+    float mean(int64_t count) const { return (float)total() / (float)count; }
 };
 
 template <class X, class Y>
@@ -131,9 +133,56 @@ void activate_backward(const Type* dy, const Type* gate, const Type* up, int64_t
     });
 }
 
+// ---- cross-entropy -----------------------------------------------------------------------------------------------
+
+// Lanes without an element count for nothing: they become `other`.
+inline Floats filled(Floats values, Whole, float) { return values; }
+inline Floats filled(Floats values, Part part, float other) {
+    for (int lane = part.count; lane < LANES; ++lane) values[lane] = other;
+    return values;
+}
+
+// -log softmax(x)[target]; with `gradient` x becomes softmax(x) - onehot(target). The exponentials are computed twice,
+// which is faster than to keep them.
+template <class Type>
+float cross_entropy_of(Type* x, int64_t size, int64_t target, bool gradient) {
+    constexpr float LEAST = -__builtin_inff();
+    Floats most = Floats{} + LEAST;
+    for_lanes(size, [&](int64_t i, auto lanes) {
+        Floats values = filled(load(x + i, lanes), lanes, LEAST);
+        most = values > most ? values : most;
+    });
+    float top = LEAST;
+    for (int lane = 0; lane < LANES; ++lane) top = std::max(top, most[lane]);
+    Sum sum;
+    for_lanes(size, [&](int64_t i, auto lanes) {
+        sum.add(filled(exponential(load(x + i, lanes) - top), lanes, 0));
+    });
+    const double total = sum.total();
+    const Floats chosen = load(x + target, Part{1});
+    if (gradient) {
+        const float scale = (float)(1 / total);
+        for_lanes(size, [&](int64_t i, auto lanes) {
+            store(exponential(load(x + i, lanes) - top) * scale, x + i, lanes);
+        });
+        store(exponential(chosen - top) * scale - 1.0f, x + target, Part{1});
+    }
+    return (float)(__builtin_log(total) + top - chosen[0]);
+}
+
 }  // namespace
 
 extern "C" {
+
+void cross_entropy(void* logits, int dtype, int64_t rows, int64_t size, const int64_t* targets, int with_gradient,
+                   float* losses, Fork fork, unsigned threads) {
+    with_dtype(dtype, [&](auto* type) {
+        for_blocks(rows * size, size, {fork, threads}, [&](int64_t first, int64_t last) {
+            for (int64_t row = first; row < last; ++row)
+                losses[row] = cross_entropy_of((decltype(type))logits + row * size, size, targets[row], with_gradient);
+        });
+    });
+}
 
 void rms_norm(const void* x, int x_dtype, const float* weight, float eps, int64_t rows, int64_t size, void* y,
               int y_dtype, float* rstd, Fork fork, unsigned threads) {

@@ -1,4 +1,5 @@
-"""The operations of `reference_training` around the matrix products, in C++: RMSNorm, rotary embedding, SwiGLU.
+"""The operations of `reference_training` around the matrix products, in C++: RMSNorm, rotary embedding, SwiGLU,
+and the loss.
 
 What C++ does not take (fp64, mixed dtypes, shapes that broadcast, nothing at all) is computed by the definition.
 """
@@ -97,6 +98,30 @@ def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tenso
         *threads(),
     )  # fmt: skip
     return dgate, dup
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:
+    """See `reference_training.cross_entropy`.
+
+    Raises:
+        IndexError: a target is outside the vocabulary.
+    """
+    if logits.dtype not in DTYPES or not logits.is_contiguous() or logits.dim() != 2 or not logits.numel():
+        return definition.cross_entropy(logits, targets, with_gradient)
+    rows, size = logits.shape
+    logits, targets = (
+        readable("logits", logits, logits.dtype, rows * size),
+        readable("targets", targets, torch.int64, rows),
+    )
+    low, high = (int(end) for end in targets.aminmax())
+    if low < 0 or high >= size:
+        raise IndexError(f"target {low if low < 0 else high} is outside the vocabulary of {size}")
+    losses = torch.empty(rows, dtype=torch.float32)
+    library().cross_entropy(
+        logits.data_ptr(), DTYPES[logits.dtype], rows, size, targets.data_ptr(), with_gradient, losses.data_ptr(),
+        *threads(),
+    )  # fmt: skip
+    return losses
 
 
 def _has_rows(x: Tensor, weight: Tensor) -> bool:
