@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from small_models import conversations, small_decoder
 from torch import Tensor, nn
 
-from lorakit import Decoder, LoraConfig, TrainConfig, adapter_parameters, add_adapter
+from lorakit import Decoder, LoraConfig, Tokenizer, TrainConfig, adapter_parameters, add_adapter, train
 
 TIMES = ("seconds", "step_seconds", "peak_rss_mb")
 CONVERSATIONS = conversations(10)
@@ -42,3 +43,17 @@ def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def logged(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+
+
+def interrupted(model: Decoder, tok: Tokenizer, settings: TrainConfig, at_pass: int) -> None:
+    """Train until the model's `at_pass`-th forward pass, which is interrupted as Ctrl-C would."""
+    passes = iter(range(1, 10_000))
+
+    def interrupt(*_: object) -> None:
+        if next(passes) == at_pass:
+            raise KeyboardInterrupt
+
+    hook = model.model.norm.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, tok, CONVERSATIONS, settings)
+    hook.remove()
