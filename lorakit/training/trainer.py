@@ -111,7 +111,7 @@ def train(
     log_path = config.output / "train.jsonl" if config.output else None
     with (
         _mode(model, training=True),
-        saving_activations(model, config.checkpointing),
+        saving_activations(model, config.checkpointing, config.offload_activations),
         RunLog(log_path, steps, result.history, config.progress) as log,
     ):
         for step in range(result.steps, steps):
