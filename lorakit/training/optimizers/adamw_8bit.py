@@ -1,4 +1,4 @@
-"""The optimizers that a run can choose: torch's AdamW, and AdamW with its moments in 8 bits."""
+"""`AdamW8bit`: AdamW with its moments in 8 bits."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from typing import Any
 import lorakit_kernels as kernels
 import torch
 from lorakit_kernels.reference_training import STATE_BLOCK_SIZE, adamw
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..errors import TrainingError
-from ..quantization import dynamic_map
-from .config import TrainConfig
+from ...errors import TrainingError
+from ...quantization import dynamic_map
 
 SMALLEST_8BIT = 4096  # elements; fewer keep fp32 moments, which cost little there and are the most sensitive
 
@@ -75,6 +74,11 @@ class AdamW8bit(torch.optim.Optimizer):
                 device = value.device if key == "step" else parameter.device
                 self.state[parameter][key] = value.to(device, copy=True)
 
+    def state_keys(self, parameter: Tensor) -> tuple[str, ...]:
+        """Return the names of the tensors that are kept for a parameter, whether or not it took a step."""
+        in_8_bits = parameter.numel() >= SMALLEST_8BIT
+        return ("exp_avg", "exp_avg_sq", "step", *(("exp_avg_absmax", "exp_avg_sq_absmax") if in_8_bits else ()))
+
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[parameter]
         if not state:
@@ -113,18 +117,3 @@ def _dynamic_map(device: torch.device, signed: bool) -> tuple[Tensor, Tensor]:
     if not signed:
         boundaries[0] = 0
     return table.values.to(device), boundaries.to(device)
-
-
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "adamw_8bit": AdamW8bit}
-
-
-def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """Return the optimizer that a run's settings name."""
-    hyper: dict[str, Any] = config.model_dump(include={"lr", "betas", "eps", "weight_decay"})
-    return OPTIMIZERS[config.optimizer](list(parameters), **hyper)
-
-
-def state_keys(optimizer: torch.optim.Optimizer, parameter: Tensor) -> tuple[str, ...]:
-    """Return the names of the tensors that the optimizer keeps for a parameter, whether or not it took a step."""
-    in_8_bits = isinstance(optimizer, AdamW8bit) and parameter.numel() >= SMALLEST_8BIT
-    return ("exp_avg", "exp_avg_sq", "step", *(("exp_avg_absmax", "exp_avg_sq_absmax") if in_8_bits else ()))
