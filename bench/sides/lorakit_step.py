@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 from lorakit import LoraConfig, TrainConfig, add_adapter, load_model
 from lorakit.data import Example
+from lorakit.training.activations import saving_activations
 from lorakit.training.optimizers import build_optimizer
-from lorakit.training.trainer import _take_step
+from lorakit.training.trainer import take_step
 
 from .common import ALPHA, GRAD_NORM, LEARNING_RATE, RANK, Meter, random_tokens, step_arguments
 from .products import product_seconds
@@ -30,14 +31,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = dict(setting.split("=", 1) for setting in options.set)
     tokens = options.batch * options.length
     config = TrainConfig(lr=LEARNING_RATE, max_grad_norm=GRAD_NORM, micro_batch_tokens=tokens, **settings)
-    optimizer = build_optimizer([p for p in model.parameters() if p.requires_grad], config)
+    optimizer = build_optimizer({name: p for name, p in model.named_parameters() if p.requires_grad}, config)
     examples = [
         Example(row.tolist(), [False] + [True] * (options.length - 1), "random")
         for row in random_tokens(model.config.vocab_size, options.batch, options.length)
     ]
     model.train()
     meter.loaded()
-    meter.take_steps(lambda: _take_step(model, examples, optimizer, config.lr, config)["loss"], options.steps)
+    with saving_activations(model, config.checkpointing):
+        meter.take_steps(lambda: take_step(model, examples, optimizer, config.lr, config)["loss"], options.steps)
     alone = {} if options.products is None else {"products": product_seconds(model, tokens, options.products)}
     meter.print(**alone)
 

@@ -118,7 +118,7 @@ def train(
             order = batch_order(len(examples), config.batch_size, config.seed, step // per_epoch)
             batch = [examples[i] for i in order[step % per_epoch]]
             lr = learning_rate(step, steps, config.lr, config.warmup_ratio, config.min_lr_ratio)
-            row = {"step": step + 1, "steps": steps, **_take_step(model, batch, optimizer, lr, config)}
+            row = {"step": step + 1, "steps": steps, **take_step(model, batch, optimizer, lr, config)}
             row |= {"seconds": time.perf_counter() - started, "peak_rss_mb": peak_rss_mb()}
             result.steps = step + 1
             if held_out and (_is_due(result.steps, config.eval_every) or result.steps == steps):
@@ -133,7 +133,7 @@ def train(
     return result
 
 
-def _take_step(
+def take_step(
     model: nn.Module, batch: Sequence[Example], optimizer: torch.optim.Optimizer, lr: float, config: TrainConfig
 ) -> dict[str, Any]:
     """Take one optimizer step; return its row of the log.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...errors import TrainingError
 from ..config import TrainConfig
+from .adamw import AdamW
 from .adamw_8bit import SMALLEST_8BIT, AdamW8bit
 from .lion import Lion
 from .offload import states_to_host, step_from_host
@@ -17,6 +18,7 @@ from .offload import states_to_host, step_from_host
 __all__ = [
     "OPTIMIZERS",
     "SMALLEST_8BIT",
+    "AdamW",
     "AdamW8bit",
     "Lion",
     "build_optimizer",
@@ -28,7 +30,7 @@ __all__ = [
 
 _ADAMW_SETTINGS = ("betas", "eps", "weight_decay")
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], tuple[str, ...]]] = {  # and the settings that each takes
-    "adamw": (torch.optim.AdamW, _ADAMW_SETTINGS),
+    "adamw": (AdamW, _ADAMW_SETTINGS),
     "adamw_8bit": (AdamW8bit, _ADAMW_SETTINGS),
     "lion": (Lion, ("betas", "weight_decay")),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -13,11 +13,12 @@ from torch import Tensor
 
 from ...errors import TrainingError
 from ...quantization import dynamic_map
+from .base import Optimizer
 
 SMALLEST_8BIT = 4096  # elements; fewer keep fp32 moments, which cost little there and are the most sensitive
 
 
-class AdamW8bit(torch.optim.Optimizer):
+class AdamW8bit(Optimizer):
     """AdamW (arXiv:1711.05101) with moments in 8 bits (Dettmers et al. 2021, arXiv:2110.02861, section 2).
 
     The first moment is held in the signed dynamic map, the second in the unsigned one, in blocks of 256 elements with
@@ -51,18 +52,10 @@ class AdamW8bit(torch.optim.Optimizer):
             )
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take one step; return the loss of `closure`, where one is given to compute it again."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    _take_step(parameter, parameter.grad, self._state(parameter), group)
-        return loss
+    def _take_step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        for parameter in parameters:
+            assert parameter.grad is not None
+            _take_step(parameter, parameter.grad, self._state(parameter), group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, in its own dtypes: torch would turn all states into the parameter's."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...errors import TrainingError
+from .base import Optimizer
 
 
-class Lion(torch.optim.Optimizer):
+class Lion(Optimizer):
     """Lion (Chen et al. 2023, arXiv:2302.06675, program 1), with an fp32 momentum m: 4 bytes a parameter.
 
         parameter -= lr * (sign(beta1 * m + (1 - beta1) * g) + weight_decay * parameter)
@@ -43,24 +44,16 @@ class Lion(torch.optim.Optimizer):
             )
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take one step; return the loss of `closure`, where one is given to compute it again."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._take_step(parameter, parameter.grad.float(), group)
-        return loss
-
     def state_keys(self, parameter: Tensor) -> tuple[str, ...]:
         """Return the names of the tensors that are kept for a parameter, whether or not it took a step."""
         return ("exp_avg",)
 
-    def _take_step(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+    def _take_step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        for parameter in parameters:
+            assert parameter.grad is not None
+            self._update(parameter, parameter.grad.float(), group)
+
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state, (beta1, beta2) = self.state[parameter], group["betas"]
         if not state:
             state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)

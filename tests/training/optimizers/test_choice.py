@@ -16,13 +16,14 @@ from lorakit import Tokenizer, TrainConfig, train
 from lorakit.errors import ConfigError, TrainingError
 from lorakit.training.optimizers import (
     SMALLEST_8BIT,
+    AdamW,
     AdamW8bit,
     Lion,
     build_optimizer,
     set_learning_rate,
 )
 
-KINDS: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "adamw_8bit": AdamW8bit, "lion": Lion}
+KINDS: dict[str, type[torch.optim.Optimizer]] = {"adamw": AdamW, "adamw_8bit": AdamW8bit, "lion": Lion}
 
 
 @pytest.fixture(scope="module")
