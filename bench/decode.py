@@ -6,8 +6,8 @@ The limit at one token is the time to read the packed codes: they are summed as 
 same turns. At 16 tokens it is the dense layer's time, whose product is the same and whose weight is four times as long
 to read; a kernel that multiplies codes as it reads them may go below that.
 
-torchao has no kernel for few tokens: it dequantizes the whole weight, in 30 to 100 times the time of the others, and would
-leave nothing of theirs in the caches. So its turns come after theirs.
+torchao has no kernel for few tokens: it dequantizes the whole weight, in 10 to 60 times the time of the others, and
+would leave nothing of theirs in the caches. So its turns come after theirs.
 
 Run as: python -m bench.decode [--check] [--json FILE] [--plot FILE] [--rounds 31]
 """
