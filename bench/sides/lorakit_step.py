@@ -17,6 +17,7 @@ from lorakit.training.trainer import take_step
 
 from .common import ALPHA, GRAD_NORM, LEARNING_RATE, RANK, Meter, random_tokens, step_arguments
 from .products import product_seconds
+from .without import WITHOUT
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -24,7 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = step_arguments(__doc__)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of TrainConfig")
     parser.add_argument("--products", type=int, metavar="PASSES", help="also time the frozen weights' products alone")
+    parser.add_argument("--without", choices=WITHOUT, help="leave out one of the things that make the step fast")
     options = parser.parse_args(arguments)
+    if options.without:
+        WITHOUT[options.without]()
     meter = Meter()
     model = load_model(options.model, None if options.quant_type == "none" else options.quant_type)
     add_adapter(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear"))
