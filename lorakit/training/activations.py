@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import TrainingError
 from ..models.decoder import Decoder
@@ -47,19 +48,26 @@ def saving_activations(
 class HostActivations(saved_tensors_hooks):
     """Within the context, what autograd saves of `smallest` bytes or more goes to host memory until it is needed.
 
-    The model's own parameters and buffers stay where they are, and so do views of them. Both copies wait in the queue
-    of the device's own work: nothing is read before it is there, and no memory is used again before it is copied.
-    Under checkpointing it is the inputs of the checkpointed parts that are moved.
+    The model's own parameters and buffers stay where they are, and so do views of them; what is saved twice is copied
+    once. Both copies wait in the queue of the device's own work: nothing is read before it is there, and no memory is
+    used again before it is copied. Under checkpointing it is the inputs of the checkpointed parts that are moved; what
+    the backward pass computes again is needed at once and stays.
     """
 
     def __init__(self, model: nn.Module, smallest: int = _SMALLEST_OFFLOADED) -> None:
         own = {_storage(tensor) for tensor in itertools.chain(model.parameters(), model.buffers())}
+        copies = WeakTensorKeyDictionary()  # tensor -> (its version then, its copy), while the tensor lives
 
         def to_host(tensor: Tensor) -> tuple[torch.device, Tensor]:
-            if tensor.nbytes < smallest or _storage(tensor) in own:
+            in_backward = torch._C._current_graph_task_id() != -1
+            if in_backward or tensor.nbytes < smallest or _storage(tensor) in own:
                 return tensor.device, tensor.detach()  # an output that held itself would never be freed
-            host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.device.type != "cpu")
-            return tensor.device, host.copy_(tensor, non_blocking=True)
+            version, host = copies.get(tensor, (None, None))
+            if host is None or version != tensor._version:
+                host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.device.type != "cpu")
+                host.copy_(tensor, non_blocking=True)
+                copies[tensor] = tensor._version, host
+            return tensor.device, host
 
         def from_host(saved: tuple[torch.device, Tensor]) -> Tensor:
             device, tensor = saved

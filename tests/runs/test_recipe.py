@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import types
 import typing
 from pathlib import Path
@@ -30,6 +31,25 @@ model:
 data:
   train: train.jsonl
 """
+
+
+DOCS = Path(__file__).parents[2] / "docs"
+PRINTED = [
+    pytest.param(block, id=page.stem)
+    for page in sorted(DOCS.rglob("*.md"))
+    for block in re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    if block.startswith("title:")
+]
+
+
+@pytest.mark.parametrize("text", PRINTED)
+def test_the_recipes_in_the_documentation(text: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
+    load_recipe(tmp_path / "recipe.yaml", check_files=False)
+
+
+def test_there_are_recipes_in_the_documentation() -> None:
+    assert {"own-data", "fit-in-memory"} <= {str(param.id) for param in PRINTED}
 
 
 @pytest.fixture(autouse=True)

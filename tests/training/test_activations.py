@@ -109,6 +109,39 @@ class TestOffloading:
         total.backward()
         assert torch.equal(x.grad, x.detach().exp() * x.detach().exp().cos())
 
+    def test_what_is_saved_twice_is_copied_once(self) -> None:
+        hooks = HostActivations(nn.Linear(2, 2), smallest=400)
+        x = torch.randn(100)
+        first, second = hooks.pack_hook(x)[1], hooks.pack_hook(x)[1]
+        assert first is second
+        x += 1
+        assert torch.equal(hooks.pack_hook(x)[1], x) and not torch.equal(first, x)
+
+    def test_what_the_backward_pass_computes_again_stays(self) -> None:
+        hooks, again, kept = HostActivations(nn.Linear(2, 2), smallest=400), torch.randn(100), []
+        x = torch.randn(100, requires_grad=True)
+        x.register_hook(lambda gradient: kept.append(hooks.pack_hook(again)[1]))
+        x.sum().backward()
+        assert kept[0].data_ptr() == again.data_ptr()
+        assert hooks.pack_hook(again)[1].data_ptr() != again.data_ptr()
+
+    def test_a_decoder_copies_each_of_its_activations_once(self) -> None:
+        model, ids = adapted(init_lora_weights=False).train(), torch.arange(60)
+        hooks = HostActivations(model, 1000)
+        seen: list[tuple[Tensor, Tensor]] = []
+
+        def to_host(tensor: Tensor) -> tuple[torch.device, Tensor]:
+            device, host = hooks.pack_hook(tensor)
+            seen.append((tensor, host))
+            return device, host
+
+        with torch.autograd.graph.saved_tensors_hooks(to_host, hooks.unpack_hook):
+            loss = summed_loss(model, ids, ids.roll(-1), [60])
+        loss.backward()
+        pairs = {(given.data_ptr(), host.data_ptr()) for given, host in seen if given.data_ptr() != host.data_ptr()}
+        assert len(pairs) == len({given for given, _ in pairs}) > 10
+        assert len(seen) > len(pairs)
+
     def test_small_ones_parameters_and_buffers_stay(self) -> None:
         model = nn.Sequential(nn.Linear(20, 30), nn.BatchNorm1d(30))
         hooks = HostActivations(model, smallest=100)
