@@ -26,6 +26,7 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import lorakit_kernels as kernels
 import torch
@@ -35,12 +36,17 @@ from lorakit.measure import peak_rss_mb
 from lorakit.models import Checkpoint
 from lorakit.models.stream import map_bands
 
-from .make_llama import CONFIG, make_llama, nbytes
+from .make_llama import LLAMA_7B, make_llama, nbytes
 from .report import Target, arguments, finish
 
 MAX_PEAK_GIB = 5.0
 MAX_RATIO = 1.5
 CACHES = ("warm", "cold")
+
+
+def shape(layers: int) -> dict[str, Any]:
+    """Return the config of a Llama-7B with so many layers."""
+    return LLAMA_7B | {"num_hidden_layers": layers}
 
 
 def measure(task: str, folder: Path) -> dict[str, float]:
@@ -72,7 +78,7 @@ def measure_apart(task: str, folder: Path, cold: bool) -> dict[str, float]:
 
 def run(options: argparse.Namespace, folder: Path) -> None:
     """Measure all, print the table."""
-    size = nbytes(options.layers)
+    size = nbytes(shape(options.layers))
     seen: dict[tuple[str, str], list[dict[str, float]]] = {}
     measure_apart("read", folder, cold=False)  # warms the cache
     for _ in range(options.runs):
@@ -102,7 +108,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the checkpoint is, or is made")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoint in --folder")
     parser.add_argument("--runs", type=int, default=3, help="of each kind")
-    parser.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"], help="fewer: a smaller model")
+    parser.add_argument("--layers", type=int, default=LLAMA_7B["num_hidden_layers"], help="fewer: a smaller model")
     parser.add_argument("--measure", choices=("read", "load"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -116,13 +122,13 @@ def main() -> None:
         print(f"note: the machine is busy (load average {busy:.1f}); the ratio will be too high", file=sys.stderr)
     try:
         if made:
-            needed, free = nbytes(options.layers), shutil.disk_usage(folder).free
+            needed, free = nbytes(shape(options.layers)), shutil.disk_usage(folder).free
             if free < needed * 1.05:
                 sys.exit(
                     f"{folder}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} are free; name another --folder"
                 )
             start = time.perf_counter()
-            make_llama(folder, options.layers)
+            make_llama(folder, shape(options.layers))
             print(f"made {folder} in {time.perf_counter() - start:.0f} s", file=sys.stderr)
         run(options, folder)
     finally:

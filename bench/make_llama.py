@@ -1,9 +1,10 @@
-"""Write a checkpoint folder with the shape of Llama-7B and random bf16 weights: 13.5 GB in shards, in a minute or so.
+"""Write checkpoint folders with the shape of a Llama and random bf16 weights: 13.5 GB for Llama-7B, in a minute or so.
 
 The values repeat one pool of normal numbers (standard deviation 0.02, as in a trained model) from shifting offsets, so
-that writing is as fast as the disk. What is measured with it, reading and quantizing, does not depend on the values.
+that writing is as fast as the disk. What is measured with it, reading, quantizing, the time and memory of a training
+step, does not depend on the values.
 
-Run as: python -m bench.make_llama FOLDER [--layers 32]
+Run as: python -m bench.make_llama FOLDER [--shape llama-7b] [--layers 32]
 """
 
 from __future__ import annotations
@@ -11,20 +12,22 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
+import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorakit.files import atomic_write, write_text
-from lorakit.models import Decoder, DecoderConfig
+from lorakit.files import atomic_write, cache_folder, write_text
+from lorakit.models import Decoder, DecoderConfig, resolve_model
 from lorakit.models.safetensors_header import make_header
 
 SHARD_BYTES = 5_000_000_000
-CONFIG: dict[str, Any] = {
+LLAMA_7B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "vocab_size": 32000,
@@ -39,25 +42,49 @@ CONFIG: dict[str, Any] = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
+LLAMA_1B = LLAMA_7B | {  # Llama-3.2-1B, with its own vocabulary
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 8,
+    "rope_theta": 500_000.0,
+    "tie_word_embeddings": True,
+}
+SMOLLM2 = LLAMA_7B | {  # SmolLM2-135M, for other numbers of layers and vocabularies than its own
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "rope_theta": 100_000.0,
+    "tie_word_embeddings": True,
+}
+SHAPES = {"llama-7b": LLAMA_7B, "llama-1b": LLAMA_1B, "smollm2": SMOLLM2}
 
 
-def shapes(layers: int) -> dict[str, tuple[int, ...]]:
-    """Return tensor name -> shape, sorted by name, as in published checkpoints."""
+def shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return tensor name -> shape, sorted by name, as in published checkpoints; a tied head is not among them."""
     with torch.device("meta"):
-        model = Decoder(DecoderConfig.from_dict(CONFIG | {"num_hidden_layers": layers}))
-    return {name: tuple(tensor.shape) for name, tensor in sorted(model.state_dict().items())}
+        model = Decoder(DecoderConfig.from_dict(config))
+    found = {name: tuple(tensor.shape) for name, tensor in sorted(model.state_dict().items())}
+    if config["tie_word_embeddings"]:
+        del found["lm_head.weight"]
+    return found
 
 
-def nbytes(layers: int) -> int:
+def nbytes(config: Mapping[str, Any]) -> int:
     """Return the bytes of all tensors."""
-    return sum(2 * math.prod(shape) for shape in shapes(layers).values())
+    return sum(2 * math.prod(shape) for shape in shapes(config).values())
 
 
-def make_llama(folder: Path, layers: int = CONFIG["num_hidden_layers"], shard_bytes: int = SHARD_BYTES) -> None:
+def make_llama(folder: Path, config: Mapping[str, Any] = LLAMA_7B, shard_bytes: int = SHARD_BYTES) -> None:
     """Write the folder; config.json comes last, so that one without it is known to be unfinished."""
     groups: list[dict[str, tuple[int, ...]]] = [{}]
     room = shard_bytes
-    for name, shape in shapes(layers).items():
+    for name, shape in shapes(config).items():
         size = 2 * math.prod(shape)
         if groups[-1] and size > room:
             groups.append({})
@@ -74,9 +101,28 @@ def make_llama(folder: Path, layers: int = CONFIG["num_hidden_layers"], shard_by
             for name, shape in group.items():
                 for values in _values(pool, name, math.prod(shape)):
                     out.write(values.view(torch.uint8).numpy().data)
-    index_file = {"metadata": {"total_size": nbytes(layers)}, "weight_map": weight_map}
+    index_file = {"metadata": {"total_size": nbytes(config)}, "weight_map": weight_map}
     write_text(folder / "model.safetensors.index.json", json.dumps(index_file))
-    write_text(folder / "config.json", json.dumps(CONFIG | {"num_hidden_layers": layers}))
+    write_text(folder / "config.json", json.dumps(config))
+
+
+def model_folder(name: str) -> Path:
+    """Return the checkpoint folder of a name in `SHAPES`, written into the cache on first use, or of a real model.
+
+    Raises:
+        CheckpointError: it is neither, nor a folder.
+    """
+    if name not in SHAPES:
+        return resolve_model(name)
+    folder = cache_folder() / "bench" / name
+    if not (folder / "config.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        needed, free = nbytes(SHAPES[name]), shutil.disk_usage(folder).free
+        if free < needed * 1.05:
+            sys.exit(f"{folder}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} are free")
+        print(f"writing {folder} ({needed / 1e9:.1f} GB, kept for the next time)", file=sys.stderr)
+        make_llama(folder, SHAPES[name])
+    return folder
 
 
 def _values(pool: Tensor, name: str, count: int) -> Iterator[Tensor]:
@@ -93,6 +139,8 @@ def _values(pool: Tensor, name: str, count: int) -> Iterator[Tensor]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"])
+    parser.add_argument("--shape", choices=SHAPES, default="llama-7b")
+    parser.add_argument("--layers", type=int, help="another number of layers than the shape's")
     options = parser.parse_args()
-    make_llama(options.folder, options.layers)
+    layers = {"num_hidden_layers": options.layers} if options.layers else {}
+    make_llama(options.folder, SHAPES[options.shape] | layers)

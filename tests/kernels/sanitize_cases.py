@@ -31,7 +31,8 @@ NF4, TABLE, UNSIGNED = codebook("nf4"), dynamic_map(), dynamic_map(signed=False)
 # Which argument of the function in C++ is the number of elements or rows.
 COUNT_AT = {
     "quantize_4bit": 2, "quantize_8bit": 2, "dequantize_8bit": 3, "dequantize_4bit": 8, "dequantize_part": 10,
-    "linear_4bit": 11, "adamw_8bit": 3,
+    "linear_4bit": 11, "adamw_8bit": 3, "rms_norm": 4, "rms_norm_backward": 6, "rope": 2, "swiglu": 3,
+    "swiglu_backward": 4, "cross_entropy": 2,
 }  # fmt: skip
 
 Call = tuple[Callable[..., object], tuple[Any, ...]]
@@ -96,7 +97,25 @@ def optimized(count: int, dtype: torch.dtype) -> Iterator[Call]:
     yield cpu.adamw_8bit, (parameter, gradient, *state, *maps, 1e-2, 0.9, 0.999, 1e-8, 0.1, 3)
 
 
+def around_products(rows: int, size: int, dtype: torch.dtype, weight_dtype: torch.dtype) -> Iterator[Call]:
+    """The operations between the matrix products, of `rows` rows of `size` elements; heads have twice as many."""
+    x, weight = torch.randn(rows, size).to(dtype), torch.randn(size).to(weight_dtype)
+    dy = torch.randn(rows, size).to(torch.promote_types(dtype, weight_dtype))
+    yield cpu.rms_norm, (x, weight, 1e-5)
+    yield cpu.rms_norm_backward, (dy, x, weight, torch.rand(rows, 1))
+    yield cpu.cross_entropy, (x.clone(), torch.arange(len(x)) % x.shape[1], True)
+    yield cpu.swiglu, (x, x.clone())
+    yield cpu.swiglu_backward, (x.clone(), x, x.clone())
+    q, k = (torch.randn(rows, heads, 2 * size).to(dtype) for heads in (3, 1))
+    tables = torch.randn(rows, 2 * size).to(dtype), torch.randn(rows, 2 * size).to(dtype)
+    yield cpu.rope, (q, k, *tables, True)
+    yield cpu.rope, (q.transpose(0, 1).contiguous().transpose(0, 1), k, *tables)
+
+
 def all_calls() -> Iterator[Call]:
+    for dtype, weight_dtype in (*zip(DTYPES, DTYPES, strict=True), *product(DTYPES[1:], DTYPES[:1])):
+        for rows, size in (*product((1, 3), (*range(1, 36), 63, 64, 65, 577)), (521, 577)):
+            yield from around_products(rows, size, dtype, weight_dtype)
     for dtype, count in product(DTYPES, (*COUNTS, MANY)):
         for block_size in (2, 7, 32, 48, 64, 256):
             yield from quantized(count, block_size, dtype)
@@ -123,6 +142,7 @@ def is_reported(name: str) -> bool:
                 *quantized(256, 64, torch.float32),
                 *multiplied(4, 64, torch.float32),
                 *optimized(256, torch.float32),
+                *around_products(4, 64, torch.float32, torch.float32),
             )
             for function, arguments in small:
                 if function.__name__ == name:

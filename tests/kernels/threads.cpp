@@ -38,12 +38,24 @@ void adamw_8bit(void* parameter, const void* gradient, int dtype, int64_t count,
                 uint8_t* second, float* second_absmax, const float* first_values, const float* first_boundaries,
                 const float* second_values, const float* second_boundaries, float beta1, float rest1, float beta2,
                 float rest2, float keep, float step_size, float root_scale, float eps, Fork, unsigned);
+void rms_norm(const void* x, int x_dtype, const float* weight, float eps, int64_t rows, int64_t size, void* y,
+              int y_dtype, float* rstd, Fork, unsigned);
+void rms_norm_backward(const void* dy, int y_dtype, const void* x, int x_dtype, const float* weight, const float* rstd,
+                       int64_t rows, int64_t size, void* dx, Fork, unsigned);
+void rope(const void* x, int dtype, int64_t tokens, int64_t heads, int64_t size, int64_t token_stride,
+          int64_t head_stride, const void* cos, const void* sin, int backward, void* out, Fork, unsigned);
+void cross_entropy(void* logits, int dtype, int64_t rows, int64_t size, const int64_t* targets, int with_gradient,
+                   float* losses, Fork, unsigned);
+void swiglu(const void* gate, const void* up, int dtype, int64_t count, void* y, Fork, unsigned);
+void swiglu_backward(const void* dy, const void* gate, const void* up, int dtype, int64_t count, void* dgate, void* dup,
+                     Fork, unsigned);
 }
 
 namespace {
 
-constexpr int64_t COUNT = (1 << 20) + 77, BLOCK = 64, BLOCKS = (COUNT + BLOCK - 1) / BLOCK, STATE_BLOCK = 256;
+constexpr int64_t COUNT = (1 << 20) + 77, BLOCK = 64, BLOCKS = (COUNT + BLOCK - 1) / BLOCK;
 constexpr int64_t COLUMNS = 320, ROWS = COUNT / COLUMNS;  // of the same elements as a matrix
+constexpr int64_t SIZE = 576, TOKENS = COUNT / SIZE;  // of hidden states
 constexpr unsigned THREADS = 8, CALLERS = 3;
 
 // None begins before all are there, or the first would have done the work before the last is started.
@@ -162,6 +174,48 @@ const Operation operations[] = {
                     second_absmax.data(), codebook.data(), boundaries.data(), codebook.data(), boundaries.data(), 0.9f,
                     0.1f, 0.99f, 0.01f, 0.999f, 1e-3f, 1.5f, 1e-8f, fork, threads);
          return joined(parameter, first, first_absmax, second, second_absmax);
+     }},
+    {"rms_norm",
+     [](Fork fork, unsigned threads) {
+         Numbers y(TOKENS * SIZE), rstd(TOKENS);
+         rms_norm(numbers.data(), FLOAT32, scales.data(), 1e-5f, TOKENS, SIZE, y.data(), FLOAT32, rstd.data(), fork,
+                  threads);
+         return joined(y, rstd);
+     }},
+    {"rms_norm_backward",
+     [](Fork fork, unsigned threads) {
+         Numbers dx(TOKENS * SIZE);
+         rms_norm_backward(numbers.data() + 1, FLOAT32, numbers.data(), FLOAT32, scales.data(), scales.data(), TOKENS,
+                           SIZE, dx.data(), fork, threads);
+         return joined(dx);
+     }},
+    {"rope",
+     [](Fork fork, unsigned threads) {
+         constexpr int64_t HEADS = 9, HEAD = SIZE / HEADS;
+         Numbers out(TOKENS * SIZE);
+         rope(numbers.data(), FLOAT32, TOKENS, HEADS, HEAD, SIZE, HEAD, numbers.data(), numbers.data() + 7, true,
+              out.data(), fork, threads);
+         return joined(out);
+     }},
+    {"cross_entropy",
+     [](Fork fork, unsigned threads) {
+         Numbers logits = numbers, losses(ROWS);
+         std::vector<int64_t> targets(ROWS, COLUMNS / 2);
+         cross_entropy(logits.data(), FLOAT32, ROWS, COLUMNS, targets.data(), 1, losses.data(), fork, threads);
+         return joined(logits, losses);
+     }},
+    {"swiglu",
+     [](Fork fork, unsigned threads) {
+         Numbers y(COUNT - 1);
+         swiglu(numbers.data(), numbers.data() + 1, FLOAT32, COUNT - 1, y.data(), fork, threads);
+         return joined(y);
+     }},
+    {"swiglu_backward",
+     [](Fork fork, unsigned threads) {
+         Numbers dgate(COUNT - 2), dup(COUNT - 2);
+         swiglu_backward(numbers.data(), numbers.data() + 1, numbers.data() + 2, FLOAT32, COUNT - 2, dgate.data(),
+                         dup.data(), fork, threads);
+         return joined(dgate, dup);
      }},
 };
 

@@ -1,7 +1,8 @@
-"""The operations of `reference`, and the optimizer's, in C++, for tensors on the CPU: the same results, bit for bit.
+"""The operations in C++, for tensors on the CPU: the codec and the optimizer here, what training adds in `elementwise`.
 
-The functions here have the signatures of the definitions. They check what C++ cannot see, the dtypes and sizes behind
-the pointers (`arguments`), and hand the pointers to the library, which `loading` finds and `build` compiles.
+The codec and the optimizer give the results of their definitions, bit for bit. The functions have the definitions'
+signatures. They check what C++ cannot see, dtypes and sizes behind the pointers (`arguments`), and hand the pointers
+to the library, which `loading` finds and `build` compiles.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from .. import reference
 from ..reference_training import STATE_BLOCK_SIZE, AdamWFactors
 from .arguments import DTYPES, at_most, block_count, readable, source, weight, writable
 from .build import BuildError
+from .elementwise import cross_entropy, rms_norm, rms_norm_backward, rope, swiglu, swiglu_backward
 from .linear import add_linear_4bit_dx, linear_4bit, linear_4bit_dx
 from .loading import instruction_sets, is_available, library, one_thread, threads
 
@@ -22,6 +24,7 @@ __all__ = [
     "BuildError",
     "adamw_8bit",
     "add_linear_4bit_dx",
+    "cross_entropy",
     "dequantize_4bit",
     "dequantize_8bit",
     "instruction_sets",
@@ -32,6 +35,11 @@ __all__ = [
     "one_thread",
     "quantize_4bit",
     "quantize_8bit",
+    "rms_norm",
+    "rms_norm_backward",
+    "rope",
+    "swiglu",
+    "swiglu_backward",
     "threads",
 ]
 

@@ -1,9 +1,9 @@
 """Compiling the operations in C++ on first use, once per machine, into the cache.
 
-One call of the compiler turns `ops.cpp` and `adamw.cpp` into a shared library with a plain C interface, which `ctypes`
-loads. The usual way, torch.utils.cpp_extension, wants ninja and reads PyTorch's headers: 40 seconds where this takes
-three. There is one library per instruction set, compiled with the flags of that set alone, so that its name (a hash of
-source, flags and compiler) says all that it depends on and a cache on a shared disk serves different machines.
+One call of the compiler turns the `.cpp` files beside this one into a shared library with a plain C interface, which
+`ctypes` loads. The usual way, torch.utils.cpp_extension, wants ninja and reads PyTorch's headers: 40 seconds where this
+takes five. There is one library per instruction set, compiled with the flags of that set alone, so that its name (a
+hash of source, flags and compiler) says all that it depends on and a cache on a shared disk serves different machines.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ INSTRUCTION_SETS = {  # each includes those before it
 # without which a square root is a branch and no vector instruction.
 _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi", "-fPIC", "-shared")
 _FOLDER = Path(__file__).parent
-_SOURCES, _HEADERS = ("ops.cpp", "matmul.cpp", "adamw.cpp"), ("blocks.h", "dequantize.h", "lanes.h", "products.h")
+_SOURCES = ("ops.cpp", "matmul.cpp", "elementwise.cpp", "adamw.cpp")
+_HEADERS = ("blocks.h", "dequantize.h", "lanes.h", "products.h")
 _TIMEOUT = 300  # seconds; two are usual
 _OTHER_FOLDER = "LORAKIT_CACHE names another folder"
 

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #ifdef __AVX2__
 #include <immintrin.h>
@@ -46,16 +47,25 @@ static inline Vector load_bits(const void* from) {
 
 static inline Floats load(const float* from) { return load_bits<Floats>(from); }
 
-static inline Floats load(const Bfloat16* from) {
-    return (Floats)(__builtin_convertvector(load_bits<Halves>(from), Words) << 16);
+// Spelled out, because GCC 12 makes four instructions of the conversion.
+static inline Words widen(const void* from) {
+#if defined(__AVX512F__)
+    return (Words)_mm512_cvtepu16_epi32(load_bits<__m256i>(from));
+#elif defined(__AVX2__)
+    return (Words)_mm256_cvtepu16_epi32(load_bits<__m128i>(from));
+#else
+    return __builtin_convertvector(load_bits<Halves>(from), Words);
+#endif
 }
+
+static inline Floats load(const Bfloat16* from) { return (Floats)(widen(from) << 16); }
 
 static inline Floats load(const Float16* from) {
 #if defined(__AVX512F__)
     return (Floats)_mm512_cvtph_ps(load_bits<__m256i>(from));
 #else
     // Exponent and mantissa moved into fp32's place make a float that is 2^112 too small, whatever its exponent.
-    Words half = __builtin_convertvector(load_bits<Halves>(from), Words);
+    Words half = widen(from);
     Words magnitude = (Words)((Floats)((half & 0x7fff) << 13) * 0x1p112f);
     Words special = (Words)((half & 0x7c00) == 0x7c00) & 0x7f800000;  // inf and nan keep the highest exponent
     return (Floats)(magnitude | special | (half & 0x8000) << 16);
@@ -66,11 +76,15 @@ static inline Floats load(const Float16* from) {
 
 static inline void store(Floats value, float* to) { memcpy(to, &value, sizeof value); }
 
-static inline void store(Floats value, Bfloat16* to) {
+// The 16 bits that stay are the higher ones; the others are not cleared.
+static inline Words rounded_bfloat16(Floats value) {
     Words bits = (Words)value;
-    Words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    Words nan = (Words)(value != value);  // adding could carry it into inf or zero
-    Halves halves = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), Halves);
+    Words nan = Words{} + 0x7fc00000;  // adding could carry it into inf or zero
+    return value != value ? nan : bits + 0x7fff + (bits >> 16 & 1);
+}
+
+static inline void store(Floats value, Bfloat16* to) {
+    Halves halves = __builtin_convertvector(rounded_bfloat16(value) >> 16, Halves);
     memcpy(to, &halves, sizeof halves);
 }
 
@@ -88,6 +102,66 @@ static inline void store(Floats value, Float16* to) {
     Halves halves = __builtin_convertvector(rounded | ((Words)value >> 16 & 0x8000), Halves);
 #endif
     memcpy(to, &halves, sizeof halves);
+}
+
+// ---- any number of elements --------------------------------------------------------------------------------------
+
+struct Whole {};
+struct Part {
+    int64_t count;  // of the first lanes; the others are read as zero and not written
+};
+
+template <class Type>
+static inline Floats load(const Type* from, Whole) {
+    return load(from);
+}
+
+template <class Type>
+static inline Floats load(const Type* from, Part part) {
+    Type lanes[LANES]{};
+    memcpy(lanes, from, part.count * sizeof(Type));
+    return load(lanes);
+}
+
+template <class Type>
+static inline void store(Floats value, Type* to, Whole) {
+    store(value, to);
+}
+
+template <class Type>
+static inline void store(Floats value, Type* to, Part part) {
+    Type lanes[LANES];
+    store(value, lanes);
+    memcpy(to, lanes, part.count * sizeof(Type));
+}
+
+// Call body(i, lanes) for the registers, the last maybe in part, that `count` elements fill.
+template <class Body>
+static inline void for_lanes(int64_t count, const Body& body) {
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) body(i, Whole{});
+    if (i < count) body(i, Part{count - i});
+}
+
+// min(max(value, low), high); nan stays nan.
+static inline Floats clamped(Floats value, float low, float high) {
+#if defined(__AVX512F__)
+    return _mm512_min_ps(_mm512_set1_ps(high), _mm512_max_ps(_mm512_set1_ps(low), value));
+#elif defined(__AVX2__)
+    return _mm256_min_ps(_mm256_set1_ps(high), _mm256_max_ps(_mm256_set1_ps(low), value));
+#else
+    value = value < low ? Floats{} + low : value;
+    return value > high ? Floats{} + high : value;
+#endif
+}
+
+// What is left of a value that is written down as the type.
+template <class Type>
+static inline Floats rounded(Floats value) {
+    if constexpr (std::is_same_v<Type, Bfloat16>) return (Floats)(rounded_bfloat16(value) & 0xffff0000);
+    Type lanes[LANES];
+    store(value, lanes);
+    return load(lanes);
 }
 
 // ---- look-up of 4-bit codes --------------------------------------------------------------------------------------

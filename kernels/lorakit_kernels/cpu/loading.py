@@ -29,7 +29,13 @@ SIGNATURES = {  # of every function of the library
     "dequantize_4bit": (*_WEIGHT, _N, _P, c_int, *_THREADS),
     "dequantize_part": (*_WEIGHT, *[_N] * 5, _P, c_int, *_THREADS),
     "linear_4bit": (_P, c_int, _N, *_WEIGHT, _N, _N, _P, _P, *_THREADS),
+    "cross_entropy": (_P, c_int, _N, _N, _P, c_int, _P, *_THREADS),
     "adamw_8bit": (_P, _P, c_int, _N, *[_P] * 8, *[c_float] * 8, *_THREADS),
+    "rms_norm": (_P, c_int, _P, c_float, _N, _N, _P, c_int, _P, *_THREADS),
+    "rms_norm_backward": (_P, c_int, _P, c_int, _P, _P, _N, _N, _P, *_THREADS),
+    "rope": (_P, c_int, *[_N] * 5, _P, _P, c_int, _P, *_THREADS),
+    "swiglu": (_P, _P, c_int, _N, _P, *_THREADS),
+    "swiglu_backward": (_P, _P, _P, c_int, _N, _P, _P, *_THREADS),
 }
 
 
@@ -79,7 +85,7 @@ def _attempt(choice: str | None) -> CDLL | BuildError:
 @cache
 def _warn(reason: str) -> None:
     warnings.warn(
-        f"4-bit weights take the slower path in plain PyTorch on the CPU, with the same results: {reason}. "
+        f"the CPU takes the slower path in plain PyTorch, with the same 4-bit weights: {reason}. "
         "LORAKIT_BACKEND=reference chooses it without this warning.",
         RuntimeWarning,
         stacklevel=2,

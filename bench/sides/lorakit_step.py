@@ -1,0 +1,46 @@
+"""lorakit's training step: load a checkpoint, attach an adapter to all linear layers, take steps as the trainer does.
+
+Run as: python -m bench.sides.lorakit_step --model FOLDER [--quant-type none] [--batch 2] [--length 512]
+                                           [--set KEY=VALUE] [--products 1]
+It prints one line of JSON; bench.train_step and its relatives run it and the peers' scripts in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lorakit import LoraConfig, TrainConfig, add_adapter, load_model
+from lorakit.data import Example
+from lorakit.training.optimizers import build_optimizer
+from lorakit.training.trainer import _take_step
+
+from .common import ALPHA, GRAD_NORM, LEARNING_RATE, RANK, Meter, random_tokens, step_arguments
+from .products import product_seconds
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Take the steps, print the figures."""
+    parser = step_arguments(__doc__)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of TrainConfig")
+    parser.add_argument("--products", type=int, metavar="PASSES", help="also time the frozen weights' products alone")
+    options = parser.parse_args(arguments)
+    meter = Meter()
+    model = load_model(options.model, None if options.quant_type == "none" else options.quant_type)
+    add_adapter(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear"))
+    settings = dict(setting.split("=", 1) for setting in options.set)
+    tokens = options.batch * options.length
+    config = TrainConfig(lr=LEARNING_RATE, max_grad_norm=GRAD_NORM, micro_batch_tokens=tokens, **settings)
+    optimizer = build_optimizer([p for p in model.parameters() if p.requires_grad], config)
+    examples = [
+        Example(row.tolist(), [False] + [True] * (options.length - 1), "random")
+        for row in random_tokens(model.config.vocab_size, options.batch, options.length)
+    ]
+    model.train()
+    meter.loaded()
+    meter.take_steps(lambda: _take_step(model, examples, optimizer, config.lr, config)["loss"], options.steps)
+    alone = {} if options.products is None else {"products": product_seconds(model, tokens, options.products)}
+    meter.print(**alone)
+
+
+if __name__ == "__main__":
+    main()
