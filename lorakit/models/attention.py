@@ -15,7 +15,7 @@ from .cache import KVCache
 # On the CPU, explicit products beat PyTorch's fused kernel: forward and backward of 9 heads in bf16 take 17 against 32
 # ms at 2 x 512 tokens, 32 against 47 at 1 x 1,024, 1.9 against 2.4 s at 1 x 8,192. Blocks of 128 are the best of
 # 64 to 1,024. Only one token after another over 16 x 700 keys, with a mask, is the fused kernel faster.
-_QUERY_BLOCK = 128
+QUERY_BLOCK = 128
 _MASKED_SCORES = 512 * 512  # a head's, above which masked attention is the fused kernel's
 
 
@@ -184,8 +184,8 @@ class _CausalAttention(torch.autograd.Function):
 
 def _query_blocks(queries: int, keys: int) -> Iterator[tuple[int, int, int]]:
     """Return first and last query of each block, and how many keys its last query sees."""
-    for first in range(0, queries, _QUERY_BLOCK):
-        last = min(first + _QUERY_BLOCK, queries)
+    for first in range(0, queries, QUERY_BLOCK):
+        last = min(first + QUERY_BLOCK, queries)
         yield first, last, keys - queries + last
 
 

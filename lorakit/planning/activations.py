@@ -12,7 +12,6 @@ from typing import Literal
 
 import torch
 
-from ..models.attention import uses_explicit_scores
 from .shape import LayerShape, LinearShape, ModelShape
 
 Checkpointing = Literal["none", "mlp", "layer"] | int
@@ -46,11 +45,6 @@ class MicroBatch:
     def rows(self, *widths: int) -> int:
         """Bytes of (tokens, width) matrices in the dtype of the products."""
         return self.tokens * sum(widths) * self.dtype.itemsize
-
-    @property
-    def explicit_attention(self) -> bool:
-        """Whether attention computes the matrix of scores."""
-        return self.on_cpu and uses_explicit_scores(self.length, self.length)
 
 
 @dataclass(frozen=True)
@@ -124,9 +118,9 @@ def _layer(shape: ModelShape, layer: LayerShape, batch: MicroBatch, has_gradient
                 attention += FP32 * batch.tokens * linear.out_features // config.head_dim
     if has_gradient := before or any(linear.rank for linear in layer.qkv):
         attention += batch.rows(queries, keys, keys)
-        if not batch.explicit_attention:  # the result and the logsumexp of each row
+        if not batch.on_cpu:  # PyTorch's keeps its result, too, and the logsumexp of each row
             attention += batch.rows(queries) + statistics * config.num_attention_heads
-    mixed_is_kept = has_gradient and not batch.explicit_attention
+    mixed_is_kept = has_gradient and not batch.on_cpu
     attention += _group((layer.output,), batch, has_gradient, x_is_kept=mixed_is_kept)
     has_gradient = has_gradient or layer.output.rank > 0
     mlp = (stream + statistics) * has_gradient + _group(layer.gate_up, batch, has_gradient)
