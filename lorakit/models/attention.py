@@ -159,7 +159,7 @@ class _CausalAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ctx.save_for_backward(q, k, v)
         result = torch.empty_like(q)
-        for first, last, seen in _query_blocks(q.shape[2], k.shape[2]):
+        for first, last, seen in query_blocks(q.shape[2], k.shape[2]):
             part = q[:, :, first:last]
             probs = _scores(part, k[:, :, :seen], None).softmax(dim=-1)
             result[:, :, first:last] = (probs @ v[:, :, :seen]).view(part.shape)
@@ -171,7 +171,7 @@ class _CausalAttention(torch.autograd.Function):
         scale = q.shape[-1] ** -0.5
         dq = torch.empty_like(q)
         dk, dv = (torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
-        for first, last, seen in _query_blocks(q.shape[2], k.shape[2]):
+        for first, last, seen in query_blocks(q.shape[2], k.shape[2]):
             part, keys, values = q[:, :, first:last], k[:, :, :seen], v[:, :, :seen]
             probs = _scores(part, keys, None).softmax(dim=-1)
             grad = _stack(grads[0][:, :, first:last], k.shape[1])
@@ -182,7 +182,7 @@ class _CausalAttention(torch.autograd.Function):
         return dq, dk.mul_(scale).to(k.dtype), dv.to(v.dtype)
 
 
-def _query_blocks(queries: int, keys: int) -> Iterator[tuple[int, int, int]]:
+def query_blocks(queries: int, keys: int) -> Iterator[tuple[int, int, int]]:
     """Return first and last query of each block, and how many keys its last query sees."""
     for first in range(0, queries, QUERY_BLOCK):
         last = min(first + QUERY_BLOCK, queries)
