@@ -51,9 +51,7 @@ class Moment:
         return self.activations + self.workspace + self.logits + self.gradients
 
 
-def moments(
-    shape: ModelShape, batch: MicroBatch, checkpointing: Checkpointing, micro_batches: int
-) -> Iterator[Moment]:
+def moments(shape: ModelShape, batch: MicroBatch, checkpointing: Checkpointing, micro_batches: int) -> Iterator[Moment]:
     """Yield the moments that can be the peak of a step of several equal micro-batches."""
     layers = layer_activations(shape, batch)
     kinds = [layer_checkpointing(checkpointing, index) for index in range(len(layers))]
@@ -63,9 +61,10 @@ def moments(
     every = sum(gradients) + of_head
     earlier = every if micro_batches > 1 else 0  # of micro-batches before: they are added up
     head = head_activations(shape, batch)
-    yield Moment("the loss", sum(kept) + head, batch.rows(shape.config.hidden_size), _logits(shape, batch), earlier)
-    tables = 2 * batch.rows(shape.config.head_dim)
     band = band_bytes(shape, batch)
+    stays = band if batch.on_cpu else 0  # the buffer; a GPU's tensor is gone
+    yield Moment("the loss", sum(kept) + head, stays, _logits(shape, batch), earlier)
+    tables = 2 * batch.rows(shape.config.head_dim)
     for index, (layer, activations, kind) in enumerate(zip(shape.layers, layers, kinds, strict=True)):
         if not activations.has_gradient:
             continue
@@ -79,7 +78,7 @@ def moments(
         workspace = band + _attention_backward(shape, layer, batch)
         yield Moment(f"backward of the attention of layer {index}", attention, workspace, 0, added)
     widest = max(shape.adapter, default=0)
-    yield Moment("the optimizer's step", 0, 2 * FP32 * widest, 0, every)
+    yield Moment("the optimizer's step", 0, stays + 2 * FP32 * widest, 0, every)
 
 
 def optimizer_bytes(shape: ModelShape, optimizer: str) -> int:
