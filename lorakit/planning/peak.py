@@ -120,8 +120,9 @@ def _logits(shape: ModelShape, batch: MicroBatch) -> int:
     hidden = batch.trained * shape.config.hidden_size * item
     if shape.head.rank:
         return batch.trained * vocabulary * (item + (FP32 if item < FP32 else 0) + FP32)
-    rows = min(batch.trained, max(1, CHUNK_ELEMENTS // vocabulary))
-    return rows * vocabulary * item + rows * shape.config.hidden_size * item + hidden
+    rows = max(1, CHUNK_ELEMENTS // vocabulary)
+    held = min(2, -(-batch.trained // rows))  # the chunk before is let go when the next one is there
+    return min(batch.trained, held * rows) * vocabulary * item + hidden
 
 
 def _mlp_backward(layer: LayerShape, batch: MicroBatch) -> int:
