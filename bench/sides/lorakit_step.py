@@ -11,11 +11,13 @@ from collections.abc import Sequence
 
 from lorakit import LoraConfig, TrainConfig, add_adapter, load_model
 from lorakit.data import Example
+from lorakit.training.activations import saving_activations
 from lorakit.training.optimizers import build_optimizer
-from lorakit.training.trainer import _take_step
+from lorakit.training.trainer import take_step
 
 from .common import ALPHA, GRAD_NORM, LEARNING_RATE, RANK, Meter, random_tokens, step_arguments
 from .products import product_seconds
+from .without import WITHOUT
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -23,21 +25,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = step_arguments(__doc__)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of TrainConfig")
     parser.add_argument("--products", type=int, metavar="PASSES", help="also time the frozen weights' products alone")
+    parser.add_argument("--without", choices=WITHOUT, help="leave out one of the things that make the step fast")
     options = parser.parse_args(arguments)
+    if options.without:
+        WITHOUT[options.without]()
     meter = Meter()
     model = load_model(options.model, None if options.quant_type == "none" else options.quant_type)
     add_adapter(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear"))
     settings = dict(setting.split("=", 1) for setting in options.set)
     tokens = options.batch * options.length
     config = TrainConfig(lr=LEARNING_RATE, max_grad_norm=GRAD_NORM, micro_batch_tokens=tokens, **settings)
-    optimizer = build_optimizer([p for p in model.parameters() if p.requires_grad], config)
+    optimizer = build_optimizer({name: p for name, p in model.named_parameters() if p.requires_grad}, config)
     examples = [
         Example(row.tolist(), [False] + [True] * (options.length - 1), "random")
         for row in random_tokens(model.config.vocab_size, options.batch, options.length)
     ]
     model.train()
     meter.loaded()
-    meter.take_steps(lambda: _take_step(model, examples, optimizer, config.lr, config)["loss"], options.steps)
+    with saving_activations(model, config.checkpointing):
+        meter.take_steps(lambda: take_step(model, examples, optimizer, config.lr, config)["loss"], options.steps)
     alone = {} if options.products is None else {"products": product_seconds(model, tokens, options.products)}
     meter.print(**alone)
 

@@ -11,6 +11,7 @@ training step of a small model makes a thousand.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
@@ -30,6 +31,7 @@ from . import cpu, reference
 BACKENDS = ("reference", "cpu", "triton")  # the modules of this package that compute
 _TRITON_DEVICES = ("cuda", "xpu")  # ROCm's are called cuda too
 _chosen: ContextVar[str | None] = ContextVar("lorakit_backend", default=None)
+_requested = os.environ.get("LORAKIT_BACKEND")  # read once: in every call it would cost as much as a small kernel
 
 
 @contextlib.contextmanager
@@ -55,8 +57,8 @@ def backend(device: torch.device) -> ModuleType:
     """
     if name := _chosen.get():
         return _module(name)
-    if name := os.environ.get("LORAKIT_BACKEND"):
-        return _module(_known(name, "LORAKIT_BACKEND"))
+    if _requested:
+        return _module(_known(_requested, "LORAKIT_BACKEND"))
     if device.type in _TRITON_DEVICES and _has_triton():
         return _module("triton")
     return cpu if device.type == "cpu" and cpu.is_available() else reference
@@ -101,9 +103,22 @@ def _operation(
         operations.impl(name, function, "CompositeExplicitAutograd")
         register_fake(f"lorakit::{name}", fake, lib=operations)
         overload: Callable[_P, _R] = getattr(torch.ops.lorakit, name).default
-        return overload
+
+        def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            # In inference mode nobody differentiates. The dispatcher's part of a small layer's time would be a third.
+            if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled() and not _is_observed():
+                return function(*args, **kwargs)
+            return overload(*args, **kwargs)
+
+        return functools.wraps(function)(call)
 
     return register
+
+
+def _is_observed() -> bool:
+    """Whether a mode, such as one that counts FLOPs or computes shapes alone, wants to see every operation."""
+    observed: int = torch._C._len_torch_dispatch_stack()
+    return observed > 0
 
 
 def _empty_4bit(x: Tensor, boundaries: Tensor, order: Tensor, block_size: int) -> tuple[Tensor, Tensor]:

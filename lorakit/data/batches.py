@@ -82,10 +82,12 @@ def batch_order(count: int, batch_size: int, seed: int, epoch: int) -> list[list
 
 
 def micro_batches(examples: Sequence[Example], token_budget: int) -> list[list[Example]]:
-    """Group the examples of one step so that each group holds at most `token_budget` tokens (first-fit decreasing).
+    """Group the examples of one step so that each group holds at most `token_budget` tokens (best-fit decreasing).
 
-    First-fit decreasing uses at most 11/9 of the fewest possible groups, and 2/3 of one (Dósa 2007). An example longer
-    than the budget is a group of its own: it has to be computed somewhere.
+    The longest come first, each into the fullest group that has room for it: that takes about 11/9 of the fewest
+    possible groups at worst (Johnson et al. 1974). Within a group lengths fall, so that those alike are neighbours,
+    which attention takes as one rectangle. An example longer than the budget is a group of its own: it has to be
+    computed somewhere.
 
     Raises:
         ConfigError: token_budget is under 1.
@@ -96,7 +98,7 @@ def micro_batches(examples: Sequence[Example], token_budget: int) -> list[list[E
     room: list[int] = []
     for example in sorted(examples, key=lambda example: -len(example.input_ids)):  # stable: equal lengths keep order
         size = len(example.input_ids)
-        fitting = next((index for index, free in enumerate(room) if size <= free), None)
+        fitting = min((index for index, free in enumerate(room) if size <= free), key=room.__getitem__, default=None)
         if fitting is None:
             groups.append([example])
             room.append(token_budget - size)

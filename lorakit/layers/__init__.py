@@ -3,12 +3,13 @@
 from .embedding4bit import Embedding4bit
 from .linear4bit import Linear4bit
 from .linear_cross_entropy import linear_cross_entropy, token_losses
-from .lora_linear import LoRALinear, linear_together
+from .lora_linear import Again, LoRALinear, linear_together
 from .norm import RMSNorm
 from .rope import apply_rope, rope_frequencies, rope_tables
 from .swiglu import swiglu
 
 __all__ = [
+    "Again",
     "Embedding4bit",
     "Linear4bit",
     "LoRALinear",

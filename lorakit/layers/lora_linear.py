@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -110,13 +110,18 @@ class LoRALinear(nn.Module):
         return f"{{{ranks}}}, active={list(self.active)}"
 
 
-def linear_together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+# How to compute x again, in the backward pass, from tensors that something else keeps anyway: function(*tensors).
+Again = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
+
+
+def linear_together(x: Tensor, *layers: nn.Module, again: Again | None = None) -> tuple[Tensor, ...]:
     """Apply several linear layers to one x, as q, k and v or gate and up: the same as calling each.
 
-    Where all are LoRA layers, their adapters' products with x, and with its gradient, are one product each.
+    Where all are LoRA layers, their adapters' products with x, and with its gradient, are one product each. With
+    `again` they do not keep x for the backward pass but compute it anew: cheap for what a norm or an activation gave.
     """
     if all(isinstance(layer, LoRALinear) and layer.can_fuse(x) and not _has_hooks(layer) for layer in layers):
-        return _fused(x, *(layer for layer in layers if isinstance(layer, LoRALinear)))
+        return _fused(x, *(layer for layer in layers if isinstance(layer, LoRALinear)), again=again)
     return tuple(layer(x) for layer in layers)
 
 
@@ -125,11 +130,12 @@ def _has_hooks(layer: nn.Module) -> bool:
     return any(hooks)
 
 
-def _fused(x: Tensor, *layers: LoRALinear) -> tuple[Tensor, ...]:
+def _fused(x: Tensor, *layers: LoRALinear, again: Again | None = None) -> tuple[Tensor, ...]:
     frozen = tuple((layer.base_layer, layer.scaling[layer.active[0]]) for layer in layers)
     lora_a = (layer.lora_A[layer.active[0]] for layer in layers)
     lora_b = (layer.lora_B[layer.active[0]] for layer in layers)
-    result: tuple[Tensor, ...] = _LoRALinearFunction.apply(x, frozen, *lora_a, *lora_b)
+    function, sources = again or (None, ())
+    result: tuple[Tensor, ...] = _LoRALinearFunction.apply(x, frozen, function, *lora_a, *lora_b, *sources)
     return result
 
 
@@ -144,32 +150,37 @@ class _LoRALinearFunction(torch.autograd.Function):
         dA = tᵀ x
         dB = s·dyᵀ u             for each layer
 
-    That is 4·tokens·r·(in + out) FLOPs for an adapter's backward. x is saved once, as it came.
+    That is 4·tokens·r·(in + out) FLOPs for an adapter's backward. x is saved once, as it came, or not at all.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, frozen: tuple[tuple[nn.Linear | Linear4bit, float], ...], *matrices: Tensor
+        ctx: Any,
+        x: Tensor,
+        frozen: tuple[tuple[nn.Linear | Linear4bit, float], ...],
+        again: Callable[..., Tensor] | None,
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
+        count = len(frozen)
+        lora_a, lora_b, sources = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
         flat = x.reshape(-1, x.shape[-1])
-        lora_a, lora_b = matrices[: len(frozen)], matrices[len(frozen) :]
         u = flat @ _stacked(lora_a, x.dtype).T
         results = []
         for (base, scaling), b, part in zip(frozen, lora_b, u.split([len(a) for a in lora_a], dim=1), strict=True):
             bias = None if base.bias is None else base.bias.to(x.dtype)
             y = frozen_linear(base, flat, bias, (part, b.to(x.dtype)), scaling)
             results.append(y.view(*x.shape[:-1], y.shape[-1]))
-        ctx.save_for_backward(x, u, *matrices)
-        ctx.frozen = frozen
+        ctx.save_for_backward(u, *lora_a, *lora_b, *(sources if again else (x,)))
+        ctx.frozen, ctx.again, ctx.shape = frozen, again, x.shape
         return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, u, *matrices = ctx.saved_tensors
-        count, dtype = len(grads), x.dtype
-        lora_a, lora_b = matrices[:count], matrices[count:]
+        u, *tensors = ctx.saved_tensors
+        count, dtype = len(grads), u.dtype
+        lora_a, lora_b, sources = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
+        needed = ctx.needs_input_grad[3:]
         ranks = [len(a) for a in lora_a]
-        flat = x.reshape(-1, x.shape[-1])
         dys = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
         scalings = [scaling for _, scaling in ctx.frozen]
         t = torch.cat([s * (dy @ b.to(dtype)) for s, dy, b in zip(scalings, dys, lora_b, strict=True)], dim=1)
@@ -181,15 +192,16 @@ class _LoRALinearFunction(torch.autograd.Function):
             dx = frozen_linear_dx(first, dys[0], (t, _stacked(lora_a, dtype)))
             for dy, (base, _) in zip(dys[1:], others, strict=True):
                 add_frozen_linear_dx(dx, base, dy)
-            dx = dx.view(x.shape)
-        if any(ctx.needs_input_grad[2 : 2 + count]):
-            parts = (t.T @ flat).split(ranks)
+            dx = dx.view(ctx.shape)
+        if any(needed[:count]):
+            x = ctx.again(*sources) if ctx.again else sources[0]
+            parts = (t.T @ x.reshape(-1, x.shape[-1])).split(ranks)
             da = [part.to(a.dtype) for part, a in zip(parts, lora_a, strict=True)]
-        if any(ctx.needs_input_grad[2 + count :]):
+        if any(needed[count : 2 * count]):
             parts = u.split(ranks, dim=1)
             products = zip(scalings, dys, parts, lora_b, strict=True)
             db = [(s * (dy.T @ part)).to(b.dtype) for s, dy, part, b in products]
-        return dx, None, *da, *db
+        return dx, None, None, *da, *db, *(None for _ in (sources if ctx.again else ()))
 
 
 def _stacked(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -6,19 +6,19 @@ Hidden states travel as a flat (tokens, hidden) matrix, whatever the batch looks
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..errors import ShapeError
-from ..layers import RMSNorm, apply_rope, linear_together, rope_frequencies, rope_tables, swiglu
+from ..layers import Again, RMSNorm, apply_rope, linear_together, rope_frequencies, rope_tables, swiglu
 from .attention import Layout
 from .cache import KVCache
 from .config import DecoderConfig
+from .recompute import recomputed
 
 
 class Attention(nn.Module):
@@ -36,8 +36,15 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, layout: Layout, rope: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
-        projected = linear_together(x, self.q_proj, self.k_proj, self.v_proj)
+    def forward(
+        self,
+        x: Tensor,
+        layout: Layout,
+        rope: tuple[Tensor, Tensor],
+        cache: KVCache | None = None,
+        again: Again | None = None,
+    ) -> Tensor:
+        projected = linear_together(x, self.q_proj, self.k_proj, self.v_proj, again=again)
         q, k, v = (y.view(len(x), -1, self.head_dim) for y in projected)  # (tokens, heads, head_dim); kv_heads
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
@@ -56,8 +63,9 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.down_proj(swiglu(*linear_together(x, self.gate_proj, self.up_proj)))
+    def forward(self, x: Tensor, again: Again | None = None) -> Tensor:
+        gated = linear_together(x, self.gate_proj, self.up_proj, again=again)
+        (result,) = linear_together(swiglu(*gated), self.down_proj, again=(swiglu, gated))
         return result
 
 
@@ -75,24 +83,18 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout, rope: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
         if self.checkpointing == "layer":
-            return recomputed(self._all, x, layout, rope, cache)
+            return recomputed(self._all, self, x, layout, rope, cache)
         return self._all(x, layout, rope, cache)
 
     def _all(self, x: Tensor, layout: Layout, rope: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), layout, rope, cache)
-        return recomputed(self._feed_forward, x) if self.checkpointing == "mlp" else self._feed_forward(x)
+        # The norms keep their x, from which the layers after them compute theirs again.
+        x = x + self.self_attn(self.input_layernorm(x), layout, rope, cache, again=(self.input_layernorm, (x,)))
+        return recomputed(self._feed_forward, self.mlp, x) if self.checkpointing == "mlp" else self._feed_forward(x)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        result: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        norm = self.post_attention_layernorm
+        result: Tensor = x + self.mlp(norm(x), again=(norm, (x,)))
         return result
-
-
-def recomputed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """Return function(*arguments), computed again when its gradient is, with the same dropout."""
-    if not torch.is_grad_enabled():
-        return function(*arguments)
-    result: Tensor = checkpoint(function, *arguments, use_reentrant=False)
-    return result
 
 
 class DecoderStack(nn.Module):

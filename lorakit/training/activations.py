@@ -1,37 +1,88 @@
-"""What a training step keeps of the forward pass: everything, or less and computes it again."""
+"""What a training step keeps of the forward pass, and where: everything, less to compute it again, in host memory."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from ..errors import TrainingError
 from ..models.decoder import Decoder
 
+_SMALLEST_OFFLOADED = 1 << 20  # bytes; a smaller copy costs more in waiting than it frees
+
 
 @contextlib.contextmanager
-def saving_activations(model: nn.Module, checkpointing: Literal["none", "mlp", "layer"] | int) -> Iterator[None]:
-    """Within the context, have the model's backward pass compute again what `checkpointing` names.
+def saving_activations(
+    model: nn.Module, checkpointing: Literal["none", "mlp", "layer"] | int, offload: bool = False
+) -> Iterator[None]:
+    """Within the context, keep for the model's backward pass what the settings say.
 
     Args:
         model: a `Decoder`, or a transformers model, of which every layer is checkpointed or none.
-        checkpointing: see `Decoder.set_checkpointing`.
+        checkpointing: what is computed again instead of kept, see `Decoder.set_checkpointing`.
+        offload: whether what is kept leaves the GPU, see `HostActivations`.
 
     Raises:
-        TrainingError: the model does not offer this kind.
+        TrainingError: the model does not offer this kind of checkpointing, or there is no GPU to relieve.
     """
-    if checkpointing == "none":
+    with contextlib.ExitStack() as stack:
+        if offload:
+            device = next(model.parameters()).device
+            if device.type == "cpu":
+                raise TrainingError(
+                    "offload_activations moves activations from a GPU to host memory, but the model is on the CPU; "
+                    "leave it out, and use checkpointing to save memory"
+                )
+            stack.enter_context(HostActivations(model))
+        stack.enter_context(_checkpointing(model, checkpointing))
+        yield
+
+
+class HostActivations(saved_tensors_hooks):
+    """Within the context, what autograd saves of `smallest` bytes or more goes to host memory until it is needed.
+
+    The model's own parameters and buffers stay where they are, and so do views of them. Both copies wait in the queue
+    of the device's own work: nothing is read before it is there, and no memory is used again before it is copied.
+    Under checkpointing it is the inputs of the checkpointed parts that are moved.
+    """
+
+    def __init__(self, model: nn.Module, smallest: int = _SMALLEST_OFFLOADED) -> None:
+        own = {_storage(tensor) for tensor in itertools.chain(model.parameters(), model.buffers())}
+
+        def to_host(tensor: Tensor) -> tuple[torch.device, Tensor]:
+            if tensor.nbytes < smallest or _storage(tensor) in own:
+                return tensor.device, tensor.detach()  # an output that held itself would never be freed
+            host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.device.type != "cpu")
+            return tensor.device, host.copy_(tensor, non_blocking=True)
+
+        def from_host(saved: tuple[torch.device, Tensor]) -> Tensor:
+            device, tensor = saved
+            return tensor.to(device, non_blocking=True)
+
+        super().__init__(to_host, from_host)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+@contextlib.contextmanager
+def _checkpointing(model: nn.Module, how: Literal["none", "mlp", "layer"] | int) -> Iterator[None]:
+    if how == "none":
         yield
     elif isinstance(model, Decoder):
-        model.set_checkpointing(checkpointing)
+        model.set_checkpointing(how)
         try:
             yield
         finally:
             model.set_checkpointing("none")
-    elif checkpointing == "layer" and hasattr(model, "gradient_checkpointing_enable"):
+    elif how == "layer" and hasattr(model, "gradient_checkpointing_enable"):
         transformers_model: Any = model
         transformers_model.gradient_checkpointing_enable({"use_reentrant": False})
         try:
@@ -39,4 +90,4 @@ def saving_activations(model: nn.Module, checkpointing: Literal["none", "mlp", "
         finally:
             transformers_model.gradient_checkpointing_disable()
     else:
-        raise TrainingError(f"{type(model).__name__} does not offer checkpointing: {checkpointing}")
+        raise TrainingError(f"{type(model).__name__} does not offer checkpointing: {how}")

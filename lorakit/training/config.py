@@ -20,10 +20,18 @@ class TrainConfig(Settings):
         ConfigError: an unknown key, a wrong type or a value out of range.
     """
 
-    optimizer: Literal["adamw", "adamw_8bit"] = Field(
-        "adamw", description="adamw_8bit keeps the two moments in 8 bits: 2 bytes a trained parameter instead of 8"
+    optimizer: Literal["adamw", "adamw_8bit", "lion"] = Field(
+        "adamw",
+        description="adamw_8bit keeps the two moments in 8 bits: 2 bytes a trained parameter instead of 8; lion keeps "
+        "one in fp32, 4 bytes, and wants a 3 to 10 times smaller lr and betas of [0.9, 0.99]",
+    )
+    offload_optimizer: bool = Field(
+        False, description="on a GPU, keep the optimizer's moments in host memory; each visits the GPU for its update"
     )
     lr: float = Field(2e-4, gt=0, description="peak learning rate")
+    loraplus_lr_ratio: float | None = Field(
+        None, ge=1, description="LoRA+: learning rate of lora_B as a multiple of lr, which lora_A keeps; 16, say"
+    )
     epochs: float = Field(1.0, gt=0, description="passes over the training records, when max_steps is not given")
     max_steps: int | None = Field(None, ge=1, description="stop after this many optimizer steps")
     batch_size: int = Field(16, ge=1, description="conversations per optimizer step")
@@ -35,12 +43,17 @@ class TrainConfig(Settings):
         description="what the backward pass computes again instead of keeping it: nothing, the MLPs, every layer, or "
         "with a number n every n-th layer; slower, in less memory, with the same result",
     )
+    offload_activations: bool = Field(
+        False,
+        description="keep what the backward pass needs in host memory instead of the GPU's; an error on the CPU; with "
+        "checkpointing, what that keeps",
+    )
     max_length: int = Field(1024, ge=2, description="longest conversation in tokens; a longer one is an error")
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps over which lr rises from 0")
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="lr at the end of the cosine, as a share of the peak")
-    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW's decay rates of the two moments")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="the optimizer's decay rates of its two moments")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this global norm")
     seed: Seed = Field(0, description="seed of the order of the data and of dropout")
     eval_every: int | None = Field(

@@ -4,7 +4,7 @@
         take the next batch_size conversations
         loss = sum of -log p(token) over all their trained tokens / number of trained tokens
         gradients of the adapter, clipped to a global norm
-        one AdamW step at the scheduled learning rate
+        one step of the optimizer at the scheduled learning rate
 
 The loss of a step is exact whatever the micro-batching: micro-batches add up sums, and the number they are divided by
 is that of the whole step.
@@ -34,11 +34,13 @@ from ..models.tokenizer import Tokenizer
 from .activations import saving_activations
 from .checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from .config import TrainConfig
-from .optimizers import build_optimizer
+from .optimizers import build_optimizer, set_learning_rate, states_to_host, step_from_host
 from .runlog import RunLog
 from .schedule import learning_rate
 
-_WITHOUT_EFFECT = {"output", "progress", "eval_every", "checkpoint_every", "checkpointing"}  # on what is learned
+_WITHOUT_EFFECT = {  # on what is learned
+    "output", "progress", "eval_every", "checkpoint_every", "checkpointing", "offload_activations", "offload_optimizer",
+}  # fmt: skip
 
 
 @dataclass
@@ -93,13 +95,15 @@ def train(
     _check_lengths(model, [*examples, *held_out])
     per_epoch = math.ceil(len(examples) / config.batch_size)
     steps = config.max_steps or max(1, round(config.epochs * per_epoch))
-    optimizer = build_optimizer(parameters.values(), config)
+    optimizer = build_optimizer(parameters, config)
     optimizer.zero_grad(set_to_none=True)  # whatever the caller, or a run that was interrupted, has left there
     fingerprint = _fingerprint(config, examples, model, parameters)
     torch.manual_seed(config.seed)
     result = TrainResult()
     if resume and config.output and (found := list_checkpoints(config.output / "checkpoints")):
         result.steps, progress = load_checkpoint(found[-1], parameters, optimizer, fingerprint)
+        if config.offload_optimizer:
+            states_to_host(optimizer)
         result.history = progress["history"]
         result.eval_loss = result.history[-1].get("eval_loss")
     earlier = result.history[-1]["seconds"] if result.history else 0.0
@@ -107,14 +111,14 @@ def train(
     log_path = config.output / "train.jsonl" if config.output else None
     with (
         _mode(model, training=True),
-        saving_activations(model, config.checkpointing),
+        saving_activations(model, config.checkpointing, config.offload_activations),
         RunLog(log_path, steps, result.history, config.progress) as log,
     ):
         for step in range(result.steps, steps):
             order = batch_order(len(examples), config.batch_size, config.seed, step // per_epoch)
             batch = [examples[i] for i in order[step % per_epoch]]
             lr = learning_rate(step, steps, config.lr, config.warmup_ratio, config.min_lr_ratio)
-            row = {"step": step + 1, "steps": steps, **_take_step(model, batch, optimizer, lr, config)}
+            row = {"step": step + 1, "steps": steps, **take_step(model, batch, optimizer, lr, config)}
             row |= {"seconds": time.perf_counter() - started, "peak_rss_mb": peak_rss_mb()}
             result.steps = step + 1
             if held_out and (_is_due(result.steps, config.eval_every) or result.steps == steps):
@@ -129,7 +133,7 @@ def train(
     return result
 
 
-def _take_step(
+def take_step(
     model: nn.Module, batch: Sequence[Example], optimizer: torch.optim.Optimizer, lr: float, config: TrainConfig
 ) -> dict[str, Any]:
     """Take one optimizer step; return its row of the log.
@@ -139,7 +143,7 @@ def _take_step(
     """
     started = time.perf_counter()
     loss, trained = accumulate_gradients(model, batch, config.micro_batch_tokens)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     norm = float(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
     if not (math.isfinite(loss) and math.isfinite(norm)):
         sources = ", ".join(example.source for example in batch[:4])
@@ -147,9 +151,11 @@ def _take_step(
             f"the loss is {loss} and the gradient's norm {norm} at learning rate {lr:.2g}, on {sources}...; "
             "lower the learning rate, or look at those records"
         )
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
+    set_learning_rate(optimizer, lr)
+    if config.offload_optimizer:
+        step_from_host(optimizer)
+    else:
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return {
         "loss": loss, "lr": lr, "grad_norm": norm, "trained_tokens": trained,

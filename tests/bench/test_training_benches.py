@@ -87,6 +87,7 @@ def test_targets_of_a_step() -> None:
     seen = {side: [run_of(4.0, 1010.0)] for case in cases for side in case.sides}
     seen[qlora.ours] = [run_of(1.0, 310.0), run_of(3.0, 510.0), run_of(1.5, 410.0)]  # medians: 1.5 s, 410 MiB
     seen[lora.ours] = [run_of(2.0, 610.0)]
+    seen[qlora.ours_lean] = [run_of(2.0, 260.0)]
     seen[qlora.peers[1]] = [run_of(3.0, 2010.0)]  # the fastest is not the leanest
     seen[full.peers[1]] = [run_of(2.7, 3010.0)]
     found = train_step.targets(cases, seen, train_step.Size(1, 1, True, (), qlora_of_lora=1.1), interpreter=10.0)
@@ -94,13 +95,15 @@ def test_targets_of_a_step() -> None:
     assert values == {
         "QLoRA: PEFT's step / ours": pytest.approx(2.0),
         "QLoRA: peak memory of PEFT's": pytest.approx(0.4),
+        "QLoRA: peak memory, checkpointing of PEFT's": pytest.approx(0.25),
         "QLoRA: transformers' full fine-tuning step / ours": pytest.approx(1.8),
         "LoRA bf16: PEFT's step / ours": pytest.approx(2.0),
         "LoRA bf16: peak memory of PEFT's": pytest.approx(0.6),
+        "LoRA bf16: peak memory, checkpointing of PEFT's": pytest.approx(1.0),
         "LoRA bf16: transformers' full fine-tuning step / ours": pytest.approx(1.35),
         "our QLoRA step / our LoRA step": pytest.approx(0.75),
     }
-    assert [target.met for target in found] == [True, True, True, True, False, False, True]
+    assert [target.met for target in found] == [True, True, True, True, True, False, False, False, True]
     train_step.check_losses(cases, seen)
     with pytest.raises(AssertionError, match="first losses differ"):
         train_step.check_losses(cases, seen | {qlora.ours: [run_of(1.0, 1.0, loss=1.05)]})

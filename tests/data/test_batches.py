@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -91,13 +91,22 @@ def test_micro_batches_keep_every_example_and_the_budget(step: list[Example], bu
     assert sorted(map(id, step)) == sorted(id(example) for group in groups for example in group)
     sizes = [sum(len(example.input_ids) for example in group) for group in groups]
     assert all(size <= budget or len(group) == 1 for size, group in zip(sizes, groups, strict=True))
-    assert all(first + second > budget for first, second in pairwise(sizes))  # none could be joined
+    assert all(first + second > budget for first, second in combinations(sizes, 2))  # none could be joined
+    assert all(len(a.input_ids) >= len(b.input_ids) for group in groups for a, b in pairwise(group))
+    assert groups == micro_batches(step, budget)
 
 
-def test_first_fit_decreasing() -> None:
-    step = [Example([0] * size, [False] * size, str(size)) for size in (3, 5, 12, 7, 4, 1)]
+def test_best_fit_decreasing() -> None:
+    step = [Example([0] * size, [False] * size, str(size)) for size in (3, 5, 12, 6, 4, 1, 2)]
     grouped = [[len(example.input_ids) for example in group] for group in micro_batches(step, 10)]
-    assert grouped == [[12], [7, 3], [5, 4, 1]]
+    assert grouped == [[12], [6, 4], [5, 3, 2], [1]]
+
+
+def test_the_fullest_group_with_room_is_taken() -> None:
+    """The first with room would leave a token beside 16 and 3, another beside 12, 5 and 2, and need a third group."""
+    step = [Example([0] * size, [False] * size, str(size)) for size in (16, 12, 5, 3, 2, 2)]
+    grouped = [[len(example.input_ids) for example in group] for group in micro_batches(step, 20)]
+    assert grouped == [[16, 2, 2], [12, 5, 3]]
 
 
 @given(STEPS, st.integers(1, 100))

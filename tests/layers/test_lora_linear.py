@@ -188,3 +188,22 @@ def test_autocast_picks_the_dtypes(base: str) -> None:
     torch.testing.assert_close(y.float(), layer(x), rtol=0.05, atol=0.05)
     y.float().sum().backward()
     assert x.grad.dtype == layer.lora_A["default"].grad.dtype == torch.float32
+
+
+def test_x_that_can_be_computed_again_is_not_kept() -> None:
+    layers, source = three_layers(), torch.randn(5, 6, requires_grad=True)
+    results = []
+    for again in (None, (torch.tanh, (source,))):
+        kept: list[int] = []
+
+        def keep(tensor: torch.Tensor, kept: list[int] = kept) -> torch.Tensor:
+            kept.append(tensor.data_ptr())
+            return tensor
+
+        x = source.tanh()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            y = linear_together(x, *layers, again=again)
+        assert (x.data_ptr() in kept) is (again is None)
+        loss = torch.cat(y, dim=-1).square().sum()
+        results.append([*y, *torch.autograd.grad(loss, [source, *matrices(layers)])])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

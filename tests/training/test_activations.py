@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import weakref
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from lorakit import TrainConfig, add_adapter
 from lorakit.adapters import LoraConfig
 from lorakit.errors import ConfigError, TrainingError
 from lorakit.models.loss import summed_loss
-from lorakit.training.activations import saving_activations
+from lorakit.training.activations import HostActivations, saving_activations
 
 KINDS: list[Any] = ["none", "mlp", "layer", 2, 3]
 LENGTHS = [40, 17, 33]
@@ -73,3 +75,55 @@ def test_wrong_kinds_are_refused() -> None:
         saving_activations(nn.Linear(2, 2), "mlp"),
     ):
         pass
+
+
+class TestOffloading:
+    """Without a GPU the copies go from host memory to host memory, through the same code."""
+
+    @pytest.mark.parametrize("how", KINDS)
+    @pytest.mark.parametrize("dropout", [0.0, 0.5])
+    def test_results_are_the_same_to_the_bit(self, how: Any, dropout: float) -> None:
+        model = adapted(init_lora_weights=False, lora_dropout=dropout).train()
+        ids, parameters = torch.arange(sum(LENGTHS)), [p for p in model.parameters() if p.requires_grad]
+        results = []
+        for offloaded in (False, True):
+            torch.manual_seed(0)
+            with HostActivations(model, 64) if offloaded else contextlib.nullcontext(), saving_activations(model, how):
+                loss = summed_loss(model, ids, ids.roll(-1), LENGTHS)
+                results.append([loss.detach(), *torch.autograd.grad(loss, parameters)])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+    def test_large_activations_are_copied_and_let_go(self) -> None:
+        hooks = HostActivations(nn.Linear(2, 2), smallest=400)
+        for given in (torch.randn(10, 10), torch.randn(4, 5, 6).transpose(0, 2), torch.randn(400).bfloat16()[::2]):
+            device, host = hooks.pack_hook(given)
+            assert host.data_ptr() != given.data_ptr() and not host.is_pinned()
+            back = hooks.unpack_hook((device, host))
+            assert torch.equal(back, given) and back.dtype == given.dtype
+        x = torch.randn(400, requires_grad=True)
+        with hooks:
+            inner = x.exp()  # saved by exp itself, and by sin
+            freed, total = weakref.ref(inner), inner.sin().sum()
+        del inner
+        assert freed() is None
+        total.backward()
+        assert torch.equal(x.grad, x.detach().exp() * x.detach().exp().cos())
+
+    def test_small_ones_parameters_and_buffers_stay(self) -> None:
+        model = nn.Sequential(nn.Linear(20, 30), nn.BatchNorm1d(30))
+        hooks = HostActivations(model, smallest=100)
+        own = [*model.parameters(), model[0].weight.t(), model[0].weight[1:], model[1].running_mean]
+        for stays in (torch.randn(24), *own):
+            assert hooks.pack_hook(stays)[1].data_ptr() == stays.data_ptr()
+
+    def test_a_result_that_stays_is_freed(self) -> None:
+        x = torch.randn(4, requires_grad=True)
+        with HostActivations(nn.Linear(2, 2)):
+            y = x.exp()  # which saves its own result
+        freed = weakref.ref(y)
+        del y
+        assert freed() is None  # at once: the garbage collector knows nothing of autograd's references
+
+    def test_a_model_on_the_cpu_has_no_gpu_to_relieve(self) -> None:
+        with pytest.raises(TrainingError, match="on the CPU"), saving_activations(adapted(), "none", offload=True):
+            pass

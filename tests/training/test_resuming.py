@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from small_models import conversations, small_tokenizer
-from small_training import CONVERSATIONS, adapted, config, logged, same, timeless, values_of
+from small_training import CONVERSATIONS, adapted, config, interrupted, logged, same, timeless, values_of
 
 from lorakit import Decoder, Tokenizer, TrainConfig, TrainResult, train
 from lorakit.errors import CheckpointError, TrainingError
@@ -24,20 +24,6 @@ from lorakit.errors import CheckpointError, TrainingError
 @pytest.fixture(scope="module")
 def tok(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return small_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-def interrupted(model: Decoder, tok: Tokenizer, settings: TrainConfig, at_pass: int) -> None:
-    """Train until the model's `at_pass`-th forward pass, which is interrupted as Ctrl-C would."""
-    passes = iter(range(1, 10_000))
-
-    def interrupt(*_: object) -> None:
-        if next(passes) == at_pass:
-            raise KeyboardInterrupt
-
-    hook = model.model.norm.register_forward_pre_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        train(model, tok, CONVERSATIONS, settings)
-    hook.remove()
 
 
 class TestResuming:
@@ -78,7 +64,7 @@ class TestResuming:
             "train(adapted(lora_dropout=0.2), tok, CONVERSATIONS, settings)\n"
         )
         tests = Path(__file__).parents[1]
-        path = os.pathsep.join(map(str, [tests / "models", tests / "data"]))
+        path = os.pathsep.join(map(str, [tests / "models", tests / "data", *filter(None, sys.path)]))
         (tmp_path / "tok").mkdir()
         process = subprocess.Popen(
             [sys.executable, "-c", script, str(tmp_path), str(tmp_path / "tok")], env=os.environ | {"PYTHONPATH": path}

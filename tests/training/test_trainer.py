@@ -44,13 +44,24 @@ def tok(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @st.composite
 def examples(draw: st.DrawFn) -> list[Example]:
+    """Examples of uneven lengths and any masks; in some draws they all begin alike, as with a system prompt."""
     found = []
+    beginning = draw(st.one_of(st.just([]), st.lists(st.integers(0, 399), min_size=1, max_size=12)))
     for number, length in enumerate(draw(st.lists(st.integers(2, 24), min_size=1, max_size=6))):
-        ids = draw(st.lists(st.integers(0, 399), min_size=length, max_size=length))
-        mask = [False, *draw(st.lists(st.booleans(), min_size=length - 1, max_size=length - 1))]
-        mask[draw(st.integers(1, length - 1))] = True
-        found.append(Example(ids, mask, f"train.jsonl:{number + 1}"))
+        ids = [*beginning, *draw(st.lists(st.integers(0, 399), min_size=length, max_size=length))]
+        mask = draw(st.lists(st.booleans(), min_size=length - 1, max_size=length - 1))
+        mask[draw(st.integers(0, length - 2))] = True
+        found.append(Example(ids, [False] * (len(beginning) + 1) + mask, f"train.jsonl:{number + 1}"))
     return found
+
+
+def assert_close(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    """Assert that gradients differ by no more than the fp32 rounding of sums over so few tokens.
+
+    Against the norm of them all: those of q and k are nothing but rounding where every trained token sees only itself.
+    """
+    a, b = (torch.cat([gradient.reshape(-1) for gradient in of]) for of in (ours, theirs))
+    assert (a - b).norm() <= 2e-6 * b.norm()
 
 
 class TestOneStep:
@@ -68,9 +79,8 @@ class TestOneStep:
         loss, trained, gradients = self.gradients(batch, 10_000)
         other_loss, other_trained, other_gradients = self.gradients(batch, budget)
         assert trained == other_trained == sum(sum(example.loss_mask) for example in batch)
-        assert other_loss == pytest.approx(loss, rel=1e-5)
-        for ours, theirs in zip(other_gradients, gradients, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+        assert other_loss == pytest.approx(loss, rel=1e-6)
+        assert_close(other_gradients, gradients)
 
     @given(batch=examples())
     @settings(max_examples=15, deadline=None)
@@ -83,9 +93,8 @@ class TestOneStep:
             parts.append(cross_entropy(logits, torch.tensor(example.input_ids[1:]), reduction="none")[mask])
         plain = torch.cat(parts).mean()
         expected = torch.autograd.grad(plain, [p for p in self.MODEL.parameters() if p.requires_grad])
-        assert loss == pytest.approx(plain.item(), rel=1e-5)
-        for ours, theirs in zip(gradients, expected, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+        assert loss == pytest.approx(plain.item(), rel=1e-6)
+        assert_close(gradients, list(expected))
 
     def test_nothing_to_train_in_the_batch(self) -> None:
         untrained = Example([1, 2, 3], [False] * 3, "train.jsonl:7")

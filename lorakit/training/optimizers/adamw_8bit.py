@@ -1,24 +1,24 @@
-"""The optimizers that a run can choose: torch's AdamW, and AdamW with its moments in 8 bits."""
+"""`AdamW8bit`: AdamW with its moments in 8 bits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
 import lorakit_kernels as kernels
 import torch
 from lorakit_kernels.reference_training import STATE_BLOCK_SIZE, adamw
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..errors import TrainingError
-from ..quantization import dynamic_map
-from .config import TrainConfig
+from ...errors import TrainingError
+from ...quantization import dynamic_map
+from .base import Optimizer
 
 SMALLEST_8BIT = 4096  # elements; fewer keep fp32 moments, which cost little there and are the most sensitive
 
 
-class AdamW8bit(torch.optim.Optimizer):
+class AdamW8bit(Optimizer):
     """AdamW (arXiv:1711.05101) with moments in 8 bits (Dettmers et al. 2021, arXiv:2110.02861, section 2).
 
     The first moment is held in the signed dynamic map, the second in the unsigned one, in blocks of 256 elements with
@@ -52,18 +52,10 @@ class AdamW8bit(torch.optim.Optimizer):
             )
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take one step; return the loss of `closure`, where one is given to compute it again."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    _take_step(parameter, parameter.grad, self._state(parameter), group)
-        return loss
+    def _take_step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        for parameter in parameters:
+            assert parameter.grad is not None
+            _take_step(parameter, parameter.grad, self._state(parameter), group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, in its own dtypes: torch would turn all states into the parameter's."""
@@ -74,6 +66,11 @@ class AdamW8bit(torch.optim.Optimizer):
             for key, value in state_dict["state"].get(number, {}).items():
                 device = value.device if key == "step" else parameter.device
                 self.state[parameter][key] = value.to(device, copy=True)
+
+    def state_keys(self, parameter: Tensor) -> tuple[str, ...]:
+        """Return the names of the tensors that are kept for a parameter, whether or not it took a step."""
+        in_8_bits = parameter.numel() >= SMALLEST_8BIT
+        return ("exp_avg", "exp_avg_sq", "step", *(("exp_avg_absmax", "exp_avg_sq_absmax") if in_8_bits else ()))
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[parameter]
@@ -113,18 +110,3 @@ def _dynamic_map(device: torch.device, signed: bool) -> tuple[Tensor, Tensor]:
     if not signed:
         boundaries[0] = 0
     return table.values.to(device), boundaries.to(device)
-
-
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "adamw_8bit": AdamW8bit}
-
-
-def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """Return the optimizer that a run's settings name."""
-    hyper: dict[str, Any] = config.model_dump(include={"lr", "betas", "eps", "weight_decay"})
-    return OPTIMIZERS[config.optimizer](list(parameters), **hyper)
-
-
-def state_keys(optimizer: torch.optim.Optimizer, parameter: Tensor) -> tuple[str, ...]:
-    """Return the names of the tensors that the optimizer keeps for a parameter, whether or not it took a step."""
-    in_8_bits = isinstance(optimizer, AdamW8bit) and parameter.numel() >= SMALLEST_8BIT
-    return ("exp_avg", "exp_avg_sq", "step", *(("exp_avg_absmax", "exp_avg_sq_absmax") if in_8_bits else ()))

@@ -1,0 +1,63 @@
+"""What a training step of lorakit does to be fast and lean, and how to take each out again, for `bench.tricks`.
+
+Every entry replaces one thing by what it replaced, for the process that asks for it. Results stay the same but for
+rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lorakit_kernels import cpu
+from lorakit_kernels.cpu import linear
+from torch import nn
+
+from lorakit.layers import lora_linear
+from lorakit.models import attention, decoder, loss
+from lorakit.training import optimizers
+
+
+def _whole_attention() -> None:
+    attention._QUERY_BLOCK = 1 << 30  # type: ignore[misc]
+
+
+def _keep_what_norms_and_activations_give() -> None:
+    together = lora_linear.linear_together
+    decoder.linear_together = lambda x, *layers, again=None: together(x, *layers)  # type: ignore[attr-defined]
+
+
+def _layers_one_by_one() -> None:
+    def one_by_one(x: torch.Tensor, *layers: nn.Module, again: Any = None) -> tuple[torch.Tensor, ...]:
+        return tuple(lora_linear.linear_together(x, layer, again=again)[0] for layer in layers)
+
+    decoder.linear_together = one_by_one  # type: ignore[attr-defined]
+
+
+def _pytorch_between_the_products() -> None:
+    for name in ("rms_norm", "rms_norm_backward", "rope", "swiglu", "swiglu_backward", "cross_entropy"):
+        delattr(cpu, name)
+
+
+def _torch_adamw() -> None:
+    optimizers.OPTIMIZERS["adamw"] = (torch.optim.AdamW, optimizers.OPTIMIZERS["adamw"][1])
+
+
+def _whole_weights() -> None:
+    linear._BAND = 1 << 40  # type: ignore[misc]
+
+
+def _every_beginning() -> None:
+    loss._LEAST_SAVED = 2.0  # type: ignore[misc]
+
+
+WITHOUT: dict[str, Callable[[], None]] = {
+    "attention in blocks of queries": _whole_attention,
+    "computing again what norms and SwiGLU gave": _keep_what_norms_and_activations_give,
+    "q, k, v and gate, up together": _layers_one_by_one,
+    "C++ between the products": _pytorch_between_the_products,
+    "AdamW without the compiler": _torch_adamw,
+    "weights in bands": _whole_weights,
+    "shared beginnings": _every_beginning,
+}
