@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from ..models.attention import query_blocks
-from .activations import Checkpointing, MicroBatch, layer_checkpointing
+from .activations import Checkpointing, MicroBatch, is_adapted, layer_checkpointing
 from .shape import LayerShape, LinearShape, ModelShape
 
 
@@ -58,7 +58,7 @@ def step_flops(shape: ModelShape, batch: MicroBatch, checkpointing: Checkpointin
         kind = layer_checkpointing(checkpointing, index)
         before_mlp = _before_mlp(layer, has_gradient)
         groups = _groups(layer, has_gradient)
-        has_gradient, in_attention = before_mlp or _is_adapted(*layer.gate_up, layer.down), groups[1][1]
+        has_gradient, in_attention = before_mlp or is_adapted(*layer.gate_up, layer.down), groups[1][1]
         for group, x_has_gradient in groups:
             forward += _product(group, batch)
             gradients += _product(group, batch) * x_has_gradient
@@ -66,7 +66,6 @@ def step_flops(shape: ModelShape, batch: MicroBatch, checkpointing: Checkpointin
         attention += (2 + 5 * in_attention) * products
         if kind != "none" and has_gradient:
             again = groups if kind == "layer" else groups[2:]
-            again = again if layer.down.rank else again[:-1]  # what keeps nothing at the end is not computed again
             recomputed += sum(_forward(group, batch) for group, _ in again) + 2 * products * (kind == "layer")
     trained = 2 * batch.trained
     head = trained * shape.head.elements * (1 + (has_gradient or shape.head.rank > 0))
@@ -76,18 +75,14 @@ def step_flops(shape: ModelShape, batch: MicroBatch, checkpointing: Checkpointin
 
 def _groups(layer: LayerShape, has_gradient: bool) -> list[tuple[Sequence[LinearShape], bool]]:
     """Return the layers that read the same x, and whether x has a gradient."""
-    mixed = has_gradient or _is_adapted(*layer.qkv)
+    mixed = has_gradient or is_adapted(*layer.qkv)
     stream = _before_mlp(layer, has_gradient)
-    hidden = stream or _is_adapted(*layer.gate_up)
+    hidden = stream or is_adapted(*layer.gate_up)
     return [(layer.qkv, has_gradient), ((layer.output,), mixed), (layer.gate_up, stream), ((layer.down,), hidden)]
 
 
 def _before_mlp(layer: LayerShape, has_gradient: bool) -> bool:
-    return has_gradient or _is_adapted(*layer.qkv, layer.output)
-
-
-def _is_adapted(*linears: LinearShape) -> bool:
-    return any(linear.rank for linear in linears)
+    return has_gradient or is_adapted(*layer.qkv, layer.output)
 
 
 def _product(group: Sequence[LinearShape], batch: MicroBatch) -> int:

@@ -27,6 +27,17 @@ from .activations import (
 from .shape import LayerShape, LinearShape, ModelShape
 
 
+def _moment_in_8_bits(size: int) -> int:
+    return size + FP32 * -(-size // STATE_BLOCK_SIZE) if size >= SMALLEST_8BIT else FP32 * size
+
+
+_STATE = {  # optimizer -> bytes that it keeps for a matrix of so many elements; AdamW counts the steps of each
+    "adamw": lambda size: 2 * FP32 * size + FP32,
+    "adamw_8bit": lambda size: 2 * _moment_in_8_bits(size) + FP32,
+    "lion": lambda size: FP32 * size,
+}
+
+
 @dataclass(frozen=True)
 class Moment:
     """What is in memory at a moment of a step, in bytes, besides what is there all the time.
@@ -60,30 +71,34 @@ def moments(shape: ModelShape, batch: MicroBatch, checkpointing: Checkpointing, 
     of_head = FP32 * sum(shape.head.adapter)
     every = sum(gradients) + of_head
     earlier = every if micro_batches > 1 else 0  # of micro-batches before: they are added up
-    head = head_activations(shape, batch)
     band = band_bytes(shape, batch)
     stays = band if batch.on_cpu else 0  # the buffer; a GPU's tensor is gone
-    yield Moment("the loss", sum(kept) + head, stays, _logits(shape, batch), earlier)
+    at_loss = sum(kept) + head_activations(shape, batch)
+    yield Moment("the loss", at_loss, stays, _logits(shape, batch), earlier)
     tables = 2 * batch.rows(shape.config.head_dim)
     for index, (layer, activations, kind) in enumerate(zip(shape.layers, layers, kinds, strict=True)):
         if not activations.has_gradient:
             continue
+        stream = activations.stream
+        # What was computed again has an output, and its input is there whether or not its operations keep it.
+        again = 0 if kind == "none" else stream
+        first, second = activations.first_half, activations.second_half
+        if kind == "layer":
+            first += 0 if activations.keeps_input else stream
+        elif kind == "mlp":
+            second += 0 if activations.keeps_middle else stream
         below = sum(kept[:index]) + tables
         added = max(earlier, sum(gradients[index:]) + of_head)
-        recomputed = activations.stream if kind == "layer" and not activations.input_kept else 0
-        mlp = below + activations.full + recomputed
-        workspace = band + _mlp_backward(layer, batch)
-        yield Moment(f"backward of the MLP of layer {index}", mlp, workspace, 0, added)
-        attention = mlp - activations.mlp
-        workspace = band + _attention_backward(shape, layer, batch)
-        yield Moment(f"backward of the attention of layer {index}", attention, workspace, 0, added)
-    widest = max(shape.adapter, default=0)
-    yield Moment("the optimizer's step", 0, stays + 2 * FP32 * widest, 0, every)
+        workspace = band + again + _mlp_backward(layer, batch)
+        yield Moment(f"backward of the MLP of layer {index}", below + first + second, workspace, 0, added)
+        workspace = band + (again if kind == "layer" else 0) + _attention_backward(shape, layer, batch)
+        yield Moment(f"backward of the attention of layer {index}", below + first, workspace, 0, added)
+    yield Moment("the optimizer's step", 0, stays, 0, every)
 
 
 def optimizer_bytes(shape: ModelShape, optimizer: str) -> int:
-    """Return the bytes of the optimizer's state: two moments of each trained matrix, and a step count."""
-    return sum(_moment_bytes(size, optimizer) * 2 + FP32 for size in shape.adapter)
+    """Return the bytes of the optimizer's state, over all trained matrices."""
+    return sum(_STATE[optimizer](size) for size in shape.adapter)
 
 
 def band_bytes(shape: ModelShape, batch: MicroBatch) -> int:
@@ -104,12 +119,6 @@ def _widest_band(linear: LinearShape, item: int) -> int:
     )
 
 
-def _moment_bytes(size: int, optimizer: str) -> int:
-    if optimizer == "adamw_8bit" and size >= SMALLEST_8BIT:
-        return size + FP32 * -(-size // STATE_BLOCK_SIZE)
-    return FP32 * size
-
-
 def _logits(shape: ModelShape, batch: MicroBatch) -> int:
     """A chunk of logits, which becomes its own gradient, and the trained rows of the hidden states.
 
@@ -120,15 +129,15 @@ def _logits(shape: ModelShape, batch: MicroBatch) -> int:
     hidden = batch.trained * shape.config.hidden_size * item
     if shape.head.rank:
         return batch.trained * vocabulary * (item + (FP32 if item < FP32 else 0) + FP32)
-    rows = max(1, CHUNK_ELEMENTS // vocabulary)
-    held = min(2, -(-batch.trained // rows))  # the chunk before is let go when the next one is there
-    return min(batch.trained, held * rows) * vocabulary * item + hidden
+    rows = min(batch.trained, max(1, CHUNK_ELEMENTS // vocabulary))
+    chunk, of_chunk = rows * vocabulary * item, rows * shape.config.hidden_size * item
+    before = min(batch.trained - rows, rows) * vocabulary * item  # is let go when the next chunk is there
+    return hidden + chunk + max(before, of_chunk)
 
 
 def _mlp_backward(layer: LayerShape, batch: MicroBatch) -> int:
-    """At the gradient of SwiGLU: the stream's gradient, dh, dgate and dup; the kept h, if any, is gone."""
-    wide = layer.down.in_features
-    return batch.rows(layer.down.out_features, 3 * wide) - (batch.rows(wide) if layer.down.rank else 0)
+    """At the gradient of SwiGLU: the stream's gradient, dh, dgate and dup."""
+    return batch.rows(layer.down.out_features, 3 * layer.down.in_features)
 
 
 def _attention_backward(shape: ModelShape, layer: LayerShape, batch: MicroBatch) -> int:

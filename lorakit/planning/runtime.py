@@ -31,7 +31,7 @@ from lorakit.models.loss import summed_loss
 from lorakit.training.optimizers import build_optimizer
 model = Decoder(DecoderConfig("LlamaForCausalLM", 512, 64, 128, 2, 4, 4, 16, 512)).bfloat16()
 add_adapter(model, LoraConfig())
-optimizer = build_optimizer([p for p in model.parameters() if p.requires_grad], TrainConfig())
+optimizer = build_optimizer({n: p for n, p in model.named_parameters() if p.requires_grad}, TrainConfig())
 for length in (64, 128, 64):
     ids = torch.arange(length)
     summed_loss(model.train(), ids, ids, [length]).backward()
