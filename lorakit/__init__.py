@@ -14,6 +14,7 @@ from .data import Record, load_records, save_records
 from .errors import LorakitError
 from .layers import Linear4bit, LoRALinear
 from .models import Decoder, Tokenizer, generate, load_model, load_tokenizer
+from .planning import Plan, plan
 from .quantization import QuantizedWeight, quantize
 from .training import TrainConfig, TrainResult, train
 
@@ -23,6 +24,7 @@ __all__ = [
     "LoRALinear",
     "LoraConfig",
     "LorakitError",
+    "Plan",
     "QuantizedWeight",
     "Record",
     "Tokenizer",
@@ -36,6 +38,7 @@ __all__ = [
     "load_model",
     "load_records",
     "load_tokenizer",
+    "plan",
     "quantize",
     "remove_adapter",
     "save_adapter",

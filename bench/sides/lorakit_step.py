@@ -34,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_adapter(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear"))
     settings = dict(setting.split("=", 1) for setting in options.set)
     tokens = options.batch * options.length
-    config = TrainConfig(lr=LEARNING_RATE, max_grad_norm=GRAD_NORM, micro_batch_tokens=tokens, **settings)
+    given = {"lr": LEARNING_RATE, "max_grad_norm": GRAD_NORM, "batch_size": options.batch}
+    config = TrainConfig(**given | {"micro_batch_tokens": tokens} | settings)
     optimizer = build_optimizer({name: p for name, p in model.named_parameters() if p.requires_grad}, config)
     examples = [
         Example(row.tolist(), [False] + [True] * (options.length - 1), "random")

@@ -89,7 +89,8 @@ def quantize(
     """
     from ..models.quantize_checkpoint import quantize_checkpoint
     from ..quantization.policy import DEFAULT_SKIP, QuantConfig
-    from .progress import byte_progress, parse_size
+    from ..sizes import parse_size
+    from .progress import byte_progress
 
     chosen: dict[str, Any] = {"quant_type": quant_type, "block_size": block_size, "double_quant": double_quant}
     chosen |= {"storage_dtype": storage_dtype, "skip": (*DEFAULT_SKIP, *(skip or []))}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import ShapeError
 
-_CHUNK_ELEMENTS = 1 << 24  # logits held at a time: 32 MiB in bf16, 341 rows of a vocabulary of 49,152
+CHUNK_ELEMENTS = 1 << 24  # logits held at a time: 32 MiB in bf16, 341 rows of a vocabulary of 49,152
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _chunks(hidden: Tensor, weight: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
     if hidden.shape[:1] != targets.shape:
         raise ShapeError(f"targets must be ({len(hidden)},), one per row of hidden; got {tuple(targets.shape)}")
-    rows = max(1, _CHUNK_ELEMENTS // len(weight))
+    rows = max(1, CHUNK_ELEMENTS // len(weight))
     return list(zip(hidden.split(rows), targets.split(rows), strict=True)) if len(hidden) else []
 
 

@@ -15,7 +15,7 @@ from .cache import KVCache
 # On the CPU, explicit products beat PyTorch's fused kernel: forward and backward of 9 heads in bf16 take 17 against 32
 # ms at 2 x 512 tokens, 32 against 47 at 1 x 1,024, 1.9 against 2.4 s at 1 x 8,192. Blocks of 128 are the best of
 # 64 to 1,024. Only one token after another over 16 x 700 keys, with a mask, is the fused kernel faster.
-_QUERY_BLOCK = 128
+QUERY_BLOCK = 128
 _MASKED_SCORES = 512 * 512  # a head's, above which masked attention is the fused kernel's
 
 
@@ -159,7 +159,7 @@ class _CausalAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ctx.save_for_backward(q, k, v)
         result = torch.empty_like(q)
-        for first, last, seen in _query_blocks(q.shape[2], k.shape[2]):
+        for first, last, seen in query_blocks(q.shape[2], k.shape[2]):
             part = q[:, :, first:last]
             probs = _scores(part, k[:, :, :seen], None).softmax(dim=-1)
             result[:, :, first:last] = (probs @ v[:, :, :seen]).view(part.shape)
@@ -171,7 +171,7 @@ class _CausalAttention(torch.autograd.Function):
         scale = q.shape[-1] ** -0.5
         dq = torch.empty_like(q)
         dk, dv = (torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
-        for first, last, seen in _query_blocks(q.shape[2], k.shape[2]):
+        for first, last, seen in query_blocks(q.shape[2], k.shape[2]):
             part, keys, values = q[:, :, first:last], k[:, :, :seen], v[:, :, :seen]
             probs = _scores(part, keys, None).softmax(dim=-1)
             grad = _stack(grads[0][:, :, first:last], k.shape[1])
@@ -182,10 +182,10 @@ class _CausalAttention(torch.autograd.Function):
         return dq, dk.mul_(scale).to(k.dtype), dv.to(v.dtype)
 
 
-def _query_blocks(queries: int, keys: int) -> Iterator[tuple[int, int, int]]:
+def query_blocks(queries: int, keys: int) -> Iterator[tuple[int, int, int]]:
     """Return first and last query of each block, and how many keys its last query sees."""
-    for first in range(0, queries, _QUERY_BLOCK):
-        last = min(first + _QUERY_BLOCK, queries)
+    for first in range(0, queries, QUERY_BLOCK):
+        last = min(first + QUERY_BLOCK, queries)
         yield first, last, keys - queries + last
 
 

@@ -86,11 +86,15 @@ def empty_decoder(checkpoint: Checkpoint) -> Decoder:
     Raises:
         ConfigError: the architecture or a feature of it is not supported.
     """
-    config = DecoderConfig.from_dict(checkpoint.config())
-    with torch.device("meta"), _NoInit():
-        model = Decoder(config)
+    model = meta_decoder(DecoderConfig.from_dict(checkpoint.config()))
     model.folder = checkpoint.folder
     return model
+
+
+def meta_decoder(config: DecoderConfig) -> Decoder:
+    """Return a decoder on the meta device: the modules and shapes, without memory."""
+    with torch.device("meta"), _NoInit():
+        return Decoder(config)
 
 
 def weight_formats(model: Decoder, config: QuantConfig, names: list[str]) -> dict[str, WeightFormat | None]:

@@ -100,7 +100,7 @@ def test_any_shape(instruction_set: str, dtype: torch.dtype, shape: tuple[int, i
 @pytest.fixture
 def narrow_bands(monkeypatch: pytest.MonkeyPatch) -> None:
     """A band that holds 64 rows or columns of the weights here, so that there are several."""
-    monkeypatch.setattr(linear, "_BAND", 1)
+    monkeypatch.setattr(linear, "BAND_BYTES", 1)
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
@@ -110,7 +110,7 @@ def test_bands_make_no_difference(narrow_bands: None, dtype: torch.dtype, shape:
     tokens, (rows, columns) = 40, shape
     weight = quantize(torch.randn(shape))
     dense, rounding = values_of(weight, dtype), ROUNDING[dtype]
-    assert len(list(linear._bands(rows, columns))) == -(-rows // 64)
+    assert len(list(linear.bands(rows, columns))) == -(-rows // 64)
     x, dy, bias = (
         torch.randn(tokens, columns).to(dtype),
         torch.randn(tokens, rows).to(dtype),
@@ -130,7 +130,7 @@ def test_memory_does_not_grow_with_the_weight() -> None:
     x = torch.randn(40, 4096).bfloat16()
     cpu.linear_4bit(x, *weight.operand)
     cpu.linear_4bit_dx(torch.randn(40, 5000).bfloat16(), *weight.operand)
-    assert workspace._buffer.memory.numel() <= linear._BAND < 5000 * 4096 * 2
+    assert workspace._buffer.memory.numel() <= linear.BAND_BYTES < 5000 * 4096 * 2
 
 
 def test_infinite_and_missing_numbers_pass_through() -> None:

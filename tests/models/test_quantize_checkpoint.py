@@ -18,7 +18,6 @@ from typer.testing import CliRunner
 
 from lorakit import Decoder, load_model, load_tokenizer
 from lorakit.cli.app import app
-from lorakit.cli.progress import parse_size
 from lorakit.errors import CheckpointError, ConfigError, LorakitError, StorageError
 from lorakit.models import Checkpoint
 from lorakit.models.quantize_checkpoint import quantize_checkpoint
@@ -268,16 +267,3 @@ def test_the_command(tmp_path: Path) -> None:
     )
     assert_same_model(load_model(dst), load_model(src, quant_config=expected))
     assert len(list(dst.glob("*.safetensors"))) > 1
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("5GB", 5 * 10**9), ("1.5 MiB", 3 << 19), ("7", 7), ("20kb", 20_000), ("2TiB", 2 << 40)]
-)
-def test_sizes(text: str, size: int) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GB", "5XB", "-1GB", "0", "1e3", "5 G B", "five"])
-def test_what_is_not_a_size(text: str) -> None:
-    with pytest.raises(ConfigError, match="is not a size; write it like 5GB"):
-        parse_size(text)

@@ -21,7 +21,7 @@ from .workspace import workspace
 FEW_TOKENS = (
     32  # beyond, values and PyTorch's product are faster: measured at 4096 x 4096, where 64 tokens take 1.1 times
 )
-_BAND = 32 << 20  # bytes of values at a time; bands of 8 MiB make products of 512 tokens 4 to 8% slower
+BAND_BYTES = 32 << 20  # bytes of values at a time; bands of 8 MiB make products of 512 tokens 4 to 8% slower
 _ALIGNED = 64  # rows or columns that a band is a multiple of
 
 
@@ -50,7 +50,7 @@ def linear_4bit(
         y = _from_codes(flat, values, rows, bias)
     else:
         y = x.new_empty(len(flat), rows)
-        for first, last in _bands(rows, columns * x.itemsize):
+        for first, last in bands(rows, columns * x.itemsize):
             band = _part(values, x.dtype, columns, (first, last), (0, columns)).T
             part = y[:, first:last]
             if bias is None:
@@ -132,7 +132,7 @@ def _accumulate(
         dx.addmm_(flat, full, beta=beta)
         return
     values = weight(rows * columns, packed, codebook, absmax, block_size, nested, nested_block_size)
-    for first, last in _bands(columns, rows * dy.itemsize):
+    for first, last in bands(columns, rows * dy.itemsize):
         band = _part(values, dy.dtype, columns, (0, rows), (first, last))
         dx[:, first:last].addmm_(flat, band, beta=beta)
 
@@ -159,9 +159,9 @@ def _from_codes(x: Tensor, values: Weight, rows: int, bias: Tensor | None) -> Te
     return y
 
 
-def _bands(count: int, bytes_each: int) -> Iterator[tuple[int, int]]:
+def bands(count: int, bytes_each: int) -> Iterator[tuple[int, int]]:
     """Return first and last of each band of rows or columns."""
-    step = max(1, _BAND // max(1, bytes_each) // _ALIGNED) * _ALIGNED
+    step = max(1, BAND_BYTES // max(1, bytes_each) // _ALIGNED) * _ALIGNED
     for first in range(0, count, step):
         yield first, min(first + step, count)
 

@@ -1,0 +1,94 @@
+"""`plan`: what a training run will take, worked out from config.json before anything is allocated."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import torch
+
+from ..adapters import LoraConfig
+from ..errors import ConfigError
+from ..models.config import DecoderConfig
+from ..quantization.policy import QuantConfig
+from ..training import TrainConfig
+from .result import Cost, Plan, limit_bytes
+from .runtime import CPU_RUNTIME, GPU_RUNTIME, measure_flops
+from .setting import Setting
+from .shape import find_config
+from .suggestions import suggestions
+
+
+def plan(
+    model: str | os.PathLike[str] | DecoderConfig,
+    lora: LoraConfig | None = None,
+    train: TrainConfig | None = None,
+    *,
+    quant_type: str | None = "nf4",
+    dtype: torch.dtype = torch.bfloat16,
+    block_size: int = 64,
+    double_quant: bool = True,
+    sequence_length: int | None = None,
+    device: str = "cpu",
+    memory: int | str | None = None,
+    dataset_tokens: int | None = None,
+    price_per_hour: float | None = None,
+    flops_per_second: float | None = None,
+    runtime_bytes: int | None = None,
+) -> Plan:
+    """Predict the peak memory, by part, and the FLOPs of training; nothing of the model but config.json is read.
+
+    Every sequence is taken to be as long as the longest and every token of it to be trained, so a run with shorter
+    ones needs less.
+
+    Args:
+        model: a checkpoint folder, a config.json, a known model's name, or a configuration.
+        lora, train: settings; default: those of a run that gives none.
+        quant_type, dtype, block_size, double_quant: as for `load_model`.
+        sequence_length: tokens of the longest sequence; default: train.max_length, or the model's context if shorter.
+        device: "cpu": the process's resident memory is predicted; "cuda": the memory taken of a GPU.
+        memory: a limit, in bytes or as text such as "24GB"; where it is exceeded the plan has suggestions.
+        dataset_tokens: tokens of the training data, of which train.epochs passes are made; gives the plan a cost.
+        price_per_hour: of the machine, in any currency.
+        flops_per_second: that the machine reaches; default: this CPU's matrix products are timed.
+        runtime_bytes: of a process without model; default: a constant, which `measure_runtime` measures anew.
+
+    Raises:
+        CheckpointError: there is no such model, or no config.json in its folder.
+        ConfigError: the architecture is not supported, a key or a setting is missing or wrong, a sequence exceeds the
+            context, or nothing fits the limit, with the least that can be reached.
+        AdapterError: a target of the adapter matches nothing.
+    """
+    config = find_config(model)
+    train = train or TrainConfig()
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"device '{device}' cannot be planned for (known: cpu, cuda)")
+    length = sequence_length or min(train.max_length, config.context_length)
+    if not 2 <= length <= config.context_length:
+        raise ConfigError(f"sequence_length {length} must be from 2 to the model's context of {config.context_length}")
+    quant = QuantConfig(quant_type=quant_type, block_size=block_size, double_quant=double_quant)
+    if runtime_bytes is None:
+        runtime_bytes = CPU_RUNTIME if device == "cpu" else GPU_RUNTIME
+    setting = Setting(config, lora or LoraConfig(), train, quant, dtype, length, device, runtime_bytes)
+    result = setting.plan()
+    if memory is not None:
+        limit = limit_bytes(memory)
+        result = replace(result, memory=limit, suggestions=suggestions(setting, result, limit))
+    if dataset_tokens is not None:
+        rate = flops_per_second or _measured_rate(device, dtype)
+        result = replace(result, cost=_cost(result, round(dataset_tokens * train.epochs), rate, price_per_hour))
+    elif price_per_hour is not None:
+        raise ConfigError("price_per_hour is the price of training on a data set; give dataset_tokens too")
+    return result
+
+
+def _measured_rate(device: str, dtype: torch.dtype) -> float:
+    if device != "cpu":
+        raise ConfigError("give flops_per_second: the rate of a GPU cannot be measured here")
+    return measure_flops(dtype)
+
+
+def _cost(result: Plan, tokens: int, rate: float, price_per_hour: float | None) -> Cost:
+    flops = result.flops.total / result.step_tokens * tokens
+    seconds = flops / rate
+    return Cost(tokens, flops, rate, seconds, None if price_per_hour is None else seconds / 3600 * price_per_hour)

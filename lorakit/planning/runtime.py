@@ -1,0 +1,65 @@
+"""What a process takes besides tensors, and how fast it multiplies: measured, not derived."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from ..errors import ConfigError
+
+# Python, PyTorch and what it imports for its first optimizer (torch._dynamo, 140 MiB), lorakit, and the kernels that
+# oneDNN generates for the shapes of a step: VmRSS of `measure_runtime`, with torch 2.13 for the CPU on Linux.
+CPU_RUNTIME = 480 << 20
+# A CUDA context with the kernels of PyTorch and its libraries. No GPU was measured: what NVIDIA's tools usually show.
+GPU_RUNTIME = 500 << 20
+# glibc serves tensors of up to 32 MiB from a heap in which it cannot always use the gaps again: the share by which the
+# heap outgrows what is in it, as `python -m bench.plan` finds it. (With MALLOC_MMAP_THRESHOLD_=131072 in the
+# environment it is next to nothing, and every fresh tensor takes the time of its page faults.)
+CPU_HEAP_WASTE = 0.2
+GPU_HEAP_WASTE = 0.0
+
+_TRAIN_TINY = """
+import torch
+from lorakit import LoraConfig, TrainConfig, add_adapter
+from lorakit.models import Decoder, DecoderConfig
+from lorakit.models.loss import summed_loss
+from lorakit.training.optimizers import build_optimizer
+model = Decoder(DecoderConfig("LlamaForCausalLM", 512, 64, 128, 2, 4, 4, 16, 512)).bfloat16()
+add_adapter(model, LoraConfig())
+optimizer = build_optimizer({n: p for n, p in model.named_parameters() if p.requires_grad}, TrainConfig())
+for length in (64, 128, 64):
+    ids = torch.arange(length)
+    summed_loss(model.train(), ids, ids, [length]).backward()
+    optimizer.step()
+print(open("/proc/self/status").read().split("VmRSS:")[1].split()[0])
+"""
+
+
+@cache
+def measure_runtime() -> int:
+    """Return the resident bytes of a process that trains next to nothing; it takes some five seconds.
+
+    Raises:
+        ConfigError: this system has no /proc, where Linux tells them.
+    """
+    if not Path("/proc/self/status").exists():
+        raise ConfigError("resident memory can be measured on Linux alone; give runtime_bytes")
+    run = subprocess.run([sys.executable, "-c", _TRAIN_TINY], check=True, capture_output=True, text=True)
+    return int(run.stdout) << 10
+
+
+@cache
+def measure_flops(dtype: torch.dtype, size: int = 1024, seconds: float = 0.5) -> float:
+    """Return the FLOPs a second of the CPU's matrix products, the best of those that `seconds` have room for."""
+    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    out = a @ b
+    best, end = float("inf"), time.perf_counter() + seconds
+    while (started := time.perf_counter()) < end:
+        torch.mm(a, b, out=out)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best

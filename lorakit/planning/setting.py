@@ -1,0 +1,92 @@
+"""All that a plan depends on, and the plan of it: variants of a setting are planned alike."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+from types import MappingProxyType
+
+import torch
+
+from ..adapters import LoraConfig
+from ..models.config import DecoderConfig
+from ..quantization.policy import QuantConfig
+from ..training import TrainConfig
+from .activations import FP32, MicroBatch
+from .flops import step_flops
+from .peak import moments, optimizer_bytes
+from .result import Plan
+from .runtime import CPU_HEAP_WASTE, GPU_HEAP_WASTE
+from .shape import ModelShape, model_shape
+
+
+@dataclass(frozen=True)
+class Setting:
+    """All that a plan depends on.
+
+    Attributes:
+        config: of the decoder.
+        lora, train, quant: settings.
+        dtype: of what is not quantized, and of the products.
+        length: tokens of every sequence.
+        device: "cpu" or "cuda".
+        runtime: bytes of a process, or of a GPU's context, without model.
+    """
+
+    config: DecoderConfig
+    lora: LoraConfig
+    train: TrainConfig
+    quant: QuantConfig
+    dtype: torch.dtype
+    length: int
+    device: str
+    runtime: int
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        """The shapes of the adapted model."""
+        return model_shape(self.config, self.lora, self.quant)
+
+    def with_train(self, train: TrainConfig) -> Setting:
+        """Return the setting with other settings of training, and the same shapes."""
+        other = replace(self, train=train)
+        other.__dict__["shape"] = self.shape
+        return other
+
+    def plan(self) -> Plan:
+        """Return what it will take."""
+        train, shape = self.train, self.shape
+        sequences = min(train.batch_size, max(1, train.micro_batch_tokens // self.length))
+        batch, whole = self._batch(sequences), self._batch(train.batch_size)
+        micro_batches = math.ceil(train.batch_size / sequences)
+        peak = max(moments(shape, batch, train.checkpointing, micro_batches), key=lambda moment: moment.total)
+        waste = CPU_HEAP_WASTE if self.device == "cpu" else GPU_HEAP_WASTE
+        parts = {
+            "weights": shape.weight_bytes(self.dtype),
+            "adapters": FP32 * sum(shape.adapter),
+            "gradients": peak.gradients,
+            "optimizer": optimizer_bytes(shape, train.optimizer),
+            "activations": peak.activations,
+            "workspace": peak.workspace,
+            "logits": peak.logits,
+            "runtime": self.runtime,
+            "allocator": round(waste * (peak.activations + peak.workspace + peak.logits)),
+        }
+        return Plan(
+            parts=MappingProxyType(parts),
+            moment=peak.name,
+            flops=step_flops(shape, whole, train.checkpointing),
+            parameters=shape.parameters,
+            trainable=sum(shape.adapter),
+            sequences=sequences,
+            length=self.length,
+            micro_batches=micro_batches,
+            step_tokens=whole.tokens,
+            device=self.device,
+        )
+
+    def _batch(self, sequences: int) -> MicroBatch:
+        trained = sequences * (self.length - 1)  # the first token has nothing before it that could predict it
+        dropout = self.lora.lora_dropout > 0
+        return MicroBatch(sequences, self.length, trained, self.dtype, dropout, self.device == "cpu")

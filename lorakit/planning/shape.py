@@ -1,0 +1,177 @@
+"""The shape of what will be trained, read from config.json alone: every linear layer, its format and its rank."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..adapters import LoraConfig
+from ..adapters.targeting import match_modules, pattern_value
+from ..errors import CheckpointError, did_you_mean
+from ..models.checkpoint import read_config, read_json_object
+from ..models.config import DecoderConfig
+from ..models.decoder import Decoder
+from ..models.load import meta_decoder, weight_formats
+from ..models.pretrained import KNOWN_MODELS, resolve_model
+from ..quantization.policy import QuantConfig, WeightFormat
+from ..quantization.scales import NESTED_BLOCK_SIZE
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """A frozen linear layer and its adapter.
+
+    Attributes:
+        path: of the module.
+        in_features, out_features: of the weight.
+        format: how the weight is quantized; None: it is not.
+        rank: of the adapter; 0: it has none.
+    """
+
+    path: str
+    in_features: int
+    out_features: int
+    format: WeightFormat | None
+    rank: int
+
+    @property
+    def elements(self) -> int:
+        """Elements of the weight."""
+        return self.in_features * self.out_features
+
+    @property
+    def adapter(self) -> tuple[int, ...]:
+        """Elements of A and of B; nothing without an adapter."""
+        return (self.rank * self.in_features, self.out_features * self.rank) if self.rank else ()
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the weight: codes, scales and tables of `Linear4bit`, or values of `dtype`."""
+        if self.format is None:
+            return self.elements * dtype.itemsize
+        blocks = math.ceil(self.elements / self.format.block_size)
+        codebook, packed = 16 * 4, math.ceil(self.elements / 2)
+        if not self.format.double_quant:
+            return codebook + packed + 4 * blocks
+        dynamic_map, offset = 256 * 4, 4
+        return codebook + packed + blocks + 4 * math.ceil(blocks / NESTED_BLOCK_SIZE) + offset + dynamic_map
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """The linear layers of a decoder layer, in groups that read the same x."""
+
+    qkv: tuple[LinearShape, ...]
+    output: LinearShape
+    gate_up: tuple[LinearShape, ...]
+    down: LinearShape
+
+    @property
+    def linears(self) -> tuple[LinearShape, ...]:
+        """All of them, in the order of the forward pass."""
+        return (*self.qkv, self.output, *self.gate_up, self.down)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A decoder with its adapter.
+
+    Attributes:
+        config: of the decoder.
+        layers: from the first to the last.
+        head: the output head.
+        others: elements of all other parameters: embedding, norms, biases, and the head where it is not tied.
+    """
+
+    config: DecoderConfig
+    layers: tuple[LayerShape, ...]
+    head: LinearShape
+    others: int
+
+    @property
+    def adapter(self) -> tuple[int, ...]:
+        """Elements of every trained matrix, in model order."""
+        return tuple(size for linear in (*self.linears, self.head) for size in linear.adapter)
+
+    @property
+    def linears(self) -> tuple[LinearShape, ...]:
+        """The linear layers but the head."""
+        return tuple(linear for layer in self.layers for linear in layer.linears)
+
+    @property
+    def parameters(self) -> int:
+        """Elements of the frozen model, a tied head counted once."""
+        return self.others + sum(linear.elements for linear in self.linears)
+
+    def weight_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the frozen model."""
+        head = self.head.nbytes(dtype) if self.head.format else 0  # in `others` where it is not quantized
+        return self.others * dtype.itemsize + head + sum(linear.nbytes(dtype) for linear in self.linears)
+
+
+def find_config(model: str | os.PathLike[str] | DecoderConfig) -> DecoderConfig:
+    """Return the configuration of a checkpoint folder, a config.json or a known model; weights are not looked at.
+
+    Raises:
+        CheckpointError: there is no such file, folder or known model, or the file is not a JSON object.
+        ConfigError: the architecture is not supported, or a key is missing or wrong.
+    """
+    if isinstance(model, DecoderConfig):
+        return model
+    path = Path(model).expanduser()
+    if path.is_file():
+        return DecoderConfig.from_dict(read_json_object(path))
+    if not path.is_dir() and str(model) not in KNOWN_MODELS:
+        hint = did_you_mean(path.name.lower(), KNOWN_MODELS)
+        raise CheckpointError(
+            f"'{model}' is neither a folder, nor a config.json, nor a known model ({', '.join(KNOWN_MODELS)}){hint}"
+        )
+    return DecoderConfig.from_dict(read_config(resolve_model(model)))
+
+
+def model_shape(config: DecoderConfig, lora: LoraConfig, quant: QuantConfig) -> ModelShape:
+    """Return the shapes of a decoder that is quantized and adapted so.
+
+    Raises:
+        AdapterError: a target pattern matches nothing.
+        ConfigError: a quantization pattern matches nothing, or a tied head would be quantized.
+    """
+    model = _meta_decoder(config)
+    formats = weight_formats(model, quant, list(model.state_dict()))
+    adapted = {path for paths in match_modules(model, lora).values() for path in paths}
+
+    def shape(path: str) -> LinearShape:
+        linear = model.get_submodule(path)
+        assert isinstance(linear, nn.Linear)
+        rank = pattern_value(lora.rank_pattern, path, lora.r) if path in adapted else 0
+        return LinearShape(path, linear.in_features, linear.out_features, formats[f"{path}.weight"], rank)
+
+    def shapes(prefix: str, names: Sequence[str]) -> tuple[LinearShape, ...]:
+        return tuple(shape(f"{prefix}.{name}") for name in names)
+
+    layers = tuple(
+        LayerShape(
+            qkv=shapes(f"{prefix}.self_attn", ("q_proj", "k_proj", "v_proj")),
+            output=shape(f"{prefix}.self_attn.o_proj"),
+            gate_up=shapes(f"{prefix}.mlp", ("gate_proj", "up_proj")),
+            down=shape(f"{prefix}.mlp.down_proj"),
+        )
+        for prefix in (f"model.layers.{index}" for index in range(config.num_hidden_layers))
+    )
+    head = shape("lm_head")
+    counted = sum(linear.elements for layer in layers for linear in layer.linears)
+    counted += head.elements if head.format else 0
+    others = sum(parameter.numel() for parameter in model.parameters()) - counted
+    return ModelShape(config, layers, head, others)
+
+
+@lru_cache(maxsize=4)
+def _meta_decoder(config: DecoderConfig) -> Decoder:
+    """One decoder serves all variants of a plan: building it takes far longer than all the rest."""
+    return meta_decoder(config)

@@ -1,0 +1,65 @@
+"""FLOPs: those of all matrix products that are seen in real forward and backward passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from small_models import ARCHITECTURES, small_config
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lorakit import Decoder, LoraConfig, add_adapter
+from lorakit.models import DecoderConfig
+from lorakit.models.loss import summed_loss
+from lorakit.planning.activations import MicroBatch
+from lorakit.planning.flops import step_flops
+from lorakit.planning.shape import model_shape
+from lorakit.quantization.policy import QuantConfig
+from lorakit.training.activations import saving_activations
+
+SEQUENCES, LENGTH, UNTRAINED = 2, 150, 10  # two blocks of queries
+
+ATEN = torch.ops.aten
+
+
+class Products(TorchDispatchMode):
+    """Adds up the FLOPs of matrix products; torch's own counter does not bear a backward pass within another."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (ATEN.mm, ATEN.bmm):
+            self.flops += 2 * result.numel() * args[0].shape[-1]
+        elif func.overloadpacket in (ATEN.addmm, ATEN.addmm_, ATEN.baddbmm):
+            self.flops += 2 * result.numel() * args[1].shape[-1]
+        return result
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "mlp", "layer", 2])
+@pytest.mark.parametrize(
+    "targets",
+    [
+        {},
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": ["down_proj"]},
+        {"target_modules": ["o_proj", "gate_proj"], "layers_to_transform": [1]},
+        {"target_modules": ["k_proj", "lm_head"], "rank_pattern": {"lm_head": 3}},
+    ],
+)
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_counted(name: str, targets: Any, checkpointing: Any) -> None:
+    config = DecoderConfig.from_dict(small_config(num_hidden_layers=3, **ARCHITECTURES[name]))
+    lora = LoraConfig(r=4, **targets)
+    model = Decoder(config)
+    add_adapter(model, lora)
+    ids = torch.randint(config.vocab_size, (SEQUENCES * LENGTH,))
+    following = ids.roll(-1)
+    following[:UNTRAINED] = -100
+    counter = Products()
+    with saving_activations(model.train(), checkpointing), counter:
+        summed_loss(model, ids, following, [LENGTH] * SEQUENCES).backward()
+    batch = MicroBatch(SEQUENCES, LENGTH, len(ids) - UNTRAINED, torch.float32, dropout=False, on_cpu=True)
+    flops = step_flops(model_shape(config, lora, QuantConfig(quant_type=None)), batch, checkpointing)
+    assert flops.total == counter.flops
