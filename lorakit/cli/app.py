@@ -106,6 +106,39 @@ def quantize(
         )
 
 
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="folder, config.json or known name", show_default=False)],
+    memory: Annotated[str | None, typer.Option(help="limit, e.g. 24GB or 512MiB")] = None,
+    length: Annotated[int | None, typer.Option(help="tokens of the longest sequence")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a training setting, e.g. batch_size=8")
+    ] = None,
+    r: Annotated[int, typer.Option("-r", help="rank of the adapter")] = 16,
+    quant_type: Annotated[str, typer.Option(help="nf4, fp4 or none")] = "nf4",
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    dataset_tokens: Annotated[int | None, typer.Option(help="tokens of the training data, for the time")] = None,
+    flops_per_second: Annotated[float | None, typer.Option(help="that the machine reaches; default: measured")] = None,
+    price_per_hour: Annotated[float | None, typer.Option(help="of the machine, for the price")] = None,
+) -> None:
+    """Say what training will take, from a model's config.json alone: memory by part, operations, cost."""
+    from .. import planning
+    from ..adapters import LoraConfig
+    from ..training import TrainConfig
+    from .plan_table import print_plan
+
+    pairs = [setting.partition("=") for setting in set_ or []]
+    if wrong := [name for name, equals, _ in pairs if not equals]:
+        raise ConfigError(f"--set {wrong[0]}: expected KEY=VALUE, such as batch_size=8")
+    settings: dict[str, Any] = {name: value for name, _, value in pairs}
+    result = planning.plan(
+        model, LoraConfig(r=r), TrainConfig(**settings), quant_type=None if quant_type == "none" else quant_type,
+        sequence_length=length, device=device, memory=memory, dataset_tokens=dataset_tokens,
+        flops_per_second=flops_per_second, price_per_hour=price_per_hour,
+    )  # fmt: skip
+    print_plan(console, result)
+
+
 @data_app.command("build")
 def build(
     name: Annotated[str, typer.Argument(help="data set: chatterbot", show_default=False)],

@@ -12,9 +12,9 @@ import torch
 
 from ..errors import ConfigError
 
-# Python, PyTorch and what it imports for its first optimizer (torch._dynamo, 140 MiB), lorakit, and the kernels that
-# oneDNN generates for the shapes of a step: VmRSS of `measure_runtime`, with torch 2.13 for the CPU on Linux.
-CPU_RUNTIME = 480 << 20
+# Python, PyTorch, lorakit, and the kernels that oneDNN generates for the shapes of a step: VmRSS of `measure_runtime`,
+# with torch 2.13 for the CPU on Linux.
+CPU_RUNTIME = 304 << 20
 # A CUDA context with the kernels of PyTorch and its libraries. No GPU was measured: what NVIDIA's tools usually show.
 GPU_RUNTIME = 500 << 20
 # glibc serves tensors of up to 32 MiB from a heap in which it cannot always use the gaps again: the share by which the
