@@ -16,16 +16,13 @@ from .processes import Side, alternate, interpreter_mb, middle, step_seconds
 from .report import arguments, finish
 from .sides.without import WITHOUT
 
-NOT_SHOWN = "shared beginnings"
-
 
 def sides(folder: str, steps: int) -> dict[str, Side]:
     """Return the step with everything, and without each trick."""
     common = ("--model", folder, "--steps", str(steps))
     found = {"all": Side("with all", "bench.sides.lorakit_step", common)}
     for trick in WITHOUT:
-        if trick != NOT_SHOWN:
-            found[trick] = Side(f"without {trick}", "bench.sides.lorakit_step", (*common, "--without", trick))
+        found[trick] = Side(f"without {trick}", "bench.sides.lorakit_step", (*common, "--without", trick))
     return found
 
 

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from lorakit_kernels import cpu
-from lorakit_kernels.cpu import linear
 from torch import nn
 
 from lorakit.layers import lora_linear
-from lorakit.models import attention, decoder, loss
+from lorakit.models import attention, decoder
 from lorakit.training import optimizers
 
 
@@ -44,20 +43,10 @@ def _torch_adamw() -> None:
     optimizers.OPTIMIZERS["adamw"] = (torch.optim.AdamW, optimizers.OPTIMIZERS["adamw"][1])
 
 
-def _whole_weights() -> None:
-    linear._BAND = 1 << 40  # type: ignore[misc]
-
-
-def _every_beginning() -> None:
-    loss._LEAST_SAVED = 2.0  # type: ignore[misc]
-
-
 WITHOUT: dict[str, Callable[[], None]] = {
     "attention in blocks of queries": _whole_attention,
     "computing again what norms and SwiGLU gave": _keep_what_norms_and_activations_give,
     "q, k, v and gate, up together": _layers_one_by_one,
     "C++ between the products": _pytorch_between_the_products,
     "AdamW without the compiler": _torch_adamw,
-    "weights in bands": _whole_weights,
-    "shared beginnings": _every_beginning,
 }

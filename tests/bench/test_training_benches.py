@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from small_models import conversations, small_decoder, write_checkpoint
 
 from bench import memory, scaling, sft, step_7b, train_step
 from bench.make_llama import SMOLLM2, make_llama
-from bench.processes import Figures, Side
+from bench.processes import ROOT, Figures, Side
 from bench.sides import lorakit_sft, lorakit_step
 from bench.sides.common import digest
 from lorakit import load_records, load_tokenizer, save_records
@@ -146,3 +148,9 @@ def test_sizes_are_made_once(tmp_path: Path) -> None:
         assert pair["lorakit"].arguments[:2] == pair["PEFT"].arguments[:2]
     (folder,) = tmp_path.iterdir()
     assert json.loads((folder / "config.json").read_text())["vocab_size"] == VOCABULARY
+
+
+def test_every_trick_can_be_taken_out() -> None:
+    code = "from bench.sides.without import WITHOUT\nfor take_out in WITHOUT.values(): take_out()\nprint(len(WITHOUT))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert run.stdout.strip() == "5", run.stderr
