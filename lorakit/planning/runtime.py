@@ -19,8 +19,8 @@ CPU_RUNTIME = 304 << 20
 GPU_RUNTIME = 500 << 20
 # glibc serves tensors of up to 32 MiB from a heap in which it cannot always use the gaps again: the share by which the
 # heap outgrows what is in it. An estimate, not fitted: with checkpointing and 1,024 tokens or more it has been seen
-# to be too low, by 8 to 14% of the peak. (With MALLOC_MMAP_THRESHOLD_=131072 in the environment there is hardly any, and
-# every fresh tensor takes the time of its page faults.)
+# to be too low, by 8 to 14% of the peak. (With MALLOC_MMAP_THRESHOLD_=131072 in the environment there is hardly any,
+# and every fresh tensor takes the time of its page faults.)
 CPU_HEAP_WASTE = 0.2
 GPU_HEAP_WASTE = 0.0
 
