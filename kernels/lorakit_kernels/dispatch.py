@@ -31,7 +31,6 @@ from . import cpu, reference
 BACKENDS = ("reference", "cpu", "triton")  # the modules of this package that compute
 _TRITON_DEVICES = ("cuda", "xpu")  # ROCm's are called cuda too
 _chosen: ContextVar[str | None] = ContextVar("lorakit_backend", default=None)
-_requested = os.environ.get("LORAKIT_BACKEND")  # read once: in every call it would cost as much as a small kernel
 
 
 @contextlib.contextmanager
@@ -57,8 +56,8 @@ def backend(device: torch.device) -> ModuleType:
     """
     if name := _chosen.get():
         return _module(name)
-    if _requested:
-        return _module(_known(_requested, "LORAKIT_BACKEND"))
+    if name := os.environ.get("LORAKIT_BACKEND"):
+        return _module(_known(name, "LORAKIT_BACKEND"))
     if device.type in _TRITON_DEVICES and _has_triton():
         return _module("triton")
     return cpu if device.type == "cpu" and cpu.is_available() else reference

@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lorakit_kernels import cpu, reference_training
-from lorakit_kernels.cpu import loading
 from lorakit_kernels.reference_training import STATE_BLOCK_SIZE
 from torch import Tensor
 from torch.library import opcheck
@@ -68,7 +67,7 @@ def test_cpp_is_the_definition_bit_for_bit(
     p, g, state = problem
     found, expected = [p.clone(), *(t.clone() for t in state)], [p.clone(), *(t.clone() for t in state)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loading, "_requested", instruction_set)
+        patch.setenv("LORAKIT_CPU_ISA", instruction_set)
         cpu.adamw_8bit(found[0], g, *found[1:], SIGNED, UNSIGNED, *hyper, step)
     reference_training.adamw_8bit(expected[0], g, *expected[1:], SIGNED, UNSIGNED, *hyper, step)
     for ours, theirs in zip(found, expected, strict=True):

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lorakit_kernels import cpu, reference
-from lorakit_kernels.cpu import loading
 from lorakit_kernels.cpu.loading import threads
 from torch import Tensor
 
@@ -72,7 +71,7 @@ def assert_same(found: Tensor, expected: Tensor) -> None:
 def chosen_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute with the instruction set that the test is parametrized with."""
     if "instruction_set" in request.fixturenames:
-        monkeypatch.setattr(loading, "_requested", request.getfixturevalue("instruction_set"))
+        monkeypatch.setenv("LORAKIT_CPU_ISA", request.getfixturevalue("instruction_set"))
 
 
 @every_set
@@ -262,10 +261,10 @@ def test_nothing_is_read_or_written_behind_the_end_of_a_tensor() -> None:
 
 def test_the_choice_of_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
     x, boundaries = torch.randn(8), dynamic_map().boundaries
-    monkeypatch.setattr(loading, "_requested", "avx1024")
+    monkeypatch.setenv("LORAKIT_CPU_ISA", "avx1024")
     with pytest.raises(ValueError, match="'avx1024', expected one of generic, avx2, avx512"):
         cpu.quantize_8bit(x, boundaries, 32)
     if "avx512" not in SETS:
-        monkeypatch.setattr(loading, "_requested", "avx512")
+        monkeypatch.setenv("LORAKIT_CPU_ISA", "avx512")
         with pytest.raises(ValueError, match="this processor has"):
             cpu.quantize_8bit(x, boundaries, 32)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from lorakit_kernels import cpu, reference
-from lorakit_kernels.cpu import linear, loading, workspace
+from lorakit_kernels.cpu import linear, workspace
 from torch import Tensor
 
 from lorakit import quantize
@@ -26,7 +26,7 @@ dtypes = st.sampled_from(list(ROUNDING))
 def chosen_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute with the instruction set that the test is parametrized with."""
     if "instruction_set" in request.fixturenames:
-        monkeypatch.setattr(loading, "_requested", request.getfixturevalue("instruction_set"))
+        monkeypatch.setenv("LORAKIT_CPU_ISA", request.getfixturevalue("instruction_set"))
 
 
 def values_of(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:

@@ -21,7 +21,7 @@ BOOK, TABLE = codebook("nf4"), dynamic_map()
 
 @pytest.fixture(autouse=True)
 def no_override(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_requested", None)
+    monkeypatch.delenv("LORAKIT_BACKEND", raising=False)
 
 
 def test_the_device_chooses() -> None:
@@ -30,7 +30,7 @@ def test_the_device_chooses() -> None:
 
 
 def test_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_requested", "reference")
+    monkeypatch.setenv("LORAKIT_BACKEND", "reference")
     assert dispatch.backend(CPU) is reference
     with kernels.use_backend("cpu"):  # the nearer one wins
         assert dispatch.backend(CPU) is cpu
@@ -43,7 +43,7 @@ def test_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unknown_backends_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="backend 'cuda' does not exist"), kernels.use_backend("cuda"):
         pass
-    monkeypatch.setattr(dispatch, "_requested", "fast")
+    monkeypatch.setenv("LORAKIT_BACKEND", "fast")
     with pytest.raises(ValueError, match=r"LORAKIT_BACKEND 'fast' does not exist \(known: reference, cpu, triton\)"):
         kernels.quantize_8bit(torch.randn(8), TABLE.boundaries, 32)
 

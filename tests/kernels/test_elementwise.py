@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lorakit_kernels import cpu, training_ops
 from lorakit_kernels import reference_training as definition
-from lorakit_kernels.cpu import loading
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
@@ -29,7 +28,7 @@ SIZES = (1, 2, 3, 15, 16, 17, 64, 100, 577, 2049)
 
 @pytest.fixture(params=cpu.instruction_sets(), autouse=True)
 def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(loading, "_requested", request.param)
+    monkeypatch.setenv("LORAKIT_CPU_ISA", request.param)
     return str(request.param)
 
 
@@ -276,7 +275,7 @@ def test_threads_and_instruction_sets_do_not_show(dtype: torch.dtype, monkeypatc
             found.append(results(tokens, dtype))
     finally:
         torch.set_num_threads(before)
-    monkeypatch.setattr(loading, "_requested", "generic")
+    monkeypatch.setenv("LORAKIT_CPU_ISA", "generic")
     expected = results(tokens, dtype)
     for each in found:
         for ours, theirs in zip(each, expected, strict=True):

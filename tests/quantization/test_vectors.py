@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lorakit_kernels import cpu
+from lorakit_kernels import cpu, dispatch
 from safetensors.torch import load_file
 
 from lorakit.quantization import NestedScales, QuantizedWeight, dynamic_map, quantize
@@ -47,6 +47,9 @@ def test_bytes_and_values_are_those_of_the_vectors(
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    chosen = dispatch.backend(torch.device("cpu"))
+    assert chosen.__name__ == f"lorakit_kernels.{environment['LORAKIT_BACKEND']}"  # or nothing would be compared
+    assert chosen is not cpu or f"cpu-{environment['LORAKIT_CPU_ISA']}-" in cpu.library()._name
     assert differences(quant_type) == []
 
 

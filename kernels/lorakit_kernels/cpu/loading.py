@@ -19,7 +19,6 @@ import torch
 
 from .build import INSTRUCTION_SETS, BuildError, library_path
 
-_requested = os.environ.get("LORAKIT_CPU_ISA")  # read once: in every call it would cost as much as a small kernel
 _alone: ContextVar[bool] = ContextVar("lorakit_one_thread", default=False)
 _P, _N, _THREADS = c_void_p, c_int64, (c_void_p, c_uint)
 _WEIGHT = (*[_P] * 6, _N, _N)
@@ -42,7 +41,7 @@ SIGNATURES = {  # of every function of the library
 
 def is_available() -> bool:
     """Return whether the library is there, building it if need be; a failure is warned about, once."""
-    result = _attempt(_requested)
+    result = _attempt(os.environ.get("LORAKIT_CPU_ISA"))
     if isinstance(result, BuildError):
         _warn(str(result))
         return False
@@ -56,7 +55,7 @@ def library() -> CDLL:
         BuildError: it cannot be built or loaded.
         ValueError: LORAKIT_CPU_ISA names no instruction set, or one that the processor does not have.
     """
-    result = _attempt(_requested)
+    result = _attempt(os.environ.get("LORAKIT_CPU_ISA"))
     if isinstance(result, BuildError):
         raise result
     return result
