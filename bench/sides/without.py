@@ -1,12 +1,13 @@
 """What a training step of lorakit does to be fast and lean, and how to take each out again, for `bench.tricks`.
 
 Every entry replaces one thing by what it replaced, for the process that asks for it. Results stay the same but for
-rounding.
+rounding. A name that is no longer there is an error, lest nothing be taken out and the difference be noise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,29 +19,36 @@ from lorakit.models import attention, decoder
 from lorakit.training import optimizers
 
 
+def _replace(module: ModuleType, name: str, value: object) -> None:
+    if not hasattr(module, name):
+        raise AttributeError(f"{module.__name__} has no {name} to take out")
+    setattr(module, name, value)
+
+
 def _whole_attention() -> None:
-    attention._QUERY_BLOCK = 1 << 30  # type: ignore[misc]
+    _replace(attention, "QUERY_BLOCK", 1 << 30)
 
 
 def _keep_what_norms_and_activations_give() -> None:
     together = lora_linear.linear_together
-    decoder.linear_together = lambda x, *layers, again=None: together(x, *layers)  # type: ignore[attr-defined]
+    _replace(decoder, "linear_together", lambda x, *layers, again=None: together(x, *layers))
 
 
 def _layers_one_by_one() -> None:
     def one_by_one(x: torch.Tensor, *layers: nn.Module, again: Any = None) -> tuple[torch.Tensor, ...]:
         return tuple(lora_linear.linear_together(x, layer, again=again)[0] for layer in layers)
 
-    decoder.linear_together = one_by_one  # type: ignore[attr-defined]
+    _replace(decoder, "linear_together", one_by_one)
 
 
 def _pytorch_between_the_products() -> None:
     for name in ("rms_norm", "rms_norm_backward", "rope", "swiglu", "swiglu_backward", "cross_entropy"):
-        delattr(cpu, name)
+        _replace(cpu, name, None)
 
 
 def _torch_adamw() -> None:
-    optimizers.OPTIMIZERS["adamw"] = (torch.optim.AdamW, optimizers.OPTIMIZERS["adamw"][1])
+    _, settings = optimizers.OPTIMIZERS["adamw"]
+    optimizers.OPTIMIZERS["adamw"] = (torch.optim.AdamW, settings)
 
 
 WITHOUT: dict[str, Callable[[], None]] = {
