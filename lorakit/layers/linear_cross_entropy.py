@@ -56,6 +56,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if gradient is not None:  # the logits are now their own gradient
                 gradient[start : start + len(t)] = logits @ weight.to(hidden.dtype)
             start += len(t)
+            del logits  # or this chunk would still be there while the next one is made
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total.float()

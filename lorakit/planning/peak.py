@@ -130,9 +130,7 @@ def _logits(shape: ModelShape, batch: MicroBatch) -> int:
     if shape.head.rank:
         return batch.trained * vocabulary * (item + (FP32 if item < FP32 else 0) + FP32)
     rows = min(batch.trained, max(1, CHUNK_ELEMENTS // vocabulary))
-    chunk, of_chunk = rows * vocabulary * item, rows * shape.config.hidden_size * item
-    before = min(batch.trained - rows, rows) * vocabulary * item  # is let go when the next chunk is there
-    return hidden + chunk + max(before, of_chunk)
+    return hidden + rows * (vocabulary + shape.config.hidden_size) * item
 
 
 def _mlp_backward(layer: LayerShape, batch: MicroBatch) -> int:
