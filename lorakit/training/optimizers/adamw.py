@@ -23,6 +23,9 @@ class AdamW(Optimizer):
         lr, betas, eps, weight_decay: as for torch.optim.AdamW, with its defaults; a group may have its own.
 
     State of a parameter: step () fp32; exp_avg and exp_avg_sq, fp32 of its shape.
+
+    Raises:
+        TrainingError: a value is out of range.
     """
 
     def __init__(
@@ -33,6 +36,7 @@ class AdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
     ) -> None:
+        self._check(lr, betas, weight_decay, eps)
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def _take_step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:

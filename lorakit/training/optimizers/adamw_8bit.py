@@ -11,7 +11,6 @@ import torch
 from lorakit_kernels.reference_training import STATE_BLOCK_SIZE, adamw
 from torch import Tensor
 
-from ...errors import TrainingError
 from ...quantization import dynamic_map
 from .base import Optimizer
 
@@ -45,11 +44,7 @@ class AdamW8bit(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
     ) -> None:
-        if not (lr >= 0 and eps > 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
-            raise TrainingError(
-                "AdamW8bit needs lr >= 0, betas in [0, 1), eps > 0 and weight_decay >= 0; "
-                f"got lr={lr}, betas={betas}, eps={eps}, weight_decay={weight_decay}"
-            )
+        self._check(lr, betas, weight_decay, eps)
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def _take_step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import TrainingError
+
 
 class Optimizer(torch.optim.Optimizer):
     """A torch.optim.Optimizer that does not import torch.compile.
@@ -31,6 +33,14 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             self._take_step([parameter for parameter in group["params"] if parameter.grad is not None], group)
         return loss
+
+    def _check(self, lr: float, betas: tuple[float, float], weight_decay: float, eps: float = 1.0) -> None:
+        """Raise TrainingError where a setting is out of range, which would only show in what is learned."""
+        if not (lr >= 0 and eps > 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
+            raise TrainingError(
+                f"{type(self).__name__} needs lr >= 0, betas in [0, 1), eps > 0 and weight_decay >= 0; "
+                f"got lr={lr}, betas={betas}, eps={eps}, weight_decay={weight_decay}"
+            )
 
     def _take_step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         """Update the parameters of a group, all of which have a gradient."""

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import TrainingError
 from .base import Optimizer
 
 
@@ -37,11 +36,7 @@ class Lion(Optimizer):
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
     ) -> None:
-        if not (lr >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
-            raise TrainingError(
-                "Lion needs lr >= 0, betas in [0, 1) and weight_decay >= 0; "
-                f"got lr={lr}, betas={betas}, weight_decay={weight_decay}"
-            )
+        self._check(lr, betas, weight_decay)
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     def state_keys(self, parameter: Tensor) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from lorakit.errors import TrainingError
 from lorakit.training.optimizers import AdamW
 
 SHAPES = [(3,), (16, 70), (), (0, 4)]
@@ -46,6 +47,12 @@ def test_parameters_in_16_bits_have_fp32_moments() -> None:
     for ours, exact in zip(narrow, wide, strict=True):
         assert optimizers[0].state[ours]["exp_avg_sq"].dtype == torch.float32
         torch.testing.assert_close(ours, exact.bfloat16(), rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize("wrong", [{"lr": -1.0}, {"betas": (0.9, 1.0)}, {"eps": 0.0}, {"weight_decay": -0.1}])
+def test_values_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(TrainingError, match="AdamW needs lr >= 0"):
+        AdamW(parameters(torch.float32), **wrong)
 
 
 STEP = """
