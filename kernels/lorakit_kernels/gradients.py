@@ -30,28 +30,26 @@ def _register(name: str, backward: Callable[..., Any], setup: Callable[..., None
 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, packed, codebook, absmax, ctx.block_size, ctx.shape, nested, ctx.nested_block_size, bias, lora, ctx.scaling = (
-        inputs
-    )
+    _, packed, codebook, absmax, ctx.block_size, ctx.shape, nested, ctx.nested_block_size, _, lora, ctx.scaling = inputs
     ctx.save_for_backward(packed, codebook, absmax, *nested, *lora)
-    ctx.has_bias, ctx.has_lora, ctx.count = bias is not None, len(lora) > 0, len(nested)
+    ctx.count = len(nested)
 
 
 def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     packed, codebook, absmax, *rest = ctx.saved_tensors
     nested, lora = rest[: ctx.count], rest[ctx.count :]
-    dx = (
-        linear_4bit_dx(dy, packed, codebook, absmax, ctx.block_size, ctx.shape, nested, ctx.nested_block_size, [])
-        if ctx.needs_input_grad[0]
-        else None
-    )
     rows = dy.reshape(-1, dy.shape[-1])
-    bias = rows.sum(0) if ctx.has_bias else None
-    factors = None
-    if ctx.has_lora:
+    dx = bias = None
+    factors: list[Tensor] = []
+    if ctx.needs_input_grad[0]:
+        weight = packed, codebook, absmax, ctx.block_size, ctx.shape, nested, ctx.nested_block_size
+        dx = linear_4bit_dx(dy, *weight, [])
+    if ctx.needs_input_grad[8]:
+        bias = rows.sum(0)
+    if lora:
         u, lora_b = lora
         factors = [ctx.scaling * (dy @ lora_b), ctx.scaling * (rows.T @ u.reshape(-1, u.shape[-1]))]
-    return dx, None, None, None, None, None, [None] * ctx.count, None, bias, factors or [], None
+    return dx, None, None, None, None, None, [None] * ctx.count, None, bias, factors, None
 
 
 _register("linear_4bit", _linear_backward, _save_linear)

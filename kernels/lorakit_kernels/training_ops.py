@@ -1,8 +1,7 @@
 """The operations of `reference_training`, registered with torch.library as those of `dispatch` are.
 
-A backend need not have all of them: one that it lacks is computed by the definition. On the CPU that is the loss, where
-PyTorch's own log-softmax already works at the speed of memory. So are fp64 tensors, which gradients are checked with
-and no kernel takes.
+A backend need not have all of them: one that it lacks is computed by the definition. So are fp64 tensors, which
+gradients are checked with and no kernel takes.
 """
 
 from __future__ import annotations

@@ -78,7 +78,6 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
         self.checkpointing: Literal["none", "mlp", "layer"] = "none"
 
     def forward(self, x: Tensor, layout: Layout, rope: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:

@@ -33,7 +33,7 @@ _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-Wno-psa
 _FOLDER = Path(__file__).parent
 _SOURCES = ("ops.cpp", "matmul.cpp", "elementwise.cpp", "adamw.cpp")
 _HEADERS = ("blocks.h", "dequantize.h", "lanes.h", "products.h")
-_TIMEOUT = 300  # seconds; two are usual
+_TIMEOUT = 300  # seconds; five to ten are usual
 _OTHER_FOLDER = "LORAKIT_CACHE names another folder"
 
 

@@ -12,19 +12,20 @@
 
 namespace {
 
-constexpr int ROWS = 4;            // of W at a time
-constexpr int TOKENS = 6;          // at a time: 24 sums, in 32 registers (with 4 tokens 10% slower)
-constexpr int64_t WIDTH = 2048;    // columns at a time: in bf16 a piece takes 16 KiB, half of the first-level cache
-constexpr int AHEAD = 2 * ROWS;    // rows whose codes are fetched into the second-level cache, by the time they are read
-constexpr int MOST_TOKENS = 16;    // whose sums are kept over the columns; more take another pass over the codes
+constexpr int ROWS = 4;  // of W at a time
+constexpr int TOKENS = 6;  // at a time: 24 sums, in 32 registers (with 4 tokens 10% slower)
+constexpr int64_t WIDTH = 2048;  // columns at a time: in bf16 a piece takes 16 KiB, half of the first-level cache
+constexpr int AHEAD = 2 * ROWS;  // rows whose codes are fetched into the second-level cache, by the time they are read
+constexpr int MOST_TOKENS = 16;  // whose sums are kept over the columns; more take another pass over the codes
 
 float total(Floats lanes) {
 #if defined(__AVX512F__)
     return _mm512_reduce_add_ps(lanes);
-#endif
+#else
     float sum = 0;
     for (int lane = 0; lane < LANES; ++lane) sum += lanes[lane];
     return sum;
+#endif
 }
 
 template <class Number>
