@@ -1,0 +1,110 @@
+"""Exact algebra on updates of low rank, in O((out + in) r²): the (out, in) matrix itself is never formed.
+
+With the QR decompositions up = Qu Ru and downᵀ = Qd Rd the update is Qu (Ru Rdᵀ) Qdᵀ. Both Q have orthonormal columns,
+so norms, products and singular values of the update are those of the small matrix between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..errors import ShapeError
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The matrix up @ down, a LoRA update with its scaling already in one of its factors.
+
+    Shapes:
+        up (out, r); down (r, in); both of one dtype on one device. Take float64 where digits count: a singular value is
+        right to about the dtype's epsilon times the largest one. r may be 0 (the zero matrix) and may exceed out or in.
+
+    Raises:
+        ShapeError: the factors do not fit each other.
+    """
+
+    up: Tensor
+    down: Tensor
+
+    def __post_init__(self) -> None:
+        if self.up.ndim != 2 or self.down.ndim != 2 or self.up.shape[1] != self.down.shape[0]:
+            raise ShapeError(
+                f"up {tuple(self.up.shape)} and down {tuple(self.down.shape)} do not multiply: "
+                "expected (out, r) and (r, in)"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the update."""
+        return self.up.shape[0], self.down.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """Columns of `up`: an upper bound of the update's true rank."""
+        return self.up.shape[1]
+
+    @cached_property
+    def _reduced(self) -> tuple[Tensor, Tensor, Tensor]:
+        left, upper = torch.linalg.qr(self.up)
+        right, lower = torch.linalg.qr(self.down.T)
+        return left, upper @ lower.T, right  # update = left @ core @ right.T
+
+    @cached_property
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Singular vectors and values: U (out, k), S (k,) in falling order, Vh (k, in), with k = min(r, out, in)."""
+        left, core, right = self._reduced
+        u, s, vh = torch.linalg.svd(core, full_matrices=False)
+        return left @ u, s, vh @ right.T
+
+    @cached_property
+    def singular_values(self) -> Tensor:
+        """S of `svd` alone, (k,), in falling order; takes a fraction of its time."""
+        upper = torch.linalg.qr(self.up, mode="r").R
+        lower = torch.linalg.qr(self.down.T, mode="r").R
+        return torch.linalg.svdvals(upper @ lower.T)
+
+    def norm(self) -> Tensor:
+        """Frobenius norm, a scalar tensor."""
+        return self.singular_values.norm()
+
+    def dot(self, other: LowRank) -> Tensor:
+        """Inner product of two updates of one shape, sum of self * other: trace((up'ᵀ up) (down down'ᵀ))."""
+        self._check(other)
+        return ((other.up.T @ self.up) * (other.down @ self.down.T)).sum()
+
+    def scaled(self, factor: float) -> LowRank:
+        """Return factor * self."""
+        return LowRank(self.up * factor, self.down)
+
+    def __add__(self, other: LowRank) -> LowRank:
+        """Return the exact sum, of rank r + r'."""
+        self._check(other)
+        return LowRank(torch.cat([self.up, other.up], dim=1), torch.cat([self.down, other.down], dim=0))
+
+    def __sub__(self, other: LowRank) -> LowRank:
+        return self + other.scaled(-1.0)
+
+    def truncated(self, rank: int) -> LowRank:
+        """Return the nearest update of at most `rank` (Eckart-Young), its singular values shared by both factors."""
+        u, s, vh = self.svd
+        root = s[:rank].sqrt()
+        return LowRank(u[:, :rank] * root, root[:, None] * vh[:rank])
+
+    def dense(self) -> Tensor:
+        """Return the (out, in) matrix: for tests and small layers."""
+        return self.up @ self.down
+
+    def _check(self, other: LowRank) -> None:
+        if self.shape != other.shape:
+            raise ShapeError(f"updates of shapes {self.shape} and {other.shape} cannot be combined")
+
+
+def added(updates: Iterable[LowRank]) -> LowRank:
+    """Return the exact sum of at least one update, its rank the sum of theirs."""
+    ups, downs = zip(*((update.up, update.down) for update in updates), strict=True)
+    return LowRank(torch.cat(ups, dim=1), torch.cat(downs, dim=0))
