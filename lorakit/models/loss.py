@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Sequence
 
@@ -27,14 +28,20 @@ def summed_loss(model: nn.Module, input_ids: Tensor, targets: Tensor, lengths: S
         targets: (tokens,) int64, the next token, or negative where it is not trained.
     """
     if isinstance(model, Decoder):
-        input_ids, targets, lengths, shared = _share_prefix(input_ids, targets, lengths)
+        shared = 0
+        if model.rows is None:  # rows with adapters of their own compute even the same tokens differently
+            input_ids, targets, lengths, shared = _share_prefix(input_ids, targets, lengths)
         trained = targets >= 0
         # Rows that train nothing are dropped before the projection to the vocabulary: most rows, with prompts masked.
         hidden = model.hidden_states(input_ids, lengths, shared=shared)[trained]
         head = model.get_output_embeddings()  # a LoRALinear where the head is adapted
         if isinstance(head, nn.Linear) and not head.weight.requires_grad:
             return linear_cross_entropy(hidden, head.weight, targets[trained])
-        logits = head(hidden)
+        kept = contextlib.nullcontext()
+        if model.rows is not None:
+            kept = model.rows.laid_out([int(row.sum()) for row in trained.split(list(lengths))])
+        with kept:
+            logits = head(hidden)
     else:
         trained = targets >= 0
         logits = _padded_logits(model, input_ids, lengths)[trained]
