@@ -3,6 +3,7 @@
 from .attach import (
     adapter_configs,
     adapter_parameters,
+    adapter_parts,
     add_adapter,
     count_parameters,
     disable_adapters,
@@ -19,6 +20,7 @@ __all__ = [
     "MatchReport",
     "adapter_configs",
     "adapter_parameters",
+    "adapter_parts",
     "add_adapter",
     "count_parameters",
     "disable_adapters",
