@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import AdapterError
-from .state import adapter_parts, checked_names, state_of
+from .state import checked_names, known_parts, state_of
 
 _HOST = torch.device("cpu")
 
@@ -45,7 +45,7 @@ def onload_adapter(model: nn.Module, name: str | Sequence[str]) -> None:
 def move_in(model: nn.Module, names: Sequence[str]) -> None:
     """Move those of the adapters that are kept in host memory to their layers' device."""
     for name in state_of(model).on_host.intersection(names):
-        for part in adapter_parts(model, name):
+        for part in known_parts(model, name):
             device = next(part.base_layer.parameters()).device
             for parameter in part.parameters_of(name).values():
                 parameter.data = parameter.data.to(device, non_blocking=True)
@@ -56,6 +56,6 @@ def move_out(model: nn.Module) -> None:
     state = state_of(model)
     for name in state.on_host:
         if not state.in_use(name):
-            for part in adapter_parts(model, name):
+            for part in known_parts(model, name):
                 for parameter in part.parameters_of(name).values():
                     parameter.data = parameter.data.to(_HOST)

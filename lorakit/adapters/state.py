@@ -27,7 +27,8 @@ class AdapterState:
         disabled: how many `disable_adapters` contexts are open.
         rows: of the `use_rows` contexts that are open, the innermost last.
         on_host: names of the adapters that are kept in host memory while they are not in use.
-        parts, takers: modules of the model that hold adapters, or are told of rows; None: to be looked for.
+        parts, takers: modules of the model that hold adapters, or are told of rows; parts is None where they
+            have to be looked for.
     """
 
     configs: dict[str, LoraConfig] = field(default_factory=dict)
@@ -37,7 +38,7 @@ class AdapterState:
     rows: list[Rows] = field(default_factory=list)
     on_host: set[str] = field(default_factory=set)
     parts: list[AdapterPart] | None = None
-    takers: list[TakesRows] | None = None
+    takers: list[TakesRows] = field(default_factory=list)
 
     def in_use(self, name: str) -> bool:
         """Whether an adapter is active or some row's; it stays so while adapters are disabled."""
@@ -77,22 +78,27 @@ def checked_names(model: nn.Module, name: str | Sequence[str]) -> tuple[str, ...
     return names
 
 
-def adapter_parts(model: nn.Module, name: str | None = None) -> list[AdapterPart]:
-    """Return the modules that hold adapters, or hold adapter `name`, in model order."""
+def adapter_parts(model: nn.Module, name: str | None = None) -> dict[str, AdapterPart]:
+    """Return every module that stands in for another, path -> module: all, or those that carry adapter `name`."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, AdapterPart) and (name is None or name in module.names())
+    }
+
+
+def lora_layers(model: nn.Module, name: str | None = None) -> dict[str, AdaptedLayer]:
+    """Return the layers with low-rank updates, path -> layer: all of them, or those that carry adapter `name`."""
+    return {path: part for path, part in adapter_parts(model, name).items() if isinstance(part, AdaptedLayer)}
+
+
+def known_parts(model: nn.Module, name: str | None = None) -> list[AdapterPart]:
+    """Return what `adapter_parts` returns, remembered since an adapter was last attached or taken off."""
     state = state_of(model)
     if state.parts is None:
         state.parts = [module for module in model.modules() if isinstance(module, AdapterPart)]
         state.takers = [module for module in model.modules() if isinstance(module, TakesRows)]
     return [part for part in state.parts if name is None or name in part.names()]
-
-
-def lora_layers(model: nn.Module, name: str | None = None) -> dict[str, AdaptedLayer]:
-    """Return the adapted layers, path -> layer: all of them, or those that carry adapter `name`."""
-    return {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, AdaptedLayer) and (name is None or name in module.scaling)
-    }
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -107,10 +113,10 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 def apply_state(model: nn.Module) -> None:
     """Make the layers compute what the record says."""
     state = state_of(model)
-    parts = adapter_parts(model)
+    parts = known_parts(model)
     active = () if state.disabled else state.active
     rows = state.rows[-1] if state.rows and not state.disabled else None
     for part in parts:
         part.active = tuple(name for name in active if name in part.names())
-    for taker in state.takers or ():
+    for taker in state.takers:
         taker.rows = rows

@@ -15,7 +15,7 @@ from torch import nn
 from ..errors import AdapterError, did_you_mean
 from ..layers import BASE, Rows
 from .host_memory import move_in, move_out
-from .state import adapter_configs, adapter_parts, apply_state, checked_names, state_of
+from .state import adapter_configs, apply_state, checked_names, known_parts, state_of
 
 
 def set_adapter(model: nn.Module, name: str | Sequence[str]) -> None:
@@ -46,12 +46,20 @@ def set_trained(model: nn.Module, name: str | Sequence[str]) -> None:
     names = checked_names(model, name)
     state = state_of(model)
     if parked := [one for one in names if one in state.on_host]:
-        raise AdapterError(f"adapter '{parked[0]}' is kept in host memory; bring it back with onload_adapter to train it")
+        raise AdapterError(
+            f"adapter '{parked[0]}' is kept in host memory; bring it back with onload_adapter to train it"
+        )
     state.trained = names
-    for part in adapter_parts(model):
+    for part in known_parts(model):
         for one in part.names():
             for parameter in part.parameters_of(one).values():
                 parameter.requires_grad_(one in names)
+
+
+def idle_adapters(model: nn.Module) -> list[str]:
+    """Return the adapters that are to be trained but not active, nor any row's: no gradient reaches them."""
+    state = state_of(model)
+    return [name for name in state.trained if not state.in_use(name)]
 
 
 @contextlib.contextmanager
@@ -94,7 +102,7 @@ def use_rows(model: nn.Module, names: Sequence[str], lengths: Sequence[int] | No
         hint = did_you_mean(unknown[0], known)
         raise AdapterError(f"the model has no adapter '{unknown[0]}'{hint} (for a row there are: {', '.join(known)})")
     rows = Rows(names, lengths)
-    for part in adapter_parts(model):
+    for part in known_parts(model):
         if not part.supports_rows and (whole := [name for name in rows.adapters if name in part.names()]):
             kind = type(part).__name__
             raise AdapterError(f"adapter '{whole[0]}' changes a {kind}, which cannot differ from row to row")

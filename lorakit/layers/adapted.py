@@ -8,19 +8,22 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from .rows import TakesRows
 from .variants import VARIANTS, Variant
 
 
-class AdapterPart(nn.Module):
+class AdapterPart(TakesRows, nn.Module):
     """A module that stands in the place of a frozen one and holds, for each adapter, what is to be trained of it.
 
     Attributes:
         base_layer: the module whose place it took; its bytes are never changed.
         active: names of the adapters that take part in forward, in order.
+        supports_rows: whether its rows may use different adapters (`lorakit.layers.rows`).
     """
 
     base_layer: nn.Module
     active: tuple[str, ...]
+    supports_rows: bool = False
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()

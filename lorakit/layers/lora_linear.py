@@ -12,6 +12,7 @@ from torch.nn.functional import dropout, linear
 from ..errors import ShapeError
 from .adapted import AdaptedLayer
 from .linear4bit import Linear4bit, add_frozen_linear_dx, frozen_linear, frozen_linear_dx
+from .rows import add_row_updates
 
 
 class LoRALinear(AdaptedLayer):
@@ -30,6 +31,7 @@ class LoRALinear(AdaptedLayer):
     """
 
     base_layer: nn.Linear | Linear4bit
+    supports_rows = True
 
     def __init__(self, base_layer: nn.Linear | Linear4bit) -> None:
         super().__init__(base_layer, base_layer.in_features, base_layer.out_features)
@@ -48,6 +50,8 @@ class LoRALinear(AdaptedLayer):
         if self.can_fuse(x):
             return _fused(x, self)[0]
         y: Tensor = self.base_layer(x)
+        if self.rows is not None:
+            return add_row_updates(self, x, y, self.base_layer.bias)
         base = y
         for name in self.active:
             dropped = dropout(x, self.dropout_p[name], self.training)
@@ -65,7 +69,9 @@ class LoRALinear(AdaptedLayer):
 
     def can_fuse(self, x: Tensor) -> bool:
         """Return whether one function computes base and adapter: one active adapter, and nothing that forbids it."""
-        if len(self.active) != 1 or x.shape[-1] != self.in_features or self.variants[self.active[0]].name != "plain":
+        if self.rows is not None or len(self.active) != 1 or x.shape[-1] != self.in_features:
+            return False
+        if self.variants[self.active[0]].name != "plain":
             return False
         if torch.is_autocast_enabled(x.device.type):  # which picks the dtype of each product by itself
             return False

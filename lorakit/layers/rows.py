@@ -42,7 +42,7 @@ class Groups(NamedTuple):
     Attributes:
         adapters: those in use.
         blocks: (blocks,) int64, the adapter of each block, as its place in `adapters`; None: one block each, in order.
-        count: of the blocks.
+        number: of blocks.
         source: (blocks * length,) int64, the token in each place of the blocks; a place to spare repeats a token of the
             same adapter. None: the blocks, end to end, are the batch.
         tokens, places: (adapted tokens,) int64, where each token of the batch is among the blocks; places is None where
@@ -51,14 +51,14 @@ class Groups(NamedTuple):
 
     adapters: tuple[str, ...]
     blocks: Tensor | None
-    count: int
+    number: int
     source: Tensor | None
     tokens: Tensor
     places: Tensor | None
 
     def gather(self, x: Tensor) -> Tensor:
         """(tokens of the batch, features) -> (blocks, length, features)."""
-        return (x if self.source is None else x[self.source]).view(self.count, -1, x.shape[-1])
+        return (x if self.source is None else x[self.source]).view(self.number, -1, x.shape[-1])
 
     def of_block(self, stack: Tensor) -> Tensor:
         """(adapters, ...) -> (blocks, ...)."""
@@ -75,7 +75,7 @@ class Groups(NamedTuple):
 class _Stacks(NamedTuple):
     """The adapters of one layer, stacked and padded with zeros to the largest rank, in the dtype of the products.
 
-    down (adapters, r, in_features); up (adapters, out_features, r), scaled; gain (adapters, out_features), or None for 1
+    down (adapters, r, in_features); up (adapters, out_features, r), scaled; gain (adapters, out_features), None for 1
     """
 
     down: Tensor

@@ -173,8 +173,8 @@ class Decoder(TakesRows, nn.Module):
                 once; `lengths` are those of the rests. The results are as if each sequence had been given whole.
 
         Raises:
-            ShapeError: the shape does not fit, a sequence exceeds the context, or a token id the vocabulary. Or rows with
-                adapters of their own are to share tokens, or are not as many as the sequences.
+            ShapeError: the shape does not fit, a sequence exceeds the context, or a token id the vocabulary. Or, within
+                `use_rows`, the rows are not as many as the sequences, or are to share tokens.
         """
         layout = self._layout(input_ids, lengths, cache, shared)
         with self._rows_laid_out(input_ids, lengths, shared):

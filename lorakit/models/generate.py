@@ -66,7 +66,9 @@ def generate(
                 f"context of {model.config.context_length}"
             )
     if model.rows is not None and len(model.rows.names) != len(prompts):
-        raise DataError(f"use_rows names an adapter for {len(model.rows.names)} rows, but there are {len(prompts)} prompts")
+        raise DataError(
+            f"use_rows names an adapter for {len(model.rows.names)} rows, but there are {len(prompts)} prompts"
+        )
     sampler = _Sampler(temperature, top_p, seed, model.device)
     answers: list[list[int]] = [[] for _ in prompts]
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # alike lengths together: less padding

@@ -37,10 +37,7 @@ def summed_loss(model: nn.Module, input_ids: Tensor, targets: Tensor, lengths: S
         head = model.get_output_embeddings()  # a LoRALinear where the head is adapted
         if isinstance(head, nn.Linear) and not head.weight.requires_grad:
             return linear_cross_entropy(hidden, head.weight, targets[trained])
-        kept = contextlib.nullcontext()
-        if model.rows is not None:
-            kept = model.rows.laid_out([int(row.sum()) for row in trained.split(list(lengths))])
-        with kept:
+        with _trained_rows(model, trained, lengths):
             logits = head(hidden)
     else:
         trained = targets >= 0
@@ -79,6 +76,13 @@ def _share_prefix(
         return input_ids, targets, lengths, 0
     keep = torch.ones_like(input_ids, dtype=torch.bool).index_fill_(0, heads[1:, :shared].reshape(-1), False)
     return input_ids[keep], targets[keep], [length - shared for length in lengths], shared
+
+
+def _trained_rows(model: Decoder, trained: Tensor, lengths: Sequence[int]) -> contextlib.AbstractContextManager[None]:
+    """Tell an adapted head, where rows have adapters of their own, how many hidden states of each row it gets."""
+    if model.rows is None:
+        return contextlib.nullcontext()
+    return model.rows.laid_out([int(row.sum()) for row in trained.split(list(lengths))])
 
 
 def _padded_logits(model: nn.Module, input_ids: Tensor, lengths: Sequence[int]) -> Tensor:
