@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ..errors import ShapeError
@@ -73,14 +73,25 @@ class Groups(NamedTuple):
 
 
 class _Stacks(NamedTuple):
-    """The adapters of one layer, stacked and padded with zeros to the largest rank, in the dtype of the products.
+    """The adapters of layers that read one x, stacked: padded with zeros to the largest rank, in the products' dtype.
 
-    down (adapters, r, in_features); up (adapters, out_features, r), scaled; gain (adapters, out_features), None for 1
+    Attributes:
+        down: (adapters, sum of the layers' ranks, in_features).
+        ups: for each layer (adapters, out_features, rank), scaled.
+        gains: for each layer (adapters, out_features), or None for 1.
     """
 
     down: Tensor
-    up: Tensor
-    gain: Tensor | None
+    ups: list[Tensor]
+    gains: list[Tensor | None]
+
+
+class _Kept(NamedTuple):
+    """Stacks, the parameters they were made from, and how often each had been written to."""
+
+    stacks: _Stacks
+    parameters: list[nn.Parameter]
+    versions: list[int]
 
 
 class Rows:
@@ -96,7 +107,7 @@ class Rows:
         self.adapters = tuple(name for name in dict.fromkeys(names) if name != BASE)
         self.lengths = None if lengths is None else tuple(lengths)
         self._groups: dict[object, Groups | None] = {}  # by names, adapters carried, lengths and device
-        self._stacks: dict[AdaptedLayer, tuple[object, _Stacks]] = {}
+        self._kept: dict[object, _Kept] = {}  # by layers, adapters and dtype
 
     @contextlib.contextmanager
     def laid_out(self, lengths: Sequence[int] | None) -> Iterator[None]:
@@ -150,45 +161,66 @@ class Rows:
             )
         return (tokens // len(self.names),) * len(self.names)
 
-    def stacks(self, layer: AdaptedLayer, adapters: tuple[str, ...], dtype: torch.dtype) -> _Stacks:
-        """Return the adapters of a layer, stacked; without gradient they are kept until a parameter changes."""
+    def stacks(self, layers: Sequence[AdaptedLayer], adapters: tuple[str, ...], dtype: torch.dtype) -> _Stacks:
+        """Return the adapters of layers, stacked; without gradient they are kept until a parameter changes."""
         if torch.is_grad_enabled():
-            return _stacked(layer, adapters, dtype)
-        parameters = [p for name in adapters for p in layer.parameters_of(name).values()]
-        if any(parameter.is_inference() for parameter in parameters):  # whose changes nothing counts
-            return _stacked(layer, adapters, dtype)
-        key = adapters, dtype, [(id(parameter), parameter._version) for parameter in parameters]
-        if layer not in self._stacks or self._stacks[layer][0] != key:
-            self._stacks[layer] = key, _stacked(layer, adapters, dtype)
-        return self._stacks[layer][1]
+            return _stacked(layers, adapters, dtype)
+        key = tuple(layers), adapters, dtype
+        kept = self._kept.get(key)
+        if kept is None or kept.versions != [parameter._version for parameter in kept.parameters]:
+            parameters = [p for layer in layers for name in adapters for p in layer.parameters_of(name).values()]
+            stacks = _stacked(layers, adapters, dtype)
+            if any(parameter.is_inference() for parameter in parameters):  # no one counts what is written to these
+                return stacks
+            kept = self._kept[key] = _Kept(stacks, parameters, [parameter._version for parameter in parameters])
+        return kept.stacks
 
 
-def add_row_updates(layer: AdaptedLayer, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
-    """Return y = x Wᵀ + bias plus, for each row, the update of its own adapter.
+def linear_with_rows(x: Tensor, *layers: AdaptedLayer) -> tuple[Tensor, ...]:
+    """Apply linear layers that have `rows` to one x: for each row the base layer and the update of its own adapter.
 
-    Args:
-        layer: a linear layer with `rows`.
-        x: (..., in_features); y: (..., out_features).
+    Shapes:
+        x (..., in_features) -> for each layer (..., out_features)
 
     Raises:
         ShapeError: the rows cannot be told apart in a batch of x's shape.
     """
-    assert layer.rows is not None
-    groups = layer.rows.groups(x.shape[:-1], layer, x.device)
-    if groups is None:
-        return y
-    stacks = layer.rows.stacks(layer, groups.adapters, x.dtype)
+    rows = layers[0].rows
+    assert rows is not None
+    results = [layer.base_layer(x) for layer in layers]
+    found = [rows.groups(x.shape[:-1], layer, x.device) for layer in layers]
+    drops = any(layer.training and any(layer.dropout_p.values()) for layer in layers)
+    if drops or any(groups is not found[0] for groups in found):  # layer by layer, each with its own
+        parts = [(groups, [place]) for place, groups in enumerate(found)]
+    else:
+        parts = [(found[0], list(range(len(layers))))]
+    for groups, places in parts:
+        if groups is not None:
+            added = _with_updates(x, rows, groups, [layers[i] for i in places], [results[i] for i in places])
+            for place, result in zip(places, added, strict=True):
+                results[place] = result
+    return tuple(results)
+
+
+def _with_updates(
+    x: Tensor, rows: Rows, groups: Groups, layers: Sequence[AdaptedLayer], results: Sequence[Tensor]
+) -> Iterator[Tensor]:
+    """Return each layer's result with gain * (result + update), bias left out, in the rows of the adapters."""
+    stacks = rows.stacks(layers, groups.adapters, x.dtype)
     given = groups.gather(x.reshape(-1, x.shape[-1]))  # (blocks, length, in_features)
-    dropped = _dropped(given, layer, groups)
-    u = dropped @ groups.of_block(stacks.down).transpose(1, 2)  # (blocks, length, r)
-    update = u @ groups.of_block(stacks.up).transpose(1, 2)  # (blocks, length, out_features)
-    flat = y.reshape(-1, y.shape[-1])
-    if stacks.gain is not None:
-        gain = groups.of_block(stacks.gain)[:, None]
-        product = groups.gather(flat) if dropped is given else layer.base_layer(dropped)
-        product = product if bias is None else product - bias.to(product.dtype)
-        update = (gain - 1) * product + gain * update
-    return groups.add(flat, update).view(y.shape)
+    dropped = _dropped(given, layers[0], groups)
+    us = dropped @ groups.of_block(stacks.down).transpose(1, 2)  # (blocks, length, ranks)
+    widths = [up.shape[2] for up in stacks.ups]
+    for layer, y, u, up, gain in zip(layers, results, us.split(widths, 2), stacks.ups, stacks.gains, strict=True):
+        update = u @ groups.of_block(up).transpose(1, 2)  # (blocks, length, out_features)
+        flat = y.reshape(-1, y.shape[-1])
+        if gain is not None:
+            product = groups.gather(flat) if dropped is given else layer.base_layer(dropped)
+            bias = layer.base_layer.bias
+            product = product - bias.to(product.dtype) if isinstance(bias, Tensor) else product
+            gain = groups.of_block(gain)[:, None]
+            update = (gain - 1) * product + gain * update
+        yield groups.add(flat, update).view(y.shape)
 
 
 def _dropped(x: Tensor, layer: AdaptedLayer, groups: Groups) -> Tensor:
@@ -201,16 +233,23 @@ def _dropped(x: Tensor, layer: AdaptedLayer, groups: Groups) -> Tensor:
     return x * (kept / (1 - rate)).to(x.dtype)
 
 
-def _stacked(layer: AdaptedLayer, adapters: tuple[str, ...], dtype: torch.dtype) -> _Stacks:
+def _stacked(layers: Sequence[AdaptedLayer], adapters: tuple[str, ...], dtype: torch.dtype) -> _Stacks:
+    downs, ups, gains = zip(*(_stacked_layer(layer, adapters, dtype) for layer in layers), strict=True)
+    return _Stacks(downs[0] if len(downs) == 1 else torch.cat(downs, dim=1), list(ups), list(gains))
+
+
+def _stacked_layer(
+    layer: AdaptedLayer, adapters: tuple[str, ...], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
     factors = [layer.factors(name) for name in adapters]
     widest = max(len(down) for _, down in factors)
     down = torch.stack([_padded(down, 0, 0, 0, widest - len(down)) for _, down in factors]).to(dtype)
     up = torch.stack([_padded(up, 0, widest - up.shape[1]) for up, _ in factors]).to(dtype)
     gains = [layer.variants[name].gain(layer, name, dtype) for name in adapters]
     if all(gain is None for gain in gains):
-        return _Stacks(down, up, None)
+        return down, up, None
     ones = torch.ones(layer.out_features, device=down.device)
-    return _Stacks(down, up, torch.stack([ones if gain is None else gain for gain in gains]).to(dtype))
+    return down, up, torch.stack([ones if gain is None else gain for gain in gains]).to(dtype)
 
 
 def _padded(matrix: Tensor, *amounts: int) -> Tensor:
