@@ -100,7 +100,7 @@ def use_rows(model: nn.Module, names: Sequence[str], lengths: Sequence[int] | No
     known = [*adapter_configs(model), BASE]
     if unknown := [name for name in names if name not in known]:
         hint = did_you_mean(unknown[0], known)
-        raise AdapterError(f"the model has no adapter '{unknown[0]}'{hint} (for a row there are: {', '.join(known)})")
+        raise AdapterError(f"the model has no adapter '{unknown[0]}'{hint} (for a row: {', '.join(known)})")
     rows = Rows(names, lengths)
     for part in known_parts(model):
         if not part.supports_rows and (whole := [name for name in rows.adapters if name in part.names()]):
