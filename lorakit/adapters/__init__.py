@@ -13,14 +13,19 @@ from .attach import (
     set_adapter,
 )
 from .config import LoraConfig
+from .merge import merge_adapter, unmerge_adapter
+from .merge_report import LayerMerge, MergeReport
+from .merged_export import merge_checkpoint
 from .peft_files import load_adapter, read_adapter_config, save_adapter
 from .targeting import MatchReport
 
 __all__ = [
     "AdapterFolder",
     "AdapterLayer",
+    "LayerMerge",
     "LoraConfig",
     "MatchReport",
+    "MergeReport",
     "adapter_configs",
     "adapter_parameters",
     "adapter_parts",
@@ -29,9 +34,12 @@ __all__ = [
     "disable_adapters",
     "load_adapter",
     "lora_layers",
+    "merge_adapter",
+    "merge_checkpoint",
     "read_adapter_config",
     "read_adapter_folder",
     "remove_adapter",
     "save_adapter",
     "set_adapter",
+    "unmerge_adapter",
 ]

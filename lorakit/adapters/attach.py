@@ -46,7 +46,7 @@ def add_adapter(
         if not isinstance(module, LoRALinear):
             module = LoRALinear(layer)
             module.train(model.training)
-            _replace(model, layer, module)
+            replace_module(model, layer, module)
         scaling = config.scaling(report.ranks[path], alphas[path])
         is_neutral = config.init_lora_weights is not False
         module.add(name, report.ranks[path], scaling, config.lora_dropout, is_neutral, dtype, VARIANTS[config.variant])
@@ -122,7 +122,7 @@ def remove_adapter(model: nn.Module, name: str = "default") -> None:
     for layer in adapter_parts(model, name).values():
         layer.remove(name)
         if not layer.names():
-            _replace(model, layer, layer.base_layer)
+            replace_module(model, layer, layer.base_layer)
     del adapter_configs(model)[name]
 
 
@@ -143,7 +143,7 @@ def check_adapter(model: nn.Module, name: str) -> None:
         raise AdapterError(f"the model has no adapter '{name}'{did_you_mean(name, names)} (attached: {known})")
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put `new` wherever the model holds `old`: a layer may be shared by several parents."""
     for parent in list(model.modules()):
         for key, child in list(parent._modules.items()):

@@ -7,24 +7,22 @@ something else shares (a tied embedding) stays what it was, and unmerging is put
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..errors import AdapterError, did_you_mean
-from ..layers import AdaptedLayer, Embedding4bit, Linear4bit, ResidualLinear4bit
-from ..layers.quantized_module import QuantizedModule, frozen
-from ..models.checkpoint import Checkpoint
-from ..quantization import QuantizedWeight
-from .attach import adapter_configs, lora_layers
+from ..errors import AdapterError
+from ..layers import AdaptedLayer
+from ..models.config import DecoderConfig
+from .attach import adapter_configs, check_adapter, lora_layers, replace_module
 from .config import LoraConfig
-from .merge_base import Base, WrongBase, open_base, weight_from
-from .merge_report import LEAST_SHARE, LayerMerge, MergeReport
-from .merge_weights import MergedWeight, Update, least_rank, merged_4bit, merged_4bit_with_residual, merged_dense
+from .merge_base import Base
+from .merge_plan import Swap, plan_merge
+from .merge_report import LEAST_SHARE, MergeReport
 
 
 def merge_adapter(
@@ -69,12 +67,13 @@ def merge_adapter(
     """
     names = (name,) if isinstance(name, str) else tuple(dict.fromkeys(name))
     earlier = merged_state(model)
-    _check_names(model, names, earlier)
+    _check_names(model, names)
     if earlier is not None:
+        _check_reversal(model, earlier)
         _put_back(model, earlier)
     try:
         everything = (*(earlier.names if earlier else ()), *names)
-        swaps, report = _planned(model, everything, base, Wanted(quantize, residual_rank))
+        swaps, report = plan_merge(model, everything, base, quantize, residual_rank)
     except BaseException:
         if earlier is not None:
             _put_in(model, earlier)
@@ -102,35 +101,11 @@ def unmerge_adapter(model: nn.Module) -> None:
     state = merged_state(model)
     if state is None:
         raise AdapterError("nothing is merged into this model that could be undone")
-    if taken := [name for name in state.names if name in adapter_configs(model)]:
-        raise AdapterError(f"the model has a new adapter {_quoted(taken)}; remove it before the merged one comes back")
-    present = set(model.modules())
-    if gone := [swap.path for swap in state.swaps if swap.new not in present]:
-        raise AdapterError(f"{gone[0]} is not the layer that was merged; it was replaced since, nothing is undone")
+    _check_reversal(model, state)
     _put_back(model, state)
 
 
 # ---- what is kept of a merge -----------------------------------------------------------------------------------------
-
-
-@dataclass
-class Swap:
-    """One layer's exchange.
-
-    Attributes:
-        path: of the layer.
-        layer: the adapted layer.
-        old, new: its base layer before and after; the same module where only its weight is exchanged.
-        weights: (before, after) in that case.
-        parked: adapter name -> what the layer held of it, while the merge lasts.
-    """
-
-    path: str
-    layer: AdaptedLayer
-    old: nn.Module
-    new: nn.Module
-    weights: tuple[nn.Parameter, nn.Parameter] | None = None
-    parked: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass
@@ -167,6 +142,7 @@ def _put_in(model: nn.Module, state: MergeState) -> None:
             replace_module(model, swap.layer, swap.new)
     configs = adapter_configs(model)
     state.configs = {name: configs.pop(name) for name in state.names}
+    state.tied = _set_tied(model, False) if any(swap.parts for swap in state.swaps) else None
     model.lora_merged = state  # type: ignore[assignment]
 
 
@@ -179,20 +155,66 @@ def _put_back(model: nn.Module, state: MergeState) -> None:
             layer = swap.layer.train(swap.new.training)
             replace_module(model, swap.new, layer)
         if swap.weights is None:
-            layer.base_layer = swap.old.train(swap.new.training)
+            device = next(swap.new.parameters()).device  # the model may have been moved since
+            layer.base_layer = swap.old.train(swap.new.training).to(device)
         else:
-            swap.old.weight = swap.weights[0]
+            before, after = swap.weights
+            before.data = before.data.to(after.device, after.dtype)
+            swap.old.weight = before
         for name, tables in swap.parked.items():
             _unpark(layer, name, tables)
         swap.parked = {}
     adapter_configs(model).update(state.configs)
+    if state.tied is not None:
+        _set_tied(model, state.tied)
     del model.lora_merged
+
+
+def _set_tied(model: nn.Module, value: bool) -> bool | None:
+    """Set what the model's config says of a tied output head; return what it said, None where it says nothing."""
+    config = getattr(model, "config", None)
+    before: bool | None = getattr(config, "tie_word_embeddings", None)
+    if isinstance(config, DecoderConfig):
+        model.config = dataclasses.replace(config, tie_word_embeddings=value)  # type: ignore[assignment]
+    elif before is not None:
+        config.tie_word_embeddings = value  # type: ignore[union-attr]
+    return before
+
+
+def _check_names(model: nn.Module, names: Sequence[str]) -> None:
+    merged = merged_state(model)
+    if not names:
+        raise AdapterError("no adapter is named; nothing to merge")
+    for name in names:
+        if merged is not None and name in merged.names and name not in adapter_configs(model):
+            raise AdapterError(f"the adapter '{name}' is merged already; unmerge_adapter(model) takes it out again")
+        check_adapter(model, name)
+
+
+def _check_reversal(model: nn.Module, state: MergeState) -> None:
+    if taken := [name for name in state.names if name in adapter_configs(model)]:
+        raise AdapterError(
+            f"the model has a new adapter of the name of a merged one, {_quoted(taken)}; remove it, and the merged one "
+            "can come back"
+        )
+    present = set(model.modules())
+    if gone := [swap.path for swap in state.swaps if swap.new not in present]:
+        raise AdapterError(f"{gone[0]} is no longer the layer that was merged, so the merge cannot be undone")
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)
 
 
 def _park(layer: AdaptedLayer, name: str) -> dict[str, Any]:
     """Take an adapter off a layer; return all that the layer held of it, in whatever tables its variant has."""
-    parameters = {key: table[name] for key, table in layer.named_children() if _holds(table, name)}
-    values = {key: table[name] for key, table in vars(layer).items() if key[0] != "_" and _holds(table, name)}
+    tables = {key: table for key, table in layer.named_children() if isinstance(table, nn.ParameterDict)}
+    parameters = {key: table[name] for key, table in tables.items() if name in table}
+    values = {
+        key: table[name]
+        for key, table in vars(layer).items()
+        if key[0] != "_" and isinstance(table, dict) and name in table
+    }
     is_active = name in layer.active
     layer.remove(name)
     return {"parameters": parameters, "values": values, "active": is_active}
@@ -204,7 +226,3 @@ def _unpark(layer: AdaptedLayer, name: str, parked: Mapping[str, Any]) -> None:
     for key, value in parked["values"].items():
         getattr(layer, key)[name] = value
     layer.active += (name,) if parked["active"] else ()
-
-
-def _holds(table: object, name: str) -> bool:
-    return isinstance(table, dict | nn.ParameterDict) and name in table

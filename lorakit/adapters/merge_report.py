@@ -106,11 +106,12 @@ class MergeReport:
             for layer in (self.layers if layers is None else layers)
         ]  # fmt: skip
         widths = [max(len(row[place]) for row in [heads, *rows]) for place in range(len(heads))]
-        lines = []
-        for row in [heads, *rows]:
-            cells = [f"{c:<{w}}" if place < 2 else f"{c:>{w}}" for place, (c, w) in enumerate(zip(row, widths, strict=True))]
-            lines.append("  ".join(cells).rstrip())
-        return "\n".join(lines)
+        return "\n".join(
+            "  ".join(
+                f"{row[i]:<{width}}" if i < 2 else f"{row[i]:>{width}}" for i, width in enumerate(widths)
+            ).rstrip()
+            for row in [heads, *rows]
+        )
 
     def __str__(self) -> str:
         names = ", ".join(f"'{name}'" for name in self.names)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..layers import AdaptedLayer
 from ..quantization import QuantizedWeight, quantize
+from ..quantization.policy import WeightFormat
 from .low_rank import LowRank, added
-from .merge_report import share_of
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,14 @@ class MergedWeight:
         real: how far that is from the same storage of the base alone, in fp32 or better; the residual is included.
         how: in a few words, for the report.
         residual: the low-rank part that is kept beside a 4-bit weight.
+        limited: whether something was left out because of a limit on the residual's rank.
     """
 
     weight: Tensor | QuantizedWeight
     real: Tensor
     how: str
     residual: LowRank | None = None
+    limited: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -81,15 +83,15 @@ def merged_dense(base: Tensor, update: Tensor, dtype: torch.dtype, how: str) -> 
     return MergedWeight(weight, weight.to(update.dtype) - wide.to(dtype).to(update.dtype), how)
 
 
-def merged_4bit(base: Tensor, update: Tensor, like: QuantizedWeight, how: str) -> MergedWeight:
-    """Return quantize(base + update) in the format of `like`.
+def merged_4bit(base: Tensor, update: Tensor, form: WeightFormat, source_dtype: torch.dtype, how: str) -> MergedWeight:
+    """Return quantize(base + update).
 
     From a 16-bit base this keeps an update however small: a weight near the border of two codes tips over with a
     probability that grows with its update, so the codes follow it on average. A base that was dequantized lies in the
     middle of its codes, and none tips over.
     """
-    weight = quantized_like(base.to(update.dtype) + update, like)
-    before = quantized_like(base.to(update.dtype), like)
+    weight = quantized(base.to(update.dtype) + update, form, source_dtype)
+    before = quantized(base.to(update.dtype), form, source_dtype)
     return MergedWeight(weight, weight.dequantize(update.dtype) - before.dequantize(update.dtype), how)
 
 
@@ -116,13 +118,19 @@ def merged_4bit_with_residual(
     codes = quantized_like(base + update.dense, weight)
     missed = update.dense - (codes.dequantize(wide) - base)
     new = _with_residual(codes, base, _leading(missed, rank), rank, dtype, "4 bits, new codes")
-    return min(kept, new, key=lambda way: float((way.real - update.dense).norm()))
+    nearer = min(kept, new, key=lambda way: float((way.real - update.dense).norm()))
+    return replace(nearer, limited=True)
+
+
+def quantized(values: Tensor, form: WeightFormat, source_dtype: torch.dtype) -> QuantizedWeight:
+    """Quantize values in fp32; `source_dtype` is what the result says it was made from, as files record it."""
+    weight = quantize(values.float(), form.quant_type, form.block_size, form.double_quant)
+    return replace(weight, dtype=source_dtype)
 
 
 def quantized_like(values: Tensor, like: QuantizedWeight) -> QuantizedWeight:
-    """Quantize values in the format of another weight; the dtype it goes by is that of the other's source."""
-    values = values if values.dtype in (torch.float32, torch.bfloat16, torch.float16) else values.float()
-    return replace(quantize(values, like.quant_type, like.block_size, like.double_quant), dtype=like.dtype)
+    """Quantize values in the format of another weight."""
+    return quantized(values, WeightFormat(like.quant_type, like.block_size, like.double_quant), like.dtype)
 
 
 def least_rank(update: LowRank, share: float) -> int:
@@ -149,8 +157,3 @@ def _leading(matrix: Tensor, rank: int) -> LowRank:
         torch.manual_seed(0)  # the same merge gives the same bytes
         u, s, v = torch.svd_lowrank(matrix, q=min(rank + 8, *matrix.shape), niter=4)
     return LowRank(u[:, :rank] * s[:rank], v[:, :rank].T)
-
-
-def survived(merged: MergedWeight, update: Tensor) -> float:
-    """Return the share of an update that a merged weight has of it."""
-    return share_of(merged.real, update)

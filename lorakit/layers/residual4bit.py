@@ -17,8 +17,8 @@ class ResidualLinear4bit(Linear4bit):
 
         y = x @ (dequantize(W) + up @ down).T + bias
 
-    Merging into 4 bits makes it where there is no 16-bit weight to merge into: rounding would lose a small update whole,
-    and the low-rank part keeps it.
+    Merging into 4 bits makes it where there is no 16-bit weight to merge into: rounding would lose a small update
+    whole, and the low-rank part keeps it.
 
     Shapes:
         x (..., in_features) -> y (..., out_features); residual_up (out_features, k); residual_down (k, in_features)
@@ -53,11 +53,13 @@ class ResidualLinear4bit(Linear4bit):
         low_rank = self.residual_up.to(wide) @ self.residual_down.to(wide)
         return (self.quantized.dequantize(wide) + low_rank).to(dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        inner = x if self.compute_dtype is None else x.to(self.compute_dtype)
-        u = linear(inner, self.residual_down.to(inner.dtype))  # (..., k)
-        return y + linear(u, self.residual_up.to(inner.dtype)).to(y.dtype)
+    def add_residual(self, y: Tensor, x: Tensor) -> Tensor:
+        u = linear(x, self.residual_down.to(x.dtype))  # (..., k)
+        return y.add_(linear(u, self.residual_up.to(x.dtype)))
+
+    def add_residual_dx(self, dx: Tensor, dy: Tensor) -> Tensor:
+        t = dy @ self.residual_up.to(dy.dtype)  # (..., k)
+        return dx.add_(t @ self.residual_down.to(dy.dtype))
 
     def extra_repr(self) -> str:
         """Show the layer's geometry when it is printed."""
