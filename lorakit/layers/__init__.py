@@ -7,6 +7,7 @@ from .linear4bit import Linear4bit
 from .linear_cross_entropy import linear_cross_entropy, token_losses
 from .lora_linear import Again, LoRALinear, linear_together
 from .norm import RMSNorm
+from .residual4bit import ResidualLinear4bit
 from .rope import apply_rope, rope_frequencies, rope_tables
 from .rows import BASE, Rows, TakesRows
 from .swiglu import swiglu
@@ -23,6 +24,7 @@ __all__ = [
     "Linear4bit",
     "LoRALinear",
     "RMSNorm",
+    "ResidualLinear4bit",
     "Rows",
     "TakesRows",
     "Variant",
