@@ -1,37 +1,68 @@
-"""Attach adapters to a model, switch between them, and take them off: the base is never touched."""
+"""Attach adapters to a model and take them off: the base is never touched."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import AdapterError, did_you_mean
-from ..layers import Linear4bit, LoRALinear
+from ..errors import AdapterError
+from ..layers import BASE, VARIANTS, Linear4bit, LoRALinear
 from .config import LoraConfig
+from .inits import INITS
+from .state import (
+    adapter_configs,
+    adapter_parts,
+    check_adapter,
+    check_not_in_a_row,
+    forget_adapter,
+    lora_layers,
+    replace_module,
+    state_of,
+)
+from .switching import disable_adapters, set_adapter, set_trained
 from .targeting import MatchReport, linear_layers, match_modules, pattern_value
+
+__all__ = [
+    "adapter_configs",
+    "adapter_parameters",
+    "adapter_parts",
+    "add_adapter",
+    "check_adapter",
+    "count_parameters",
+    "disable_adapters",
+    "lora_layers",
+    "remove_adapter",
+    "replace_module",
+    "set_adapter",
+    "set_trained",
+]
 
 _NAMESPACE = nn.ParameterDict()  # A and B are its attributes under the adapter's name
 
 
 def add_adapter(
-    model: nn.Module, config: LoraConfig, name: str = "default", dtype: torch.dtype = torch.float32
+    model: nn.Module,
+    config: LoraConfig,
+    name: str = "default",
+    dtype: torch.dtype = torch.float32,
+    trained: bool = True,
 ) -> MatchReport:
-    """Attach a LoRA adapter, make it the active one and freeze everything else.
+    """Attach a LoRA adapter and make it the one that is active and the one that is trained.
 
     Layers are wrapped in place; their weights keep their bytes. Works on any model with nn.Linear or Linear4bit layers.
+    The first adapter freezes the whole model; later ones leave alone what is not an adapter's.
 
     Args:
         dtype: of the trainable A and B.
+        trained: False: frozen, and what was trained before stays so.
 
     Raises:
         AdapterError: the name is taken or not usable, or a target pattern matches nothing. The model is then unchanged.
     """
-    if not name or "." in name or hasattr(_NAMESPACE, name):
-        raise AdapterError(f"'{name}' cannot name an adapter: empty, with a dot, or a word that torch's modules use")
+    if not name or "." in name or hasattr(_NAMESPACE, name) or name == BASE:
+        raise AdapterError(f"'{name}' cannot name an adapter: empty, with a dot, or a word that is taken")
     if name in adapter_configs(model):
         raise AdapterError(f"the model already has an adapter '{name}'; remove it first or choose another name")
     report = MatchReport(name, match_modules(model, config))
@@ -45,101 +76,44 @@ def add_adapter(
         if not isinstance(module, LoRALinear):
             module = LoRALinear(layer)
             module.train(model.training)
-            _replace(model, layer, module)
+            replace_module(model, layer, module)
         scaling = config.scaling(report.ranks[path], alphas[path])
-        module.add(name, report.ranks[path], scaling, config.lora_dropout, config.init_lora_weights, dtype)
+        is_neutral = config.init_lora_weights is not False
+        module.add(name, report.ranks[path], scaling, config.lora_dropout, is_neutral, dtype, VARIANTS[config.variant])
+        if isinstance(config.init_lora_weights, str):
+            INITS[config.init_lora_weights](module, name)
+    if not adapter_configs(model):
+        model.requires_grad_(False)
     adapter_configs(model)[name] = config
     set_adapter(model, name)
+    set_trained(model, name if trained else state_of(model).trained)
     report.trainable = sum(parameter.numel() for parameter in adapter_parameters(model, name))
     report.total = count_parameters(model)
     return report
-
-
-def adapter_configs(model: nn.Module) -> dict[str, LoraConfig]:
-    """Return the model's adapters, name -> config; the dict lives on the model."""
-    if not hasattr(model, "lora_configs"):
-        model.lora_configs = {}  # type: ignore[assignment]
-    configs: dict[str, LoraConfig] = model.lora_configs  # type: ignore[assignment]
-    return configs
-
-
-def lora_layers(model: nn.Module, name: str | None = None) -> dict[str, LoRALinear]:
-    """Return the adapted layers, path -> layer: all of them, or those that carry adapter `name`."""
-    return {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, LoRALinear) and (name is None or name in module.lora_A)
-    }
-
-
-def set_adapter(model: nn.Module, name: str | Sequence[str]) -> None:
-    """Make one adapter, or the sum of several, active; only active adapters are trained.
-
-    Raises:
-        AdapterError: there is no adapter of that name.
-    """
-    names = (name,) if isinstance(name, str) else tuple(dict.fromkeys(name))
-    for one in names:
-        check_adapter(model, one)
-    model.requires_grad_(False)
-    for layer in lora_layers(model).values():
-        layer.active = tuple(one for one in names if one in layer.lora_A)
-        for one in layer.active:
-            layer.lora_A[one].requires_grad_(True)
-            layer.lora_B[one].requires_grad_(True)
-
-
-@contextlib.contextmanager
-def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the context the model computes as if no adapter were attached."""
-    layers = list(lora_layers(model).values())
-    active = [layer.active for layer in layers]
-    for layer in layers:
-        layer.active = ()
-    try:
-        yield model
-    finally:
-        for layer, names in zip(layers, active, strict=True):
-            layer.active = tuple(name for name in names if name in layer.lora_A)  # one may be gone by now
 
 
 def remove_adapter(model: nn.Module, name: str = "default") -> None:
     """Take an adapter off; a layer that carries no other becomes the very module object it was.
 
     Raises:
-        AdapterError: there is no adapter of that name.
+        AdapterError: there is no adapter of that name, or `use_rows` has given it to a row.
     """
     check_adapter(model, name)
-    for layer in lora_layers(model, name).values():
+    check_not_in_a_row(model, name)
+    for layer in adapter_parts(model, name).values():
         layer.remove(name)
-        if not layer.lora_A:
-            _replace(model, layer, layer.base_layer)
-    del adapter_configs(model)[name]
+        if not layer.names():
+            replace_module(model, layer, layer.base_layer)
+    forget_adapter(model, name)
 
 
 def adapter_parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
-    """Return the A and B matrices of one adapter, or of all, in model order."""
+    """Return the trained parameters of one adapter, or of all, in model order: A, B, and what its variant adds."""
     found: list[nn.Parameter] = []
-    for layer in lora_layers(model, name).values():
-        for one in [name] if name else list(layer.lora_A):
-            found += [layer.lora_A[one], layer.lora_B[one]]
+    for layer in adapter_parts(model, name).values():
+        for one in [name] if name else layer.names():
+            found += layer.parameters_of(one).values()
     return found
-
-
-def check_adapter(model: nn.Module, name: str) -> None:
-    """Raise AdapterError, naming the nearest, unless the model has adapter `name`."""
-    names = adapter_configs(model)
-    if name not in names:
-        known = ", ".join(names) or "none"
-        raise AdapterError(f"the model has no adapter '{name}'{did_you_mean(name, names)} (attached: {known})")
-
-
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` wherever the model holds `old`: a layer may be shared by several parents."""
-    for parent in list(model.modules()):
-        for key, child in list(parent._modules.items()):
-            if child is old and parent is not new:
-                setattr(parent, key, new)
 
 
 def count_parameters(model: nn.Module) -> int:

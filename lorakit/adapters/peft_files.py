@@ -33,6 +33,7 @@ _PREFIX = "base_model.model."
 _UNSUPPORTED = (
     "alora_invocation_tokens", "arrow_config", "fan_in_fan_out", "kasa_config", "layer_replication", "layers_pattern",
     "lora_bias", "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora",
+    "use_dora",
 )  # fmt: skip
 # Starts that take the adapter's first value out of the base: their files fit a base that nobody has any more.
 _BASE_CHANGING_INITS = ("corda", "loftq", "olora", "pissa")
@@ -77,8 +78,13 @@ def save_adapter(
     return folder
 
 
-def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> MatchReport:
-    """Attach an adapter from a PEFT folder and make it active, as `add_adapter` does.
+def load_adapter(
+    model: nn.Module, path: str | os.PathLike[str], name: str = "default", trained: bool = False
+) -> MatchReport:
+    """Attach an adapter from a PEFT folder and make it active.
+
+    Args:
+        trained: train it on. False, as for use: it is frozen, and what was trained before stays so.
 
     Raises:
         AdapterError: the name is taken, a target matches nothing, or the adapter needs a feature we do not have.
@@ -91,7 +97,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = "de
         raise AdapterError(f"the model already has an adapter '{name}'; remove it first or choose another name")
     tensors = _read_tensors(folder / WEIGHTS_FILE)
     _check_tensors(folder / WEIGHTS_FILE, tensors, _expected_shapes(model, config))
-    report = add_adapter(model, config, name)
+    report = add_adapter(model, config, name, trained=trained)
     with torch.no_grad():
         for module_path, layer in lora_layers(model, name).items():
             layer.lora_A[name].copy_(tensors[f"{_PREFIX}{module_path}.lora_A.weight"])

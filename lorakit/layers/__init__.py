@@ -1,19 +1,33 @@
 """Layers with hand-written forward and backward passes."""
 
+from .adapted import AdaptedLayer, AdapterPart
 from .embedding4bit import Embedding4bit
+from .in_use import AdaptersInUse
 from .linear4bit import Linear4bit
 from .linear_cross_entropy import linear_cross_entropy, token_losses
 from .lora_linear import Again, LoRALinear, linear_together
 from .norm import RMSNorm
+from .residual4bit import ResidualLinear4bit
 from .rope import apply_rope, rope_frequencies, rope_tables
+from .rows import BASE, Rows, TakesRows
 from .swiglu import swiglu
+from .variants import VARIANTS, Variant
 
 __all__ = [
+    "BASE",
+    "VARIANTS",
+    "AdaptedLayer",
+    "AdapterPart",
+    "AdaptersInUse",
     "Again",
     "Embedding4bit",
     "Linear4bit",
     "LoRALinear",
     "RMSNorm",
+    "ResidualLinear4bit",
+    "Rows",
+    "TakesRows",
+    "Variant",
     "apply_rope",
     "linear_cross_entropy",
     "linear_together",
