@@ -12,19 +12,28 @@ from .attach import (
     remove_adapter,
     set_adapter,
 )
+from .combine import CombineConfig, combine_adapters, combine_folders
 from .config import LoraConfig
 from .peft_files import load_adapter, read_adapter_config, save_adapter
+from .resize import ResizeConfig, resize_adapter, resize_folder
 from .targeting import MatchReport
+from .update_report import LayerUpdate, UpdateReport
 
 __all__ = [
     "AdapterFolder",
     "AdapterLayer",
+    "CombineConfig",
+    "LayerUpdate",
     "LoraConfig",
     "MatchReport",
+    "ResizeConfig",
+    "UpdateReport",
     "adapter_configs",
     "adapter_parameters",
     "adapter_parts",
     "add_adapter",
+    "combine_adapters",
+    "combine_folders",
     "count_parameters",
     "disable_adapters",
     "load_adapter",
@@ -32,6 +41,8 @@ __all__ = [
     "read_adapter_config",
     "read_adapter_folder",
     "remove_adapter",
+    "resize_adapter",
+    "resize_folder",
     "save_adapter",
     "set_adapter",
 ]

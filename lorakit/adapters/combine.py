@@ -1,18 +1,20 @@
 """Several adapters made one: their true updates are combined, not their factors.
 
 PEFT's "linear", "ties" and "dare" combine the A matrices and the B matrices apart, and multiply what comes out; the
-products of one adapter's B with another's A are then in the result. Here a layer's update is scaling · B A, whatever its
-factors, and what a rule gives is brought to a rank by the nearest matrix of that rank, its distance stated.
+products of one adapter's B with another's A are then in the result. Here a layer's update is scaling · B A, whatever
+its factors, and what a rule gives is brought to a rank by the nearest matrix of that rank, its distance stated.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import nn
 
 from ..errors import AdapterError
 from ..settings import Settings
@@ -20,6 +22,7 @@ from . import combine_rules as rules
 from .entrywise import BLOCK_ENTRIES, RowBlocks, project
 from .low_rank import LowRank
 from .update_report import LayerUpdate, UpdateReport
+from .updates import FolderUpdates, attach_updates, check_free, model_updates, write_updates
 
 Method = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 _BY_ENTRIES = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -170,3 +173,65 @@ def _check(path: str, found: Mapping[int, LowRank]) -> None:
     for index, update in found.items():
         if not all(torch.isfinite(factor).all() for factor in (update.up, update.down)):
             raise AdapterError(f"{path} of adapter {index + 1} holds inf or nan")
+
+
+def combine_adapters(
+    model: nn.Module,
+    weights: Mapping[str, float],
+    name: str,
+    method: Method = "linear",
+    *,
+    rank: int | None = None,
+    density: float | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> UpdateReport:
+    """Combine adapters of a model into a new one, which becomes the active one; they stay as they are.
+
+    Args:
+        weights: adapter -> weight, which may be negative. `{"tuned": 1, "before": -1}` is the difference of the two.
+        method, rank, density, seed: as in `CombineConfig`.
+        dtype: of the new A and B.
+
+    Raises:
+        AdapterError: an adapter is not there, is DoRA or holds more than low-rank updates; or the name is taken. The
+            model is then unchanged.
+        ConfigError: as `CombineConfig`.
+    """
+    config = CombineConfig(method=method, rank=rank, density=density, seed=seed)
+    check_free(model, name)
+    sources = [model_updates(model, source) for source in weights]
+    updates, report = combine_updates(sources, list(weights.values()), config, dtype)
+    attach_updates(model, updates, name, dtype)
+    return replace(report, title=_title(config, weights))
+
+
+def combine_folders(
+    weights: Mapping[str | os.PathLike[str], float],
+    path: str | os.PathLike[str],
+    method: Method = "linear",
+    *,
+    rank: int | None = None,
+    density: float | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> UpdateReport:
+    """Do the same with adapters in folders, without their model; the new one is written to `path`, as PEFT reads it.
+
+    Raises:
+        AdapterError: as `combine_adapters`, or the folder to write holds something that is not an adapter.
+        CheckpointError: a file is missing or broken.
+        StorageError: writing failed; what stood at `path` is untouched.
+    """
+    config = CombineConfig(method=method, rank=rank, density=density, seed=seed)
+    sources = [FolderUpdates(source) for source in weights]
+    updates, report = combine_updates(sources, list(weights.values()), config, dtype)
+    owners = {module: source.adapter for source in reversed(sources) for module in source}
+    write_updates(path, updates, owners, dtype)
+    return replace(report, title=_title(config, {os.fspath(source): weight for source, weight in weights.items()}))
+
+
+def _title(config: CombineConfig, weights: Mapping[str, float]) -> str:
+    terms = " + ".join(f"{weight:g} x {name}" for name, weight in weights.items())
+    density = f", density {config.density:g}" if config.density else ""
+    return f"{config.method}{density}: {terms}"

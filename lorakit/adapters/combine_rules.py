@@ -75,8 +75,8 @@ def summed(parts: Sequence[Rows], weights: Sequence[float]) -> Rows:
 def elected(parts: Sequence[Rows], weights: Sequence[float]) -> Rows:
     """Return for each entry the mean of those weight · part that have the sign of their sum; zeros have no sign.
 
-    "Elect" and "disjoint merge" of TIES (arXiv:2306.01708, section 3, steps 2 and 3); equal weights are its λ. Where the
-    sum is zero, so is the result.
+    "Elect" and "disjoint merge" of TIES (arXiv:2306.01708, section 3, steps 2 and 3); equal weights are its λ. Where
+    the sum is zero, so is the result.
     """
 
     def rows(start: int, stop: int) -> Tensor:

@@ -96,10 +96,11 @@ def project(matrix: RowBlocks, rank: int) -> Projection:
 
 
 def _row_space(matrix: RowBlocks, rank: int) -> Tensor:
-    """Return an orthonormal basis (columns, k) of a space that nearly holds the `rank` leading right singular vectors."""
+    """Return (columns, k), orthonormal: a space that nearly holds the `rank` leading right singular vectors."""
     like, columns = matrix.rows(0, 1), matrix.shape[1]
     start = torch.randn(columns, min(columns, rank + _OVERSAMPLING), generator=torch.Generator().manual_seed(0))
-    basis = fresh = torch.linalg.qr(start.to(like)).Q
+    basis: Tensor = torch.linalg.qr(start.to(like))[0]
+    fresh = basis
     images = fresh[:, :0]  # matrixᵀ matrix @ basis
     held = float("-inf")
     for _ in range(_MOST_PASSES):
@@ -134,9 +135,10 @@ def _beyond(basis: Tensor, block: Tensor) -> Tensor:
     vectors, sizes, _ = torch.linalg.svd(rest, full_matrices=False)
     noise = torch.finfo(block.dtype).eps * torch.linalg.matrix_norm(block)
     vectors = vectors[:, sizes > noise][:, : len(basis) - basis.shape[1]]
-    for _ in range(2):
-        vectors = torch.linalg.qr(vectors - basis @ (basis.T @ vectors)).Q
-    return vectors
+    fresh: Tensor = vectors
+    for _ in range(2):  # once leaves rounding noise that the next pass would enlarge
+        fresh = torch.linalg.qr(fresh - basis @ (basis.T @ fresh))[0]
+    return fresh
 
 
 def _squared(block: Tensor) -> float:

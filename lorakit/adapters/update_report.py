@@ -79,13 +79,13 @@ class UpdateReport:
             f"{len(present)} layers, ranks {spread}; {self.parameters:,} parameters, {self.parameters_before:,} before",
             f"relative error of the update: {self.error:.2e}",
         ]
-        worst = sorted(self.layers, key=lambda layer: -layer.error * layer.norm)[:5]
-        if self.error > 1e-6:
+        worst = sorted((layer for layer in self.layers if layer.error), key=lambda layer: -layer.error * layer.norm)
+        if worst:
             lines += ["most is missing in:"]
             lines += [
                 f"  {layer.path}: rank {' + '.join(map(str, layer.ranks_before))} -> {layer.rank}, "
                 f"error {layer.error:.2%} of the layer's update"
-                for layer in worst
+                for layer in worst[:5]
             ]
         if gone := len(self.layers) - len(present):
             lines.append(f"{gone} layers are not in the new adapter")
