@@ -4,6 +4,7 @@ from .adapter_folder import AdapterFolder, AdapterLayer, read_adapter_folder
 from .attach import (
     adapter_configs,
     adapter_parameters,
+    adapter_parts,
     add_adapter,
     count_parameters,
     disable_adapters,
@@ -22,6 +23,7 @@ __all__ = [
     "MatchReport",
     "adapter_configs",
     "adapter_parameters",
+    "adapter_parts",
     "add_adapter",
     "count_parameters",
     "disable_adapters",
