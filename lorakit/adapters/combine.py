@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from pathlib import Path
+from typing import Literal, TypeVar
 
 import torch
 from pydantic import Field, model_validator
@@ -25,6 +26,7 @@ from .update_report import LayerUpdate, UpdateReport
 from .updates import FolderUpdates, attach_updates, check_free, model_updates, write_updates
 
 Method = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
+_Path = TypeVar("_Path", str, Path, os.PathLike[str])
 _BY_ENTRIES = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 
 
@@ -207,7 +209,7 @@ def combine_adapters(
 
 
 def combine_folders(
-    weights: Mapping[str | os.PathLike[str], float],
+    weights: Mapping[_Path, float],
     path: str | os.PathLike[str],
     method: Method = "linear",
     *,

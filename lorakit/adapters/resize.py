@@ -51,25 +51,36 @@ def chosen_ranks(
     return {path: min(config.rank or 0, len(values)) for path, values in singular_values.items()}
 
 
+def plan_ranks(updates: Mapping[str, LowRank], config: ResizeConfig) -> UpdateReport:
+    """Return the rank of each layer and what it would miss of the update, from the singular values in float64."""
+    values: dict[str, Tensor] = {}
+    shapes: dict[str, tuple[int, int]] = {}
+    before: dict[str, int] = {}
+    for path, update in updates.items():  # one at a time, where they are on disk
+        values[path] = _float64(update).singular_values
+        shapes[path], before[path] = update.shape, update.rank
+    ranks = chosen_ranks(values, {path: sum(shape) for path, shape in shapes.items()}, config)
+    layers = []
+    for path, rank in ranks.items():
+        norm, missing = float(values[path].norm()), float(values[path][rank:].norm())
+        relative = missing / norm if norm else 0.0
+        layers.append(LayerUpdate(path, shapes[path], (before[path],), rank, norm, relative))
+    return UpdateReport(f"resized to {config}", layers)
+
+
 def resize_updates(
     updates: Mapping[str, LowRank], config: ResizeConfig, dtype: torch.dtype = torch.float32
 ) -> tuple[dict[str, LowRank], UpdateReport]:
     """Return the nearest update of the rank chosen for each layer (Eckart-Young), in `dtype`, and what it misses.
 
-    Computed in float64. A layer whose update already has no more than that rank keeps its factors.
+    Computed in float64. A layer that keeps its rank keeps its factors.
     """
-    values: dict[str, Tensor] = {}
-    prices: dict[str, int] = {}
-    for path, update in updates.items():
-        values[path], prices[path] = _float64(update).singular_values, sum(update.shape)
-    ranks = chosen_ranks(values, prices, config)
-    resized, layers = {}, []
-    for path, update in updates.items():  # read again where they are on disk, rather than kept
-        result, norm, error = truncate(_float64(update), ranks[path])
+    report = plan_ranks(updates, config)
+    resized = {}
+    for path, rank in report.ranks.items():
+        result = truncate(_float64(updates[path]), rank)[0]
         resized[path] = LowRank(result.up.to(dtype), result.down.to(dtype))
-        relative = error / norm if norm else 0.0
-        layers.append(LayerUpdate(path, update.shape, (update.rank,), result.rank, norm, relative))
-    return resized, UpdateReport(f"resized to {config}", layers)
+    return resized, report
 
 
 def resize_adapter(

@@ -78,7 +78,7 @@ def attach_updates(model: nn.Module, updates: Mapping[str, LowRank], name: str, 
 class FolderUpdates(Mapping[str, LowRank]):
     """Module path -> update of an adapter on disk; each is read when it is asked for.
 
-    Updates are (out, in), of an embedding (vocab, dim), of a convolution (out, in·kernel), in float32 or, where the
+    Updates are (out, in), of an embedding (dim, vocab), of a convolution (out, in·kernel), in float32 or, where the
     file has them so, float64.
 
     Raises:
@@ -163,19 +163,9 @@ def ranks_of(updates: Mapping[str, LowRank]) -> dict[str, int]:
 
 
 def _tensors(update: LowRank, like: AdapterLayer, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return a layer's tensors under PEFT's keys."""
-    up, down = update.up, update.down
-    if like.kind == "embedding":
-        pair = {"lora_embedding_A": up.T, "lora_embedding_B": down.T}
-    else:
-        up, down = (matrix.reshape(shape) for matrix, shape in ((up, _of_b(update, like)), (down, _of_a(update, like))))
-        pair = {"lora_A.weight": down, "lora_B.weight": up}
-    return {f"{_PREFIX}{like.path}.{key}": matrix.to("cpu", dtype).contiguous() for key, matrix in pair.items()}
-
-
-def _of_a(update: LowRank, like: AdapterLayer) -> tuple[int, ...]:
-    return (update.rank, *like.lora_A.shape[1:])
-
-
-def _of_b(update: LowRank, like: AdapterLayer) -> tuple[int, ...]:
-    return (like.lora_B.shape[0], update.rank, *like.lora_B.shape[2:])
+    """Return a layer's tensors under PEFT's keys, in the shapes that `like` has at its rank."""
+    down = update.down.reshape(update.rank, *like.lora_A.shape[1:])
+    up = update.up.reshape(like.lora_B.shape[0], update.rank, *like.lora_B.shape[2:])
+    keys = ("lora_embedding_A", "lora_embedding_B") if like.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
+    pair = zip(keys, (down, up), strict=True)
+    return {f"{_PREFIX}{like.path}.{key}": matrix.to("cpu", dtype).contiguous() for key, matrix in pair}
