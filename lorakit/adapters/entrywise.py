@@ -36,6 +36,13 @@ class RowBlocks:
         for start in range(0, self.shape[0], height):
             yield self.rows(start, min(start + height, self.shape[0]))
 
+    def kept_if_small(self) -> RowBlocks:
+        """Return the same matrix, made once and kept if it is one block: as much memory, and no second making."""
+        if self.shape[0] * self.shape[1] > self.entries:
+            return self
+        whole = self.rows(0, self.shape[0])
+        return RowBlocks(self.shape, lambda start, stop: whole[start:stop], self.entries)
+
 
 def kth_magnitude(matrix: RowBlocks, k: int) -> float:
     """Return the k-th largest absolute value of a float32 or float64 matrix, k from 1, exactly.
@@ -43,6 +50,7 @@ def kth_magnitude(matrix: RowBlocks, k: int) -> float:
     The bits of non-negative floats stand in the order of the floats. So this is a search for an integer, its highest
     digits first: each pass counts the next 16 bits of those entries that begin as the answer does.
     """
+    matrix = matrix.kept_if_small()
     dtype = next(iter(matrix)).dtype
     integer = torch.int32 if dtype == torch.float32 else torch.int64
     begin, left = 0, k
@@ -84,6 +92,7 @@ def project(matrix: RowBlocks, rank: int) -> Projection:
 
     Memory: a block of rows and its masks, and up to (rows + 2 columns, passes * (rank + 8)) numbers.
     """
+    matrix = matrix.kept_if_small()
     space = _row_space(matrix, rank)
     parts, squared_norm, outside = [], 0.0, 0.0
     for block in matrix:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lorakit.adapters import combine
 from lorakit.adapters import combine_rules as rules
 from lorakit.adapters.combine import CombineConfig, combine_updates
 from lorakit.adapters.entrywise import RowBlocks, kth_magnitude, project
@@ -184,6 +185,7 @@ def test_dare_at_density_one_is_the_exact_sum() -> None:
     assert report.error == 0
 
 
+@settings(max_examples=80)
 @given(
     st.integers(1, 40),
     st.integers(1, 12),
@@ -234,6 +236,27 @@ def test_masks_do_not_need_the_whole_matrix() -> None:
 
     project(RowBlocks((100, 30), counted, entries=90), 3)
     assert max(seen) == 90
+
+
+@pytest.mark.parametrize("shape", [(30, 12), (12, 30)], ids=str)
+@pytest.mark.parametrize("method", ["ties", "magnitude_prune"])
+def test_many_blocks_give_what_one_gives(method: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = [{"x": random_update(*shape, 3, seed)} for seed in range(2)]
+    config = CombineConfig(method=method, density=0.3, rank=4)
+    one, report = combine_updates(sources, [1.0, -0.5], config, dtype=F64)
+    monkeypatch.setattr(combine, "BLOCK_ENTRIES", 100)
+    many, again = combine_updates(sources, [1.0, -0.5], config, dtype=F64)
+    torch.testing.assert_close(many["x"].dense(), one["x"].dense(), rtol=0, atol=1e-9)
+    assert again.error == pytest.approx(report.error, rel=1e-9)
+
+
+def test_dare_in_many_blocks_draws_each_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(combine, "BLOCK_ENTRIES", 200)
+    update = LowRank(torch.ones(40, 1, dtype=F64), torch.ones(1, 20, dtype=F64))
+    config = CombineConfig(method="dare_linear", density=0.5, rank=20)
+    result, _ = combine_updates([{"x": update}], [1.0], config, dtype=F64)
+    blocks = (result["x"].dense() > 1).split(10)
+    assert len({tuple(block.flatten().tolist()) for block in blocks}) == 4
 
 
 def test_what_cannot_be_combined_is_refused() -> None:
