@@ -13,6 +13,7 @@ from .attach import (
     set_adapter,
     set_trained,
 )
+from .combine import CombineConfig, combine_adapters, combine_folders
 from .config import LoraConfig
 from .host_memory import offload_adapter, onload_adapter
 from .hot_swap import swap_adapter
@@ -20,24 +21,32 @@ from .merge import merge_adapter, unmerge_adapter
 from .merge_report import LayerMerge, MergeReport
 from .merged_export import merge_checkpoint
 from .peft_files import load_adapter, read_adapter_config, save_adapter
+from .resize import ResizeConfig, resize_adapter, resize_folder
 from .status import AdapterInfo, AdapterStatus, adapter_status
 from .switching import idle_adapters, use_rows
 from .targeting import MatchReport
+from .update_report import LayerUpdate, UpdateReport
 
 __all__ = [
     "AdapterFolder",
     "AdapterInfo",
     "AdapterLayer",
     "AdapterStatus",
+    "CombineConfig",
     "LayerMerge",
+    "LayerUpdate",
     "LoraConfig",
     "MatchReport",
     "MergeReport",
+    "ResizeConfig",
+    "UpdateReport",
     "adapter_configs",
     "adapter_parameters",
     "adapter_parts",
     "adapter_status",
     "add_adapter",
+    "combine_adapters",
+    "combine_folders",
     "count_parameters",
     "disable_adapters",
     "idle_adapters",
@@ -50,6 +59,8 @@ __all__ = [
     "read_adapter_config",
     "read_adapter_folder",
     "remove_adapter",
+    "resize_adapter",
+    "resize_folder",
     "save_adapter",
     "set_adapter",
     "set_trained",

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import ConfigError, did_you_mean
+from .combine import combine, resize
 from .merge import merge
 
 app = typer.Typer(
@@ -23,6 +24,9 @@ data_app = typer.Typer(help="Build and look at training data.", no_args_is_help=
 app.add_typer(data_app, name="data")
 app.command()(merge)
 console = Console(highlight=False, emoji=False)  # text is shown as it is: ":key:" must not become a picture
+
+app.command()(combine)
+app.command()(resize)
 
 RunFolder = Annotated[Path, typer.Argument(help="folder of a finished run", show_default=False)]
 

@@ -1,0 +1,1 @@
+"""Inspection: what an adapter did, read from its matrices."""
