@@ -12,7 +12,8 @@ from .attach import (
     set_adapter,
 )
 from .config import LoraConfig
-from .peft_files import load_adapter, read_adapter_config, save_adapter
+from .peft_config import read_adapter_config
+from .peft_files import load_adapter, save_adapter
 from .targeting import MatchReport
 
 __all__ = [
