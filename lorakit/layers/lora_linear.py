@@ -13,6 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ..errors import ShapeError
 from .adapted import AdaptedLayer
 from .linear4bit import Linear4bit, add_frozen_linear_dx, frozen_linear, frozen_linear_dx, is_conv1d
+from .rows import linear_with_rows
 
 _ROWS = 64  # of (rows, columns) that are cast up at a time, so that they stay in the cache
 
@@ -62,19 +63,26 @@ class LoRALinear(AdaptedLayer):
     def project(self, matrix: Tensor) -> Tensor:
         return frozen_linear(self.base_layer, matrix, None)
 
+    def supports_rows(self, name: str) -> bool:
+        return self.delta_bias(name) is None
+
     def low_rank(self, lora_a: Tensor, lora_b: Tensor, x: Tensor) -> Tensor:
         return linear(linear(x, lora_a.to(x.dtype)), lora_b.to(x.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features:
             raise ShapeError(f"LoRALinear({self.in_features} -> {self.out_features}) got x of shape {tuple(x.shape)}")
-        return _fused(x, self)[0] if self.can_fuse(x) else self.with_updates(self.base_layer(x), x)
+        if self.can_fuse(x):
+            return _fused(x, self)[0]
+        if self.rows is not None:
+            return linear_with_rows(x, self)[0]
+        return self.with_updates(self.base_layer(x), x)
 
     def can_fuse(self, x: Tensor) -> bool:
         """Return whether one function computes base and adapter: one active adapter, and nothing that forbids it."""
-        if len(self.active) != 1 or x.shape[-1] != self.in_features or "trained_bias" in self._modules:
+        if self.rows is not None or len(self.active) != 1 or x.shape[-1] != self.in_features:
             return False
-        if not self.variants[self.active[0]].is_fused:
+        if not self.variants[self.active[0]].is_fused or "trained_bias" in self._modules:
             return False
         if torch.is_autocast_enabled(x.device.type):  # which picks the dtype of each product by itself
             return False
@@ -95,8 +103,11 @@ def linear_together(x: Tensor, *layers: nn.Module, again: Again | None = None) -
     Where all are LoRA layers, their adapters' products with x, and with its gradient, are one product each. With
     `again` they do not keep x for the backward pass but compute it anew: cheap for what a norm or an activation gave.
     """
-    if all(isinstance(layer, LoRALinear) and layer.can_fuse(x) and not _has_hooks(layer) for layer in layers):
-        return _fused(x, *(layer for layer in layers if isinstance(layer, LoRALinear)), again=again)
+    adapted = [layer for layer in layers if isinstance(layer, LoRALinear) and not _has_hooks(layer)]
+    if len(adapted) == len(layers) and all(layer.can_fuse(x) for layer in adapted):
+        return _fused(x, *adapted, again=again)
+    if len(adapted) == len(layers) and all(layer.rows is not None for layer in adapted):
+        return linear_with_rows(x, *adapted)
     return tuple(layer(x) for layer in layers)
 
 
