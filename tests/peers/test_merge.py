@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorakit import Decoder, Linear4bit, LoraConfig, add_adapter, load_adapter, load_model, merge_adapter, save_adapter
+from lorakit import Decoder, Linear4bit, LoraConfig, add_adapter, load_adapter, load_model, merge_adapter
 from lorakit.adapters import lora_layers, merge_checkpoint
 from lorakit.adapters.merge_report import share_of
 from lorakit.quantization.policy import QuantConfig
