@@ -16,7 +16,8 @@ from .config import LoraConfig
 from .merge import merge_adapter, unmerge_adapter
 from .merge_report import LayerMerge, MergeReport
 from .merged_export import merge_checkpoint
-from .peft_files import load_adapter, read_adapter_config, save_adapter
+from .peft_config import read_adapter_config
+from .peft_files import load_adapter, save_adapter
 from .targeting import MatchReport
 
 __all__ = [

@@ -4,55 +4,62 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError, did_you_mean
-from ..layers import VARIANTS, AdaptedLayer, AdapterPart, Linear4bit, LoRALinear
+from ..layers import AdaptedLayer, AdapterPart
+from ..layers.quantized_module import QuantizedModule
 from .config import LoraConfig
-from .inits import INITS
-from .targeting import MatchReport, linear_layers, match_modules, pattern_value
+from .inits import find_init
+from .placing import place
+from .targeting import MatchReport
 
 _NAMESPACE = nn.ParameterDict()  # A and B are its attributes under the adapter's name
 
 
 def add_adapter(
-    model: nn.Module, config: LoraConfig, name: str = "default", dtype: torch.dtype = torch.float32
+    model: nn.Module,
+    config: LoraConfig,
+    name: str = "default",
+    dtype: torch.dtype = torch.float32,
+    losses: Iterable[Tensor] | None = None,
+    sources: Mapping[str, Tensor] | None = None,
+    is_strict: bool = True,
 ) -> MatchReport:
     """Attach a LoRA adapter, make it the active one and freeze everything else.
 
-    Layers are wrapped in place; their weights keep their bytes. Works on any model with nn.Linear or Linear4bit layers.
+    Layers are wrapped in place; their weights keep their bytes. Works on any model whose layers are linear (nn.Linear,
+    Linear4bit, GPT-2's Conv1D), embeddings or convolutions.
 
     Args:
-        dtype: of the trainable A and B.
+        dtype: of the trained parameters.
+        losses: for the starts "eva" and "lora_ga": gives the loss of one batch of examples after another, as
+            `(loss(model, batch) for batch in batches)`; taking the next one runs the model.
+        sources: for the start "loftq": the weights before they were quantized, "<path of the layer>.weight" -> tensor.
+        is_strict: refuse keys of rank_pattern and alpha_pattern, and layer numbers, that match nothing.
 
     Raises:
-        AdapterError: the name is taken or not usable, or a target pattern matches nothing. The model is then unchanged.
+        AdapterError: the name is taken or not usable, or a pattern matches nothing. The model is then unchanged.
     """
-    if not name or "." in name or hasattr(_NAMESPACE, name):
-        raise AdapterError(f"'{name}' cannot name an adapter: empty, with a dot, or a word that torch's modules use")
-    if name in adapter_configs(model):
-        raise AdapterError(f"the model already has an adapter '{name}'; remove it first or choose another name")
-    report = MatchReport(name, match_modules(model, config))
-    wanted = {path for paths in report.matched.values() for path in paths}
-    # In model order, so that the random init is repeatable.
-    layers = {path: layer for path, layer in linear_layers(model).items() if path in wanted}
-    report.ranks = {path: pattern_value(config.rank_pattern, path, config.r) for path in layers}
-    alphas = {path: pattern_value(config.alpha_pattern, path, config.lora_alpha) for path in layers}
-    for path, layer in layers.items():  # from here on nothing can fail
-        module = model.get_submodule(path)
-        if not isinstance(module, LoRALinear):
-            module = LoRALinear(layer)
-            module.train(model.training)
-            replace_module(model, layer, module)
-        scaling = config.scaling(report.ranks[path], alphas[path])
-        is_neutral = config.init_lora_weights is not False
-        module.add(name, report.ranks[path], scaling, config.lora_dropout, is_neutral, dtype, VARIANTS[config.variant])
-        if isinstance(config.init_lora_weights, str):
-            INITS[config.init_lora_weights](module, name)
+    check_name(model, name)
+    report = MatchReport(name)
+    placements = place(model, config, report, is_strict)
+    start = find_init(config, losses, sources)
+    for placement in placements:  # from here on only a start from data can fail
+        if not placement.part.names():
+            replace_module(model, placement.part.base_layer, placement.part)
+            placement.part.train(model.training)
+        placement.attach(name, dtype)
     adapter_configs(model)[name] = config
+    if start is not None:
+        try:
+            start(lora_layers(model, name), name)
+        except BaseException:
+            remove_adapter(model, name)
+            raise
     set_adapter(model, name)
     report.trainable = sum(parameter.numel() for parameter in adapter_parameters(model, name))
     report.total = count_parameters(model)
@@ -135,6 +142,14 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> list[nn.Par
     return found
 
 
+def check_name(model: nn.Module, name: str) -> None:
+    """Raise AdapterError unless `name` can be that of one more adapter of the model."""
+    if not name or "." in name or hasattr(_NAMESPACE, name):
+        raise AdapterError(f"'{name}' cannot name an adapter: empty, with a dot, or a word that torch's modules use")
+    if name in adapter_configs(model):
+        raise AdapterError(f"the model already has an adapter '{name}'; remove it first or choose another name")
+
+
 def check_adapter(model: nn.Module, name: str) -> None:
     """Raise AdapterError, naming the nearest, unless the model has adapter `name`."""
     names = adapter_configs(model)
@@ -156,9 +171,10 @@ def count_parameters(model: nn.Module) -> int:
     count, seen = 0, set[int]()
     for module in model.modules():
         own: list[tuple[Tensor, int]] = [(p, p.numel()) for p in module.parameters(recurse=False)]
-        if isinstance(module, Linear4bit):
-            own = [(module.packed, math.prod(module.quantized.shape))]
-            own += [(module.bias, module.bias.numel())] if module.bias is not None else []
+        if isinstance(module, QuantizedModule):
+            own = [(module.packed, math.prod(module.weight_shape))]
+            bias = getattr(module, "bias", None)
+            own += [(bias, bias.numel())] if bias is not None else []
         count += sum(size for tensor, size in own if id(tensor) not in seen)
         seen.update(id(tensor) for tensor, _ in own)
     return count

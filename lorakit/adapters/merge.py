@@ -13,12 +13,11 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..errors import AdapterError
-from .host_memory import move_in, move_out
+from .attach import adapter_configs, check_adapter
 from .merge_base import Base
 from .merge_plan import plan_merge
 from .merge_report import LEAST_SHARE, MergeReport
 from .merge_swaps import check_reversal, merged_state, put_back, put_in
-from .state import adapter_configs, check_adapter, state_of
 
 
 def merge_adapter(
@@ -69,14 +68,11 @@ def merge_adapter(
         put_back(model, earlier)
     try:
         everything = (*(earlier.names if earlier else ()), *names)
-        move_in(model, everything)
         merge, report = plan_merge(model, everything, base, quantize, residual_rank)
     except BaseException:
         if earlier is not None:
             put_in(model, earlier)
         raise
-    finally:
-        move_out(model)
     put_in(model, merge)
     if not reversible:
         del model.lora_merged
@@ -105,12 +101,10 @@ def unmerge_adapter(model: nn.Module) -> None:
 
 
 def _check_names(model: nn.Module, names: Sequence[str]) -> None:
-    merged, rows = merged_state(model), state_of(model).rows
+    merged = merged_state(model)
     if not names:
         raise AdapterError("no adapter is named; nothing to merge")
     for name in names:
         if merged is not None and name in merged.names and name not in adapter_configs(model):
             raise AdapterError(f"the adapter '{name}' is merged already; unmerge_adapter(model) takes it out again")
         check_adapter(model, name)
-        if any(name in one.adapters for one in rows):
-            raise AdapterError(f"adapter '{name}' is in use by a row; leave use_rows before it is merged")

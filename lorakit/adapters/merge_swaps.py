@@ -7,7 +7,6 @@ the same objects in their places again, so every byte is what it was.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -16,8 +15,8 @@ from torch import nn
 from ..errors import AdapterError
 from ..layers import AdapterPart
 from ..models.config import DecoderConfig
+from .attach import adapter_configs, adapter_parts, replace_module
 from .config import LoraConfig
-from .state import adapter_configs, adapter_parts, apply_state, replace_module, state_of
 
 _INTERNAL = vars(nn.Module()).keys()
 
@@ -61,7 +60,6 @@ class MergeState:
         swaps: what was exchanged, in model order.
         unties: whether an output head was parted from the embedding that it was tied to.
         configs: of the merged adapters.
-        active, trained, on_host: what the model said of its adapters before.
         tied: what its config said of tied embeddings before, if that was changed.
     """
 
@@ -69,9 +67,6 @@ class MergeState:
     swaps: list[Swap]
     unties: bool
     configs: dict[str, LoraConfig] = field(default_factory=dict)
-    active: tuple[str, ...] = ()
-    trained: tuple[str, ...] = ()
-    on_host: set[str] = field(default_factory=set)
     tied: bool | None = None
 
 
@@ -90,16 +85,10 @@ def put_in(model: nn.Module, merge: MergeState) -> None:
             setattr(exchange.module, exchange.name, exchange.after)
         if not swap.part.names():
             replace_module(model, swap.part, swap.new)
-    state = state_of(model)
-    merge.active, merge.trained = state.active, state.trained
-    merge.on_host = state.on_host.intersection(merge.names)
-    merge.configs = {name: state.configs.pop(name) for name in merge.names}
-    state.active = tuple(name for name in state.active if name not in merge.names)
-    state.trained = tuple(name for name in state.trained if name not in merge.names)
-    state.on_host -= merge.on_host
+    configs = adapter_configs(model)
+    merge.configs = {name: configs.pop(name) for name in merge.names}
     merge.tied = _set_tied(model, False) if merge.unties else None
     model.lora_merged = merge  # type: ignore[assignment]
-    apply_state(model)
 
 
 def put_back(model: nn.Module, merge: MergeState) -> None:
@@ -118,17 +107,10 @@ def put_back(model: nn.Module, merge: MergeState) -> None:
         for name, parked in swap.parked.items():
             _unpark(part, name, parked)
         swap.parked = {}
-    state = state_of(model)
-    state.configs.update(merge.configs)
-    state.active, state.trained = (
-        before if _without(before, merge.names) == now else (*now, *(name for name in before if name in merge.names))
-        for before, now in ((merge.active, state.active), (merge.trained, state.trained))
-    )
-    state.on_host |= merge.on_host
+    adapter_configs(model).update(merge.configs)
     if merge.tied is not None:
         _set_tied(model, merge.tied)
     del model.lora_merged
-    apply_state(model)
 
 
 def check_reversal(model: nn.Module, merge: MergeState) -> None:
@@ -184,11 +166,13 @@ def _park(part: AdapterPart, name: str) -> dict[str, Any]:
             held[key] = table[name]
         elif isinstance(table, list) and name in table:
             held[key] = name
+    held["active"] = name in part.active
     part.remove(name)
     return held
 
 
 def _unpark(part: AdapterPart, name: str, held: dict[str, Any]) -> None:
+    part.active += (name,) if held.pop("active") else ()
     for key, value in held.items():
         table = getattr(part, key, None)
         if table is None:
@@ -197,10 +181,6 @@ def _unpark(part: AdapterPart, name: str, held: dict[str, Any]) -> None:
             table.append(value)
         else:
             table[name] = value
-
-
-def _without(names: Sequence[str], others: Sequence[str]) -> tuple[str, ...]:
-    return tuple(name for name in names if name not in others)
 
 
 def _set_tied(model: nn.Module, value: bool) -> bool | None:
