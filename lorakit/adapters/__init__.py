@@ -12,7 +12,9 @@ from .attach import (
     set_adapter,
 )
 from .config import LoraConfig
-from .peft_files import load_adapter, read_adapter_config, save_adapter
+from .exports import export_adapter
+from .peft_files import load_adapter, read_adapter_config
+from .saving import save_adapter
 from .targeting import MatchReport
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "add_adapter",
     "count_parameters",
     "disable_adapters",
+    "export_adapter",
     "load_adapter",
     "lora_layers",
     "read_adapter_config",
