@@ -2,13 +2,16 @@
 
 from .adapters import (
     LoraConfig,
+    MergeReport,
     adapter_parameters,
     add_adapter,
     disable_adapters,
     load_adapter,
+    merge_adapter,
     remove_adapter,
     save_adapter,
     set_adapter,
+    unmerge_adapter,
 )
 from .data import Record, load_records, save_records
 from .errors import LorakitError
@@ -24,6 +27,7 @@ __all__ = [
     "LoRALinear",
     "LoraConfig",
     "LorakitError",
+    "MergeReport",
     "Plan",
     "QuantizedWeight",
     "Record",
@@ -38,6 +42,7 @@ __all__ = [
     "load_model",
     "load_records",
     "load_tokenizer",
+    "merge_adapter",
     "plan",
     "quantize",
     "remove_adapter",
@@ -45,4 +50,5 @@ __all__ = [
     "save_records",
     "set_adapter",
     "train",
+    "unmerge_adapter",
 ]

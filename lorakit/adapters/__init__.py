@@ -4,6 +4,7 @@ from .adapter_folder import AdapterFolder, AdapterLayer, read_adapter_folder
 from .attach import (
     adapter_configs,
     adapter_parameters,
+    adapter_parts,
     add_adapter,
     count_parameters,
     disable_adapters,
@@ -13,6 +14,9 @@ from .attach import (
 )
 from .config import LoraConfig
 from .exports import export_adapter
+from .merge import merge_adapter, unmerge_adapter
+from .merge_report import LayerMerge, MergeReport
+from .merged_export import merge_checkpoint
 from .peft_files import load_adapter, read_adapter_config
 from .saving import save_adapter
 from .targeting import MatchReport
@@ -20,19 +24,25 @@ from .targeting import MatchReport
 __all__ = [
     "AdapterFolder",
     "AdapterLayer",
+    "LayerMerge",
     "LoraConfig",
     "MatchReport",
+    "MergeReport",
     "adapter_configs",
     "adapter_parameters",
+    "adapter_parts",
     "add_adapter",
     "count_parameters",
     "disable_adapters",
     "export_adapter",
     "load_adapter",
     "lora_layers",
+    "merge_adapter",
+    "merge_checkpoint",
     "read_adapter_config",
     "read_adapter_folder",
     "remove_adapter",
     "save_adapter",
     "set_adapter",
+    "unmerge_adapter",
 ]

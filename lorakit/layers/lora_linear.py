@@ -2,83 +2,45 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 
 from ..errors import ShapeError
+from .adapted import AdaptedLayer
 from .linear4bit import Linear4bit, add_frozen_linear_dx, frozen_linear, frozen_linear_dx
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(AdaptedLayer):
     """A frozen linear layer plus a trainable low-rank update (Hu et al. 2021, arXiv:2106.09685, eq. 3).
 
         y = base(x) + scaling * (x @ lora_A.T) @ lora_B.T
 
-    Several named adapters can be attached; the updates of the active ones are summed. A and B are fp32 masters by
-    default; products run in the dtype of x.
+    Several named adapters can be attached; the updates of the active ones are summed. With DoRA the layer is
+    y = gain * (x @ W.T + scaling * (x @ lora_A.T) @ lora_B.T) + bias.
 
     Shapes:
         x (..., in_features) -> y (..., out_features); lora_A[name] (r, in_features); lora_B[name] (out_features, r)
-
-    Attributes:
-        base_layer: the frozen nn.Linear or Linear4bit; its bytes are never changed.
-        scaling, dropout_p: adapter name -> factor on B @ A, dropout on the adapter's input.
-        active: names of the adapters whose updates are added, in order.
 
     Raises:
         ShapeError: x's last dimension is not in_features.
     """
 
+    base_layer: nn.Linear | Linear4bit
+
     def __init__(self, base_layer: nn.Linear | Linear4bit) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
-        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
-        self.scaling: dict[str, float] = {}
-        self.dropout_p: dict[str, float] = {}
-        self.active: tuple[str, ...] = ()
+        super().__init__(base_layer, base_layer.in_features, base_layer.out_features)
 
-    def add(
-        self,
-        name: str,
-        r: int,
-        scaling: float,
-        dropout_p: float = 0.0,
-        init: bool | Literal["gaussian"] = True,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        """Attach an adapter of rank r, initialised so that (unless init is False) it changes nothing yet.
+    def base_weight(self, dtype: torch.dtype) -> Tensor:
+        if isinstance(self.base_layer, Linear4bit):
+            return self.base_layer.dense_weight(dtype)
+        return self.base_layer.weight.detach().to(dtype)
 
-        A is uniform within 1 / sqrt(in_features) (Kaiming with a = sqrt(5), as in the paper's code) or, for "gaussian",
-        normal with deviation 1 / r; B is zero. init=False makes B random as well, for tests of file formats.
-        """
-        device = next(self.base_layer.parameters()).device
-        lora_a = torch.empty(r, self.in_features, device=device)
-        lora_b = torch.zeros(self.out_features, r, device=device)
-        if init == "gaussian":
-            nn.init.normal_(lora_a, std=1 / r)
-        else:
-            nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
-        if init is False:
-            nn.init.kaiming_uniform_(lora_b, a=math.sqrt(5))
-        self.lora_A[name], self.lora_B[name] = nn.Parameter(lora_a.to(dtype)), nn.Parameter(lora_b.to(dtype))
-        self.scaling[name], self.dropout_p[name] = scaling, dropout_p
-
-    def remove(self, name: str) -> None:
-        """Detach an adapter."""
-        for table in (self.lora_A, self.lora_B, self.scaling, self.dropout_p):
-            del table[name]
-        self.active = tuple(other for other in self.active if other != name)
-
-    def delta_weight(self, name: str) -> Tensor:
-        """Return the update scaling * B @ A, (out_features, in_features), in the dtype of A."""
-        delta: Tensor = self.scaling[name] * (self.lora_B[name] @ self.lora_A[name])
-        return delta
+    def project(self, matrix: Tensor) -> Tensor:
+        return frozen_linear(self.base_layer, matrix, None)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features:
@@ -86,15 +48,24 @@ class LoRALinear(nn.Module):
         if self.can_fuse(x):
             return _fused(x, self)[0]
         y: Tensor = self.base_layer(x)
+        base = y
         for name in self.active:
             dropped = dropout(x, self.dropout_p[name], self.training)
             u = linear(dropped, self.lora_A[name].to(x.dtype))  # (..., r)
-            y = y + self.scaling[name] * linear(u, self.lora_B[name].to(x.dtype))
+            update = self.scaling[name] * linear(u, self.lora_B[name].to(x.dtype))
+            gain = self.variants[name].gain(self, name, x.dtype)
+            if gain is not None:
+                if dropped is not x:  # DoRA's whole product has the dropout, not the update alone
+                    base = self.base_layer(dropped)
+                product = base if self.base_layer.bias is None else base - self.base_layer.bias.to(base.dtype)
+                gain = gain.to(x.dtype)
+                update = (gain - 1) * product + gain * update
+            y = y + update
         return y
 
     def can_fuse(self, x: Tensor) -> bool:
         """Return whether one function computes base and adapter: one active adapter, and nothing that forbids it."""
-        if len(self.active) != 1 or x.shape[-1] != self.in_features:
+        if len(self.active) != 1 or x.shape[-1] != self.in_features or self.variants[self.active[0]].name != "plain":
             return False
         if torch.is_autocast_enabled(x.device.type):  # which picks the dtype of each product by itself
             return False
@@ -103,11 +74,6 @@ class LoRALinear(nn.Module):
         own = self.base_layer._parameters.values()  # .parameters() would take 20 µs, a fifth of a small layer's time
         is_frozen = not any(parameter is not None and parameter.requires_grad for parameter in own)
         return is_frozen and not (self.training and self.dropout_p[self.active[0]])
-
-    def extra_repr(self) -> str:
-        """Show the adapters when the layer is printed."""
-        ranks = ", ".join(f"{name}: r={len(a)}, scaling={self.scaling[name]:g}" for name, a in self.lora_A.items())
-        return f"{{{ranks}}}, active={list(self.active)}"
 
 
 # How to compute x again, in the backward pass, from tensors that something else keeps anyway: function(*tensors).
