@@ -12,26 +12,35 @@ from .attach import (
     remove_adapter,
     set_adapter,
 )
+from .combine import CombineConfig, combine_adapters, combine_folders
 from .config import LoraConfig
 from .exports import export_adapter
 from .merge import merge_adapter, unmerge_adapter
 from .merge_report import LayerMerge, MergeReport
 from .merged_export import merge_checkpoint
 from .peft_files import load_adapter, read_adapter_config
+from .resize import ResizeConfig, resize_adapter, resize_folder
 from .saving import save_adapter
 from .targeting import MatchReport
+from .update_report import LayerUpdate, UpdateReport
 
 __all__ = [
     "AdapterFolder",
     "AdapterLayer",
+    "CombineConfig",
     "LayerMerge",
+    "LayerUpdate",
     "LoraConfig",
     "MatchReport",
     "MergeReport",
+    "ResizeConfig",
+    "UpdateReport",
     "adapter_configs",
     "adapter_parameters",
     "adapter_parts",
     "add_adapter",
+    "combine_adapters",
+    "combine_folders",
     "count_parameters",
     "disable_adapters",
     "export_adapter",
@@ -42,6 +51,8 @@ __all__ = [
     "read_adapter_config",
     "read_adapter_folder",
     "remove_adapter",
+    "resize_adapter",
+    "resize_folder",
     "save_adapter",
     "set_adapter",
     "unmerge_adapter",

@@ -70,9 +70,9 @@ class AdapterLayer:
         return self.lora_A.shape[0] // self.experts
 
     def update(self, expert: int = 0, dtype: torch.dtype = torch.float64) -> LowRank:
-        """Return scaling * B @ A, (out, in); of an embedding (vocab, dim), of a convolution (out, in·kernel).
+        """Return scaling * B @ A, (out, in); of a convolution (out, in·kernel), of an embedding (dim, vocab).
 
-        DoRA's magnitude is not in it: that part of the change needs the base weight. The grouped second convolution
+        An embedding's and a Conv1D's weight is the transpose of that. DoRA's magnitude is not in it: that part of the change needs the base weight. The grouped second convolution
         that PEFT makes for a grouped base layer becomes the block-diagonal matrix that it is.
 
         Raises:
@@ -81,8 +81,6 @@ class AdapterLayer:
         if not 0 <= expert < self.experts:
             raise ShapeError(f"{self.path} has {self.experts} matrices; there is no number {expert}")
         a, b = self.lora_A.to(dtype), self.lora_B.to(dtype)
-        if self.kind == "embedding":
-            return LowRank(a.T * self.scaling, b.T)
         if self.kind == "experts":
             a = a.reshape(self.experts, self.rank, -1)[expert]
             b = b.reshape(b.shape[0], self.rank, self.experts)[:, :, expert]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from torch.nn.functional import dropout, linear
 from ..errors import ShapeError
 from .adapted import AdaptedLayer
 from .linear4bit import Linear4bit, add_frozen_linear_dx, frozen_linear, frozen_linear_dx
+
+_ROWS = 64  # of (rows, columns) that are cast up at a time, so that they stay in the cache
 
 
 class LoRALinear(AdaptedLayer):
@@ -65,7 +67,7 @@ class LoRALinear(AdaptedLayer):
 
     def can_fuse(self, x: Tensor) -> bool:
         """Return whether one function computes base and adapter: one active adapter, and nothing that forbids it."""
-        if len(self.active) != 1 or x.shape[-1] != self.in_features or self.variants[self.active[0]].name != "plain":
+        if len(self.active) != 1 or x.shape[-1] != self.in_features:
             return False
         if torch.is_autocast_enabled(x.device.type):  # which picks the dtype of each product by itself
             return False
@@ -97,77 +99,129 @@ def _has_hooks(layer: nn.Module) -> bool:
 
 
 def _fused(x: Tensor, *layers: LoRALinear, again: Again | None = None) -> tuple[Tensor, ...]:
-    frozen = tuple((layer.base_layer, layer.scaling[layer.active[0]]) for layer in layers)
-    lora_a = (layer.lora_A[layer.active[0]] for layer in layers)
-    lora_b = (layer.lora_B[layer.active[0]] for layer in layers)
+    names = [layer.active[0] for layer in layers]
+    pairs = list(zip(layers, names, strict=True))
+    gains = [layer.variants[name].gain(layer, name, x.dtype) for layer, name in pairs]
+    frozen = tuple(
+        _Frozen(layer.base_layer, layer.scaling[name], gain is not None)
+        for (layer, name), gain in zip(pairs, gains, strict=True)
+    )
+    lora_a = (layer.lora_A[name] for layer, name in pairs)
+    lora_b = (layer.lora_B[name] for layer, name in pairs)
     function, sources = again or (None, ())
-    result: tuple[Tensor, ...] = _LoRALinearFunction.apply(x, frozen, function, *lora_a, *lora_b, *sources)
+    present = (gain for gain in gains if gain is not None)
+    result: tuple[Tensor, ...] = _LoRALinearFunction.apply(x, frozen, function, *lora_a, *lora_b, *present, *sources)
     return result
+
+
+class _Frozen(NamedTuple):
+    """What a layer brings to the function that is no tensor with a gradient."""
+
+    base: nn.Linear | Linear4bit
+    scaling: float
+    has_gain: bool
 
 
 class _LoRALinearFunction(torch.autograd.Function):
     """Layers that read the same x, with their gradients by hand; each W is frozen, so dW is never formed.
 
         u = x Aᵀ                 (tokens, r), saved; the A of all layers stacked
-        y = x Wᵀ + b + s·u Bᵀ    for each layer, with its own part of u
+        z = x Wᵀ + s·u Bᵀ        for each layer, with its own part of u
+        y = g∘z + b              g (out,) is 1, or the gain of the variant, as DoRA's
 
-        t  = s·dy B              (tokens, r), for each layer, then stacked
-        dx = Σ dy W + t A
+        dg = Σ dy∘z, dz = g∘dy   over the tokens
+        t  = s·dz B              (tokens, r), for each layer, then stacked
+        dx = Σ dz W + t A
         dA = tᵀ x
-        dB = s·dyᵀ u             for each layer
+        dB = s·dzᵀ u             for each layer
 
-    That is 4·tokens·r·(in + out) FLOPs for an adapter's backward. x is saved once, as it came, or not at all.
+    That is 4·tokens·r·(in + out) FLOPs for an adapter's backward. x is saved once, as it came, or not at all. z is
+    y / g where there is no bias: y costs nothing to save where the next operation saves it too, as SwiGLU does.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        frozen: tuple[tuple[nn.Linear | Linear4bit, float], ...],
-        again: Callable[..., Tensor] | None,
-        *tensors: Tensor,
+        ctx: Any, x: Tensor, frozen: tuple[_Frozen, ...], again: Callable[..., Tensor] | None, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        count = len(frozen)
-        lora_a, lora_b, sources = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
+        lora_a, lora_b, gains, sources = _parted(frozen, tensors)
         flat = x.reshape(-1, x.shape[-1])
         u = flat @ _stacked(lora_a, x.dtype).T
-        results = []
-        for (base, scaling), b, part in zip(frozen, lora_b, u.split([len(a) for a in lora_a], dim=1), strict=True):
+        parts = u.split([len(a) for a in lora_a], dim=1)
+        results, products = [], []
+        for (base, scaling, _), b, part, gain in zip(frozen, lora_b, parts, gains, strict=True):
             bias = None if base.bias is None else base.bias.to(x.dtype)
-            y = frozen_linear(base, flat, bias, (part, b.to(x.dtype)), scaling)
+            y = frozen_linear(base, flat, bias if gain is None else None, (part, b.to(x.dtype)), scaling)
+            if gain is not None:
+                z = y.clone() if bias is not None and ctx.needs_input_grad[3] else y
+                y.addcmul_(y, _beyond_one(gain, y.dtype))
+                y = y if bias is None else y.add_(bias)
+                products.append(y if bias is None else z)
             results.append(y.view(*x.shape[:-1], y.shape[-1]))
-        ctx.save_for_backward(u, *lora_a, *lora_b, *(sources if again else (x,)))
+        ctx.save_for_backward(u, *tensors[: len(tensors) - len(sources)], *products, *(sources if again else (x,)))
         ctx.frozen, ctx.again, ctx.shape = frozen, again, x.shape
         return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         u, *tensors = ctx.saved_tensors
+        frozen: tuple[_Frozen, ...] = ctx.frozen
+        lora_a, lora_b, gains, rest = _parted(frozen, tensors)
         count, dtype = len(grads), u.dtype
-        lora_a, lora_b, sources = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
-        needed = ctx.needs_input_grad[3:]
-        ranks = [len(a) for a in lora_a]
-        dys = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        scalings = [scaling for _, scaling in ctx.frozen]
-        t = torch.cat([s * (dy @ b.to(dtype)) for s, dy, b in zip(scalings, dys, lora_b, strict=True)], dim=1)
+        gained = sum(layer.has_gain for layer in frozen)
+        products, sources = iter(rest[:gained]), rest[gained:]
+        of_a, of_b, of_gain, _ = _parted(frozen, ctx.needs_input_grad[3:])
+        dzs, dgains = [], []
+        for grad, (base, _, _), gain, is_needed in zip(grads, frozen, gains, of_gain, strict=True):
+            dz = grad.reshape(-1, grad.shape[-1])
+            if gain is not None:
+                product = next(products)
+                if is_needed:
+                    dgain = _summed_product(dz, product)
+                    dgains.append(dgain if base.bias is not None else (dgain / gain).nan_to_num_(0.0, 0.0, 0.0))
+                else:
+                    dgains.append(None)
+                dz = torch.addcmul(dz, dz, _beyond_one(gain, dtype))
+            dzs.append(dz)
+        t = torch.cat([f.scaling * (dz @ b.to(dtype)) for f, dz, b in zip(frozen, dzs, lora_b, strict=True)], dim=1)
         dx: Tensor | None = None
         da: list[Tensor | None] = [None] * count
         db: list[Tensor | None] = [None] * count
         if ctx.needs_input_grad[0]:
-            (first, _), *others = ctx.frozen
-            dx = frozen_linear_dx(first, dys[0], (t, _stacked(lora_a, dtype)))
-            for dy, (base, _) in zip(dys[1:], others, strict=True):
-                add_frozen_linear_dx(dx, base, dy)
+            dx = frozen_linear_dx(frozen[0].base, dzs[0], (t, _stacked(lora_a, dtype)))
+            for dz, layer in zip(dzs[1:], frozen[1:], strict=True):
+                add_frozen_linear_dx(dx, layer.base, dz)
             dx = dx.view(ctx.shape)
-        if any(needed[:count]):
+        ranks = [len(a) for a in lora_a]
+        if any(of_a):
             x = ctx.again(*sources) if ctx.again else sources[0]
             parts = (t.T @ x.reshape(-1, x.shape[-1])).split(ranks)
             da = [part.to(a.dtype) for part, a in zip(parts, lora_a, strict=True)]
-        if any(needed[count : 2 * count]):
-            parts = u.split(ranks, dim=1)
-            products = zip(scalings, dys, parts, lora_b, strict=True)
-            db = [(s * (dy.T @ part)).to(b.dtype) for s, dy, part, b in products]
-        return dx, None, None, *da, *db, *(None for _ in (sources if ctx.again else ()))
+        if any(of_b):
+            layers = zip(frozen, dzs, u.split(ranks, dim=1), lora_b, strict=True)
+            db = [(f.scaling * (dz.T @ part)).to(b.dtype) for f, dz, part, b in layers]
+        return dx, None, None, *da, *db, *dgains, *(None for _ in (sources if ctx.again else ()))
+
+
+def _parted(frozen: Sequence[_Frozen], values: Sequence[Any]) -> tuple[Any, Any, list[Any], Any]:
+    """Part what comes in the order of the function's tensors: of each A, each B, each gain (None: has none), others."""
+    count, gained = len(frozen), sum(layer.has_gain for layer in frozen)
+    present = iter(values[2 * count : 2 * count + gained])
+    gains = [next(present) if layer.has_gain else None for layer in frozen]
+    return values[:count], values[count : 2 * count], gains, values[2 * count + gained :]
+
+
+def _beyond_one(gain: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return g - 1, of which a short dtype keeps the digits that it would drop of g: bf16 has 1 and then 1.0078."""
+    return (gain - 1).to(dtype)
+
+
+def _summed_product(a: Tensor, b: Tensor) -> Tensor:
+    """Return the sum of a∘b over the rows, (columns,), in fp32 or better, with few rows at a time in that dtype."""
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    total = a.new_zeros(a.shape[1], dtype=dtype)
+    for some, others in zip(a.split(_ROWS), b.reshape(a.shape).split(_ROWS), strict=True):
+        total += (some.to(dtype) * others.to(dtype)).sum(0)
+    return total
 
 
 def _stacked(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
