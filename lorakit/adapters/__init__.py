@@ -15,14 +15,16 @@ from .attach import (
 )
 from .combine import CombineConfig, combine_adapters, combine_folders
 from .config import LoraConfig
+from .exports import export_adapter
 from .host_memory import offload_adapter, onload_adapter
 from .hot_swap import swap_adapter
 from .merge import merge_adapter, unmerge_adapter
 from .merge_report import LayerMerge, MergeReport
 from .merged_export import merge_checkpoint
 from .peft_config import read_adapter_config
-from .peft_files import load_adapter, save_adapter
+from .peft_files import load_adapter
 from .resize import ResizeConfig, resize_adapter, resize_folder
+from .saving import save_adapter
 from .status import AdapterInfo, AdapterStatus, adapter_status
 from .switching import idle_adapters, use_rows
 from .targeting import MatchReport
@@ -50,6 +52,7 @@ __all__ = [
     "combine_folders",
     "count_parameters",
     "disable_adapters",
+    "export_adapter",
     "idle_adapters",
     "load_adapter",
     "lora_layers",

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,40 +32,48 @@ _PICKLE_FILE = "adapter_model.bin"
 _BASE = "lorakit.base"  # in the metadata: the fingerprint of the base model
 
 
-def save_adapter(
-    model: nn.Module,
-    path: str | os.PathLike[str],
-    name: str = "default",
-    target: Literal["peft"] = "peft",
-    dtype: torch.dtype | None = None,
+def save_peft_folder(
+    model: nn.Module, path: str | os.PathLike[str], name: str = "default", dtype: torch.dtype | None = None
 ) -> Path:
-    """Write one adapter as a folder that PEFT loads; whole, or not at all.
+    """Write one adapter as a folder that PEFT loads; whole, or not at all. `save_adapter` without a target is this.
 
     Args:
         path: the folder; an adapter that stands there is replaced.
-        target: the consumer to write for; "peft".
         dtype: of the written tensors; None keeps that of the adapter.
 
     Returns:
         The folder.
 
     Raises:
-        AdapterError: no adapter of that name, an unknown target, or the folder holds something that is not an adapter.
+        AdapterError: no adapter of that name, or the folder holds something that is not an adapter.
         StorageError: writing failed; what stood there is untouched.
     """
     check_adapter(model, name)
-    if target != "peft":
-        raise AdapterError(f"unknown target '{target}' (known: peft)")
+    tensors = {key: tensor.to("cpu", dtype).contiguous() for key, tensor in file_tensors(model, name).items()}
+    fingerprint = base_fingerprint(model)
+    metadata = {} if fingerprint is None else {_BASE: fingerprint}
+    return write_peft_folder(path, tensors, peft_config(model, name), metadata)
+
+
+def write_peft_folder(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> Path:
+    """Write the two files of an adapter folder, replacing an adapter that stands there, and nothing else.
+
+    Raises:
+        AdapterError: the folder holds something that is not an adapter.
+        StorageError: writing failed; what stood there is untouched.
+    """
     folder = Path(path)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file()):
         raise AdapterError(f"{folder} exists and is not an adapter folder; choose another path")
-    tensors = {key: tensor.to("cpu", dtype).contiguous() for key, tensor in file_tensors(model, name).items()}
-    fingerprint = base_fingerprint(model)
-    metadata = {"format": "pt"} | ({} if fingerprint is None else {_BASE: fingerprint})
     with atomic_folder(folder) as part:
-        save_file(tensors, part / WEIGHTS_FILE, metadata=metadata)
+        save_file(dict(tensors), part / WEIGHTS_FILE, metadata={"format": "pt", **metadata})
         # Sorted as PEFT does, but not within rank_pattern and alpha_pattern: there the first match wins.
-        text = json.dumps(dict(sorted(peft_config(model, name).items())), indent=2)
+        text = json.dumps(dict(sorted(config.items())), indent=2)
         (part / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
     return folder
 

@@ -113,6 +113,28 @@ def quantize(
 
 
 @app.command()
+def export(
+    adapter: Annotated[Path, typer.Argument(help="adapter folder, or that of a run", show_default=False)],
+    target: Annotated[str, typer.Option(help="who is to read it: vllm, tgi or llama.cpp", show_default=False)],
+    out: Annotated[Path, typer.Option(help="what to write: a folder, for llama.cpp a file", show_default=False)],
+    base: Annotated[str | None, typer.Option(help="folder or known name of the base; default: as it says")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the adapter's")] = None,
+    max_rank: Annotated[int | None, typer.Option(help="refuse ranks above this, e.g. vLLM's limit")] = None,
+) -> None:
+    """Write an adapter in the form that vLLM, TGI or llama.cpp reads right."""
+    import torch
+
+    from ..adapters import export_adapter
+    from ..models import resolve_model
+
+    dtypes = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in dtypes:
+        raise ConfigError(f"--dtype {dtype}: expected float32, bfloat16 or float16")
+    folder = None if base is None else resolve_model(base)
+    _say(f"{export_adapter(adapter, out, target, folder, dtypes[dtype], max_rank)}: the adapter, for {target}")
+
+
+@app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="folder, config.json or known name", show_default=False)],
     memory: Annotated[str | None, typer.Option(help="limit, e.g. 24GB or 512MiB")] = None,
