@@ -1,0 +1,1 @@
+"""Inspection: see inside an adapter, while it trains and after."""
