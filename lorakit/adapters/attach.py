@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError, did_you_mean
-from ..layers import Linear4bit, LoRALinear
+from ..layers import VARIANTS, AdaptedLayer, AdapterPart, Linear4bit, LoRALinear
 from .config import LoraConfig
+from .inits import INITS
 from .targeting import MatchReport, linear_layers, match_modules, pattern_value
 
 _NAMESPACE = nn.ParameterDict()  # A and B are its attributes under the adapter's name
@@ -47,7 +48,10 @@ def add_adapter(
             module.train(model.training)
             _replace(model, layer, module)
         scaling = config.scaling(report.ranks[path], alphas[path])
-        module.add(name, report.ranks[path], scaling, config.lora_dropout, config.init_lora_weights, dtype)
+        is_neutral = config.init_lora_weights is not False
+        module.add(name, report.ranks[path], scaling, config.lora_dropout, is_neutral, dtype, VARIANTS[config.variant])
+        if isinstance(config.init_lora_weights, str):
+            INITS[config.init_lora_weights](module, name)
     adapter_configs(model)[name] = config
     set_adapter(model, name)
     report.trainable = sum(parameter.numel() for parameter in adapter_parameters(model, name))
@@ -63,13 +67,18 @@ def adapter_configs(model: nn.Module) -> dict[str, LoraConfig]:
     return configs
 
 
-def lora_layers(model: nn.Module, name: str | None = None) -> dict[str, LoRALinear]:
-    """Return the adapted layers, path -> layer: all of them, or those that carry adapter `name`."""
+def adapter_parts(model: nn.Module, name: str | None = None) -> dict[str, AdapterPart]:
+    """Return every module that stands in for another, path -> module: all, or those that carry adapter `name`."""
     return {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, LoRALinear) and (name is None or name in module.lora_A)
+        if isinstance(module, AdapterPart) and (name is None or name in module.names())
     }
+
+
+def lora_layers(model: nn.Module, name: str | None = None) -> dict[str, AdaptedLayer]:
+    """Return the layers with low-rank updates, path -> layer: all of them, or those that carry adapter `name`."""
+    return {path: part for path, part in adapter_parts(model, name).items() if isinstance(part, AdaptedLayer)}
 
 
 def set_adapter(model: nn.Module, name: str | Sequence[str]) -> None:
@@ -82,17 +91,17 @@ def set_adapter(model: nn.Module, name: str | Sequence[str]) -> None:
     for one in names:
         check_adapter(model, one)
     model.requires_grad_(False)
-    for layer in lora_layers(model).values():
-        layer.active = tuple(one for one in names if one in layer.lora_A)
+    for layer in adapter_parts(model).values():
+        layer.active = tuple(one for one in names if one in layer.names())
         for one in layer.active:
-            layer.lora_A[one].requires_grad_(True)
-            layer.lora_B[one].requires_grad_(True)
+            for parameter in layer.parameters_of(one).values():
+                parameter.requires_grad_(True)
 
 
 @contextlib.contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
     """Within the context the model computes as if no adapter were attached."""
-    layers = list(lora_layers(model).values())
+    layers = list(adapter_parts(model).values())
     active = [layer.active for layer in layers]
     for layer in layers:
         layer.active = ()
@@ -100,7 +109,7 @@ def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
         yield model
     finally:
         for layer, names in zip(layers, active, strict=True):
-            layer.active = tuple(name for name in names if name in layer.lora_A)  # one may be gone by now
+            layer.active = tuple(name for name in names if name in layer.names())  # one may be gone by now
 
 
 def remove_adapter(model: nn.Module, name: str = "default") -> None:
@@ -110,19 +119,19 @@ def remove_adapter(model: nn.Module, name: str = "default") -> None:
         AdapterError: there is no adapter of that name.
     """
     check_adapter(model, name)
-    for layer in lora_layers(model, name).values():
+    for layer in adapter_parts(model, name).values():
         layer.remove(name)
-        if not layer.lora_A:
+        if not layer.names():
             _replace(model, layer, layer.base_layer)
     del adapter_configs(model)[name]
 
 
 def adapter_parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
-    """Return the A and B matrices of one adapter, or of all, in model order."""
+    """Return the trained parameters of one adapter, or of all, in model order: A, B, and what its variant adds."""
     found: list[nn.Parameter] = []
-    for layer in lora_layers(model, name).values():
-        for one in [name] if name else list(layer.lora_A):
-            found += [layer.lora_A[one], layer.lora_B[one]]
+    for layer in adapter_parts(model, name).values():
+        for one in [name] if name else layer.names():
+            found += layer.parameters_of(one).values()
     return found
 
 

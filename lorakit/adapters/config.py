@@ -46,12 +46,17 @@ class LoraConfig(Settings):
     modules_to_save: list[str] | None = Field(None, description="modules trained and saved in full")
     bias: Literal["none", "all", "lora_only"] = Field("none", description="which biases are trained")
 
-    @field_validator("use_dora", "modules_to_save", "bias")
+    @field_validator("modules_to_save", "bias")
     @classmethod
     def _supported(cls, value: object) -> object:
         if value and value != "none":
             raise ValueError(_NOT_YET)
         return value
+
+    @property
+    def variant(self) -> str:
+        """Name of the variant in `lorakit.layers.VARIANTS`."""
+        return "dora" if self.use_dora else "plain"
 
     def scaling(self, rank: int, alpha: float) -> float:
         """Return the factor on B @ A for a layer of this rank and alpha."""

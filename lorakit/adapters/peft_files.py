@@ -33,6 +33,7 @@ _PREFIX = "base_model.model."
 _UNSUPPORTED = (
     "alora_invocation_tokens", "arrow_config", "fan_in_fan_out", "kasa_config", "layer_replication", "layers_pattern",
     "lora_bias", "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora",
+    "use_dora",
 )  # fmt: skip
 # Starts that take the adapter's first value out of the base: their files fit a base that nobody has any more.
 _BASE_CHANGING_INITS = ("corda", "loftq", "olora", "pissa")

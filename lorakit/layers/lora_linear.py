@@ -2,83 +2,47 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 
 from ..errors import ShapeError
+from .adapted import AdaptedLayer
 from .linear4bit import Linear4bit, add_frozen_linear_dx, frozen_linear, frozen_linear_dx
 
+_ROWS = 64  # of (rows, columns) that are cast up at a time, so that they stay in the cache
 
-class LoRALinear(nn.Module):
+
+class LoRALinear(AdaptedLayer):
     """A frozen linear layer plus a trainable low-rank update (Hu et al. 2021, arXiv:2106.09685, eq. 3).
 
         y = base(x) + scaling * (x @ lora_A.T) @ lora_B.T
 
-    Several named adapters can be attached; the updates of the active ones are summed. A and B are fp32 masters by
-    default; products run in the dtype of x.
+    Several named adapters can be attached; the updates of the active ones are summed. With DoRA the layer is
+    y = gain * (x @ W.T + scaling * (x @ lora_A.T) @ lora_B.T) + bias.
 
     Shapes:
         x (..., in_features) -> y (..., out_features); lora_A[name] (r, in_features); lora_B[name] (out_features, r)
-
-    Attributes:
-        base_layer: the frozen nn.Linear or Linear4bit; its bytes are never changed.
-        scaling, dropout_p: adapter name -> factor on B @ A, dropout on the adapter's input.
-        active: names of the adapters whose updates are added, in order.
 
     Raises:
         ShapeError: x's last dimension is not in_features.
     """
 
+    base_layer: nn.Linear | Linear4bit
+
     def __init__(self, base_layer: nn.Linear | Linear4bit) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
-        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
-        self.scaling: dict[str, float] = {}
-        self.dropout_p: dict[str, float] = {}
-        self.active: tuple[str, ...] = ()
+        super().__init__(base_layer, base_layer.in_features, base_layer.out_features)
 
-    def add(
-        self,
-        name: str,
-        r: int,
-        scaling: float,
-        dropout_p: float = 0.0,
-        init: bool | Literal["gaussian"] = True,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        """Attach an adapter of rank r, initialised so that (unless init is False) it changes nothing yet.
+    def base_weight(self, dtype: torch.dtype) -> Tensor:
+        if isinstance(self.base_layer, Linear4bit):
+            return self.base_layer.dense_weight(dtype)
+        return self.base_layer.weight.detach().to(dtype)
 
-        A is uniform within 1 / sqrt(in_features) (Kaiming with a = sqrt(5), as in the paper's code) or, for "gaussian",
-        normal with deviation 1 / r; B is zero. init=False makes B random as well, for tests of file formats.
-        """
-        device = next(self.base_layer.parameters()).device
-        lora_a = torch.empty(r, self.in_features, device=device)
-        lora_b = torch.zeros(self.out_features, r, device=device)
-        if init == "gaussian":
-            nn.init.normal_(lora_a, std=1 / r)
-        else:
-            nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
-        if init is False:
-            nn.init.kaiming_uniform_(lora_b, a=math.sqrt(5))
-        self.lora_A[name], self.lora_B[name] = nn.Parameter(lora_a.to(dtype)), nn.Parameter(lora_b.to(dtype))
-        self.scaling[name], self.dropout_p[name] = scaling, dropout_p
-
-    def remove(self, name: str) -> None:
-        """Detach an adapter."""
-        for table in (self.lora_A, self.lora_B, self.scaling, self.dropout_p):
-            del table[name]
-        self.active = tuple(other for other in self.active if other != name)
-
-    def delta_weight(self, name: str) -> Tensor:
-        """Return the update scaling * B @ A, (out_features, in_features), in the dtype of A."""
-        delta: Tensor = self.scaling[name] * (self.lora_B[name] @ self.lora_A[name])
-        return delta
+    def project(self, matrix: Tensor) -> Tensor:
+        return frozen_linear(self.base_layer, matrix, None)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features:
@@ -86,10 +50,19 @@ class LoRALinear(nn.Module):
         if self.can_fuse(x):
             return _fused(x, self)[0]
         y: Tensor = self.base_layer(x)
+        base = y
         for name in self.active:
             dropped = dropout(x, self.dropout_p[name], self.training)
             u = linear(dropped, self.lora_A[name].to(x.dtype))  # (..., r)
-            y = y + self.scaling[name] * linear(u, self.lora_B[name].to(x.dtype))
+            update = self.scaling[name] * linear(u, self.lora_B[name].to(x.dtype))
+            gain = self.variants[name].gain(self, name, x.dtype)
+            if gain is not None:
+                if dropped is not x:  # DoRA's whole product has the dropout, not the update alone
+                    base = self.base_layer(dropped)
+                product = base if self.base_layer.bias is None else base - self.base_layer.bias.to(base.dtype)
+                gain = gain.to(x.dtype)
+                update = (gain - 1) * product + gain * update
+            y = y + update
         return y
 
     def can_fuse(self, x: Tensor) -> bool:
@@ -103,11 +76,6 @@ class LoRALinear(nn.Module):
         own = self.base_layer._parameters.values()  # .parameters() would take 20 µs, a fifth of a small layer's time
         is_frozen = not any(parameter is not None and parameter.requires_grad for parameter in own)
         return is_frozen and not (self.training and self.dropout_p[self.active[0]])
-
-    def extra_repr(self) -> str:
-        """Show the adapters when the layer is printed."""
-        ranks = ", ".join(f"{name}: r={len(a)}, scaling={self.scaling[name]:g}" for name, a in self.lora_A.items())
-        return f"{{{ranks}}}, active={list(self.active)}"
 
 
 # How to compute x again, in the backward pass, from tensors that something else keeps anyway: function(*tensors).
@@ -131,77 +99,129 @@ def _has_hooks(layer: nn.Module) -> bool:
 
 
 def _fused(x: Tensor, *layers: LoRALinear, again: Again | None = None) -> tuple[Tensor, ...]:
-    frozen = tuple((layer.base_layer, layer.scaling[layer.active[0]]) for layer in layers)
-    lora_a = (layer.lora_A[layer.active[0]] for layer in layers)
-    lora_b = (layer.lora_B[layer.active[0]] for layer in layers)
+    names = [layer.active[0] for layer in layers]
+    pairs = list(zip(layers, names, strict=True))
+    gains = [layer.variants[name].gain(layer, name, x.dtype) for layer, name in pairs]
+    frozen = tuple(
+        _Frozen(layer.base_layer, layer.scaling[name], gain is not None)
+        for (layer, name), gain in zip(pairs, gains, strict=True)
+    )
+    lora_a = (layer.lora_A[name] for layer, name in pairs)
+    lora_b = (layer.lora_B[name] for layer, name in pairs)
     function, sources = again or (None, ())
-    result: tuple[Tensor, ...] = _LoRALinearFunction.apply(x, frozen, function, *lora_a, *lora_b, *sources)
+    present = (gain for gain in gains if gain is not None)
+    result: tuple[Tensor, ...] = _LoRALinearFunction.apply(x, frozen, function, *lora_a, *lora_b, *present, *sources)
     return result
+
+
+class _Frozen(NamedTuple):
+    """What a layer brings to the function that is no tensor with a gradient."""
+
+    base: nn.Linear | Linear4bit
+    scaling: float
+    has_gain: bool
 
 
 class _LoRALinearFunction(torch.autograd.Function):
     """Layers that read the same x, with their gradients by hand; each W is frozen, so dW is never formed.
 
         u = x Aᵀ                 (tokens, r), saved; the A of all layers stacked
-        y = x Wᵀ + b + s·u Bᵀ    for each layer, with its own part of u
+        z = x Wᵀ + s·u Bᵀ        for each layer, with its own part of u
+        y = g∘z + b              g (out,) is 1, or the gain of the variant, as DoRA's
 
-        t  = s·dy B              (tokens, r), for each layer, then stacked
-        dx = Σ dy W + t A
+        dg = Σ dy∘z, dz = g∘dy   over the tokens
+        t  = s·dz B              (tokens, r), for each layer, then stacked
+        dx = Σ dz W + t A
         dA = tᵀ x
-        dB = s·dyᵀ u             for each layer
+        dB = s·dzᵀ u             for each layer
 
-    That is 4·tokens·r·(in + out) FLOPs for an adapter's backward. x is saved once, as it came, or not at all.
+    That is 4·tokens·r·(in + out) FLOPs for an adapter's backward. x is saved once, as it came, or not at all. z is
+    y / g where there is no bias: y costs nothing to save where the next operation saves it too, as SwiGLU does.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        frozen: tuple[tuple[nn.Linear | Linear4bit, float], ...],
-        again: Callable[..., Tensor] | None,
-        *tensors: Tensor,
+        ctx: Any, x: Tensor, frozen: tuple[_Frozen, ...], again: Callable[..., Tensor] | None, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        count = len(frozen)
-        lora_a, lora_b, sources = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
+        lora_a, lora_b, gains, sources = _parted(frozen, tensors)
         flat = x.reshape(-1, x.shape[-1])
         u = flat @ _stacked(lora_a, x.dtype).T
-        results = []
-        for (base, scaling), b, part in zip(frozen, lora_b, u.split([len(a) for a in lora_a], dim=1), strict=True):
+        parts = u.split([len(a) for a in lora_a], dim=1)
+        results, products = [], []
+        for (base, scaling, _), b, part, gain in zip(frozen, lora_b, parts, gains, strict=True):
             bias = None if base.bias is None else base.bias.to(x.dtype)
-            y = frozen_linear(base, flat, bias, (part, b.to(x.dtype)), scaling)
+            y = frozen_linear(base, flat, bias if gain is None else None, (part, b.to(x.dtype)), scaling)
+            if gain is not None:
+                z = y.clone() if bias is not None and ctx.needs_input_grad[3] else y
+                y.addcmul_(y, _beyond_one(gain, y.dtype))
+                y = y if bias is None else y.add_(bias)
+                products.append(y if bias is None else z)
             results.append(y.view(*x.shape[:-1], y.shape[-1]))
-        ctx.save_for_backward(u, *lora_a, *lora_b, *(sources if again else (x,)))
+        ctx.save_for_backward(u, *tensors[: len(tensors) - len(sources)], *products, *(sources if again else (x,)))
         ctx.frozen, ctx.again, ctx.shape = frozen, again, x.shape
         return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         u, *tensors = ctx.saved_tensors
+        frozen: tuple[_Frozen, ...] = ctx.frozen
+        lora_a, lora_b, gains, rest = _parted(frozen, tensors)
         count, dtype = len(grads), u.dtype
-        lora_a, lora_b, sources = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
-        needed = ctx.needs_input_grad[3:]
-        ranks = [len(a) for a in lora_a]
-        dys = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        scalings = [scaling for _, scaling in ctx.frozen]
-        t = torch.cat([s * (dy @ b.to(dtype)) for s, dy, b in zip(scalings, dys, lora_b, strict=True)], dim=1)
+        gained = sum(layer.has_gain for layer in frozen)
+        products, sources = iter(rest[:gained]), rest[gained:]
+        of_a, of_b, of_gain, _ = _parted(frozen, ctx.needs_input_grad[3:])
+        dzs, dgains = [], []
+        for grad, (base, _, _), gain, is_needed in zip(grads, frozen, gains, of_gain, strict=True):
+            dz = grad.reshape(-1, grad.shape[-1])
+            if gain is not None:
+                product = next(products)
+                if is_needed:
+                    dgain = _summed_product(dz, product)
+                    dgains.append(dgain if base.bias is not None else (dgain / gain).nan_to_num_(0.0, 0.0, 0.0))
+                else:
+                    dgains.append(None)
+                dz = torch.addcmul(dz, dz, _beyond_one(gain, dtype))
+            dzs.append(dz)
+        t = torch.cat([f.scaling * (dz @ b.to(dtype)) for f, dz, b in zip(frozen, dzs, lora_b, strict=True)], dim=1)
         dx: Tensor | None = None
         da: list[Tensor | None] = [None] * count
         db: list[Tensor | None] = [None] * count
         if ctx.needs_input_grad[0]:
-            (first, _), *others = ctx.frozen
-            dx = frozen_linear_dx(first, dys[0], (t, _stacked(lora_a, dtype)))
-            for dy, (base, _) in zip(dys[1:], others, strict=True):
-                add_frozen_linear_dx(dx, base, dy)
+            dx = frozen_linear_dx(frozen[0].base, dzs[0], (t, _stacked(lora_a, dtype)))
+            for dz, layer in zip(dzs[1:], frozen[1:], strict=True):
+                add_frozen_linear_dx(dx, layer.base, dz)
             dx = dx.view(ctx.shape)
-        if any(needed[:count]):
+        ranks = [len(a) for a in lora_a]
+        if any(of_a):
             x = ctx.again(*sources) if ctx.again else sources[0]
             parts = (t.T @ x.reshape(-1, x.shape[-1])).split(ranks)
             da = [part.to(a.dtype) for part, a in zip(parts, lora_a, strict=True)]
-        if any(needed[count : 2 * count]):
-            parts = u.split(ranks, dim=1)
-            products = zip(scalings, dys, parts, lora_b, strict=True)
-            db = [(s * (dy.T @ part)).to(b.dtype) for s, dy, part, b in products]
-        return dx, None, None, *da, *db, *(None for _ in (sources if ctx.again else ()))
+        if any(of_b):
+            layers = zip(frozen, dzs, u.split(ranks, dim=1), lora_b, strict=True)
+            db = [(f.scaling * (dz.T @ part)).to(b.dtype) for f, dz, part, b in layers]
+        return dx, None, None, *da, *db, *dgains, *(None for _ in (sources if ctx.again else ()))
+
+
+def _parted(frozen: Sequence[_Frozen], values: Sequence[Any]) -> tuple[Any, Any, list[Any], Any]:
+    """Part what comes in the order of the function's tensors: of each A, each B, each gain (None: has none), others."""
+    count, gained = len(frozen), sum(layer.has_gain for layer in frozen)
+    present = iter(values[2 * count : 2 * count + gained])
+    gains = [next(present) if layer.has_gain else None for layer in frozen]
+    return values[:count], values[count : 2 * count], gains, values[2 * count + gained :]
+
+
+def _beyond_one(gain: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return g - 1, of which a short dtype keeps the digits that it would drop of g: bf16 has 1 and then 1.0078."""
+    return (gain - 1).to(dtype)
+
+
+def _summed_product(a: Tensor, b: Tensor) -> Tensor:
+    """Return the sum of a∘b over the rows, (columns,), in fp32 or better, with few rows at a time in that dtype."""
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    total = a.new_zeros(a.shape[1], dtype=dtype)
+    for some, others in zip(a.split(_ROWS), b.reshape(a.shape).split(_ROWS), strict=True):
+        total += (some.to(dtype) * others.to(dtype)).sum(0)
+    return total
 
 
 def _stacked(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -212,7 +212,6 @@ class TestRefusals:
             {"lora_alpha": 0},
             {"lora_alpha": float("inf")},
             {"lora_dropout": 1.0},
-            {"use_dora": True},
             {"bias": "all"},
             {"modules_to_save": ["lm_head"]},
             {"rank_pattern": {"x": 0}},

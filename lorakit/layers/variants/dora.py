@@ -1,0 +1,60 @@
+"""DoRA: the direction of each row by LoRA, its length trained apart (Liu et al. 2024, arXiv:2402.09353, eq. 5 and 6).
+
+    W' = m * (W + s B A) / n        n_i = ||row i of W + s B A||, a constant to the gradient (section 4.3)
+
+so that an adapter is plain LoRA with the gain g = m / n on each output. The paper writes W as (in, out) and speaks of
+columns; PyTorch's weight has them as rows. The norms come from W, A and B without the product B A:
+
+    n_i² = ||w_i||² + 2 s b_i · (A w_i) + s² b_i (A Aᵀ) b_iᵀ
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .variant import Variant
+
+if TYPE_CHECKING:
+    from ..adapted import AdaptedLayer
+
+
+class DoRA(Variant):
+    """One more trained vector: the magnitude m of each row, which starts at the norm of the row."""
+
+    name = "dora"
+    trained = ("lora_magnitude_vector",)
+
+    def start(self, layer: AdaptedLayer, name: str) -> dict[str, Tensor]:
+        dtype = layer.lora_A[name].dtype
+        return {"lora_magnitude_vector": row_norms(layer, name, torch.float32).to(dtype)}
+
+    def gain(self, layer: AdaptedLayer, name: str, dtype: torch.dtype) -> Tensor:
+        magnitude: Tensor = layer.table("lora_magnitude_vector")[name].flatten()
+        return magnitude / row_norms(layer, name, dtype)
+
+
+@torch.no_grad()
+def row_norms(layer: AdaptedLayer, name: str, dtype: torch.dtype) -> Tensor:
+    """Return n, the norms of the rows of W + scaling * B @ A: (out_features,), fp32 or better.
+
+    Args:
+        dtype: of the product of A with the base weight, which is the dtype the layer computes in.
+    """
+    up, down = layer.factors(name)
+    up, down = up.to(torch.promote_types(up.dtype, torch.float32)), down.to(dtype)
+    across = layer.project(down).to(up.dtype)  # (r, out): A Wᵀ
+    down = down.to(up.dtype)
+    squares = squared_rows(layer).to(up.dtype) + ((2 * across.T + up @ (down @ down.T)) * up).sum(1)
+    return squares.clamp_(min=0).sqrt_()
+
+
+def squared_rows(layer: AdaptedLayer) -> Tensor:
+    """Return ||w_i||² of the rows of the base weight, (out_features,) fp32, computed once a base weight."""
+    kept: Tensor | None = getattr(layer, "_squared_rows", None)
+    if kept is None or kept.device != next(layer.base_layer.parameters()).device:
+        kept = layer.as_matrix(layer.base_weight(torch.float64)).square().sum(1)
+        layer._squared_rows = kept
+    return kept
