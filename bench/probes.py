@@ -2,9 +2,10 @@
 
     QLoRA of SmolLM2-135M, rank 16 on all linear layers, 2 x 512 tokens in two micro-batches, all trained
 
-Two models of the same start take the same steps, one of them with probes at their defaults, and this stops unless losses
-and adapters are equal to the bit. Most steps look at norms and noise; every 25th at spectra and drift too. The overhead is that
-of a long run: medians of both kinds of step, weighted by how often they come, what is done once per run left out.
+Two models of the same start take the same steps, one of them with probes at their defaults, and this stops unless
+losses and adapters are equal to the bit. Most steps look at norms and noise; every 25th at spectra and drift too. The
+overhead is that of a long run: medians of both kinds of step, weighted by how often they come. What is done once a run
+is a line of its own.
 
 Run as: python -m bench.probes [--model smollm2-135m-instruct] [--steps 12] [--check] [--json FILE] [--plot FILE]
 """
@@ -70,7 +71,7 @@ class Side:
 def measure(plain: Side, probed: Side, steps: int) -> dict[str, list[float]]:
     """Take the steps in turn; return the seconds of each kind.
 
-    The probed side counts its steps so that every third is one in which all is looked at: a long run's, in a short time.
+    The probed side counts its steps so that all is looked at in every third: a long run's steps, in a short time.
 
     Raises:
         AssertionError: losses or adapters differ.

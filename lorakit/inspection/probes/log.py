@@ -223,7 +223,7 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 def rounded(value: Any) -> Any:
-    """Round floats to nine digits, which lose nothing of an fp32 value, in half the characters; None for NaN and inf."""
+    """Round floats to nine digits, which lose nothing of an fp32 value; None for NaN and inf, which JSON has not."""
     if isinstance(value, float):
         return float(f"{value:.9g}") if math.isfinite(value) else None
     if isinstance(value, Mapping):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...adapters import lora_layers
 from ...adapters.low_rank import LowRank
-from ...layers import Linear4bit, LoRALinear
+from ...layers.adapted import AdaptedLayer
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +23,7 @@ class Adapted:
     """
 
     name: str
-    layer: LoRALinear
+    layer: AdaptedLayer
     adapter: str
 
     @property
@@ -45,14 +45,12 @@ class Adapted:
 
     def base_norm(self) -> float:
         """Return ‖W‖ of the base weight, summed in float64."""
-        base = self.layer.base_layer
-        weight = base.dense_weight(torch.float32) if isinstance(base, Linear4bit) else base.weight
-        return float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64))
+        return float(torch.linalg.vector_norm(self.layer.base_weight(torch.float32), dtype=torch.float64))
 
     def update(self) -> LowRank:
-        """Return scaling · B A in float64."""
-        up = self.layer.scaling[self.adapter] * self.lora_b.detach().double()
-        return LowRank(up, self.lora_a.detach().double())
+        """Return the low-rank update in float64: scaling · B A for plain LoRA."""
+        up, down = self.layer.factors(self.adapter)
+        return LowRank(up.detach().double(), down.detach().double())
 
 
 def active_adapted(model: nn.Module) -> list[Adapted]:

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from ...data import Batch, Example
 from ...errors import ConfigError
 from ...training import TrainingProbe
+from ..spectrum import effective_rank
 from .config import ProbeConfig
 from .dead import DeadLayers
 from .drift import ActivationDrift, probe_rows
 from .log import FILE, Header, ProbeFile, ProbeLog
 from .matrices import Adapted, Movement, active_adapted, norms
 from .noise import WINDOW, GradientNoise, NoiseEstimate
-from .spectra import spectral_figures
 from .tensorboard import TensorBoard
 from .token_losses import TokenLosses
 
@@ -127,7 +127,9 @@ class Probes(TrainingProbe):
         if not self._is_looking or self._file is None:
             return
         if self._is_due(self.config.spectra_every):
-            self._row |= spectral_figures(self._adapted)
+            values = [one.update().singular_values for one in self._adapted]
+            self._row["delta_norm"] = [float(s.norm()) for s in values]
+            self._row["effective_rank"] = [effective_rank(s) for s in values]
         if self._drift is not None and self._is_due(self.config.drift_every):
             self._row |= self._drift.measure()
         self._row |= self._losses.figures()

@@ -1,4 +1,4 @@
-"""Probes look on: the run is the same to the bit, the figures are those of the definitions, the file survives a kill."""
+"""Probes look on: the run is the same to the bit, the figures are those of the definitions, a kill leaves the file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from small_models import conversations, small_decoder, small_tokenizer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lorakit import Decoder, LoraConfig, Tokenizer, TrainConfig, add_adapter, load_adapter, quantize, train
+from lorakit import Decoder, LoraConfig, Tokenizer, TrainConfig, add_adapter, train
 from lorakit.adapters import adapter_parameters, disable_adapters, lora_layers
 from lorakit.data import encode_records
 from lorakit.errors import ConfigError, DataError
@@ -37,6 +37,7 @@ from lorakit.training import TrainingProbe
 from lorakit.training.trainer import accumulate_gradients
 
 CONVERSATIONS = conversations(10)
+BINS = {"0": [0], "1-2": [1, 2], "3-6": range(3, 7), "7-14": range(7, 15), "15-30": range(15, 31)}
 EXACT = 1e-6  # relative, against float64
 CLOSE = ProbeConfig(spectra_every=2, drift_every=3, dead_after=4)
 
@@ -241,8 +242,7 @@ class TestFigures:
         bins: dict[str, list[float]] = {}
         for losses in expected:
             for position, loss in enumerate(losses.tolist()):
-                name = next(n for n, low, high in (("0", 0, 0), ("1-2", 1, 2), ("3-6", 3, 6), ("7-14", 7, 14), ("15-30", 15, 30)) if low <= position <= high)  # fmt: skip
-                bins.setdefault(name, []).append(loss)
+                bins.setdefault(next(name for name, members in BINS.items() if position in members), []).append(loss)
         by_position = {one["positions"]: (one["loss"], one["trained_tokens"]) for one in probes.log.position_loss()}
         assert by_position == {
             name: (pytest.approx(sum(losses) / len(losses), rel=1e-5), len(losses)) for name, losses in bins.items()
