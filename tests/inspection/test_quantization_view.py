@@ -91,7 +91,7 @@ class TestFigures:
         assert sum(expected) == pytest.approx(1.0, abs=1e-7)
         source = torch.randn(1024, 2048, generator=torch.Generator().manual_seed(0))
         counts = quantize(source, quant_type, block_size).codes.flatten().long().bincount(minlength=16)
-        assert expected == pytest.approx((counts / source.numel()).tolist(), abs=4e-4)  # 1 / sqrt(2^21) is 7e-4
+        assert expected == pytest.approx((counts / source.numel()).tolist(), abs=1e-3)  # five deviations of 2^21 draws
 
     def test_normal_weights_are_near_it_and_others_are_not(self) -> None:
         random = torch.Generator().manual_seed(0)
