@@ -4,8 +4,8 @@
 
 Two models of the same start take the same steps, one of them with probes at their defaults, and this stops unless
 losses and adapters are equal to the bit. Most steps look at norms and noise; every 25th at spectra and drift too. The
-overhead is that of a long run: medians of both kinds of step, weighted by how often they come. What is done once a run
-is a line of its own.
+overhead is that of a long run: the median over steps of (seconds with / seconds of the step without beside it), of both
+kinds, weighted by how often they come. What is done once a run is a line of its own.
 
 Run as: python -m bench.probes [--model smollm2-135m-instruct] [--steps 12] [--check] [--json FILE] [--plot FILE]
 """
@@ -33,6 +33,7 @@ from .sides.common import ALPHA, LEARNING_RATE, RANK, random_tokens
 
 BATCH, LENGTH = 2, 512
 LIMIT = 0.03
+COMMON, ALL = "with", "with spectra and drift"
 RARE = ProbeConfig().spectra_every or 1
 
 
@@ -68,28 +69,21 @@ class Side:
         return time.perf_counter() - started, row["loss"]
 
 
-def measure(plain: Side, probed: Side, steps: int) -> dict[str, list[float]]:
-    """Take the steps in turn; return the seconds of each kind.
+def measure(plain: Side, probed: Side, steps: int) -> dict[str, list[tuple[float, float]]]:
+    """Take the steps in turn; return of each kind the pairs of seconds, without probes and with them.
 
     The probed side counts its steps so that all is looked at in every third: a long run's steps, in a short time.
 
     Raises:
         AssertionError: losses or adapters differ.
     """
-    seconds: dict[str, list[float]] = {"without": [], "with": [], "with spectra and drift": []}
+    seconds: dict[str, list[tuple[float, float]]] = {COMMON: [], ALL: []}
     for number in range(steps + 1):
-        is_rare = number % 3 == 0
-        sides = [
-            ("without", plain, 0),
-            ("with spectra and drift" if is_rare else "with", probed, RARE if is_rare else 1),
-        ]
-        losses = []
-        for kind, side, step in sides if number % 2 else sides[::-1]:
-            taken, loss = side.step(step)
-            losses.append(loss)
-            if number:
-                seconds[kind].append(taken)
-        assert losses[0] == losses[1], f"step {number}: the losses differ, {losses}"
+        kind, step = (ALL, RARE) if number % 3 == 0 else (COMMON, 1)
+        taken = {side: side.step(step) for side in ((plain, probed) if number % 2 else (probed, plain))}
+        assert taken[plain][1] == taken[probed][1], f"step {number}: the losses differ"
+        if number:
+            seconds[kind].append((taken[plain][0], taken[probed][0]))
     pairs = zip(adapter_parameters(plain.model), adapter_parameters(probed.model), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs), "the adapters differ"
     return seconds
@@ -104,16 +98,19 @@ def main() -> None:
     folder = model_folder(options.model)
     with tempfile.TemporaryDirectory() as output:
         plain, probed = Side(folder, [], Path(output)), Side(folder, [Probes()], Path(output))
-        seconds = {kind: median(taken) for kind, taken in measure(plain, probed, max(3, options.steps)).items()}
+        pairs = measure(plain, probed, max(3, options.steps))
         size = (Path(output) / "probes.jsonl").stat().st_size / (options.steps + 2)
         for probe in probed.probes:
             probe.end()
-    common, rare = seconds["with"], seconds["with spectra and drift"]
-    overhead = ((RARE - 1) * common + rare) / RARE / seconds["without"] - 1
-    rows: list[list[object]] = [[kind, taken, taken / seconds["without"] - 1] for kind, taken in seconds.items()]
-    rows.append([f"with, every {RARE}th with spectra and drift", (1 + overhead) * seconds["without"], overhead])
+    without = median(plain for taken in pairs.values() for plain, _ in taken)
+    more = {kind: median(probed / plain for plain, probed in taken) - 1 for kind, taken in pairs.items()}
+    overhead = ((RARE - 1) * more[COMMON] + more[ALL]) / RARE
+    rows: list[list[object]] = [["without", without, None]]
+    rows += [[kind, (1 + share) * without, share] for kind, share in more.items()]
+    rows.append([f"with, every {RARE}th with spectra and drift", (1 + overhead) * without, overhead])
     rows.append(["once a run: norms and activations of the base", probed.once, None])
     picture = Picture("ms a step")
+    seconds = {"without": without} | {kind: (1 + share) * without for kind, share in more.items()}
     picture.add("training step", seconds, list(seconds), [])
     title = f"{Path(options.model).name}: what probes cost a step; {size / 1024:.0f} KiB of probes.jsonl a step"
     target = Target("probes' share of a step's time", overhead, LIMIT)

@@ -78,4 +78,5 @@ def expected_shares(quant_type: str, block_size: int) -> tuple[float, ...]:
 
 
 def _normal(x: Tensor) -> Tensor:
-    return torch.special.ndtr(x)
+    shares: Tensor = torch.special.ndtr(x)
+    return shares

@@ -53,9 +53,14 @@ class Adapted:
         return LowRank(up.detach().double(), down.detach().double())
 
 
-def active_adapted(model: nn.Module) -> list[Adapted]:
-    """Return the pairs of all active adapters, in model order."""
-    found = [(path, layer, name) for path, layer in lora_layers(model).items() for name in layer.active]
+def trained_adapted(model: nn.Module) -> list[Adapted]:
+    """Return the pairs of all active adapters of which A or B is trained, in model order."""
+    found = [
+        (path, layer, name)
+        for path, layer in lora_layers(model).items()
+        for name in layer.active
+        if layer.lora_A[name].requires_grad or layer.lora_B[name].requires_grad
+    ]
     alone = len({name for *_, name in found}) == 1
     return [Adapted(path if alone else f"{path}:{name}", layer, name) for path, layer, name in found]
 

@@ -25,14 +25,14 @@ from .config import ProbeConfig
 from .dead import DeadLayers
 from .drift import ActivationDrift, probe_rows
 from .log import FILE, Header, ProbeFile, ProbeLog
-from .matrices import Adapted, Movement, active_adapted, norms
+from .matrices import Adapted, Movement, trained_adapted, norms
 from .noise import WINDOW, GradientNoise, NoiseEstimate
 from .tensorboard import TensorBoard
 from .token_losses import TokenLosses
 
 
 class Probes(TrainingProbe):
-    """Looks at the active adapters of a run, at a small part of its time, without changing a bit of its result.
+    """Looks at the adapters that a run trains, at a small part of its time, without changing a bit of its result.
 
     In memory it takes a copy of the adapter, and of the outputs of all adapted layers on the drift's rows.
 
@@ -71,7 +71,7 @@ class Probes(TrainingProbe):
         self, model: nn.Module, examples: Sequence[Example], held_out: Sequence[Example], output: Path | None, done: int
     ) -> None:
         config = self.config
-        self._adapted = active_adapted(model)
+        self._adapted = trained_adapted(model)
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         header = Header(
             [one.name for one in self._adapted], [one.rank for one in self._adapted], _base_norms(self._adapted),
