@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.low_rank import LowRank
-from .singular_vectors import LEADING, SingularVectors, complete_vectors, leading_vectors
+from .singular_vectors import SingularVectors, leading_vectors
 from .spectrum import numerical_rank
 
 INTRUDER_TOP = 10  # singular vectors of the tuned weight that are looked at, as in the paper
@@ -29,7 +29,7 @@ class AgainstBase:
         amplification: ‖Δ‖F / ‖Uᵀ W V‖F with U, V the singular vectors of Δ: by how much it strengthens what W does in
             its directions (Hu et al. 2021, arXiv:2106.09685, section 7.3); None for a zero update.
         alignment_out, alignment_in: share of ‖Δ‖F² within the span of W's leading left, right singular vectors, as many
-            as Δ's rank; chance_out, chance_in: of a random update.
+            as Δ's rank, at most 64; chance_out, chance_in: of a random update.
         tuned_values, tuned_cosines: of the leading INTRUDER_TOP left singular vectors of the tuned weight, the singular
             value and the largest |cosine| to one of W's (Shuttleworth et al. 2024, arXiv:2410.21228, algorithm 1).
         magnitude_change: mean over rows of |‖tuned row‖ - ‖W row‖| / ‖W row‖, and
@@ -96,7 +96,7 @@ def compare_with_base(
     norm = float(row_squares.sum().sqrt())
     top = float(base.s[0]) if base.s.numel() else 0.0
     tuned = _tuned_vectors(update, weight, base, None if magnitude is None else scale)
-    cosines = (base.u.T @ tuned.u[:, :INTRUDER_TOP]).abs().amax(0).clamp(max=1) if base.s.numel() else tuned.s[:0]
+    cosines = base.left_cosines(weight, tuned.u).amax(0).clamp(max=1) if top else tuned.s[:0]
     count = min(rank, base.s.numel())
     energy = s.square().sum().clamp(min=1e-300)
     along = float((u.T @ projected).norm())
@@ -121,11 +121,15 @@ def compare_with_base(
 
 
 def _tuned_vectors(update: LowRank, weight: Tensor, base: SingularVectors, scale: Tensor | None) -> SingularVectors:
-    """Leading singular vectors of the tuned weight: exactly where the base's are, else by iteration from the base's."""
-    if base.complete:
-        tuned = weight.double() + update.dense()
-        return complete_vectors(tuned if scale is None else scale[:, None] * tuned)
-    up = update.up if scale is None else scale[:, None] * update.up
-    tuned = weight if scale is None else scale[:, None].to(weight.dtype) * weight
-    start = torch.cat([base.v[:, : LEADING // 2], update.svd[2].T[:, : LEADING // 2]], dim=1)
-    return leading_vectors(tuned, start, INTRUDER_TOP, (up, update.down))
+    """Leading singular vectors of the tuned weight, looked for from those of the base and of the update."""
+    matrix, up = weight.double() if base.complete else weight.float(), update.up
+    if scale is not None:
+        matrix, up = scale[:, None].to(matrix.dtype) * matrix, scale[:, None] * up
+    is_wide = weight.shape[0] <= weight.shape[1]
+    u, _, vh = update.svd
+    known = torch.cat([base.u, u], dim=1) if is_wide else torch.cat([base.v, vh.T], dim=1)
+    top = [*range(min(INTRUDER_TOP + 4, base.s.numel())), *range(base.s.numel(), min(base.s.numel() + 8, known.shape[1]))]
+    generator = torch.Generator().manual_seed(0)
+    start = torch.cat([known[:, top], torch.randn(len(known), 4, generator=generator, dtype=torch.float64)], dim=1)
+    k = min(INTRUDER_TOP, *weight.shape)
+    return leading_vectors(matrix, k, start[:, : min(weight.shape)], (up, update.down))

@@ -20,6 +20,8 @@ _WEAK = 0.01  # of the median norm of a layer's own kind of module: below it a l
 
 def findings(info: AdapterInfo) -> Iterator[str]:
     """Yield what stands out."""
+    if info.changed_base:
+        yield f"the start '{info.changed_base}' moved a part of the base into the adapter: B A is not the whole change"
     yield from _dead_layers(info)
     if info.norm == 0:
         return

@@ -22,6 +22,8 @@ class AdapterInfo:
         layers: every update, in model order as far as paths tell it.
         base: the base that it was measured against, or None.
         extras: tensors of the folder that are no update (modules saved whole, trained biases): named, not measured.
+        changed_base: the start ("pissa", ...) that moved part of the base into the adapter, or None. The figures are of
+            B·A as the file has it, which is then not the whole change of the base.
         other: the adapter that it was compared with, measured alike, and
         comparison: the two, layer by layer.
         findings: what stands out, in sentences, the most important first.
@@ -31,6 +33,7 @@ class AdapterInfo:
     layers: tuple[LayerInfo, ...]
     base: str | None = None
     extras: tuple[str, ...] = ()
+    changed_base: str | None = None
     other: AdapterInfo | None = None
     comparison: Comparison | None = None
     findings: tuple[str, ...] = field(default=(), compare=False)

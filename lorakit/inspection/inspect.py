@@ -60,13 +60,16 @@ def inspect_adapter(
         both = {update.name: update for update in theirs}
         similar += [compare_updates(u.name, u.low_rank, both[u.name].low_rank) for u in ours if u.name in both]
         progress(done, len(paths))
-    info = AdapterInfo(
-        here.source, tuple(layers), weights.name if weights else None, tuple(here.folder.extras) if here.folder else ()
-    )
+    info = _info(here, layers, weights)
     if there is not None:
-        other = AdapterInfo(there.source, tuple(others), info.base, tuple(there.folder.extras) if there.folder else ())
-        info = replace(info, other=other, comparison=_comparison(there.source, layers, others, similar))
+        comparison = _comparison(there.source, layers, others, similar)
+        info = replace(info, other=_info(there, others, weights), comparison=comparison)
     return replace(info, findings=tuple(findings(info)))
+
+
+def _info(updates: Updates, layers: list[LayerInfo], weights: BaseWeights | None) -> AdapterInfo:
+    extras = tuple(updates.folder.extras) if updates.folder else ()
+    return AdapterInfo(updates.source, tuple(layers), weights.name if weights else None, extras, updates.changed_base)
 
 
 def _comparison(

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+# Within a block, as the data flows; files have them by the alphabet. Others stand behind these.
+_ORDER = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
 _NUMBERED = re.compile(r"(?P<stack>.*?)\.?(?<![^.])(?P<index>\d+)\.(?P<rest>.+)")
 
 
@@ -37,3 +39,17 @@ def places(paths: Iterable[str]) -> dict[str, Place]:
         path: Place(stack, index, last if len(rests[last := rest.rpartition(".")[2]]) == 1 else rest)
         for path, (stack, index, rest) in split.items()
     }
+
+
+def in_model_order(paths: Iterable[str]) -> list[str]:
+    """Return paths, already in order of their blocks, with the modules of each block as the data flows through them."""
+    found = places(paths)
+    blocks: dict[tuple[str, int | None], list[str]] = {}
+    for path, place in found.items():
+        blocks.setdefault((place.stack, place.index), []).append(path)
+
+    def rank(path: str) -> int:
+        name = path.rpartition(".")[2]
+        return _ORDER.index(name) if name in _ORDER else len(_ORDER)
+
+    return [path for block in blocks.values() for path in sorted(block, key=rank)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,29 +20,46 @@ from torch import Tensor
 from ..errors import StorageError
 from ..files import atomic_write, cache_folder
 
-EXACT_UP_TO = 1024  # rows or columns, whichever is less: 0.1 s a layer; four times the side takes 50 times as long
-LEADING = 64  # singular vectors of larger layers
+EXACT_UP_TO = 1024  # rows or columns, whichever is less: 0.1 s for 576, and four times the side takes 50 times as long
+LEADING = 64  # most singular triplets that are kept
 _OVERSAMPLE = 16
-_ITERATIONS = 8
+_DEPTH = 5  # products with the matrix between two Rayleigh-Ritz steps
+_MOST_STEPS = 4
+_TOLERANCE = 1e-10  # of the largest eigenvalue
 _SEED = 0
 
 
 @dataclass(frozen=True)
 class SingularVectors:
-    """U diag(S) Vᵀ, the leading part of a weight or all of it, in float64.
+    """The leading part of W = U diag(S) Vᵀ, in float64.
 
     Attributes:
-        u (out, k), s (k,) in falling order, v (in, k).
-        error: every s is within error of a singular value of the weight, and sin of the angle between its u and the
-            true one is at most error / gap, with the gap from s to the next other singular value (Wedin 1972).
-        complete: whether these are all singular vectors of nonzero singular value.
+        u (out, k), s (k,) in falling order, v (in, k), with k at most LEADING.
+        error: every s is within error of a singular value of W, and the sine of the angle between its u and the true
+            one is at most error / gap, with the gap from s to the next other singular value (Wedin 1972).
+        all_values, basis: of small layers every singular value (n,), and the singular vectors (n, n) of the smaller
+            side; None where only the leading ones are known.
     """
 
     u: Tensor
     s: Tensor
     v: Tensor
     error: float
-    complete: bool
+    all_values: Tensor | None = None
+    basis: Tensor | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether all singular vectors are known."""
+        return self.basis is not None
+
+    def left_cosines(self, weight: Tensor, y: Tensor) -> Tensor:
+        """Return |Uᵀ y| over all left singular vectors that are known: y (out, m) of unit columns -> (known, m)."""
+        if self.basis is None or self.all_values is None:
+            return (self.u.T @ y).abs()
+        if weight.shape[0] <= weight.shape[1]:
+            return (self.basis.T @ y).abs()
+        return (self.basis.T @ (weight.double().T @ y)).abs() / self.all_values[:, None]  # U = W V / S
 
 
 def singular_vectors(weight: Tensor) -> SingularVectors:
@@ -51,9 +69,7 @@ def singular_vectors(weight: Tensor) -> SingularVectors:
     path = _cache_file(weight)
     found = _read_cache(path)
     if found is None:
-        generator = torch.Generator().manual_seed(_SEED)
-        start = torch.randn(weight.shape[1], LEADING + _OVERSAMPLE, generator=generator, dtype=torch.float32)
-        found = leading_vectors(weight, start, LEADING)
+        found = leading_vectors(weight.float(), LEADING)
         _write_cache(path, found)
     return found
 
@@ -66,44 +82,78 @@ def complete_vectors(weight: Tensor) -> SingularVectors:
     matrix = weight.double()
     is_wide = matrix.shape[0] <= matrix.shape[1]
     squares, vectors = torch.linalg.eigh(matrix @ matrix.T if is_wide else matrix.T @ matrix)
-    s = squares.flip(0).clamp(min=0).sqrt()
-    kept = s > 1e-7 * s[0]
-    s, near = s[kept], vectors.flip(1)[:, kept]
+    values = squares.flip(0).clamp(min=0).sqrt()
+    kept = values > 1e-7 * values[0]
+    values, basis = values[kept], vectors.flip(1)[:, kept]
+    near, s = basis[:, :LEADING], values[:LEADING]
     far = (matrix.T @ near if is_wide else matrix @ near) / s
     u, v = (near, far) if is_wide else (far, near)
-    top = slice(0, 1)  # the rounding of all is that of the largest, relative to it
-    error = float((matrix @ v[:, top] - u[:, top] * s[top]).norm()) if s.numel() else 0.0
-    return SingularVectors(u, s, v, error, True)
+    return SingularVectors(u, s, v, _error(matrix, u, s, v), values, basis)
 
 
-def leading_vectors(weight: Tensor, start: Tensor, k: int, change: tuple[Tensor, Tensor] | None = None) -> SingularVectors:
-    """Randomized subspace iteration (Halko, Martinsson and Tropp 2011, arXiv:0909.4061, algorithms 4.4 and 5.1).
+def leading_vectors(
+    weight: Tensor, k: int, start: Tensor | None = None, change: tuple[Tensor, Tensor] | None = None
+) -> SingularVectors:
+    """The leading k triplets by a randomized block Krylov method (Musco and Musco 2015, arXiv:1504.05477, algorithm 2).
 
     Args:
-        weight: (out, in), any floating dtype; products run in float32.
-        start: (in, k + some more), what to start from.
+        weight: (out, in); products run in its dtype.
+        start: (n, k + some more), n the smaller side, instead of a random matrix.
         change: up (out, r) and down (r, in), added to the weight without being multiplied out.
     """
-    matrix = weight.float()
-    up, down = (part.float() for part in change) if change else (matrix.new_zeros(len(matrix), 0), matrix.new_zeros(0, matrix.shape[1]))
+    matrix = weight if weight.shape[0] <= weight.shape[1] else weight.T
+    left, right = change or (weight.new_zeros(weight.shape[0], 0), weight.new_zeros(0, weight.shape[1]))
+    left, right = (left, right) if matrix is weight else (right.T, left.T)
+    left, right = left.to(weight.dtype), right.to(weight.dtype)
 
-    def apply(x: Tensor) -> Tensor:
-        return matrix @ x + up @ (down @ x)
+    def turned(x: Tensor) -> Tensor:
+        return matrix.T @ x + right.T @ (left.T @ x)
 
-    def apply_transposed(y: Tensor) -> Tensor:
-        return matrix.T @ y + down.T @ (up.T @ y)
+    def square(x: Tensor) -> Tensor:
+        y = turned(x)
+        return matrix @ y + left @ (right @ y)
 
-    basis = torch.linalg.qr(apply(start.float())).Q  # (out, block)
-    for _ in range(_ITERATIONS):
-        basis = torch.linalg.qr(apply(torch.linalg.qr(apply_transposed(basis)).Q)).Q
-    v, s, small = torch.linalg.svd(apply_transposed(basis), full_matrices=False)
-    v, s, u = v[:, :k], s[:k], (basis @ small.T)[:, :k]
-    error = float((apply(v) - u * s).norm(dim=0).max())  # Wᵀu = s·v holds by construction; this is the other side
-    return SingularVectors(u.double(), s.double(), v.double(), error, False)
+    if start is None:
+        generator = torch.Generator().manual_seed(_SEED)
+        start = torch.randn(len(matrix), k + _OVERSAMPLE, generator=generator)
+    near = _eigenvectors(square, start.to(weight.dtype), k)
+    far, s, small = torch.linalg.svd(turned(near), full_matrices=False)
+    near = near @ small.T
+    error = float((matrix @ far + left @ (right @ far) - near * s).norm(dim=0).max())
+    u, v = (near, far) if matrix is weight else (far, near)
+    return SingularVectors(u.double(), s.double(), v.double(), error)
+
+
+def _eigenvectors(apply: Callable[[Tensor], Tensor], start: Tensor, k: int) -> Tensor:
+    """Leading k eigenvectors of a positive matrix, (n, k), by block Krylov spaces and Rayleigh-Ritz, restarted."""
+    basis = torch.linalg.qr(start).Q
+    for _ in range(_MOST_STEPS):
+        blocks = basis
+        for _ in range(_DEPTH):
+            if blocks.shape[1] + basis.shape[1] > len(start):
+                break
+            new = apply(blocks[:, -basis.shape[1] :])
+            for _ in range(2):  # once leaves rounding behind
+                new = new - blocks @ (blocks.T @ new)
+            blocks = torch.cat([blocks, torch.linalg.qr(new).Q], dim=1)
+        product = apply(blocks)
+        values, vectors = torch.linalg.eigh(blocks.T @ product)
+        values, vectors = values.flip(0), vectors.flip(1)[:, : basis.shape[1]]
+        basis = blocks @ vectors
+        residual = (product @ vectors[:, :k] - basis[:, :k] * values[:k]).norm(dim=0).max()
+        if residual <= _TOLERANCE * values[0]:
+            break
+    return basis[:, :k]
+
+
+def _error(matrix: Tensor, u: Tensor, s: Tensor, v: Tensor) -> float:
+    """The larger of the two residuals of a singular triplet, over all triplets."""
+    residuals = torch.cat([(matrix @ v - u * s).norm(dim=0), (matrix.T @ u - v * s).norm(dim=0)])
+    return float(residuals.max()) if residuals.numel() else 0.0
 
 
 def _cache_file(weight: Tensor) -> Path:
-    digest = hashlib.sha256(f"{LEADING} {_OVERSAMPLE} {_ITERATIONS} {_SEED} {tuple(weight.shape)}".encode())
+    digest = hashlib.sha256(f"{LEADING} {_OVERSAMPLE} {_DEPTH} {_MOST_STEPS} {_TOLERANCE} {_SEED} {tuple(weight.shape)}".encode())
     for rows in weight.split(1024):
         digest.update(rows.float().contiguous().numpy().data)
     return cache_folder() / "singular-vectors" / f"{digest.hexdigest()}.safetensors"
@@ -115,7 +165,7 @@ def _read_cache(path: Path) -> SingularVectors | None:
             u, s, v, error = (opened.get_tensor(key) for key in ("u", "s", "v", "error"))
     except (OSError, SafetensorError):  # not there, or not whole: it is computed anew
         return None
-    return SingularVectors(u.double(), s.double(), v.double(), float(error), False)
+    return SingularVectors(u.double(), s.double(), v.double(), float(error))
 
 
 def _write_cache(path: Path, found: SingularVectors) -> None:

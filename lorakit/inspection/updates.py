@@ -14,6 +14,9 @@ from ..adapters.adapter_folder import AdapterFolder, read_adapter_folder
 from ..adapters.attach import adapter_configs, check_adapter
 from ..adapters.low_rank import LowRank
 from ..layers.adapted import AdaptedLayer
+from .places import in_model_order
+
+_BASE_CHANGING = ("corda", "loftq", "lora_ga", "olora", "pissa")  # starts that take their first value out of the base
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,15 @@ class Updates:
             self.config: dict[str, Any] = adapter_configs(source)[name].model_dump(mode="json")
         else:
             self.folder = read_adapter_folder(source)
-            self.paths, self.config = list(self.folder.layers), self.folder.config
+            self.paths, self.config = in_model_order(self.folder.layers), self.folder.config
             self.source = str(source)
+
+    @property
+    def changed_base(self) -> str | None:
+        """The start that took its first value out of the base, where B·A is then not the whole change: "pissa", ..."""
+        start = self.config.get("init_lora_weights")
+        is_other = isinstance(start, str) and start.lower().startswith(_BASE_CHANGING)
+        return start if is_other and self.folder is not None else None
 
     def __getitem__(self, path: str) -> list[Update]:
         """Return the updates of one module: one, or one for each expert."""
