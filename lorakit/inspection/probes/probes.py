@@ -25,7 +25,7 @@ from .config import ProbeConfig
 from .dead import DeadLayers
 from .drift import ActivationDrift, probe_rows
 from .log import FILE, Header, ProbeFile, ProbeLog
-from .matrices import Adapted, Movement, trained_adapted, norms
+from .matrices import Adapted, Movement, norms, trained_adapted
 from .noise import WINDOW, GradientNoise, NoiseEstimate
 from .tensorboard import TensorBoard
 from .token_losses import TokenLosses

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small_models import conversations, small_decoder, small_tokenizer
+from small_models import conversations, small_decoder, small_tokenizer, write_run_folder
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -33,6 +33,8 @@ from lorakit.inspection.probes import (
     relative_drift,
 )
 from lorakit.layers import Linear4bit
+from lorakit.runs import load_recipe
+from lorakit.runs.run import train_run
 from lorakit.training import TrainingProbe
 from lorakit.training.trainer import accumulate_gradients
 
@@ -428,6 +430,42 @@ class TestFile:
         probes = Probes(CLOSE.model_copy(update={"parquet": True}))
         train(adapted(), tok, CONVERSATIONS, config(output=tmp_path), probes=[probes])
         assert pyarrow.parquet.read_table(tmp_path / "probes.parquet").to_pylist() == probes.log.table()
+
+    def test_tensorboard_reads_what_was_written(self, tok: Tokenizer, tmp_path: Path) -> None:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        board = CLOSE.model_copy(update={"tensorboard": True})
+        settings = config(output=tmp_path, checkpoint_every=2)
+        with pytest.raises(KeyboardInterrupt):
+            train(adapted(), tok, CONVERSATIONS, settings, probes=[Probes(board), Stop(4)])
+        result = train(adapted(), tok, CONVERSATIONS, settings, resume=True, probes=[Probes(board)])
+        written = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+        losses = written.Scalars("train/loss")
+        assert [event.step for event in losses] == [*range(1, 7)]
+        assert [event.value for event in losses] == pytest.approx([row["loss"] for row in result.history])
+        norms = {row["step"]: row["norm_B"] for row in read_probes(tmp_path).rows}
+        for event in written.Scalars("norm_B/max"):
+            assert event.value == pytest.approx(max(norms[event.step]))
+        assert [event.step for event in written.Scalars("effective_rank/median")] == [2, 4, 6]
+
+    def test_a_package_that_is_not_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sys, "path", [])
+        monkeypatch.delitem(sys.modules, "tensorboard", raising=False)
+        with pytest.raises(ConfigError, match="tensorboard is not installed: pip install"):
+            Probes(ProbeConfig(tensorboard=True))
+
+    def test_a_recipe_with_probes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        write_run_folder(tmp_path)
+        recipe = load_recipe("recipe.yaml", ["probes={spectra_every: 2}", "eval=null"])
+        said: list[str] = []
+        train_run(recipe, said.append)
+        log = read_probes("run")
+        assert [row["step"] for row in log.rows] == [1, 2, 3, 4]
+        assert "effective_rank" in log.rows[1] and "effective_rank" not in log.rows[0]
+        assert load_recipe("run/recipe.yaml").probes == ProbeConfig(spectra_every=2)
+        with pytest.raises(ConfigError, match="did you mean 'spectra_every'"):
+            load_recipe("recipe.yaml", ["probes={spectra_evry: 2}"])
 
     def test_what_is_not_a_log(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"probes\.jsonl cannot be read: .*; train with probes"):
