@@ -19,6 +19,7 @@ from .adapters import (
 )
 from .data import Record, load_records, save_records
 from .errors import LorakitError
+from .inspection import AdapterInfo, inspect_adapter
 from .layers import Linear4bit, LoRALinear
 from .models import Decoder, Tokenizer, generate, load_model, load_tokenizer
 from .planning import Plan, plan
@@ -26,6 +27,7 @@ from .quantization import QuantizedWeight, quantize
 from .training import TrainConfig, TrainResult, train
 
 __all__ = [
+    "AdapterInfo",
     "Decoder",
     "Linear4bit",
     "LoRALinear",
@@ -43,6 +45,7 @@ __all__ = [
     "add_adapter",
     "disable_adapters",
     "generate",
+    "inspect_adapter",
     "load_adapter",
     "load_model",
     "load_records",

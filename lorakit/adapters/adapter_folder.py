@@ -72,8 +72,9 @@ class AdapterLayer:
     def update(self, expert: int = 0, dtype: torch.dtype = torch.float64) -> LowRank:
         """Return scaling * B @ A, (out, in); of a convolution (out, in·kernel), of an embedding (dim, vocab).
 
-        An embedding's and a Conv1D's weight is the transpose of that. DoRA's magnitude is not in it: that part of the change needs the base weight. The grouped second convolution
-        that PEFT makes for a grouped base layer becomes the block-diagonal matrix that it is.
+        An embedding's and a Conv1D's weight is the transpose of that. DoRA's magnitude is not in it: that part of the
+        change needs the base weight. The grouped second convolution that PEFT makes for a grouped base layer becomes
+        the block-diagonal matrix that it is.
 
         Raises:
             ShapeError: there is no such expert.

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from ..errors import ConfigError, did_you_mean
 from .combine import combine, resize
+from .inspect import inspect
 from .merge import merge
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Build and look at training data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.command()(merge)
+app.command()(inspect)
 console = Console(highlight=False, emoji=False)  # text is shown as it is: ":key:" must not become a picture
 
 app.command()(combine)

@@ -35,6 +35,7 @@ from .activations import saving_activations
 from .checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from .config import TrainConfig
 from .optimizers import build_optimizer, set_learning_rate, states_to_host, step_from_host
+from .probe import TrainingProbe
 from .runlog import RunLog
 from .schedule import learning_rate
 
@@ -71,6 +72,7 @@ def train(
     config: TrainConfig | None = None,
     eval_records: Sequence[Record] = (),
     resume: bool = False,
+    probes: Sequence[TrainingProbe] = (),
 ) -> TrainResult:
     """Fine-tune the trainable parameters of a model (the active adapter's) on conversations.
 
@@ -79,6 +81,7 @@ def train(
         train_records: conversations; the assistant's turns are trained.
         eval_records: held-out conversations whose loss is measured at the end and every `eval_every` steps.
         resume: go on from the last checkpoint in config.output, bit for bit as if the run had not stopped.
+        probes: look on; nothing that is learned changes by it.
 
     Raises:
         DataError: a record cannot be encoded (all are named), or there is none.
@@ -120,17 +123,25 @@ def train(
         _mode(model, training=True),
         saving_activations(model, config.checkpointing, config.offload_activations),
         RunLog(log_path, steps, result.history, config.progress) as log,
+        contextlib.ExitStack() as looking_on,
     ):
+        for probe in probes:
+            looking_on.callback(probe.end)
+            probe.begin(model, examples, held_out, config.output, result.steps)
         for step in range(result.steps, steps):
             order = batch_order(len(examples), config.batch_size, config.seed, step // per_epoch)
             batch = [examples[i] for i in order[step % per_epoch]]
             lr = learning_rate(step, steps, config.lr, config.warmup_ratio, config.min_lr_ratio)
-            row = {"step": step + 1, "steps": steps, **take_step(model, batch, optimizer, lr, config)}
+            for probe in probes:
+                probe.before_step(step + 1)
+            row = {"step": step + 1, "steps": steps, **take_step(model, batch, optimizer, lr, config, probes)}
             row |= {"seconds": time.perf_counter() - started, "peak_rss_mb": peak_rss_mb()}
             result.steps = step + 1
             if held_out and (_is_due(result.steps, config.eval_every) or result.steps == steps):
                 row["eval_loss"] = result.eval_loss = mean_loss(model, held_out, config.micro_batch_tokens)
             log.step(row)
+            for probe in probes:
+                probe.after_step(row)
             if config.output and _is_due(result.steps, config.checkpoint_every):
                 folder = config.output / "checkpoints"
                 save_checkpoint(folder, result.steps, parameters, optimizer, fingerprint, {"history": log.rows})
@@ -141,7 +152,12 @@ def train(
 
 
 def take_step(
-    model: nn.Module, batch: Sequence[Example], optimizer: torch.optim.Optimizer, lr: float, config: TrainConfig
+    model: nn.Module,
+    batch: Sequence[Example],
+    optimizer: torch.optim.Optimizer,
+    lr: float,
+    config: TrainConfig,
+    probes: Sequence[TrainingProbe] = (),
 ) -> dict[str, Any]:
     """Take one optimizer step; return its row of the log.
 
@@ -149,7 +165,9 @@ def take_step(
         TrainingError: the loss or a gradient is not finite; the parameters are as before the step.
     """
     started = time.perf_counter()
-    loss, trained = accumulate_gradients(model, batch, config.micro_batch_tokens)
+    loss, trained = accumulate_gradients(model, batch, config.micro_batch_tokens, probes)
+    for probe in probes:
+        probe.before_update()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     norm = float(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
     if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -163,6 +181,8 @@ def take_step(
         step_from_host(optimizer)
     else:
         optimizer.step()
+    for probe in probes:
+        probe.after_update()
     optimizer.zero_grad(set_to_none=True)
     return {
         "loss": loss, "lr": lr, "grad_norm": norm, "trained_tokens": trained,
@@ -170,19 +190,26 @@ def take_step(
     }  # fmt: skip
 
 
-def accumulate_gradients(model: nn.Module, batch: Sequence[Example], token_budget: int) -> tuple[float, int]:
+def accumulate_gradients(
+    model: nn.Module, batch: Sequence[Example], token_budget: int, probes: Sequence[TrainingProbe] = ()
+) -> tuple[float, int]:
     """Add the gradient of a step's loss to the parameters; return the loss and the number of trained tokens.
 
     The loss is the sum over all trained tokens of the step divided by their number, however it is cut up.
     """
     device = next(model.parameters()).device
-    packed = [make_batch(group) for group in micro_batches(batch, token_budget)]
+    groups = micro_batches(batch, token_budget)
+    packed = [make_batch(group) for group in groups]
     trained = sum(part.trained_tokens for part in packed)
     total = 0.0
-    for part in packed:
-        loss = summed_loss(model, part.input_ids.to(device), part.targets.to(device), part.lengths)
+    for group, part in zip(groups, packed, strict=True):
+        losses = torch.empty(part.trained_tokens, device=device) if probes else None
+        loss = summed_loss(model, part.input_ids.to(device), part.targets.to(device), part.lengths, losses)
         (loss / trained).backward()
         total += float(loss.detach())
+        for probe in probes:
+            assert losses is not None
+            probe.after_micro_batch(group, part, losses)
     return total / trained, trained
 
 

@@ -1,0 +1,111 @@
+"""`AdapterInfo`: everything measured of one adapter, as plain frozen values, a tidy table and a few sentences."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+from ..errors import LorakitError
+from .layers import LayerInfo
+from .similarity import Comparison
+from .spectrum import energy
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """One adapter, measured.
+
+    Attributes:
+        source: where it is from.
+        layers: every update, in model order as far as paths tell it.
+        base: the base that it was measured against, or None.
+        extras: tensors of the folder that are no update (modules saved whole, trained biases): named, not measured.
+        changed_base: the start ("pissa", ...) that moved part of the base into the adapter, or None. The figures are of
+            B·A as the file has it, which is then not the whole change of the base.
+        other: the adapter that it was compared with, measured alike, and
+        comparison: the two, layer by layer.
+        findings: what stands out, in sentences, the most important first.
+    """
+
+    source: str
+    layers: tuple[LayerInfo, ...]
+    base: str | None = None
+    extras: tuple[str, ...] = ()
+    changed_base: str | None = None
+    other: AdapterInfo | None = None
+    comparison: Comparison | None = None
+    findings: tuple[str, ...] = field(default=(), compare=False)
+
+    @cached_property
+    def norm(self) -> float:
+        """Frobenius norm of all updates together."""
+        return float(sum(layer.norm**2 for layer in self.layers) ** 0.5)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of all A and B."""
+        return sum(layer.parameters for layer in self.layers)
+
+    def energy(self, k: int) -> float:
+        """Share of the update, as squared Frobenius norm over all layers, that rank k in every layer would keep."""
+        total = self.norm**2
+        return sum(energy(layer.spectrum, k) * layer.norm**2 for layer in self.layers) / total if total else 1.0
+
+    def share(self, layer: LayerInfo) -> float:
+        """A layer's share of the squared Frobenius norm of all updates."""
+        return (layer.norm / self.norm) ** 2 if self.norm else 0.0
+
+    def table(self) -> list[dict[str, Any]]:
+        """Return one flat row a layer: plain numbers and words; columns of the base and of the comparison where known."""
+        compared = {layer.name: layer for layer in self.comparison.layers} if self.comparison else {}
+        rows = []
+        for layer in self.layers:
+            row = layer.row() | {"share": self.share(layer)}
+            if layer.name in compared:
+                row |= {f"vs_{key}": value for key, value in compared[layer.name].row().items() if key != "name"}
+            rows.append(row)
+        columns = dict.fromkeys(column for row in rows for column in row)
+        return [{column: row.get(column) for column in columns} for row in rows]
+
+    def to_pandas(self) -> Any:
+        """Return `table` as a pandas.DataFrame.
+
+        Raises:
+            LorakitError: pandas is not installed.
+        """
+        return _package("pandas").DataFrame(self.table())
+
+    def to_polars(self) -> Any:
+        """Return `table` as a polars.DataFrame.
+
+        Raises:
+            LorakitError: polars is not installed.
+        """
+        return _package("polars").DataFrame(self.table(), infer_schema_length=None)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return everything as JSON values: the table, each layer's spectra, the comparison and the findings."""
+        layers = [
+            row | {"singular_values": list(layer.singular_values)} | ({"base": asdict(layer.base)} if layer.base else {})
+            for row, layer in zip(self.table(), self.layers, strict=True)
+        ]
+        return {
+            "source": self.source,
+            "base": self.base,
+            "norm": self.norm,
+            "parameters": self.parameters,
+            "extras": list(self.extras),
+            "findings": list(self.findings),
+            "layers": layers,
+            "comparison": None if self.comparison is None else asdict(self.comparison),
+            "other": None if self.other is None else self.other.as_json(),
+        }
+
+
+def _package(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise LorakitError(f"{name} is not installed; install it with: pip install {name}, or use table()") from None

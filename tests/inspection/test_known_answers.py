@@ -1,0 +1,137 @@
+"""Adapters made so that the answer is known: each planted thing is found, and named in the findings."""
+
+import pytest
+import torch
+from made_adapters import gaussian, orthonormal, write_adapter, write_base
+
+from lorakit.errors import AdapterError, CheckpointError, ShapeError
+from lorakit.inspection import inspect_adapter
+
+LAYERS = 8
+PATHS = [f"model.layers.{n}.self_attn.{module}" for n in range(LAYERS) for module in ("q_proj", "o_proj")]
+
+
+def plain(seed=0, out=40, into=32, rank=8):
+    return {path: gaussian(out, into, rank, seed + number) for number, path in enumerate(PATHS)}
+
+
+def said(info, *words):
+    """The one finding that has all these words in it."""
+    (found,) = [finding for finding in info.findings if all(word in finding for word in words)]
+    return found
+
+
+def test_a_planted_rank(tmp_path):
+    factors = plain()
+    path = "model.layers.5.self_attn.o_proj"
+    b, a = factors[path]
+    b[:, 2:] = b[:, :2] @ torch.randn(2, 6)
+    info = inspect_adapter(write_adapter(tmp_path / "a", factors))
+    by_name = {layer.name: layer for layer in info.layers}
+    assert by_name[path].numerical_rank == 2
+    assert f"{path} (2 of 8)" in said(info, "lower rank than was allotted")
+
+
+def test_the_rank_that_is_enough(tmp_path):
+    left, right = orthonormal(64, 8), orthonormal(48, 8, 1)
+    values = torch.tensor([10.0, 9, 8, 7, 0.3, 0.2, 0.1, 0.1])
+    factors = {path: ((left * values).float(), right.T.float()) for path in PATHS}
+    info = inspect_adapter(write_adapter(tmp_path / "a", factors))
+    kept = float(values[:4].square().sum() / values.square().sum())
+    assert info.energy(4) == pytest.approx(kept)
+    assert "r=4 would keep 99.9%" in said(info, "rank 8 allotted, 4.4 used")
+
+
+def test_dead_and_nearly_dead_layers(tmp_path):
+    factors = plain()
+    dead, weak = PATHS[3], PATHS[6]
+    factors[dead] = (torch.zeros_like(factors[dead][0]), factors[dead][1])
+    factors[weak] = (factors[weak][0] * 1e-4, factors[weak][1])
+    info = inspect_adapter(write_adapter(tmp_path / "a", factors))
+    assert [layer.name for layer in info.layers if layer.dead] == [dead]
+    assert said(info, "1 of 16 layers are dead").endswith(dead)
+    assert weak in said(info, "changed by less than 1%")
+    zero = {path: (torch.zeros_like(b), a) for path, (b, a) in factors.items()}
+    info = inspect_adapter(write_adapter(tmp_path / "z", zero))
+    assert info.findings == ("every update is exactly zero: the adapter of 16 layers changes nothing",)
+    assert info.norm == 0 and info.energy(1) == 1
+
+
+def test_dead_units_and_directions(tmp_path):
+    factors = plain()
+    b, a = factors[PATHS[0]]
+    b[5:9] = 0
+    a[:, 0] = 0
+    a[7] = 0
+    info = inspect_adapter(write_adapter(tmp_path / "a", factors))
+    assert (info.layers[0].dead_outputs, info.layers[0].dead_inputs, info.layers[0].dead_directions) == (0, 0, 0)
+    layer = next(layer for layer in info.layers if layer.name == PATHS[0])
+    assert (layer.dead_outputs, layer.dead_inputs, layer.dead_directions) == (4, 1, 1)
+    assert f"{PATHS[0]} (4)" in said(info, "4 output units")
+    assert f"{PATHS[0]} (1)" in said(info, "1 of the r directions")
+
+
+def test_where_the_update_is(tmp_path):
+    factors = plain()
+    for number in (5, 6):
+        path = f"model.layers.{number}.self_attn.o_proj"
+        factors[path] = (factors[path][0] * 10, factors[path][1])
+    info = inspect_adapter(write_adapter(tmp_path / "a", factors))
+    layers = [layer for layer in info.layers if layer.name.endswith("o_proj") and layer.index in (5, 6)]
+    share = sum(layer.norm**2 for layer in layers) / sum(layer.norm**2 for layer in info.layers)
+    assert f"layers 5-6 o_proj hold {share:.0%} of the update with 12% of its parameters" in info.findings
+
+
+def test_a_planted_intruder_dimension(tmp_path):
+    weights, factors = {}, {}
+    for number, path in enumerate(PATHS):
+        u, v = orthonormal(40, 32, number), orthonormal(32, 32, 100 + number)
+        s = torch.linspace(8, 1, 32, dtype=torch.float64)
+        weights[path] = ((u * s) @ v.T).float()
+        b, a = gaussian(40, 32, 4, number)
+        factors[path] = (b * 1e-3, a)
+    outside = orthonormal(40, 40, 3)
+    new = outside[:, 0] - torch.linalg.svd(weights[PATHS[3]].double())[0][:, :32] @ (
+        torch.linalg.svd(weights[PATHS[3]].double())[0][:, :32].T @ outside[:, 0]
+    )
+    b, a = factors[PATHS[3]]
+    b[:, 0], a[0] = (20 * new / new.norm()).float(), torch.randn(32) / 32**0.5
+    base = write_base(tmp_path / "base", weights)
+    info = inspect_adapter(write_adapter(tmp_path / "a", factors), base=base)
+    found = {layer.name: layer.base.intruders for layer in info.layers if layer.base.intruders}
+    assert found == {PATHS[3]: (0,)}
+    assert f"1 intruder dimensions" in said(info, "in 1 of 16 layers", PATHS[3])
+    b[:, 0] *= 1e-5
+    info = inspect_adapter(write_adapter(tmp_path / "b", factors), base=base)
+    said(info, "no intruder dimension")
+
+
+def test_a_planted_shared_subspace(tmp_path):
+    out, into = 60, 50
+    one, two = {}, {}
+    for number, path in enumerate(PATHS):
+        ub, ua = orthonormal(out, 11, number), orthonormal(into, 11, 50 + number)
+        shared = 3 if number == 4 else 0
+        theirs = [*range(shared), *range(6, 11 - shared)]
+        one[path] = (ub[:, :5].float(), ua[:, :5].T.float())
+        two[path] = (ub[:, theirs].float(), ua[:, theirs].T.float())
+    a, b = write_adapter(tmp_path / "a", one), write_adapter(tmp_path / "b", two)
+    info = inspect_adapter(a, vs=b)
+    assert {layer.name: layer.shared for layer in info.comparison.layers if layer.shared} == {PATHS[4]: 3}
+    assert f"{PATHS[4]} (3)" in said(info, "3 directions are shared")
+    assert [layer.name for layer in info.other.layers] == [layer.name for layer in info.layers]
+    said(inspect_adapter(a, vs=a), "the update equals that of", "in all 16 layers")
+
+
+def test_what_does_not_belong_together(tmp_path):
+    factors = plain()
+    a = write_adapter(tmp_path / "a", factors)
+    b = write_adapter(tmp_path / "b", {"other.proj": gaussian(4, 4, 2)})
+    with pytest.raises(AdapterError, match="adapts none of the 16 layers"):
+        inspect_adapter(a, vs=b)
+    with pytest.raises(ShapeError, match="different base models"):
+        inspect_adapter(a, vs=write_adapter(tmp_path / "c", plain(out=41)))
+    with pytest.raises(CheckpointError, match="not the adapter's base model"):
+        inspect_adapter(a, base=write_base(tmp_path / "base", {path: torch.randn(41, 32) for path in PATHS}))
+    with pytest.raises(CheckpointError, match="there is no weight of model.layers.0.self_attn.o_proj"):
+        inspect_adapter(a, base=write_base(tmp_path / "base2", {"x": torch.randn(4, 4)}))
