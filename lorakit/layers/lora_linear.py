@@ -153,7 +153,8 @@ class _LoRALinearFunction(torch.autograd.Function):
         dA = tᵀ x
         dB = s·dzᵀ u             for each layer
 
-    That is 4·tokens·r·(in + out) FLOPs for an adapter's backward. x is saved once, as it came, or not at all. z is
+    That is 4·tokens·r·(in + out) FLOPs for an adapter's backward. x is saved once, as it came, or not at all: where A
+    is frozen (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303), it is not needed. z is
     y / g where there is no bias: y costs nothing to save where the next operation saves it too, as SwiGLU does.
     """
 
@@ -162,21 +163,24 @@ class _LoRALinearFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, frozen: tuple[_Frozen, ...], again: Callable[..., Tensor] | None, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         lora_a, lora_b, gains, sources = _parted(frozen, tensors)
+        of_a, _, of_gain, _ = _parted(frozen, ctx.needs_input_grad[3:])
         flat = x.reshape(-1, x.shape[-1])
         u = flat @ _stacked(lora_a, x.dtype).T
         parts = u.split([len(a) for a in lora_a], dim=1)
         results, products = [], []
-        for (base, scaling, _), b, part, gain in zip(frozen, lora_b, parts, gains, strict=True):
+        for (base, scaling, _), b, part, gain, is_trained in zip(frozen, lora_b, parts, gains, of_gain, strict=True):
             bias = None if base.bias is None else base.bias.to(x.dtype)
             y = frozen_linear(base, flat, bias if gain is None else None, (part, b.to(x.dtype)), scaling)
             if gain is not None:
-                z = y.clone() if bias is not None and ctx.needs_input_grad[3] else y
+                z = y.clone() if bias is not None and is_trained else y
                 y.addcmul_(y, _beyond_one(gain, y.dtype))
                 y = y if bias is None else y.add_(bias)
                 products.append(y if bias is None else z)
             results.append(y.view(*x.shape[:-1], y.shape[-1]))
-        ctx.save_for_backward(u, *tensors[: len(tensors) - len(sources)], *products, *(sources if again else (x,)))
-        ctx.frozen, ctx.again, ctx.shape = frozen, again, x.shape
+        own = tensors[: len(tensors) - len(sources)]
+        kept = () if not any(of_a) else sources if again else (x,)  # of which dA is made, where A is trained
+        ctx.save_for_backward(u, *own, *products, *kept)
+        ctx.frozen, ctx.again, ctx.shape, ctx.sources = frozen, again, x.shape, len(sources)
         return tuple(results)
 
     @staticmethod
@@ -217,7 +221,7 @@ class _LoRALinearFunction(torch.autograd.Function):
         if any(of_b):
             layers = zip(frozen, dzs, u.split(ranks, dim=1), lora_b, strict=True)
             db = [(f.scaling * (dz.T @ part)).to(b.dtype) for f, dz, part, b in layers]
-        return dx, None, None, *da, *db, *dgains, *(None for _ in (sources if ctx.again else ()))
+        return dx, None, None, *da, *db, *dgains, *(None for _ in range(ctx.sources))
 
 
 def _parted(frozen: Sequence[_Frozen], values: Sequence[Any]) -> tuple[Any, Any, list[Any], Any]:
