@@ -90,9 +90,14 @@ def test_spectra_norms_and_dead_parts(pair, scaling):
 def test_against_the_base(pair, seed, is_dora):
     b, a = pair
     out, into = b.shape[0], a.shape[1]
-    weight = gaussian(out, into, max(out, into), seed)[0] @ gaussian(max(out, into), into, max(out, into), seed + 1)[0][:, :into]
+    weight = (
+        gaussian(out, into, max(out, into), seed)[0]
+        @ gaussian(max(out, into), into, max(out, into), seed + 1)[0][:, :into]
+    )
     weight = weight[:out, :into].contiguous()
-    magnitude = torch.rand(out, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.5 if is_dora else None
+    magnitude = (
+        torch.rand(out, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.5 if is_dora else None
+    )
     update = update_of(b, a).low_rank
     found = compare_with_base(update, weight, complete_vectors(weight), magnitude)
     w, delta = weight.double(), b.double() @ a.double()
@@ -119,7 +124,9 @@ def test_against_the_base(pair, seed, is_dora):
     assert near(found.direction_change, (1 - cosine).mean())
     ut, st_, _ = torch.linalg.svd(tuned, full_matrices=False)
     count = len(found.tuned_values)
-    assert all(near(value, expected, st_[0]) for value, expected in zip(found.tuned_values, st_[:count].tolist(), strict=True))
+    assert all(
+        near(value, expected, st_[0]) for value, expected in zip(found.tuned_values, st_[:count].tolist(), strict=True)
+    )
     gaps = (st_[:count, None] - st_[None]).abs() + torch.eye(len(st_))[:count] * st_[0]
     separate = gaps.min(1).values > 1e-3 * st_[0]  # singular vectors of values that coincide are not defined
     expected = (u0.T @ ut[:, :count]).abs().amax(0)
@@ -162,7 +169,9 @@ def test_subspace_similarity_is_the_papers_formula(p, q, seed):
 
 
 def test_random_subspaces_overlap_by_chance():
-    values = [float(subspace_similarity(orthonormal(200, 8, s), orthonormal(200, 20, s + 500))[-1, -1]) for s in range(50)]
+    values = [
+        float(subspace_similarity(orthonormal(200, 8, s), orthonormal(200, 20, s + 500))[-1, -1]) for s in range(50)
+    ]
     assert sum(values) / len(values) == pytest.approx(20 / 200, rel=0.05)
 
 
