@@ -84,7 +84,9 @@ def deviation(found: Mapping[str, Any], expected: Mapping[str, Any]) -> float:
     for name, layer in expected.items():
         pairs = [(found[name][figure], layer[figure], abs(layer[figure])) for figure in FIGURES]
         largest = max(layer["singular_values"])
-        pairs += [(*pair, largest) for pair in zip(found[name]["singular_values"], layer["singular_values"], strict=False)]
+        pairs += [
+            (*pair, largest) for pair in zip(found[name]["singular_values"], layer["singular_values"], strict=False)
+        ]
         worst = max([worst, *(abs(a - b) / scale for a, b, scale in pairs if scale)])
     return worst
 
@@ -140,10 +142,14 @@ def main() -> None:
         targets.append(Target("70B's shape, peak MiB", ours["peak_mb"], 2048))
         if theirs:
             rows[-1][4] = deviation(theirs["layers"], ours["layers"])
-            targets.append(Target("70B's shape: ours / gradience, time", ours["seconds"][0] / theirs["seconds"][0], 1.0))
+            targets.append(
+                Target("70B's shape: ours / gradience, time", ours["seconds"][0] / theirs["seconds"][0], 1.0)
+            )
             targets.append(Target("70B's shape: largest relative difference", rows[-1][4], 1e-6))  # type: ignore[arg-type]
         torch.manual_seed(1)
-        rslora = write(folder / "rslora", {"q_proj": (torch.randn(300, 16), torch.randn(16, 200))}, r=16, use_rslora=True)
+        rslora = write(
+            folder / "rslora", {"q_proj": (torch.randn(300, 16), torch.randn(16, 200))}, r=16, use_rslora=True
+        )
         for words, hard in (("rsLoRA", rslora), ("singular values from 1 to 1e-12", graded_adapter(folder / "graded"))):
             ours, theirs = both(words, hard, "--rounds", "1")
             expected = dense(hard)

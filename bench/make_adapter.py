@@ -1,7 +1,7 @@
 """Write an adapter folder with the shape of one for Llama-70B, rank 64 on all linear layers: 3.3 GB of fp32.
 
-The values repeat one pool of normal numbers from shifting offsets, as in bench.make_llama; a decomposition takes as long
-as for other values.
+The values repeat one pool of normal numbers from shifting offsets, as in bench.make_llama; a decomposition takes as
+long as for other values.
 
 Run as: python -m bench.make_adapter FOLDER [--layers 80] [--rank 64]
 """
@@ -38,7 +38,8 @@ def make_adapter(folder: Path, layers: int = 80, rank: int = 64) -> None:
             path = f"base_model.model.model.layers.{number}.{module}"
             shapes |= {f"{path}.lora_A.weight": (rank, into), f"{path}.lora_B.weight": (out, rank)}
     config = {
-        "peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": [name.split(".")[1] for name in MODULES]
+        "peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank,
+        "target_modules": [name.split(".")[1] for name in MODULES],
     }  # fmt: skip
     with atomic_folder(folder) as part:
         (part / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")

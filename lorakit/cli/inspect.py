@@ -61,7 +61,9 @@ def print_info(console: Console, info: AdapterInfo) -> None:
     """Print the findings, a line of figures for each kind of module, and where the update is."""
     console.print(f"[bold]{escape(info.source)}[/bold]", soft_wrap=True)
     on = f", on {info.base}" if info.base else ""
-    console.print(f"{len(info.layers)} layers, {info.parameters:,} parameters, norm {info.norm:.4g}{on}\n", markup=False)
+    console.print(
+        f"{len(info.layers)} layers, {info.parameters:,} parameters, norm {info.norm:.4g}{on}\n", markup=False
+    )
     for finding in info.findings:
         console.print(Text(f"• {finding}"), soft_wrap=False)
     console.print()
@@ -83,7 +85,10 @@ def _modules(info: AdapterInfo) -> Table:
         ranks = sorted({layer.rank for layer in group})
         cells = [escape(module), str(len(group)), f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"]
         cells += [f"{fmean(layer.effective_rank for layer in group):.1f}"]
-        cells += [f"{fmean(layer.stable_rank for layer in group):.1f}", f"{fmean(layer.rank_for(0.99) for layer in group):.1f}"]
+        cells += [
+            f"{fmean(layer.stable_rank for layer in group):.1f}",
+            f"{fmean(layer.rank_for(0.99) for layer in group):.1f}",
+        ]
         cells += [f"{fmean(layer.norm for layer in group):.3g}", f"{sum(map(info.share, group)):.1%}"]
         based = [layer.base for layer in group if layer.base]
         if based:
@@ -103,7 +108,9 @@ def _map(info: AdapterInfo) -> Table:
             norms = {layer.index: layer.norm for layer in inside if layer.module == module}
             shades = "".join(_shade(norms.get(number), largest) for number in numbers)
             table.add_row(escape(module), Text(shades))
-        table.add_row("", f"[dim]{escape(stack)} {numbers[0]} to {numbers[-1]}; shade: norm, the darkest is {largest:.3g}[/dim]")
+        table.add_row(
+            "", f"[dim]{escape(stack)} {numbers[0]} to {numbers[-1]}; shade: norm, the darkest is {largest:.3g}[/dim]"
+        )
     return table
 
 

@@ -128,7 +128,10 @@ def _tuned_vectors(update: LowRank, weight: Tensor, base: SingularVectors, scale
     is_wide = weight.shape[0] <= weight.shape[1]
     u, _, vh = update.svd
     known = torch.cat([base.u, u], dim=1) if is_wide else torch.cat([base.v, vh.T], dim=1)
-    top = [*range(min(INTRUDER_TOP + 4, base.s.numel())), *range(base.s.numel(), min(base.s.numel() + 8, known.shape[1]))]
+    top = [
+        *range(min(INTRUDER_TOP + 4, base.s.numel())),
+        *range(base.s.numel(), min(base.s.numel() + 8, known.shape[1])),
+    ]
     generator = torch.Generator().manual_seed(0)
     start = torch.cat([known[:, top], torch.randn(len(known), 4, generator=generator, dtype=torch.float64)], dim=1)
     k = min(INTRUDER_TOP, *weight.shape)

@@ -60,7 +60,9 @@ def _ranks(info: AdapterInfo) -> Iterator[str]:
     if enough < ranks[-1]:
         advice = f"r={enough} would keep {_percent(info.energy(enough))} of the update"
     else:
-        advice = f"r={max(1, enough - 1)} would keep {_percent(info.energy(enough - 1))} of the update, less than {KEPT:.0%}"
+        advice = (
+            f"r={max(1, enough - 1)} would keep {_percent(info.energy(enough - 1))} of the update, less than {KEPT:.0%}"
+        )
     yield f"{allotted} allotted, {used:.1f} used (mean effective rank): {advice}"
     short = [layer for layer in alive if layer.numerical_rank < min(layer.rank, *layer.shape)]
     if short:
@@ -70,36 +72,39 @@ def _ranks(info: AdapterInfo) -> Iterator[str]:
 
 def _concentration(info: AdapterInfo) -> Iterator[str]:
     """Name the kind of module, the stretch of layers, or both together, that hold far more than their share."""
+    found = [
+        (share - part, f"{words} hold {share:.0%} of the update with {part:.0%} of its parameters")
+        for words, share, part in _stretches(info)
+        if share >= 0.25 and share >= _CONCENTRATED * part
+    ]
+    if found:
+        yield max(found)[1]  # its lift being equal, a larger place says more
+
+
+def _stretches(info: AdapterInfo) -> Iterator[tuple[str, float, float]]:
+    """Yield shares of the update and of the parameters: of every kind of module, and of every run of at most a third of
+    the blocks, over all modules and of each kind."""
     total = sum(layer.parameters for layer in info.layers)
-    best: tuple[float, str, float, float] | None = None
-    for words, group in _stretches(info):
-        share, part = sum(map(info.share, group)), sum(layer.parameters for layer in group) / total
-        if share >= 0.25 and share >= _CONCENTRATED * part:
-            score = share - part  # a larger place counts for more, its lift being equal
-            if best is None or score > best[0]:
-                best = (score, words, share, part)
-    if best:
-        yield f"{best[1]} hold {best[2]:.0%} of the update with {best[3]:.0%} of its parameters"
-
-
-def _stretches(info: AdapterInfo) -> Iterator[tuple[str, Sequence[LayerInfo]]]:
-    """Every kind of module; every run of at most a third of the blocks, over all modules and of each kind."""
     kinds = _by_module(info)
-    if len(kinds) > 1:
-        yield from ((f"the {module} layers", group) for module, group in kinds.items())
+    for module, group in kinds.items() if len(kinds) > 1 else ():
+        yield f"the {module} layers", sum(map(info.share, group)), sum(layer.parameters for layer in group) / total
     for stack in {layer.stack for layer in info.layers if layer.index is not None}:
         inside = [layer for layer in info.layers if layer.stack == stack and layer.index is not None]
         numbers = sorted({layer.index for layer in inside if layer.index is not None})
-        for first in range(len(numbers)):
-            for last in range(first, min(len(numbers), first + max(1, len(numbers) // 3))):
-                low, high = numbers[first], numbers[last]
-                run = [layer for layer in inside if layer.index is not None and low <= layer.index <= high]
-                words = f"layers {low}-{high}" if high > low else f"layer {low}"
-                if len(kinds) > 1:
-                    for module in kinds:
-                        yield f"{words} {module}", [layer for layer in run if layer.module == module]
-                if len(numbers) > 1:
-                    yield f"{words} (all modules)", run
+        if len(numbers) < 2:
+            continue
+        for module in [None, *kinds] if len(kinds) > 1 else [None]:
+            chosen = [layer for layer in inside if module in (None, layer.module)]
+            shares, parts = dict.fromkeys(numbers, 0.0), dict.fromkeys(numbers, 0.0)
+            for layer in chosen:
+                shares[layer.index or 0] += info.share(layer)
+                parts[layer.index or 0] += layer.parameters / total
+            for first in range(len(numbers)):
+                for last in range(first, min(len(numbers), first + max(1, len(numbers) // 3))):
+                    run = numbers[first : last + 1]
+                    words = f"layers {run[0]}-{run[-1]}" if last > first else f"layer {run[0]}"
+                    share, part = sum(shares[number] for number in run), sum(parts[number] for number in run)
+                    yield f"{words} {module or '(all modules)'}", share, part
 
 
 def _noise(info: AdapterInfo) -> Iterator[str]:
@@ -139,10 +144,8 @@ def _on_base(info: AdapterInfo) -> Iterator[str]:
     if factors:
         yield f"in its own directions the update is {median(factors):.3g} times what the base does there (median)"
     aligned = median(base.alignment_in / base.chance_in for _, base in measured if base.chance_in)
-    yield (
-        f"{_percent(median(base.alignment_in for _, base in measured))} of it reads the base's leading input directions, "
-        f"{aligned:.2g} times what chance gives (medians)"
-    )
+    share = _percent(median(base.alignment_in for _, base in measured))
+    yield f"{share} of it reads the base's leading input directions, {aligned:.2g} times what chance gives (medians)"
     yield from _intruders(info)
     magnitudes = [base for layer, base in measured if base.has_magnitude]
     if magnitudes:
@@ -157,7 +160,8 @@ def _intruders(info: AdapterInfo) -> Iterator[str]:
     found = [layer for layer in measured if layer.base and layer.base.intruders]
     partial = [layer for layer in measured if layer.base and not layer.base.svd_complete]
     against = "the base's leading ones, which were all that was computed," if partial else "all of the base's"
-    what = f"singular vectors, of the top {INTRUDER_TOP} of a tuned weight, with cosine below {INTRUDER_COSINE:g} to {against}"
+    limit = f"with cosine below {INTRUDER_COSINE:g} to {against}"
+    what = f"singular vectors, of the top {INTRUDER_TOP} of a tuned weight, {limit}"
     if not found:
         yield f"no intruder dimension: there are no {what}"
         return
@@ -176,14 +180,16 @@ def _compared(info: AdapterInfo) -> Iterator[str]:
         yield f"the update equals that of {info.comparison.source} in all {len(layers)} layers both have"
     else:
         relative = f", {_percent(difference / other)} of its norm" if other else ""
-        yield f"cosine {info.comparison.cosine:.3f} to {info.comparison.source}; the difference is {difference:.3g}{relative}"
+        cosine = f"cosine {info.comparison.cosine:.3f} to {info.comparison.source}"
+        yield f"{cosine}; the difference is {difference:.3g}{relative}"
     similar, chance = median(layer.similarity for layer in layers), median(layer.chance for layer in layers)
     yield f"leading input subspaces overlap by {_percent(similar)}, where chance gives {_percent(chance)} (medians)"
     shared = [layer for layer in layers if layer.shared]
     if shared:
         words = _listed([f"{layer.name} ({layer.shared})" for layer in sorted(shared, key=lambda layer: -layer.shared)])
+        count = sum(layer.shared for layer in shared)
         yield (
-            f"{sum(layer.shared for layer in shared)} directions are shared (cosine above {SHARED_COSINE:g} on both sides) "
+            f"{count} directions are shared (cosine above {SHARED_COSINE:g} on both sides) "
             f"in {len(shared)} of {len(layers)} layers: {words}"
         )
     for names, where in ((info.comparison.only_here, "here"), (info.comparison.only_there, "there")):

@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
+
 from ..errors import LorakitError
 from .layers import LayerInfo
 from .similarity import Comparison
-from .spectrum import energy
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,25 @@ class AdapterInfo:
 
     def energy(self, k: int) -> float:
         """Share of the update, as squared Frobenius norm over all layers, that rank k in every layer would keep."""
-        total = self.norm**2
-        return sum(energy(layer.spectrum, k) * layer.norm**2 for layer in self.layers) / total if total else 1.0
+        total = self._kept[-1]
+        return self._kept[min(k, len(self._kept) - 1)] / total if total else 1.0
+
+    @cached_property
+    def _kept(self) -> list[float]:
+        """Squared norm that rank 0, 1, 2, ... would keep."""
+        largest = max(len(layer.singular_values) for layer in self.layers)
+        squares = torch.zeros(largest + 1, dtype=torch.float64)
+        for layer in self.layers:
+            squares[1 : len(layer.singular_values) + 1] += layer.spectrum.square()
+        kept: list[float] = squares.cumsum(0).tolist()
+        return kept
 
     def share(self, layer: LayerInfo) -> float:
         """A layer's share of the squared Frobenius norm of all updates."""
         return (layer.norm / self.norm) ** 2 if self.norm else 0.0
 
     def table(self) -> list[dict[str, Any]]:
-        """Return one flat row a layer: plain numbers and words; columns of the base and of the comparison where known."""
+        """Return one flat row a layer: numbers and words; with columns of the base and the comparison where known."""
         compared = {layer.name: layer for layer in self.comparison.layers} if self.comparison else {}
         rows = []
         for layer in self.layers:
@@ -88,7 +99,9 @@ class AdapterInfo:
     def as_json(self) -> dict[str, Any]:
         """Return everything as JSON values: the table, each layer's spectra, the comparison and the findings."""
         layers = [
-            row | {"singular_values": list(layer.singular_values)} | ({"base": asdict(layer.base)} if layer.base else {})
+            row
+            | {"singular_values": list(layer.singular_values)}
+            | ({"base": asdict(layer.base)} if layer.base else {})
             for row, layer in zip(self.table(), self.layers, strict=True)
         ]
         return {

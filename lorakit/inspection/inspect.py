@@ -77,7 +77,9 @@ def _comparison(
 ) -> Comparison:
     ours, theirs = ({layer.name: None for layer in side} for side in (layers, others))
     if not similar:
-        raise AdapterError(f"{source} adapts none of the {len(ours)} layers that the other does (its first: {next(iter(theirs))})")
+        raise AdapterError(
+            f"{source} adapts none of the {len(ours)} layers that the other does (its first: {next(iter(theirs))})"
+        )
     return Comparison(
         source, tuple(similar), tuple(name for name in ours if name not in theirs),
         tuple(name for name in theirs if name not in ours),

@@ -1,4 +1,4 @@
-"""A picture for papers: the map of one measure over blocks and modules, and the spectra of the updates, by matplotlib."""
+"""A picture for papers: the map of one measure over blocks and modules, and the updates' spectra, by matplotlib."""
 
 from __future__ import annotations
 

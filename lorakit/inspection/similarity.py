@@ -53,7 +53,17 @@ class LayerSimilarity:
 
     def row(self) -> dict[str, Any]:
         """Return the figures as one row of a table."""
-        names = ("name", "cosine", "norm_a", "norm_b", "difference", "relative_difference", "similarity", "chance", "shared")
+        names = (
+            "name",
+            "cosine",
+            "norm_a",
+            "norm_b",
+            "difference",
+            "relative_difference",
+            "similarity",
+            "chance",
+            "shared",
+        )
         return {name: getattr(self, name) for name in names}
 
 

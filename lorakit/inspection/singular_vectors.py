@@ -153,7 +153,9 @@ def _error(matrix: Tensor, u: Tensor, s: Tensor, v: Tensor) -> float:
 
 
 def _cache_file(weight: Tensor) -> Path:
-    digest = hashlib.sha256(f"{LEADING} {_OVERSAMPLE} {_DEPTH} {_MOST_STEPS} {_TOLERANCE} {_SEED} {tuple(weight.shape)}".encode())
+    digest = hashlib.sha256(
+        f"{LEADING} {_OVERSAMPLE} {_DEPTH} {_MOST_STEPS} {_TOLERANCE} {_SEED} {tuple(weight.shape)}".encode()
+    )
     for rows in weight.split(1024):
         digest.update(rows.float().contiguous().numpy().data)
     return cache_folder() / "singular-vectors" / f"{digest.hexdigest()}.safetensors"

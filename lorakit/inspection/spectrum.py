@@ -33,7 +33,7 @@ def numerical_rank(s: Tensor) -> int:
 
 
 def energy(s: Tensor, k: int) -> float:
-    """Share of ‖Δ‖F² in the top k, which the best update of rank k keeps (Eckart and Young 1936); 1 for a zero update."""
+    """Share of ‖Δ‖F² in the top k, which the best update of rank k keeps (Eckart and Young 1936); 1 for a zero one."""
     total = s.square().sum()
     return float(s[:k].square().sum() / total) if total > 0 else 1.0
 
@@ -71,7 +71,9 @@ def noise_rank(s: Tensor, out: int) -> int:
 def _median(beta: float) -> float:
     """Median of the Marchenko-Pastur law with ratio beta <= 1 and unit variance, by the trapezoidal rule."""
     low, high = (1 - math.sqrt(beta)) ** 2, (1 + math.sqrt(beta)) ** 2
-    angle = torch.linspace(0, math.pi, 20_001, dtype=torch.float64)  # x = middle - radius·cos: no infinite slope at ends
+    angle = torch.linspace(
+        0, math.pi, 20_001, dtype=torch.float64
+    )  # x = middle - radius·cos: no infinite slope at ends
     x = (low + high) / 2 - (high - low) / 2 * angle.cos()
     density = ((high - x) * (x - low)).clamp(min=0).sqrt() / x.clamp(min=1e-300) * angle.sin()
     total = torch.cumulative_trapezoid(density, angle)

@@ -1,4 +1,4 @@
-"""An adapter as a sequence of updates of low rank, from a folder or from a live model: what every measure here reads."""
+"""An adapter as a sequence of low-rank updates, from a folder or from a live model: what every measure here reads."""
 
 from __future__ import annotations
 
@@ -80,13 +80,12 @@ class Updates:
             return [_live_update(path, self._layers[path], self._name)]
         layer = self.folder.layers[path]
         parameters = (layer.lora_A.numel() + layer.lora_B.numel()) // layer.experts
+        magnitude = None if layer.magnitude is None else layer.magnitude.flatten().double()
+        names = [path] if layer.experts == 1 else [f"{path}[{number}]" for number in range(layer.experts)]
         return [
-            Update(
-                f"{path}[{number}]" if layer.experts > 1 else path, path, layer.kind, layer.rank, layer.scaling, parameters,
-                layer.update(number), None if layer.magnitude is None else layer.magnitude.flatten().double(),
-            )
-            for number in range(layer.experts)
-        ]  # fmt: skip
+            Update(name, path, layer.kind, layer.rank, layer.scaling, parameters, layer.update(number), magnitude)
+            for number, name in enumerate(names)
+        ]
 
     def __iter__(self) -> Iterator[Update]:
         for path in self.paths:
@@ -103,4 +102,3 @@ def _live_update(path: str, layer: AdaptedLayer, name: str) -> Update:
         path, path, kind, a.shape[0], layer.scaling[name], a.numel() + b.numel(), LowRank(up, down),
         None if magnitude is None else magnitude.flatten().double(),
     )  # fmt: skip
-

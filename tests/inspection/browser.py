@@ -1,4 +1,4 @@
-"""A page in headless Chromium: steps in JavaScript are run in it, what they return comes back, with the console's lines.
+"""A page in headless Chromium: steps in JavaScript run in it, what they return comes back, with the console's lines.
 
 No driver is needed: the steps become a script at the page's end, and the browser prints the document after it ran.
 """

@@ -1,6 +1,7 @@
 """Adapter folders and base checkpoints made to measure, with what they hold known."""
 
 import json
+import re
 
 import torch
 from safetensors.torch import save_file
@@ -18,7 +19,7 @@ def write_adapter(folder, factors, scaling=1.0, **config):
         if magnitude:
             tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = magnitude[0].contiguous()
     save_file(tensors, folder / "adapter_model.safetensors")
-    ranks = {path.replace(".", r"\."): a.shape[0] for path, (_, a, *_) in factors.items()}
+    ranks = {re.escape(path): a.shape[0] for path, (_, a, *_) in factors.items()}
     values = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "rank_pattern": ranks}
     values["alpha_pattern"] = {path: scaling * rank for path, rank in ranks.items()}
     (folder / "adapter_config.json").write_text(json.dumps(values | config))

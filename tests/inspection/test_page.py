@@ -23,7 +23,9 @@ def info(tmp_path_factory):
     names = [*paths(5), "lm_head"]
     one = write_adapter(folder / "one", {path: gaussian(20, 16, 4, number) for number, path in enumerate(names)})
     two = write_adapter(folder / "two", {path: gaussian(20, 16, 6, 50 + n) for n, path in enumerate(paths(5)[:-1])})
-    base = write_base(folder / "base", {path: gaussian(20, 16, 1, 9)[0] @ gaussian(20, 16, 1, n)[1] for n, path in enumerate(names)})
+    base = write_base(
+        folder / "base", {path: gaussian(20, 16, 1, 9)[0] @ gaussian(20, 16, 1, n)[1] for n, path in enumerate(names)}
+    )
     return inspect_adapter(one, base=base, vs=two)
 
 
@@ -76,19 +78,21 @@ def test_click_keys_measures_and_comparison(info, tmp_path):
         """
         const cell = (name, map = 0) => document.querySelectorAll(".map")[map].querySelector(`[data-name="${name}"]`);
         const title = () => document.getElementById("layer-title").textContent;
-        const shown = (column) => [...document.querySelectorAll(`#figures tr[data-column="${column}"] td`)].map((td) => td.textContent);
+        const all = (selector, inside = document) => [...inside.querySelectorAll(selector)];
+        const shown = (column) => all(`#figures tr[data-column="${column}"] td`).map((td) => td.textContent);
         const measure = (value) => {
           const select = document.getElementById("measure");
           select.value = value;
           select.dispatchEvent(new Event("change"));
         };
-        const press = (key) => document.activeElement.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+        const press = (key) =>
+          document.activeElement.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
         const found = { maps: document.querySelectorAll(".map").length, start: title() };
         const name = "model.layers.2.self_attn.q_proj";
         cell(name).click();
         found.clicked = title();
         found.norms = shown("norm");
-        found.chosen = [...document.querySelectorAll(".cell.chosen")].map((one) => one.dataset.name);
+        found.chosen = all(".cell.chosen").map((one) => one.dataset.name);
         found.charts = document.querySelectorAll("#charts svg[role=img][aria-label]").length;
         cell(name).focus();
         press("ArrowRight");
@@ -109,7 +113,7 @@ def test_click_keys_measures_and_comparison(info, tmp_path):
         document.getElementById("all").open = true;
         await frame();
         found.rows = document.querySelectorAll("#table tbody tr").length;
-        found.tabStops = [...document.querySelectorAll(".grid")].map((grid) => grid.querySelectorAll("[tabindex='0']").length);
+        found.tabStops = all(".grid").map((grid) => all("[tabindex='0']", grid).length);
         found.unlabelled = document.querySelectorAll(".cell:not([aria-label]), svg:not([aria-label])").length;
         return found;
         """,
