@@ -25,16 +25,16 @@ from .peft_config import read_adapter_config
 from .peft_files import load_adapter
 from .resize import ResizeConfig, resize_adapter, resize_folder
 from .saving import save_adapter
-from .status import AdapterInfo, AdapterStatus, adapter_status
+from .status import AdapterStatus, AttachedAdapter, adapter_status
 from .switching import idle_adapters, use_rows
 from .targeting import MatchReport
 from .update_report import LayerUpdate, UpdateReport
 
 __all__ = [
     "AdapterFolder",
-    "AdapterInfo",
     "AdapterLayer",
     "AdapterStatus",
+    "AttachedAdapter",
     "CombineConfig",
     "LayerMerge",
     "LayerUpdate",
