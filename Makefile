@@ -59,8 +59,9 @@ docs: setup $(STAMPS)/docs  ## build the pages of docs/ into site/
 	@echo "[docs] open site/index.html"
 
 bench: peers $(STAMPS)/bench  ## install what the measurements need, and say how to run them
-	@echo "All measurements of the kernels, and their page docs/benchmarks/kernels.md (ten minutes of a quiet machine):"
+	@echo "All measurements of the kernels (ten minutes of a quiet machine) or of training (half an hour), and their pages:"
 	@echo "  $(BIN)/python -m bench.pages --run"
+	@echo "  $(BIN)/python -m bench.pages --run --page training"
 	@echo "Statistics of the same calls: $(BIN)/python -m pytest bench --benchmark-only"
 	@echo "On a GPU, everything into one report: bench/gpu.sh"
 	@echo "Each measurement is a module that says at its top what it measures and how to run it:"

@@ -65,7 +65,7 @@ class Setting:
             "weights": shape.weight_bytes(self.dtype),
             "adapters": FP32 * sum(shape.adapter),
             "gradients": peak.gradients,
-            "optimizer": optimizer_bytes(shape, train.optimizer),
+            "optimizer": 0 if train.offload_optimizer and not batch.on_cpu else optimizer_bytes(shape, train.optimizer),
             "activations": peak.activations,
             "workspace": peak.workspace,
             "logits": peak.logits,
