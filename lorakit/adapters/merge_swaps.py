@@ -77,9 +77,9 @@ def merged_state(model: nn.Module) -> MergeState | None:
 def put_in(model: nn.Module, merge: MergeState) -> None:
     """Put the merged weights in their places and take the adapters off; nothing here can fail."""
     for swap in merge.swaps:
+        _forget(swap.part)
         swap.parked = {name: _park(swap.part, name) for name in merge.names if name in swap.part.names()}
         swap.part.base_layer = swap.new
-        _forget(swap.part)
         for exchange in swap.exchanges:
             setattr(exchange.module, exchange.name, exchange.after)
         if not swap.part.names():
@@ -120,7 +120,8 @@ def check_reversal(model: nn.Module, merge: MergeState) -> None:
             "come back"
         )
     present = set(model.modules())
-    if gone := [swap.path for swap in merge.swaps if swap.new not in present and swap.part not in present]:
+    taken_off = {swap.part for swap in merge.swaps}  # of parts around each other the outer one's base is the inner one
+    if gone := [swap.path for swap in merge.swaps if swap.new not in present | taken_off]:
         raise AdapterError(f"{gone[0]} is no longer the layer that was merged, so the merge cannot be undone")
     around = {part.base_layer: (path, part) for path, part in adapter_parts(model).items()}
     for swap in merge.swaps:
@@ -152,8 +153,9 @@ def _follow(swap: Swap) -> None:
 
 
 def _forget(part: AdapterPart) -> None:
-    """Drop what a part remembers of its base weight."""
+    """Drop what a part has computed from its base weight."""
     vars(part).pop("_squared_rows", None)
+    getattr(part, "kept_gains", {}).clear()
 
 
 def _park(part: AdapterPart, name: str) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from lorakit import (
     load_model,
     merge_adapter,
     quantize,
-    remove_adapter,
     set_adapter,
     unmerge_adapter,
 )
@@ -251,7 +250,7 @@ class TestWrongBases:
         ("change", "settings", "message"),
         [
             (0.0, {}, r"q_proj.weight is not what the layer was quantized from: \d"),
-            (0.05, {}, "is not what the layer was quantized from: 9"),
+            (0.01, {}, r"is not what the layer was quantized from: 9[4567]\.\d% of the codes agree"),
             (0.0, {"intermediate_size": 64}, r"gate_proj.weight has shape \(64, 32\), the layer has \(48, 32\)"),
             (0.0, {"num_hidden_layers": 1}, "is not in this checkpoint"),
         ],
@@ -260,13 +259,9 @@ class TestWrongBases:
     def test_one_that_was_named(
         self, folder: Path, tmp_path: Path, change: float, settings: dict[str, int], message: str
     ) -> None:
-        model = self.model(folder)
-        before = full_snapshot(model)
-        targets = (
-            ["gate_proj"] if "intermediate_size" in settings else ["layers.1.mlp.up_proj"] if settings else ["q_proj"]
-        )
-        adapt(model, "b", target_modules=targets)
-        remove_adapter(model, "default")
+        model = load_model(folder, dtype=torch.float32)
+        size_matters = ["gate_proj"] if "intermediate_size" in settings else ["layers.1.mlp.up_proj"]
+        adapt(model, "b", target_modules=size_matters if settings else ["q_proj"])
         before = full_snapshot(model)
         with pytest.raises(CheckpointError, match=message):
             merge_adapter(model, "b", base=self.other(tmp_path, change, **settings))

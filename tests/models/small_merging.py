@@ -37,9 +37,14 @@ def adapt(model: nn.Module, name: str = "default", size: float = 0.3, **settings
 
 
 def full_snapshot(model: nn.Module) -> tuple[dict[str, int], dict[str, bytes], set[str], list[bool], list[set[str]]]:
-    """All that a failed call, or a merge and its reversal, leaves as it was."""
-    modules = {path: id(module) for path, module in model.named_modules(remove_duplicate=False)}
+    """Objects, bytes, adapters and their states: what a failed call, or a merge and its reversal, leaves as it was."""
+    modules = {
+        path: id(module)
+        for path, module in model.named_modules(remove_duplicate=False)
+        if not isinstance(module, nn.ParameterDict)  # a layer makes one when it needs it
+    }
     tensors = dict(sorted((*model.named_parameters(), *model.named_buffers())))
+    modules |= {name: id(tensor) for name, tensor in tensors.items()}
     raw = {name: t.detach().reshape(-1).view(torch.uint8).numpy().tobytes() for name, t in tensors.items()}
     active = [set(layer.active) for layer in adapter_parts(model).values()]
     return modules, raw, set(adapter_configs(model)), [t.requires_grad for t in tensors.values()], active
