@@ -66,7 +66,7 @@ def our_calls(folder: Path) -> dict[str, Calls]:
     for what, (length, count) in PASSES.items():
         run = passes(model, batch(length), count)
         result[what] = {"lorakit": by_rows(run), "lorakit, one": with_one(run)}
-    steps = {"lorakit": by_rows(lambda: step(NAMES)), "lorakit, one": with_one(lambda: step(NAMES[:1]))}
+    steps: Calls = {"lorakit": by_rows(lambda: step(NAMES)), "lorakit, one": with_one(lambda: step(NAMES[:1]))}
     return result | {STEP: steps}
 
 
