@@ -362,7 +362,7 @@ def test_embedding_and_head(tmp_path: Path) -> None:
     source = open_gguf(export_adapter(adapter, tmp_path / "a.gguf", "llama.cpp", small_config()))
     for path, name in (("model.embed_tokens", "token_embd"), ("lm_head", "output")):
         a, b = source.read(f"{name}.weight.lora_a"), source.read(f"{name}.weight.lora_b")
-        product = a @ b.T if name == "token_embd" else b @ a
+        product = b @ a.T if name == "token_embd" else b @ a
         scale = source.value("adapter.lora.alpha", float) / b.shape[1]
         torch.testing.assert_close(scale * product.double(), ours[path].update().dense(), rtol=1e-6, atol=1e-5)
 

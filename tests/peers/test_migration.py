@@ -184,13 +184,15 @@ def test_every_setting_of_ours_is_one_of_theirs() -> None:
 @pytest.mark.parametrize("row", [row for row in rows_of("from-peft.md") if row.section != "Settings"], ids=str)
 def test_from_peft(row: Row, sides: tuple[Names, Names], adapters: dict[str, Path]) -> None:
     theirs, ours = sides
-    if row.section == "Several adapters":
+    if row.section in ("Several adapters", "Merge", "Combine"):
         theirs["model"] = peft.PeftModel.from_pretrained(theirs["model"], adapters["default"])
-        theirs["model"].load_adapter(adapters["other"], "other")
-        for name, folder in adapters.items():
-            load_adapter(ours["model"], folder, name)
-        lorakit.set_adapter(ours["model"], "default")
+        load_adapter(ours["model"], adapters["default"])
+        if row.section != "Merge":
+            theirs["model"].load_adapter(adapters["other"], "other")
+            load_adapter(ours["model"], adapters["other"], "other")
+            lorakit.set_adapter(ours["model"], "default")
         assert_same_model(theirs["model"], ours["model"])
+    ours["before"] = {name: p.clone() for name, p in ours["model"].named_parameters()}
     before = [(names["model"], meaning(names["model"])) for names in sides]
     printed = run(row, sides)
     if check := CHECKS.get(row.task):
@@ -267,6 +269,22 @@ def same_delta(theirs: Names, ours: Names, *_: str) -> None:
     torch.testing.assert_close(theirs["delta"], ours["delta"], rtol=1e-6, atol=1e-7)
 
 
+def as_it_was(theirs: Names, ours: Names, *_: str) -> None:
+    now = dict(ours["model"].named_parameters())
+    assert now.keys() == ours["before"].keys()
+    assert all(torch.equal(parameter, now[name]) for name, parameter in ours["before"].items())
+
+
+def same_checkpoints(theirs: Names, ours: Names, *_: str) -> None:
+    """Ours is in the dtype of the base, bf16: theirs, which is in fp32, rounded to nearest."""
+    saved, written = (load_file(names["out"] / "model.safetensors") for names in (theirs, ours))
+    assert saved.keys() == written.keys()
+    for name, tensor in saved.items():
+        assert written[name].dtype == torch.bfloat16
+        torch.testing.assert_close(written[name].float(), tensor, rtol=2**-8, atol=0)
+    theirs["model"], ours["model"] = (their_base(names["out"]) for names in (theirs, theirs))
+
+
 CHECKS: dict[str, Callable[..., None]] = {
     "attach an adapter": is_trained_alike,
     "give it a name": is_trained_alike,
@@ -281,6 +299,8 @@ CHECKS: dict[str, Callable[..., None]] = {
     "list them": same_names,
     "see an update": same_delta,
     "save one of them": same_files,
+    "merge and go back": as_it_was,
+    "write a merged checkpoint": same_checkpoints,
 }
 
 
