@@ -6,7 +6,7 @@ layers are found once and remembered, so that switching never walks through the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -26,6 +26,8 @@ class AdapterState:
         trained: names of the adapters whose parameters get gradients.
         disabled: how many `disable_adapters` contexts are open.
         rows: of the `use_rows` contexts that are open, the innermost last.
+        instead: of the interventions that are open, the innermost last: part -> active adapter -> the one in its place
+            there, or None for none.
         on_host: names of the adapters that are kept in host memory while they are not in use.
         parts, takers: modules of the model that hold adapters, or are told of rows; parts is None where they
             have to be looked for.
@@ -36,6 +38,7 @@ class AdapterState:
     trained: tuple[str, ...] = ()
     disabled: int = 0
     rows: list[Rows] = field(default_factory=list)
+    instead: list[Mapping[AdapterPart, Mapping[str, str | None]]] = field(default_factory=list)
     on_host: set[str] = field(default_factory=set)
     parts: list[AdapterPart] | None = None
     takers: list[TakesRows] = field(default_factory=list)
@@ -162,6 +165,9 @@ def apply_state(model: nn.Module) -> None:
     active = () if state.disabled else state.active
     rows = state.rows[-1] if state.rows and not state.disabled else None
     for part in parts:
-        part.active = tuple(name for name in active if name in part.names())
+        names = active
+        for change in state.instead:
+            names = tuple(new for name in names if (new := change.get(part, {}).get(name, name)) is not None)
+        part.active = tuple(name for name in dict.fromkeys(names) if name in part.names())
     for taker in state.takers:
         taker.rows = rows

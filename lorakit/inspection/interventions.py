@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import lora_layers
-from ..adapters.attach import check_adapter
 from ..adapters.low_rank import LowRank
+from ..adapters.state import apply_state, check_adapter, state_of
 from ..errors import AdapterError, did_you_mean
-from ..layers.adapted import AdaptedLayer
+from ..layers.adapted import AdaptedLayer, AdapterPart
 
 
 @contextlib.contextmanager
@@ -27,7 +27,7 @@ def ablated(model: nn.Module, layers: Iterable[str], adapter: str | None = None)
         AdapterError: there is no such adapter, or a layer does not carry it.
     """
     name, found = active_layers(model, adapter, layers)
-    with _active({layer: tuple(one for one in layer.active if one != name) for layer in found.values()}):
+    with _instead(model, {layer: {name: None} for layer in found.values()}):
         yield model
 
 
@@ -41,13 +41,10 @@ def swapped(model: nn.Module, layers: Iterable[str], first: str, second: str) ->
         AdapterError: there is no such adapter, or `first` is not active, or a layer does not carry it.
     """
     check_adapter(model, second)
+    if second in state_of(model).on_host:
+        raise AdapterError(f"adapter '{second}' is kept in host memory; make it active once, to have it here")
     _, found = active_layers(model, first, layers)
-    changed = {}
-    for layer in found.values():
-        others = {first: second} if second in layer.names() else {first: None}
-        names = (others.get(name, name) for name in layer.active)
-        changed[layer] = tuple(name for name in names if name is not None)
-    with _active(changed):
+    with _instead(model, {layer: {first: second} for layer in found.values()}):
         yield model
 
 
@@ -119,7 +116,7 @@ def active_layers(
     Raises:
         AdapterError: there is no such adapter, it is not active, or a path does not carry it.
     """
-    active = list(dict.fromkeys(name for layer in lora_layers(model).values() for name in layer.active))
+    active = state_of(model).active
     if adapter is None:
         if len(active) != 1:
             names = ", ".join(active) or "none"
@@ -140,16 +137,16 @@ def active_layers(
 
 
 @contextlib.contextmanager
-def _active(changed: Mapping[AdaptedLayer, tuple[str, ...]]) -> Iterator[None]:
-    """Within the context, these layers have other active adapters."""
-    before = {layer: layer.active for layer in changed}
+def _instead(model: nn.Module, change: Mapping[AdapterPart, Mapping[str, str | None]]) -> Iterator[None]:
+    """Within the context, layers have other adapters in the place of active ones, whatever is switched meanwhile."""
+    open_changes = state_of(model).instead
+    open_changes.append(change)
+    apply_state(model)
     try:
-        for layer, names in changed.items():
-            layer.active = names
         yield
     finally:
-        for layer, names in before.items():
-            layer.active = names
+        open_changes[:] = [one for one in open_changes if one is not change]
+        apply_state(model)
 
 
 @contextlib.contextmanager
@@ -166,7 +163,13 @@ def _factors(name: str, changed: Mapping[AdaptedLayer, LowRank]) -> Iterator[Non
 
 
 def _product(layer: AdaptedLayer, name: str) -> LowRank:
-    """Return B A in float64, without the scaling."""
+    """Return B A in float64, without the scaling.
+
+    Raises:
+        AdapterError: the layer has one for each expert.
+    """
+    if layer.factors(name)[0].ndim != 2:
+        raise AdapterError(f"the updates of experts are not cut in rank: {type(layer).__name__}({layer.extra_repr()})")
     lora_a, lora_b = layer.lora_A[name].detach(), layer.lora_B[name].detach()
     return LowRank(lora_b.flatten(1).double(), lora_a.flatten(1).double())
 

@@ -141,6 +141,28 @@ class TestContexts:
         with scaled(model, 0):
             assert logits(model) == pytest.approx(off, rel=1e-6)
 
+    def test_a_factor_scales_doras_update_within_its_gain(self) -> None:
+        model = adapted(use_dora=True)
+        layer, x = lora_layers(model)[Q], torch.randn(5, 32)
+        with torch.no_grad():
+            layer(x)  # from here on the gain is kept, for this scaling
+            with scaled(model, 3.0, [Q]):
+                norms = (layer.base_layer.weight.double() + delta(model, Q)).norm(dim=1, keepdim=True)
+                magnitude = layer.table("lora_magnitude_vector")["default"].double()[:, None]
+                weight = magnitude / norms * (layer.base_layer.weight.double() + delta(model, Q))
+                assert torch.allclose(layer(x).double(), x.double() @ weight.T, atol=1e-5)
+
+    def test_a_metric_may_switch_adapters(self) -> None:
+        """What a metric does within a context does not undo the intervention."""
+        model = adapted()
+        before, value = state(model), logits(model)
+        with ablated(model, [Q]):
+            without = logits(model)
+            with disable_adapters(model):
+                assert lora_layers(model)[V].active == ()
+            assert logits(model) == without != value
+        assert state(model) == before and logits(model) == value
+
     def test_ablating_everything_is_the_base(self) -> None:
         model = adapted()
         with disable_adapters(model):

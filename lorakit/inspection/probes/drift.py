@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...adapters import disable_adapters
 from ...data import Example
-from ...models.decoder import Decoder
 
 _Look = Callable[[nn.Module, Tensor], None]
 
@@ -69,32 +70,35 @@ class ActivationDrift:
             self._run(keep)
 
     def measure(self) -> dict[str, list[float]]:
-        """Return drift (relative) and cka, a list each in the order of the layers."""
+        """Return drift (relative) and cka, a list each in the order of the layers; NaN where no token came by."""
         drift: dict[nn.Module, float] = {}
         cka: dict[nn.Module, float] = {}
 
         def compare(layer: nn.Module, output: Tensor) -> None:
+            if layer not in self._base or output.shape != self._base[layer].shape:
+                return  # an expert that other tokens came to
             drift[layer] = relative_drift(output, self._base[layer])
             cka[layer] = _alignment(self._grams[layer], _gram(output))
 
         self._run(compare)
-        return {"drift": [drift[one] for one in self._layers], "cka": [cka[one] for one in self._layers]}
+        return {
+            "drift": [drift.get(one, math.nan) for one in self._layers],
+            "cka": [cka.get(one, math.nan) for one in self._layers],
+        }
 
     @torch.no_grad()
     def _run(self, look: _Look) -> None:
         """Run the rows through the model in eval mode; each layer's output goes to `look` and is let go."""
 
-        def hook(layer: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
-            look(layer, output.reshape(-1, output.shape[-1]))
+        def hook(layer: nn.Module, _: Any, output: Any) -> None:
+            first: Tensor = output[0] if isinstance(output, tuple) else output
+            look(layer, first.reshape(-1, first.shape[-1]))
 
         with contextlib.ExitStack() as stack:
             for layer in dict.fromkeys(self._layers):
                 stack.callback(layer.register_forward_hook(hook).remove)
             stack.enter_context(_eval(self._model))
-            if isinstance(self._model, Decoder):
-                self._model.hidden_states(self._input_ids)  # without the head, which is not compared
-            else:
-                self._model(input_ids=self._input_ids)
+            self._model(input_ids=self._input_ids)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ class Adapted:
     """One adapter's pair of matrices on one layer.
 
     Attributes:
-        name: the layer's path; with several active adapters, path:adapter.
+        name: the layer's path; with several trained adapters, path:adapter.
         layer, adapter: where the pair is.
     """
 
@@ -40,25 +40,28 @@ class Adapted:
 
     @property
     def rank(self) -> int:
-        """The rank allotted."""
+        """The rank allotted; of experts, all together."""
         return len(self.lora_a)
 
     def base_norm(self) -> float:
         """Return ‖W‖ of the base weight, summed in float64."""
         return float(torch.linalg.vector_norm(self.layer.base_weight(torch.float32), dtype=torch.float64))
 
-    def update(self) -> LowRank:
-        """Return the low-rank update in float64: scaling · B A for plain LoRA."""
-        up, down = self.layer.factors(self.adapter)
-        return LowRank(up.detach().double(), down.detach().double())
+    def singular_values(self) -> Tensor:
+        """Return those of the low-rank update, scaling · B A for plain LoRA, float64; those of all experts together."""
+        up, down = (factor.detach().double() for factor in self.layer.factors(self.adapter))
+        if up.ndim == 2:
+            return LowRank(up, down).singular_values
+        each = [LowRank(*pair).singular_values for pair in zip(up, down, strict=True)]
+        return torch.cat(each).sort(descending=True).values
 
 
 def trained_adapted(model: nn.Module) -> list[Adapted]:
-    """Return the pairs of all active adapters of which A or B is trained, in model order."""
+    """Return the pairs of which A or B is trained, in model order."""
     found = [
         (path, layer, name)
         for path, layer in lora_layers(model).items()
-        for name in layer.active
+        for name in layer.names()
         if layer.lora_A[name].requires_grad or layer.lora_B[name].requires_grad
     ]
     alone = len({name for *_, name in found}) == 1

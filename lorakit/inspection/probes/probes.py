@@ -127,7 +127,7 @@ class Probes(TrainingProbe):
         if not self._is_looking or self._file is None:
             return
         if self._is_due(self.config.spectra_every):
-            values = [one.update().singular_values for one in self._adapted]
+            values = [one.singular_values() for one in self._adapted]
             self._row["delta_norm"] = [float(s.norm()) for s in values]
             self._row["effective_rank"] = [effective_rank(s) for s in values]
         if self._drift is not None and self._is_due(self.config.drift_every):

@@ -38,11 +38,11 @@ class DoRA(Variant):
             return _gain(magnitude, row_norms(layer, name, dtype))
         # One token after another, the norms would cost as much as the layer: they are kept while nothing changes. What
         # they come from is compared by value, as a write to `.data` changes no version.
-        sources = (magnitude, layer.lora_A[name], layer.lora_B[name])
+        sources, scaling = (magnitude, layer.lora_A[name], layer.lora_B[name]), layer.scaling[name]
         kept = layer.kept_gains.get(name)
-        if kept is None or kept.dtype != dtype or not all(map(_same, sources, kept.sources)):
+        if kept is None or (kept.dtype, kept.scaling) != (dtype, scaling) or not all(map(_same, sources, kept.sources)):
             gain = _gain(magnitude, row_norms(layer, name, dtype))
-            kept = KeptGain(dtype, gain, tuple(source.detach().clone() for source in sources))
+            kept = KeptGain(dtype, scaling, gain, tuple(source.detach().clone() for source in sources))
             layer.kept_gains[name] = kept
         return kept.gain
 

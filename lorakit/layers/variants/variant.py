@@ -12,9 +12,10 @@ if TYPE_CHECKING:
 
 
 class KeptGain(NamedTuple):
-    """A gain, and the dtype and values that it was computed for."""
+    """A gain, and the dtype, scaling and values that it was computed for."""
 
     dtype: torch.dtype
+    scaling: float
     gain: Tensor
     sources: tuple[Tensor, ...]
 

@@ -32,7 +32,9 @@ from lorakit.inspection.probes import (
     read_probes,
     relative_drift,
 )
+from lorakit.inspection.probes.matrices import Adapted
 from lorakit.layers import Linear4bit
+from lorakit.layers.lora_parameter import LoRAParameter
 from lorakit.runs import load_recipe
 from lorakit.runs.run import train_run
 from lorakit.training import TrainingProbe
@@ -278,6 +280,28 @@ class TestFigures:
         assert names[:2] == ["model.layers.0.self_attn.q_proj:default", "model.layers.0.self_attn.q_proj:other"]
         assert probes.log.header.ranks[:2] == [4, 2]
         assert len(probes.log.rows[-1]["drift"]) == len(names) == 6
+
+    def test_an_adapted_head_is_among_the_layers(self, tok: Tokenizer) -> None:
+        probes = Probes(CLOSE)
+        train(adapted(target_modules=["q_proj", "lm_head"]), tok, CONVERSATIONS, config(max_steps=3), probes=[probes])
+        assert probes.log.header.layers[-1] == "lm_head"
+        assert all(value > 0 for value in probes.log.rows[-1]["drift"])
+
+    def test_the_updates_of_experts_count_together(self) -> None:
+        layer = LoRAParameter(Experts(), "weight")
+        layer.add("default", 2, 0.5, init=False)
+        found = Adapted("experts", layer, "default").singular_values()
+        each = [torch.linalg.svdvals(part.double())[:2] for part in layer.delta_weight("default")]
+        assert found.tolist() == pytest.approx(torch.cat(each).sort(descending=True).values.tolist(), rel=1e-5)
+        assert Adapted("experts", layer, "default").rank == 6
+
+
+class Experts(nn.Module):
+    """Three matrices in one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 8, 5), requires_grad=False)
 
 
 def one_by_one(model: Decoder, example: Any) -> Tensor:
