@@ -66,11 +66,13 @@ class LowRank:
         """S of `svd` alone, (k,), in falling order; takes a fraction of its time."""
         upper = torch.linalg.qr(self.up, mode="r").R
         lower = torch.linalg.qr(self.down.T, mode="r").R
-        return torch.linalg.svdvals(upper @ lower.T)
+        values: Tensor = torch.linalg.svdvals(upper @ lower.T)
+        return values
 
     def norm(self) -> Tensor:
         """Frobenius norm, a scalar tensor."""
-        return self.singular_values.norm()
+        norm: Tensor = self.singular_values.norm()
+        return norm
 
     def dot(self, other: LowRank) -> Tensor:
         """Inner product of two updates of one shape, sum of self * other: trace((up'ᵀ up) (down down'ᵀ))."""

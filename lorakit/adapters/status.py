@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..layers import AdaptedLayer, AdapterPart
-from .merge import merged_state
+from .merge_swaps import merged_state
 from .state import adapter_parts, known_parts, state_of
 from .switching import idle_adapters
 
@@ -106,7 +106,7 @@ def _info(model: nn.Module, name: str) -> AttachedAdapter:
         active=name in state.active,
         trained=name in state.trained,
         rows=state.rows[-1].names.count(name) if state.rows else 0,
-        ranks=dict(Counter(len(layer.lora_A[name]) // layer.shapes(1)[0][0] for layer in layers)),
+        ranks=dict(Counter(len(layer.lora_A[name]) // layer.matrix_shapes(1)[0][0] for layer in layers)),
         parameters=sum(parameter.numel() for parameter in parameters),
         dtypes=tuple(dict.fromkeys(str(p.dtype).removeprefix("torch.") for p in parameters)),
         devices=tuple(dict.fromkeys(str(p.device) for p in parameters)),

@@ -21,7 +21,8 @@ from ..files import atomic_folder
 from .adapter_folder import AdapterFolder, AdapterLayer, read_adapter_folder
 from .attach import adapter_configs, adapter_parts, add_adapter, check_adapter, lora_layers
 from .low_rank import LowRank
-from .peft_files import CONFIG_FILE, WEIGHTS_FILE
+from .peft_config import CONFIG_FILE
+from .peft_files import WEIGHTS_FILE
 from .ranks import config_for_ranks, rank_pattern
 
 _DORA = (
@@ -49,7 +50,7 @@ def model_updates(model: nn.Module, name: str) -> dict[str, LowRank]:
     if any(layer.variants[name].name == "dora" for layer in layers.values()):
         raise AdapterError(f"{where} {_DORA}")
     for path, layer in layers.items():
-        of_a, of_b = layer.shapes(1)
+        of_a, of_b = layer.matrix_shapes(1)
         if (math.prod(of_b), math.prod(of_a)) != (layer.out_features, layer.in_features):
             raise AdapterError(f"{where}: {path} holds several matrices; only layers with one are combined and resized")
     return {path: LowRank(*(factor.detach() for factor in layer.factors(name))) for path, layer in layers.items()}

@@ -64,8 +64,8 @@ class AgainstBase:
 
     def row(self) -> dict[str, Any]:
         """Return the figures as columns of a table."""
-        names = ("base_norm", "relative_norm", "relative_spectral_norm", "amplification", "alignment_out")
-        names += ("alignment_in", "magnitude_change", "direction_change")
+        names = ["base_norm", "relative_norm", "relative_spectral_norm", "amplification", "alignment_out"]
+        names += ["alignment_in", "magnitude_change", "direction_change"]
         return {name: getattr(self, name) for name in names} | {"intruders": len(self.intruders)}
 
 

@@ -93,8 +93,8 @@ def _stretches(info: AdapterInfo) -> Iterator[tuple[str, float, float]]:
         numbers = sorted({layer.index for layer in inside if layer.index is not None})
         if len(numbers) < 2:
             continue
-        for module in [None, *kinds] if len(kinds) > 1 else [None]:
-            chosen = [layer for layer in inside if module in (None, layer.module)]
+        for kind in [None, *kinds] if len(kinds) > 1 else [None]:
+            chosen = [layer for layer in inside if kind in (None, layer.module)]
             shares, parts = dict.fromkeys(numbers, 0.0), dict.fromkeys(numbers, 0.0)
             for layer in chosen:
                 shares[layer.index or 0] += info.share(layer)
@@ -104,7 +104,7 @@ def _stretches(info: AdapterInfo) -> Iterator[tuple[str, float, float]]:
                     run = numbers[first : last + 1]
                     words = f"layers {run[0]}-{run[-1]}" if last > first else f"layer {run[0]}"
                     share, part = sum(shares[number] for number in run), sum(parts[number] for number in run)
-                    yield f"{words} {module or '(all modules)'}", share, part
+                    yield f"{words} {kind or '(all modules)'}", share, part
 
 
 def _noise(info: AdapterInfo) -> Iterator[str]:

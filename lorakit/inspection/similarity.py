@@ -106,7 +106,8 @@ def subspace_similarity(a: Tensor, b: Tensor) -> Tensor:
 
 def principal_cosines(a: Tensor, b: Tensor) -> Tensor:
     """Cosines of the principal angles between the spans of orthonormal columns (Björck and Golub 1973), falling."""
-    return torch.linalg.svdvals(a.T @ b).clamp(max=1)
+    cosines: Tensor = torch.linalg.svdvals(a.T @ b)
+    return cosines.clamp(max=1)
 
 
 def compare_updates(name: str, a: LowRank, b: LowRank) -> LayerSimilarity:

@@ -143,7 +143,8 @@ def _eigenvectors(apply: Callable[[Tensor], Tensor], start: Tensor, k: int) -> T
         residual = (product @ vectors[:, :k] - basis[:, :k] * values[:k]).norm(dim=0).max()
         if residual <= _TOLERANCE * values[0]:
             break
-    return basis[:, :k]
+    leading: Tensor = basis[:, :k]
+    return leading
 
 
 def _error(matrix: Tensor, u: Tensor, s: Tensor, v: Tensor) -> float:
