@@ -82,7 +82,7 @@ PAGES = {
             Section("train_step", "One step", arguments=("--rounds", "2", "--steps", "3")),
             Section(
                 "train_step", "One step of a model with a billion weights", "train_step_1b",
-                ("--model", "llama-1b", "--rounds", "1", "--steps", "2"),
+                ("--model", "llama-1b", "--rounds", "1", "--steps", "1"),
             ),
             Section("step_7b", "Seven billion weights"),
             Section("plan_sizes", "Plans for large models, beside published figures"),
