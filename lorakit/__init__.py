@@ -11,7 +11,9 @@ from .adapters import (
     remove_adapter,
     save_adapter,
     set_adapter,
+    set_trained,
     unmerge_adapter,
+    use_rows,
 )
 from .data import Record, load_records, save_records
 from .errors import LorakitError
@@ -49,6 +51,8 @@ __all__ = [
     "save_adapter",
     "save_records",
     "set_adapter",
+    "set_trained",
     "train",
     "unmerge_adapter",
+    "use_rows",
 ]

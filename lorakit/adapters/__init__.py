@@ -11,13 +11,16 @@ from .attach import (
     lora_layers,
     remove_adapter,
     set_adapter,
+    set_trained,
 )
 from .config import LoraConfig
+from .host_memory import offload_adapter, onload_adapter
 from .merge import merge_adapter, unmerge_adapter
 from .merge_report import LayerMerge, MergeReport
 from .merged_export import merge_checkpoint
 from .peft_config import read_adapter_config
 from .peft_files import load_adapter, save_adapter
+from .switching import idle_adapters, use_rows
 from .targeting import MatchReport
 
 __all__ = [
@@ -33,14 +36,19 @@ __all__ = [
     "add_adapter",
     "count_parameters",
     "disable_adapters",
+    "idle_adapters",
     "load_adapter",
     "lora_layers",
     "merge_adapter",
     "merge_checkpoint",
+    "offload_adapter",
+    "onload_adapter",
     "read_adapter_config",
     "read_adapter_folder",
     "remove_adapter",
     "save_adapter",
     "set_adapter",
+    "set_trained",
     "unmerge_adapter",
+    "use_rows",
 ]

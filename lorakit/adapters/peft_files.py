@@ -72,13 +72,15 @@ def load_adapter(
     model: nn.Module,
     path: str | os.PathLike[str],
     name: str = "default",
+    trained: bool = False,
     dtype: torch.dtype = torch.float32,
     max_rank: int | None = None,
     check_base: bool = True,
 ) -> MatchReport:
-    """Attach an adapter from a PEFT folder and make it active, as `add_adapter` does.
+    """Attach an adapter from a PEFT folder and make it active.
 
     Args:
+        trained: train it on. False, as for use: it is frozen, and what was trained before stays so.
         dtype: of the adapter in the model.
         max_rank: refuse a higher rank; None: any.
         check_base: refuse an adapter that says it was trained on another base model.
@@ -107,10 +109,10 @@ def load_adapter(
     trained_on, here = metadata.get(_BASE), base_fingerprint(model)
     if check_base and trained_on is not None and trained_on != here:
         raise CheckpointError(
-            f"{folder} was trained on another base model of the same shapes: its fingerprint is {trained_on[:16]}, this "
-            f"model's {str(here)[:16]}; load it with check_base=False if that is meant"
+            f"{folder} was trained on another base model of the same shapes: its fingerprint is {trained_on[:16]}, "
+            f"this model's {str(here)[:16]}; load it with check_base=False if that is meant"
         )
-    report = add_adapter(model, config, name, dtype, is_strict=False)
+    report = add_adapter(model, config, name, dtype, trained, is_strict=False)
     write_tensors(model, name, tensors)
     return report
 

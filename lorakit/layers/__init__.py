@@ -4,6 +4,7 @@ from torch import nn
 
 from .adapted import AdaptedLayer, AdapterPart
 from .embedding4bit import Embedding4bit
+from .in_use import AdaptersInUse
 from .linear4bit import Linear4bit
 from .linear_cross_entropy import linear_cross_entropy, token_losses
 from .lora_conv import LoRAConv
@@ -13,6 +14,7 @@ from .lora_parameter import LoRAParameter
 from .norm import RMSNorm
 from .residual4bit import ResidualLinear4bit
 from .rope import apply_rope, rope_frequencies, rope_tables
+from .rows import BASE, Rows, TakesRows
 from .saved_module import SavedModule
 from .swiglu import swiglu
 from .trained_tokens import TiedHead, TrainedTokens
@@ -28,10 +30,12 @@ def adapted_kind(module: nn.Module) -> type[AdaptedLayer] | None:
 
 
 __all__ = [
+    "BASE",
     "LAYER_KINDS",
     "VARIANTS",
     "AdaptedLayer",
     "AdapterPart",
+    "AdaptersInUse",
     "Again",
     "Embedding4bit",
     "Linear4bit",
@@ -41,7 +45,9 @@ __all__ = [
     "LoRAParameter",
     "RMSNorm",
     "ResidualLinear4bit",
+    "Rows",
     "SavedModule",
+    "TakesRows",
     "TiedHead",
     "TrainedTokens",
     "Variant",

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
+from .rows import TakesRows
 from .variants import VARIANTS, KeptGain, Variant
 
 
-class AdapterPart(nn.Module):
+class AdapterPart(TakesRows, nn.Module):
     """A module that stands in the place of a frozen one and holds, for each adapter, what is to be trained of it.
 
     Attributes:
@@ -35,6 +36,10 @@ class AdapterPart(nn.Module):
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
         """What an adapter trains here: name of the table -> parameter."""
         raise NotImplementedError
+
+    def supports_rows(self, name: str) -> bool:
+        """Whether an adapter may be that of some rows only (`lorakit.layers.rows`)."""
+        return False
 
     def remove(self, name: str) -> None:
         """Detach an adapter."""

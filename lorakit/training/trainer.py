@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters import adapter_configs
+from ..adapters import adapter_configs, idle_adapters
 from ..data import Example, Record, batch_order, encode_records, make_batch, micro_batches
 from ..errors import DataError, TrainingError
 from ..measure import peak_rss_mb
@@ -34,6 +34,7 @@ from ..models.tokenizer import Tokenizer
 from .activations import saving_activations
 from .checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from .config import TrainConfig
+from .lora_fa import frozen_a
 from .optimizers import build_optimizer, set_learning_rate, states_to_host, step_from_host
 from .runlog import RunLog
 from .schedule import learning_rate
@@ -85,9 +86,28 @@ def train(
         TrainingError: nothing is trainable, the loss is not finite, or the checkpoint is of another run.
     """
     config = config or TrainConfig()
+    with frozen_a(model, config.lora_fa):
+        return _train(model, tok, train_records, config, eval_records, resume)
+
+
+def _train(
+    model: nn.Module,
+    tok: Tokenizer,
+    train_records: Sequence[Record],
+    config: TrainConfig,
+    eval_records: Sequence[Record],
+    resume: bool,
+) -> TrainResult:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
-        raise TrainingError("the model has no trainable parameter; attach an adapter with add_adapter first")
+        raise TrainingError(
+            "the model has no trainable parameter; attach an adapter with add_adapter, or choose one with set_trained"
+        )
+    if idle := idle_adapters(model):
+        raise TrainingError(
+            f"adapter '{idle[0]}' is to be trained but is not active, so nothing would reach it; make it active with "
+            "set_adapter, or choose what to train with set_trained"
+        )
     examples = encode_records(tok, train_records, config.max_length)
     held_out = encode_records(tok, eval_records, config.max_length)
     if not examples:

@@ -36,7 +36,7 @@ class Residual(Variant):
 
     def factors(self, layer: AdaptedLayer, name: str) -> tuple[Tensor, Tensor]:
         lora_a, lora_b = self._doubled(layer, name)
-        return layer.scaling[name] * lora_b, lora_a
+        return layer.scaling[name] * lora_b.flatten(1), lora_a.flatten(1)
 
     def _doubled(self, layer: AdaptedLayer, name: str) -> tuple[Tensor, Tensor]:
         lora_a = torch.cat([layer.lora_A[name], layer.table("start_A")[name]], dim=0)
