@@ -15,17 +15,21 @@ from .attach import (
 )
 from .config import LoraConfig
 from .host_memory import offload_adapter, onload_adapter
+from .hot_swap import swap_adapter
 from .merge import merge_adapter, unmerge_adapter
 from .merge_report import LayerMerge, MergeReport
 from .merged_export import merge_checkpoint
 from .peft_config import read_adapter_config
 from .peft_files import load_adapter, save_adapter
+from .status import AdapterInfo, AdapterStatus, adapter_status
 from .switching import idle_adapters, use_rows
 from .targeting import MatchReport
 
 __all__ = [
     "AdapterFolder",
+    "AdapterInfo",
     "AdapterLayer",
+    "AdapterStatus",
     "LayerMerge",
     "LoraConfig",
     "MatchReport",
@@ -33,6 +37,7 @@ __all__ = [
     "adapter_configs",
     "adapter_parameters",
     "adapter_parts",
+    "adapter_status",
     "add_adapter",
     "count_parameters",
     "disable_adapters",
@@ -49,6 +54,7 @@ __all__ = [
     "save_adapter",
     "set_adapter",
     "set_trained",
+    "swap_adapter",
     "unmerge_adapter",
     "use_rows",
 ]

@@ -15,8 +15,7 @@ from torch import nn
 from ..errors import AdapterError
 from ..layers import AdapterPart
 from ..models.config import DecoderConfig
-from .attach import adapter_configs, adapter_parts, replace_module
-from .config import LoraConfig
+from .state import AdapterRecord, adapter_configs, adapter_parts, forget_adapter, recall_adapter, replace_module
 
 _INTERNAL = vars(nn.Module()).keys()
 
@@ -59,14 +58,14 @@ class MergeState:
         names: of the merged adapters.
         swaps: what was exchanged, in model order.
         unties: whether an output head was parted from the embedding that it was tied to.
-        configs: of the merged adapters.
+        records: adapter name -> what the model knew of it.
         tied: what its config said of tied embeddings before, if that was changed.
     """
 
     names: tuple[str, ...]
     swaps: list[Swap]
     unties: bool
-    configs: dict[str, LoraConfig] = field(default_factory=dict)
+    records: dict[str, AdapterRecord] = field(default_factory=dict)
     tied: bool | None = None
 
 
@@ -85,8 +84,7 @@ def put_in(model: nn.Module, merge: MergeState) -> None:
             setattr(exchange.module, exchange.name, exchange.after)
         if not swap.part.names():
             replace_module(model, swap.part, swap.new)
-    configs = adapter_configs(model)
-    merge.configs = {name: configs.pop(name) for name in merge.names}
+    merge.records = {name: forget_adapter(model, name) for name in merge.names}
     merge.tied = _set_tied(model, False) if merge.unties else None
     model.lora_merged = merge  # type: ignore[assignment]
 
@@ -107,7 +105,8 @@ def put_back(model: nn.Module, merge: MergeState) -> None:
         for name, parked in swap.parked.items():
             _unpark(part, name, parked)
         swap.parked = {}
-    adapter_configs(model).update(merge.configs)
+    for name, record in reversed(merge.records.items()):  # the last one taken off was the first to find its place
+        recall_adapter(model, name, record)
     if merge.tied is not None:
         _set_tied(model, merge.tied)
     del model.lora_merged
@@ -168,13 +167,11 @@ def _park(part: AdapterPart, name: str) -> dict[str, Any]:
             held[key] = table[name]
         elif isinstance(table, list) and name in table:
             held[key] = name
-    held["active"] = name in part.active
     part.remove(name)
     return held
 
 
 def _unpark(part: AdapterPart, name: str, held: dict[str, Any]) -> None:
-    part.active += (name,) if held.pop("active") else ()
     for key, value in held.items():
         table = getattr(part, key, None)
         if table is None:

@@ -66,7 +66,7 @@ def random_ids(*shape: int) -> Tensor:
 
 
 @given(names=st.lists(st.sampled_from(NAMES), min_size=1, max_size=6), length=st.integers(1, 5))
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_each_row_is_what_its_adapter_alone_makes_of_it(decoder: Decoder, names: list[str], length: int) -> None:
     ids = random_ids(len(names), length)
     with torch.no_grad(), use_rows(decoder, names):
@@ -77,7 +77,7 @@ def test_each_row_is_what_its_adapter_alone_makes_of_it(decoder: Decoder, names:
 
 
 @given(rows=st.lists(st.tuples(st.sampled_from(NAMES), st.integers(2, 9)), min_size=1, max_size=6))
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_a_packed_batchs_loss_and_gradients_are_the_rows_own(decoder: Decoder, rows: list[tuple[str, int]]) -> None:
     names, lengths = [name for name, _ in rows], [length for _, length in rows]
     ids = random_ids(sum(lengths))
@@ -287,9 +287,7 @@ class TestContexts:
                 assert torch.equal(model(ids)[1], before[1]) and not torch.equal(model(ids)[0], before[0])
 
     def test_names(self, decoder: Decoder) -> None:
-        with pytest.raises(
-            AdapterError, match=r"no adapter 'haed'; did you mean 'head'\? \(for a row there are: a, b, c"
-        ):
+        with pytest.raises(AdapterError, match=r"no adapter 'haed'; did you mean 'head'\? \(for a row: a, b, c"):
             decoder_rows(decoder, ["a", "haed"])
         with pytest.raises(AdapterError, match="a list with one name for each row"):
             decoder_rows(decoder, "a")
