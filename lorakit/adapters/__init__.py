@@ -19,7 +19,8 @@ from .hot_swap import swap_adapter
 from .merge import merge_adapter, unmerge_adapter
 from .merge_report import LayerMerge, MergeReport
 from .merged_export import merge_checkpoint
-from .peft_files import load_adapter, read_adapter_config, save_adapter
+from .peft_config import read_adapter_config
+from .peft_files import load_adapter, save_adapter
 from .status import AdapterInfo, AdapterStatus, adapter_status
 from .switching import idle_adapters, use_rows
 from .targeting import MatchReport

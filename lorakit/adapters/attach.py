@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError
-from ..layers import BASE, VARIANTS, Linear4bit, LoRALinear
+from ..layers import BASE
+from ..layers.quantized_module import QuantizedModule
 from .config import LoraConfig
-from .inits import INITS
+from .inits import find_init
+from .placing import place
 from .state import (
     adapter_configs,
     adapter_parts,
@@ -22,7 +25,7 @@ from .state import (
     state_of,
 )
 from .switching import disable_adapters, set_adapter, set_trained
-from .targeting import MatchReport, linear_layers, match_modules, pattern_value
+from .targeting import MatchReport
 
 __all__ = [
     "adapter_configs",
@@ -48,43 +51,46 @@ def add_adapter(
     name: str = "default",
     dtype: torch.dtype = torch.float32,
     trained: bool = True,
+    losses: Iterable[Tensor] | None = None,
+    sources: Mapping[str, Tensor] | None = None,
+    is_strict: bool = True,
 ) -> MatchReport:
     """Attach a LoRA adapter and make it the one that is active and the one that is trained.
 
-    Layers are wrapped in place; their weights keep their bytes. Works on any model with nn.Linear or Linear4bit layers.
-    The first adapter freezes the whole model; later ones leave alone what is not an adapter's.
+    Layers are wrapped in place; their weights keep their bytes. Works on any model whose layers are linear (nn.Linear,
+    Linear4bit, GPT-2's Conv1D), embeddings or convolutions. The first adapter freezes the whole model; later ones leave
+    alone what is not an adapter's.
 
     Args:
-        dtype: of the trainable A and B.
+        dtype: of the trained parameters.
         trained: False: frozen, and what was trained before stays so.
+        losses: for the starts "eva" and "lora_ga": gives the loss of one batch of examples after another, as
+            `(loss(model, batch) for batch in batches)`; taking the next one runs the model.
+        sources: for the start "loftq": the weights before they were quantized, "<path of the layer>.weight" -> tensor.
+        is_strict: refuse keys of rank_pattern and alpha_pattern, and layer numbers, that match nothing.
 
     Raises:
-        AdapterError: the name is taken or not usable, or a target pattern matches nothing. The model is then unchanged.
+        AdapterError: the name is taken or not usable, or a pattern matches nothing. The model is then unchanged.
     """
-    if not name or "." in name or hasattr(_NAMESPACE, name) or name == BASE:
-        raise AdapterError(f"'{name}' cannot name an adapter: empty, with a dot, or a word that is taken")
-    if name in adapter_configs(model):
-        raise AdapterError(f"the model already has an adapter '{name}'; remove it first or choose another name")
-    report = MatchReport(name, match_modules(model, config))
-    wanted = {path for paths in report.matched.values() for path in paths}
-    # In model order, so that the random init is repeatable.
-    layers = {path: layer for path, layer in linear_layers(model).items() if path in wanted}
-    report.ranks = {path: pattern_value(config.rank_pattern, path, config.r) for path in layers}
-    alphas = {path: pattern_value(config.alpha_pattern, path, config.lora_alpha) for path in layers}
-    for path, layer in layers.items():  # from here on nothing can fail
-        module = model.get_submodule(path)
-        if not isinstance(module, LoRALinear):
-            module = LoRALinear(layer)
-            module.train(model.training)
-            replace_module(model, layer, module)
-        scaling = config.scaling(report.ranks[path], alphas[path])
-        is_neutral = config.init_lora_weights is not False
-        module.add(name, report.ranks[path], scaling, config.lora_dropout, is_neutral, dtype, VARIANTS[config.variant])
-        if isinstance(config.init_lora_weights, str):
-            INITS[config.init_lora_weights](module, name)
-    if not adapter_configs(model):
-        model.requires_grad_(False)
+    check_name(model, name)
+    report = MatchReport(name)
+    placements = place(model, config, report, is_strict)
+    start = find_init(config, losses, sources)
+    for placement in placements:  # from here on only a start can fail
+        if not placement.part.names():
+            replace_module(model, placement.part.base_layer, placement.part)
+            placement.part.train(model.training)
+        placement.attach(name, dtype)
+    state_of(model).parts = None
     adapter_configs(model)[name] = config
+    if start is not None:
+        try:
+            start(lora_layers(model, name), name)
+        except BaseException:
+            remove_adapter(model, name)
+            raise
+    if len(adapter_configs(model)) == 1:
+        model.requires_grad_(False)
     set_adapter(model, name)
     set_trained(model, name if trained else state_of(model).trained)
     report.trainable = sum(parameter.numel() for parameter in adapter_parameters(model, name))
@@ -116,14 +122,23 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> list[nn.Par
     return found
 
 
+def check_name(model: nn.Module, name: str) -> None:
+    """Raise AdapterError unless `name` can be that of one more adapter of the model."""
+    if not name or "." in name or hasattr(_NAMESPACE, name) or name == BASE:
+        raise AdapterError(f"'{name}' cannot name an adapter: empty, with a dot, or a word that is taken")
+    if name in adapter_configs(model):
+        raise AdapterError(f"the model already has an adapter '{name}'; remove it first or choose another name")
+
+
 def count_parameters(model: nn.Module) -> int:
     """Return the number of parameters, each shared one once; a 4-bit weight counts as the weights it stands for."""
     count, seen = 0, set[int]()
     for module in model.modules():
         own: list[tuple[Tensor, int]] = [(p, p.numel()) for p in module.parameters(recurse=False)]
-        if isinstance(module, Linear4bit):
-            own = [(module.packed, math.prod(module.quantized.shape))]
-            own += [(module.bias, module.bias.numel())] if module.bias is not None else []
+        if isinstance(module, QuantizedModule):
+            own = [(module.packed, math.prod(module.weight_shape))]
+            bias = getattr(module, "bias", None)
+            own += [(bias, bias.numel())] if bias is not None else []
         count += sum(size for tensor, size in own if id(tensor) not in seen)
         seen.update(id(tensor) for tensor, _ in own)
     return count

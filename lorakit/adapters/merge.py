@@ -7,30 +7,18 @@ something else shares (a tied embedding) stays what it was, and unmerging is put
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, cast
+from collections.abc import Sequence
 
 from torch import nn
 
 from ..errors import AdapterError
-from ..layers import AdaptedLayer
-from ..models.config import DecoderConfig
+from .host_memory import move_in, move_out
 from .merge_base import Base
-from .merge_plan import Swap, plan_merge
+from .merge_plan import plan_merge
 from .merge_report import LEAST_SHARE, MergeReport
-from .state import (
-    AdapterRecord,
-    adapter_configs,
-    check_adapter,
-    check_not_in_a_row,
-    forget_adapter,
-    lora_layers,
-    recall_adapter,
-    replace_module,
-)
+from .merge_swaps import check_reversal, merged_state, put_back, put_in
+from .state import adapter_configs, check_adapter, check_not_in_a_row
 
 
 def merge_adapter(
@@ -77,16 +65,19 @@ def merge_adapter(
     earlier = merged_state(model)
     _check_names(model, names)
     if earlier is not None:
-        _check_reversal(model, earlier)
-        _put_back(model, earlier)
+        check_reversal(model, earlier)
+        put_back(model, earlier)
     try:
         everything = (*(earlier.names if earlier else ()), *names)
-        swaps, report = plan_merge(model, everything, base, quantize, residual_rank)
+        move_in(model, everything)
+        merge, report = plan_merge(model, everything, base, quantize, residual_rank)
     except BaseException:
         if earlier is not None:
-            _put_in(model, earlier)
+            put_in(model, earlier)
         raise
-    _put_in(model, MergeState(everything, swaps))
+    finally:
+        move_out(model)
+    put_in(model, merge)
     if not reversible:
         del model.lora_merged
     if report.warnings:
@@ -109,84 +100,9 @@ def unmerge_adapter(model: nn.Module) -> None:
     state = merged_state(model)
     if state is None:
         raise AdapterError("nothing is merged into this model that could be undone")
-    _check_reversal(model, state)
-    _put_back(model, state)
-
-
-# ---- what is kept of a merge -----------------------------------------------------------------------------------------
-
-
-@dataclass
-class MergeState:
-    """What a model remembers of its merges, as `model.lora_merged`; `unmerge_adapter` goes by it.
-
-    Attributes:
-        names: of the merged adapters.
-        swaps: what was exchanged.
-        records: adapter name -> what the model knew of it.
-        tied: what the model's config said of tied embeddings, where a merge parted the output head from them.
-    """
-
-    names: tuple[str, ...]
-    swaps: list[Swap]
-    records: dict[str, AdapterRecord] = field(default_factory=dict)
-    tied: bool | None = None
-
-
-def merged_state(model: nn.Module) -> MergeState | None:
-    """Return what is merged into a model, or None."""
-    return cast("MergeState | None", getattr(model, "lora_merged", None))
-
-
-def _put_in(model: nn.Module, state: MergeState) -> None:
-    """Exchange the weights and take the adapters off; nothing here can fail."""
-    for swap in state.swaps:
-        swap.parked = {name: _park(swap.layer, name) for name in state.names if name in swap.layer.names()}
-        if swap.weights is None:
-            swap.layer.base_layer = swap.new
-        else:
-            swap.new.weight = swap.weights[1]
-        if not swap.layer.names():
-            replace_module(model, swap.layer, swap.new)
-    state.records = {name: forget_adapter(model, name) for name in state.names}
-    state.tied = _set_tied(model, False) if any(swap.parts for swap in state.swaps) else None
-    model.lora_merged = state  # type: ignore[assignment]
-
-
-def _put_back(model: nn.Module, state: MergeState) -> None:
-    """Reverse `_put_in`, also where adapters were attached to the merged layers since."""
-    hosts = {layer.base_layer: layer for layer in lora_layers(model).values()}
-    for swap in state.swaps:
-        layer = hosts.get(swap.new)
-        if layer is None:
-            layer = swap.layer.train(swap.new.training)
-            replace_module(model, swap.new, layer)
-        if swap.weights is None:
-            device = next(swap.new.parameters()).device  # the model may have been moved since
-            layer.base_layer = swap.old.train(swap.new.training).to(device)
-        else:
-            before, after = swap.weights
-            before.data = before.data.to(after.device, after.dtype)
-            swap.old.weight = before
-        for name, tables in swap.parked.items():
-            _unpark(layer, name, tables)
-        swap.parked = {}
-    for name, record in reversed(state.records.items()):  # the last one taken off was the first to find its place
-        recall_adapter(model, name, record)
-    if state.tied is not None:
-        _set_tied(model, state.tied)
-    del model.lora_merged
-
-
-def _set_tied(model: nn.Module, value: bool) -> bool | None:
-    """Set what the model's config says of a tied output head; return what it said, None where it says nothing."""
-    config = getattr(model, "config", None)
-    before: bool | None = getattr(config, "tie_word_embeddings", None)
-    if isinstance(config, DecoderConfig):
-        model.config = dataclasses.replace(config, tie_word_embeddings=value)  # type: ignore[assignment]
-    elif before is not None:
-        config.tie_word_embeddings = value  # type: ignore[union-attr]
-    return before
+    check_reversal(model, state)
+    put_back(model, state)
+    move_out(model)
 
 
 def _check_names(model: nn.Module, names: Sequence[str]) -> None:
@@ -198,38 +114,3 @@ def _check_names(model: nn.Module, names: Sequence[str]) -> None:
             raise AdapterError(f"the adapter '{name}' is merged already; unmerge_adapter(model) takes it out again")
         check_adapter(model, name)
         check_not_in_a_row(model, name)
-
-
-def _check_reversal(model: nn.Module, state: MergeState) -> None:
-    if taken := [name for name in state.names if name in adapter_configs(model)]:
-        raise AdapterError(
-            f"the model has a new adapter of the name of a merged one, {_quoted(taken)}; remove it, and the merged one "
-            "can come back"
-        )
-    present = set(model.modules())
-    if gone := [swap.path for swap in state.swaps if swap.new not in present]:
-        raise AdapterError(f"{gone[0]} is no longer the layer that was merged, so the merge cannot be undone")
-
-
-def _quoted(names: Sequence[str]) -> str:
-    return ", ".join(f"'{name}'" for name in names)
-
-
-def _park(layer: AdaptedLayer, name: str) -> dict[str, Any]:
-    """Take an adapter off a layer; return all that the layer held of it, in whatever tables its variant has."""
-    tables = {key: table for key, table in layer.named_children() if isinstance(table, nn.ParameterDict)}
-    parameters = {key: table[name] for key, table in tables.items() if name in table}
-    values = {
-        key: table[name]
-        for key, table in vars(layer).items()
-        if key[0] != "_" and isinstance(table, dict) and name in table
-    }
-    layer.remove(name)
-    return {"parameters": parameters, "values": values}
-
-
-def _unpark(layer: AdaptedLayer, name: str, parked: Mapping[str, Any]) -> None:
-    for key, parameter in parked["parameters"].items():
-        layer.table(key)[name] = parameter
-    for key, value in parked["values"].items():
-        getattr(layer, key)[name] = value

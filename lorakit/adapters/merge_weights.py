@@ -7,7 +7,7 @@ is there without any merge, would count as change.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,31 +24,37 @@ class Update:
     """What a merge is to add to one weight: the sum of its adapters' updates.
 
     Attributes:
-        dense: in the weight's shape, fp32 or better.
-        low_rank: the part of it that is a product of small matrices, (out, in); scaling and gain are in it.
-        gain: (out,) or None: DoRA multiplies each row of the base by it, too, so that
-            dense = (gain - 1) * W + low_rank.
+        layer, names: the adapted layer, and the adapters; in one order whatever the caller's, so that their sum does
+            not depend on it.
+        dense: the update in the weight's shape, fp32 or better.
     """
 
+    layer: AdaptedLayer
+    names: tuple[str, ...]
     dense: Tensor
-    low_rank: LowRank
-    gain: Tensor | None = None
 
     @staticmethod
-    def of(layer: AdaptedLayer, names: Sequence[str]) -> Update:
+    def of(layer: AdaptedLayer, names: Iterable[str]) -> Update:
         """Sum the updates of some adapters of a layer, each in relation to the layer's own base weight."""
-        dtype = torch.promote_types(torch.float32, layer.lora_A[names[0]].dtype)
-        ordered = sorted(names)  # a sum does not depend on the order of merging, to the bit
+        ordered = tuple(sorted(names))
+        dtype = torch.promote_types(torch.float32, layer.lora_A[ordered[0]].dtype)
         dense = torch.stack([layer.delta_weight(name).to(dtype) for name in ordered]).sum(0)
-        parts, gain = [], None
-        for name in ordered:
-            up, down = (factor.to(dtype) for factor in layer.factors(name))
-            own = layer.variants[name].gain(layer, name, dtype)
-            if own is not None:
-                up = own.to(dtype)[:, None] * up
-                gain = own.to(dtype) if gain is None else gain + own.to(dtype) - 1
+        return Update(layer, ordered, dense)
+
+    def factored(self) -> tuple[LowRank, Tensor | None]:
+        """Return (low-rank part, gain): dense = (gain - 1) * W + low-rank part, row by row; gain None: 1.
+
+        DoRA has a gain, which is in its low-rank part too.
+        """
+        dtype, parts, total = self.dense.dtype, [], None
+        for name in self.names:
+            up, down = (factor.to(dtype) for factor in self.layer.factors(name))
+            gain = self.layer.variants[name].gain(self.layer, name, dtype)
+            if gain is not None:
+                gain = gain.to(dtype)
+                up, total = gain[:, None] * up, gain if total is None else total + gain - 1
             parts.append(LowRank(up, down))
-        return Update(dense, added(parts), gain)
+        return added(parts), total
 
 
 @dataclass(frozen=True)
@@ -111,9 +117,10 @@ def merged_4bit_with_residual(
     """
     wide = update.dense.dtype
     base = weight.dequantize(wide)
-    codes = weight if update.gain is None else quantized_like(update.gain[:, None] * base, weight)
-    kept = _with_residual(codes, base, update.low_rank, rank, dtype, "4 bits, codes kept")
-    if rank is None or rank >= update.low_rank.rank:
+    low_rank, gain = update.factored()
+    codes = weight if gain is None else quantized_like(gain[:, None] * base, weight)
+    kept = _with_residual(codes, base, low_rank, rank, dtype, "4 bits, codes kept")
+    if rank is None or rank >= low_rank.rank:
         return kept
     codes = quantized_like(base + update.dense, weight)
     missed = update.dense - (codes.dequantize(wide) - base)
@@ -130,7 +137,12 @@ def quantized(values: Tensor, form: WeightFormat, source_dtype: torch.dtype) -> 
 
 def quantized_like(values: Tensor, like: QuantizedWeight) -> QuantizedWeight:
     """Quantize values in the format of another weight."""
-    return quantized(values, WeightFormat(like.quant_type, like.block_size, like.double_quant), like.dtype)
+    return quantized(values, format_of(like), like.dtype)
+
+
+def format_of(weight: QuantizedWeight) -> WeightFormat:
+    """Return how a weight is quantized."""
+    return WeightFormat(weight.quant_type, weight.block_size, weight.double_quant)
 
 
 def least_rank(update: LowRank, share: float) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError, ConfigError, StorageError, did_you_mean
 from ..files import atomic_folder, write_text
-from ..layers import VARIANTS, AdaptedLayer, LoRALinear
+from ..layers import VARIANTS, AdaptedLayer, LoRAEmbedding, LoRALinear
 from ..models.checkpoint import Checkpoint
 from ..models.load import empty_decoder, weight_formats
 from ..models.prequantized import find_stored
@@ -34,7 +34,7 @@ from ..quantization.bnb_format import Layout, QuantState, joined, to_tensors
 from ..quantization.policy import QuantConfig, WeightFormat
 from ..quantization.scales import NESTED_BLOCK_SIZE
 from .adapter_folder import AdapterFolder, AdapterLayer, read_adapter_folder
-from .merge_plan import dense_linear
+from .merge_modules import dense_linear
 from .merge_report import LayerMerge, MergeReport
 from .merge_weights import MergedWeight, Update, merged_4bit, merged_dense, quantized
 
@@ -135,8 +135,9 @@ class _Plan:
                 names.add(_HEAD)
         for path, layer in self.folder.layers.items():
             weight, bias = f"{path}.weight", f"{path}.bias"
-            if layer.kind != "linear":
-                problems.append(f"{path}: {layer.kind} layers cannot be merged from files yet; merge the loaded model")
+            if layer.kind not in ("linear", "embedding") or self.folder.config.get("fan_in_fan_out"):
+                kind = "Conv1D" if layer.kind == "linear" else layer.kind
+                problems.append(f"{path}: {kind} layers are not merged from files; merge the loaded model and save it")
             elif weight not in names:
                 problems.append(f"{weight} is not in the base{did_you_mean(weight, names)}")
             else:
@@ -256,13 +257,13 @@ def merge_tensor(layer: AdapterLayer, weight: Tensor, form: WeightFormat | None)
 
     Args:
         layer: from the adapter's files.
-        weight: (out, in), or (in, out) where a Conv1D keeps it so.
+        weight: (out, in), or of an embedding (vocab, dim).
         form: how the result is quantized, or None: it keeps the weight's dtype.
 
     Raises:
         AdapterError: the shapes do not fit, or the result would hold inf or nan.
     """
-    expected = layer.lora_B.shape[0], layer.lora_A.shape[1]
+    expected = layer.update().shape
     if weight.shape != expected:
         raise AdapterError(f"{layer.path}: the adapter is for a weight of shape {expected}, not {tuple(weight.shape)}")
     update = Update.of(_adapted(layer, weight), [_NAME])
@@ -281,7 +282,11 @@ _NAME = "merged"
 
 def _adapted(layer: AdapterLayer, weight: Tensor) -> AdaptedLayer:
     """Return the layer that a model would have for this part of the adapter."""
-    adapted = LoRALinear(dense_linear(weight, None))
+    adapted: AdaptedLayer
+    if layer.kind == "embedding":
+        adapted = LoRAEmbedding(nn.Embedding.from_pretrained(weight))
+    else:
+        adapted = LoRALinear(dense_linear(weight, None))
     adapted.lora_A[_NAME], adapted.lora_B[_NAME] = (
         nn.Parameter(layer.lora_A.float()),
         nn.Parameter(layer.lora_B.float()),

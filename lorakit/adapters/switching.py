@@ -103,7 +103,8 @@ def use_rows(model: nn.Module, names: Sequence[str], lengths: Sequence[int] | No
         raise AdapterError(f"the model has no adapter '{unknown[0]}'{hint} (for a row: {', '.join(known)})")
     rows = Rows(names, lengths)
     for part in known_parts(model):
-        if not part.supports_rows and (whole := [name for name in rows.adapters if name in part.names()]):
+        carried = (name for name in rows.adapters if name in part.names())
+        if whole := [name for name in carried if not part.supports_rows(name)]:
             kind = type(part).__name__
             raise AdapterError(f"adapter '{whole[0]}' changes a {kind}, which cannot differ from row to row")
     state = state_of(model)

@@ -147,6 +147,10 @@ class Decoder(TakesRows, nn.Module):
             assert isinstance(layer, DecoderLayer)
             layer.checkpointing = how if isinstance(how, str) else "none" if (index + 1) % how else "layer"
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the embedding table, whose rows `trainable_token_indices` means."""
+        return self.model.embed_tokens
+
     def get_output_embeddings(self) -> nn.Module:
         """Return the output head, which "all-linear" leaves out."""
         return self.lm_head

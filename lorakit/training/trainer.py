@@ -34,6 +34,7 @@ from ..models.tokenizer import Tokenizer
 from .activations import saving_activations
 from .checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from .config import TrainConfig
+from .lora_fa import frozen_a
 from .optimizers import build_optimizer, set_learning_rate, states_to_host, step_from_host
 from .runlog import RunLog
 from .schedule import learning_rate
@@ -85,6 +86,18 @@ def train(
         TrainingError: nothing is trainable, the loss is not finite, or the checkpoint is of another run.
     """
     config = config or TrainConfig()
+    with frozen_a(model, config.lora_fa):
+        return _train(model, tok, train_records, config, eval_records, resume)
+
+
+def _train(
+    model: nn.Module,
+    tok: Tokenizer,
+    train_records: Sequence[Record],
+    config: TrainConfig,
+    eval_records: Sequence[Record],
+    resume: bool,
+) -> TrainResult:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise TrainingError(

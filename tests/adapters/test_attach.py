@@ -191,7 +191,8 @@ class TestRefusals:
         assert "no module matches 'q_porj'; did you mean 'q_proj'?" in message
         assert "no module matches 'xyzzy'\n" in message
         assert "v_proj'" not in message
-        assert "linear layers here: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head" in message
+        names = "embed_tokens, q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head"
+        assert f"adaptable layers here: {names}" in message
 
     def test_a_name_that_is_taken(self) -> None:
         model = mlp()
@@ -215,8 +216,9 @@ class TestRefusals:
             {"lora_alpha": 0},
             {"lora_alpha": float("inf")},
             {"lora_dropout": 1.0},
-            {"bias": "all"},
-            {"modules_to_save": ["lm_head"]},
+            {"bias": "some"},
+            {"modules_to_save": [3]},
+            {"init_lora_weights": "pisa"},
             {"rank_pattern": {"x": 0}},
             {"alpha_pattern": {"x": 0}},
         ],
