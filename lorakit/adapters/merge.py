@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..errors import AdapterError
+from .host_memory import move_in, move_out
 from .merge_base import Base
 from .merge_plan import plan_merge
 from .merge_report import LEAST_SHARE, MergeReport
@@ -68,11 +69,14 @@ def merge_adapter(
         put_back(model, earlier)
     try:
         everything = (*(earlier.names if earlier else ()), *names)
+        move_in(model, everything)
         merge, report = plan_merge(model, everything, base, quantize, residual_rank)
     except BaseException:
         if earlier is not None:
             put_in(model, earlier)
         raise
+    finally:
+        move_out(model)
     put_in(model, merge)
     if not reversible:
         del model.lora_merged
@@ -98,6 +102,7 @@ def unmerge_adapter(model: nn.Module) -> None:
         raise AdapterError("nothing is merged into this model that could be undone")
     check_reversal(model, state)
     put_back(model, state)
+    move_out(model)
 
 
 def _check_names(model: nn.Module, names: Sequence[str]) -> None:

@@ -13,7 +13,6 @@ from ..errors import AdapterError
 from ..layers import AdaptedLayer, AdapterPart, LoRAParameter, ResidualLinear4bit, SavedModule, TiedHead, TrainedTokens
 from ..layers.quantized_module import QuantizedModule, frozen
 from ..models.checkpoint import Checkpoint
-from .attach import adapter_configs, adapter_parts
 from .merge_base import Base, WrongBase, open_base, weight_from
 from .merge_modules import holder, holds_weight, in_memory, new_base
 from .merge_report import LEAST_SHARE, LayerMerge, MergeReport
@@ -27,6 +26,7 @@ from .merge_weights import (
     merged_4bit_with_residual,
     merged_dense,
 )
+from .state import adapter_configs, adapter_parts
 
 
 @torch.inference_mode(False)
