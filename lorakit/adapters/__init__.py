@@ -11,9 +11,13 @@ from .attach import (
     lora_layers,
     remove_adapter,
     set_adapter,
+    set_trained,
 )
 from .config import LoraConfig
-from .peft_files import load_adapter, read_adapter_config, save_adapter
+from .host_memory import offload_adapter, onload_adapter
+from .peft_config import read_adapter_config
+from .peft_files import load_adapter, save_adapter
+from .switching import idle_adapters, use_rows
 from .targeting import MatchReport
 
 __all__ = [
@@ -27,11 +31,16 @@ __all__ = [
     "add_adapter",
     "count_parameters",
     "disable_adapters",
+    "idle_adapters",
     "load_adapter",
     "lora_layers",
+    "offload_adapter",
+    "onload_adapter",
     "read_adapter_config",
     "read_adapter_folder",
     "remove_adapter",
     "save_adapter",
     "set_adapter",
+    "set_trained",
+    "use_rows",
 ]

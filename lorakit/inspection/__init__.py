@@ -1,4 +1,4 @@
-"""Inspection: what is inside an adapter, in figures, a table, sentences and a page."""
+"""Inspection: what is inside an adapter, in figures, a table, sentences and a page; while it trains, too."""
 
 from .against_base import AgainstBase, compare_with_base
 from .info import AdapterInfo

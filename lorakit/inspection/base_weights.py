@@ -51,7 +51,7 @@ class BaseWeights:
         shape = update.low_rank.shape
         weight = self._adapted(update.path)
         if weight is None:
-            weight = self._read(update.path).flatten(1)
+            weight = self.read(update.path).flatten(1)
             may_turn = update.kind == "embedding" or (update.kind == "linear" and (transposed or shape[0] != shape[1]))
             weight = weight.T if may_turn and weight.shape == shape[::-1] else weight
         if update.kind == "conv" and weight.shape[0] == shape[0] and weight.shape[1] < shape[1]:
@@ -68,7 +68,8 @@ class BaseWeights:
         layer = None if self._model is None else dict(self._model.named_modules()).get(path)
         return layer.as_matrix(layer.base_weight(torch.float32)).cpu() if isinstance(layer, AdaptedLayer) else None
 
-    def _read(self, path: str) -> Tensor:
+    def read(self, path: str) -> Tensor:
+        """Return the weight of a module as it is stored, fp32 on the CPU."""
         if self._checkpoint is None:
             assert self._model is not None
             return _module_weight(self._model, path)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, linear
+from torch.nn.functional import linear
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..errors import ShapeError
 from .adapted import AdaptedLayer
-from .linear4bit import Linear4bit, add_frozen_linear_dx, frozen_linear, frozen_linear_dx
+from .linear4bit import Linear4bit, add_frozen_linear_dx, frozen_linear, frozen_linear_dx, is_conv1d
+from .rows import linear_with_rows
 
 _ROWS = 64  # of (rows, columns) that are cast up at a time, so that they stay in the cache
 
@@ -22,7 +24,8 @@ class LoRALinear(AdaptedLayer):
         y = base(x) + scaling * (x @ lora_A.T) @ lora_B.T
 
     Several named adapters can be attached; the updates of the active ones are summed. With DoRA the layer is
-    y = gain * (x @ W.T + scaling * (x @ lora_A.T) @ lora_B.T) + bias.
+    y = gain * (x @ W.T + scaling * (x @ lora_A.T) @ lora_B.T) + bias. The base may be an nn.Linear, a Linear4bit or
+    GPT-2's Conv1D, whose weight is W.T.
 
     Shapes:
         x (..., in_features) -> y (..., out_features); lora_A[name] (r, in_features); lora_B[name] (out_features, r)
@@ -34,40 +37,52 @@ class LoRALinear(AdaptedLayer):
     base_layer: nn.Linear | Linear4bit
 
     def __init__(self, base_layer: nn.Linear | Linear4bit) -> None:
-        super().__init__(base_layer, base_layer.in_features, base_layer.out_features)
+        self.is_conv1d = is_conv1d(base_layer)
+        if self.is_conv1d:
+            in_features, out_features = cast(Tensor, base_layer.weight).shape
+        else:
+            in_features, out_features = base_layer.in_features, base_layer.out_features
+        super().__init__(base_layer, in_features, out_features)
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        is_read_by_others = isinstance(module, NonDynamicallyQuantizableLinear)  # by nn.MultiheadAttention, uncalled
+        return (isinstance(module, nn.Linear | Linear4bit) or is_conv1d(module)) and not is_read_by_others
 
     def base_weight(self, dtype: torch.dtype) -> Tensor:
         if isinstance(self.base_layer, Linear4bit):
             return self.base_layer.dense_weight(dtype)
-        return self.base_layer.weight.detach().to(dtype)
+        return super().base_weight(dtype)
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.T if self.is_conv1d else weight
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        return matrix.T if self.is_conv1d else matrix
 
     def project(self, matrix: Tensor) -> Tensor:
         return frozen_linear(self.base_layer, matrix, None)
+
+    def supports_rows(self, name: str) -> bool:
+        return self.delta_bias(name) is None
+
+    def low_rank(self, lora_a: Tensor, lora_b: Tensor, x: Tensor) -> Tensor:
+        return linear(linear(x, lora_a.to(x.dtype)), lora_b.to(x.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features:
             raise ShapeError(f"LoRALinear({self.in_features} -> {self.out_features}) got x of shape {tuple(x.shape)}")
         if self.can_fuse(x):
             return _fused(x, self)[0]
-        y: Tensor = self.base_layer(x)
-        base = y
-        for name in self.active:
-            dropped = dropout(x, self.dropout_p[name], self.training)
-            u = linear(dropped, self.lora_A[name].to(x.dtype))  # (..., r)
-            update = self.scaling[name] * linear(u, self.lora_B[name].to(x.dtype))
-            gain = self.variants[name].gain(self, name, x.dtype)
-            if gain is not None:
-                if dropped is not x:  # DoRA's whole product has the dropout, not the update alone
-                    base = self.base_layer(dropped)
-                product = base if self.base_layer.bias is None else base - self.base_layer.bias.to(base.dtype)
-                gain = gain.to(x.dtype)
-                update = (gain - 1) * product + gain * update
-            y = y + update
-        return y
+        if self.rows is not None:
+            return linear_with_rows(x, self)[0]
+        return self.with_updates(self.base_layer(x), x)
 
     def can_fuse(self, x: Tensor) -> bool:
         """Return whether one function computes base and adapter: one active adapter, and nothing that forbids it."""
-        if len(self.active) != 1 or x.shape[-1] != self.in_features:
+        if self.rows is not None or len(self.active) != 1 or x.shape[-1] != self.in_features:
+            return False
+        if not self.variants[self.active[0]].is_fused or "trained_bias" in self._modules:
             return False
         if torch.is_autocast_enabled(x.device.type):  # which picks the dtype of each product by itself
             return False
@@ -88,8 +103,11 @@ def linear_together(x: Tensor, *layers: nn.Module, again: Again | None = None) -
     Where all are LoRA layers, their adapters' products with x, and with its gradient, are one product each. With
     `again` they do not keep x for the backward pass but compute it anew: cheap for what a norm or an activation gave.
     """
-    if all(isinstance(layer, LoRALinear) and layer.can_fuse(x) and not _has_hooks(layer) for layer in layers):
-        return _fused(x, *(layer for layer in layers if isinstance(layer, LoRALinear)), again=again)
+    adapted = [layer for layer in layers if isinstance(layer, LoRALinear) and not _has_hooks(layer)]
+    if len(adapted) == len(layers) and all(layer.can_fuse(x) for layer in adapted):
+        return _fused(x, *adapted, again=again)
+    if len(adapted) == len(layers) and all(layer.rows is not None for layer in adapted):
+        return linear_with_rows(x, *adapted)
     return tuple(layer(x) for layer in layers)
 
 
@@ -135,7 +153,8 @@ class _LoRALinearFunction(torch.autograd.Function):
         dA = tᵀ x
         dB = s·dzᵀ u             for each layer
 
-    That is 4·tokens·r·(in + out) FLOPs for an adapter's backward. x is saved once, as it came, or not at all. z is
+    That is 4·tokens·r·(in + out) FLOPs for an adapter's backward. x is saved once, as it came, or not at all: where A
+    is frozen (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303), it is not needed. z is
     y / g where there is no bias: y costs nothing to save where the next operation saves it too, as SwiGLU does.
     """
 
@@ -144,21 +163,24 @@ class _LoRALinearFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, frozen: tuple[_Frozen, ...], again: Callable[..., Tensor] | None, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         lora_a, lora_b, gains, sources = _parted(frozen, tensors)
+        of_a, _, of_gain, _ = _parted(frozen, ctx.needs_input_grad[3:])
         flat = x.reshape(-1, x.shape[-1])
         u = flat @ _stacked(lora_a, x.dtype).T
         parts = u.split([len(a) for a in lora_a], dim=1)
         results, products = [], []
-        for (base, scaling, _), b, part, gain in zip(frozen, lora_b, parts, gains, strict=True):
+        for (base, scaling, _), b, part, gain, is_trained in zip(frozen, lora_b, parts, gains, of_gain, strict=True):
             bias = None if base.bias is None else base.bias.to(x.dtype)
             y = frozen_linear(base, flat, bias if gain is None else None, (part, b.to(x.dtype)), scaling)
             if gain is not None:
-                z = y.clone() if bias is not None and ctx.needs_input_grad[3] else y
+                z = y.clone() if bias is not None and is_trained else y
                 y.addcmul_(y, _beyond_one(gain, y.dtype))
                 y = y if bias is None else y.add_(bias)
                 products.append(y if bias is None else z)
             results.append(y.view(*x.shape[:-1], y.shape[-1]))
-        ctx.save_for_backward(u, *tensors[: len(tensors) - len(sources)], *products, *(sources if again else (x,)))
-        ctx.frozen, ctx.again, ctx.shape = frozen, again, x.shape
+        own = tensors[: len(tensors) - len(sources)]
+        kept = () if not any(of_a) else sources if again else (x,)  # of which dA is made, where A is trained
+        ctx.save_for_backward(u, *own, *products, *kept)
+        ctx.frozen, ctx.again, ctx.shape, ctx.sources = frozen, again, x.shape, len(sources)
         return tuple(results)
 
     @staticmethod
@@ -199,7 +221,7 @@ class _LoRALinearFunction(torch.autograd.Function):
         if any(of_b):
             layers = zip(frozen, dzs, u.split(ranks, dim=1), lora_b, strict=True)
             db = [(f.scaling * (dz.T @ part)).to(b.dtype) for f, dz, part, b in layers]
-        return dx, None, None, *da, *db, *dgains, *(None for _ in (sources if ctx.again else ()))
+        return dx, None, None, *da, *db, *dgains, *(None for _ in range(ctx.sources))
 
 
 def _parted(frozen: Sequence[_Frozen], values: Sequence[Any]) -> tuple[Any, Any, list[Any], Any]:

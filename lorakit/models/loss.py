@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Sequence
 
@@ -16,7 +17,9 @@ from .decoder import Decoder
 _LEAST_SAVED = 1 / 16  # of the tokens; sharing costs attention a copy of the shared keys and values a sequence
 
 
-def summed_loss(model: nn.Module, input_ids: Tensor, targets: Tensor, lengths: Sequence[int]) -> Tensor:
+def summed_loss(
+    model: nn.Module, input_ids: Tensor, targets: Tensor, lengths: Sequence[int], losses: Tensor | None = None
+) -> Tensor:
     """Return the summed negative log-likelihood of the targets, fp32, shape (), with gradient.
 
     The sum, not the mean: a step cut into micro-batches adds up sums and divides once, by all its trained tokens.
@@ -25,20 +28,27 @@ def summed_loss(model: nn.Module, input_ids: Tensor, targets: Tensor, lengths: S
         model: a `Decoder`, or a model that maps (input_ids, attention_mask) to an object with `.logits`.
         input_ids: (tokens,) int64, sequences laid end to end; `lengths` are theirs.
         targets: (tokens,) int64, the next token, or negative where it is not trained.
+        losses: (trained tokens,) fp32 to fill with the loss of each, in their order; None: only the sum is wanted.
     """
     if isinstance(model, Decoder):
-        input_ids, targets, lengths, shared = _share_prefix(input_ids, targets, lengths)
+        shared = 0
+        if model.rows is None:  # rows with adapters of their own compute even the same tokens differently
+            input_ids, targets, lengths, shared = _share_prefix(input_ids, targets, lengths)
         trained = targets >= 0
         # Rows that train nothing are dropped before the projection to the vocabulary: most rows, with prompts masked.
         hidden = model.hidden_states(input_ids, lengths, shared=shared)[trained]
         head = model.get_output_embeddings()  # a LoRALinear where the head is adapted
         if isinstance(head, nn.Linear) and not head.weight.requires_grad:
-            return linear_cross_entropy(hidden, head.weight, targets[trained])
-        logits = head(hidden)
+            return linear_cross_entropy(hidden, head.weight, targets[trained], losses)
+        with _trained_rows(model, trained, lengths):
+            logits = head(hidden)
     else:
         trained = targets >= 0
         logits = _padded_logits(model, input_ids, lengths)[trained]
-    return cross_entropy(logits.float(), targets[trained], reduction="sum")
+    each = cross_entropy(logits.float(), targets[trained], reduction="none")
+    if losses is not None:
+        losses.copy_(each.detach())
+    return each.sum()
 
 
 @torch.inference_mode()
@@ -72,6 +82,13 @@ def _share_prefix(
         return input_ids, targets, lengths, 0
     keep = torch.ones_like(input_ids, dtype=torch.bool).index_fill_(0, heads[1:, :shared].reshape(-1), False)
     return input_ids[keep], targets[keep], [length - shared for length in lengths], shared
+
+
+def _trained_rows(model: Decoder, trained: Tensor, lengths: Sequence[int]) -> contextlib.AbstractContextManager[None]:
+    """Tell an adapted head, where rows have adapters of their own, how many hidden states of each row it gets."""
+    if model.rows is None:
+        return contextlib.nullcontext()
+    return model.rows.laid_out([int(row.sum()) for row in trained.split(list(lengths))])
 
 
 def _padded_logits(model: nn.Module, input_ids: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -19,6 +19,7 @@ from ..adapters.config import LoraConfig
 from ..errors import ConfigError, did_you_mean
 from ..evaluation.config import EvalConfig
 from ..files import write_text
+from ..inspection.probes import ProbeConfig
 from ..models.pretrained import KNOWN_MODELS
 from ..quantization import BLOCK_SIZES, QUANT_TYPES
 from ..settings import Settings
@@ -97,6 +98,7 @@ class Recipe(Settings):
     data: DataSection
     lora: LoraConfig = Field(default_factory=LoraConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
+    probes: ProbeConfig | None = Field(None, description="what to write to probes.jsonl while training; null: nothing")
     eval: EvalConfig | None = Field(None, description="task metrics before and after; null: the held-out loss only")
 
     @model_validator(mode="after")

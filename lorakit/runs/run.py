@@ -5,6 +5,7 @@ A run's folder holds
     recipe.yaml          every setting, defaults filled in
     adapter/             the adapter, in PEFT's format
     train.jsonl          one line a step
+    probes.jsonl         with probes in the recipe: what happened inside the adapter, one line a step
     predictions.jsonl    each held-out record: prompt, reference, both answers, their scores
     metrics.json         before, after, verdict, counts, seconds, memory
     report.html, .md     the same for people
@@ -43,6 +44,7 @@ from ..evaluation import (
 )
 from ..evaluation.perplexity import perplexity
 from ..files import write_text
+from ..inspection.probes import Probes
 from ..measure import peak_rss_mb
 from ..models import Decoder, Tokenizer, generate, load_model, load_tokenizer
 from ..training import TrainResult, train
@@ -87,7 +89,8 @@ def train_run(recipe: Recipe, say: Say = print, resume: bool = False) -> dict[st
     say(str(attached))
     recipe.output.mkdir(parents=True, exist_ok=True)
     save_recipe(recipe, recipe.output / "recipe.yaml")
-    trained = train(model, tok, records.train, recipe.train, records.held_out, resume)
+    probes = [Probes(recipe.probes, say)] if recipe.probes else []
+    trained = train(model, tok, records.train, recipe.train, records.held_out, resume, probes)
     save_adapter(model, recipe.output / "adapter")
     clock.lap("train")
     facts = _facts(recipe, records, attached, trained)

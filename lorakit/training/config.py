@@ -32,6 +32,9 @@ class TrainConfig(Settings):
     loraplus_lr_ratio: float | None = Field(
         None, ge=1, description="LoRA+: learning rate of lora_B as a multiple of lr, which lora_A keeps; 16, say"
     )
+    lora_fa: bool = Field(
+        False, description="LoRA-FA: train lora_B alone; activations, gradients and moments of lora_A are spared"
+    )
     epochs: float = Field(1.0, gt=0, description="passes over the training records, when max_steps is not given")
     max_steps: int | None = Field(None, ge=1, description="stop after this many optimizer steps")
     batch_size: int = Field(16, ge=1, description="conversations per optimizer step")

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters import adapter_configs
+from ..adapters import adapter_configs, idle_adapters
 from ..data import Example, Record, batch_order, encode_records, make_batch, micro_batches
 from ..errors import DataError, TrainingError
 from ..measure import peak_rss_mb
@@ -34,7 +34,9 @@ from ..models.tokenizer import Tokenizer
 from .activations import saving_activations
 from .checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from .config import TrainConfig
+from .lora_fa import frozen_a
 from .optimizers import build_optimizer, set_learning_rate, states_to_host, step_from_host
+from .probe import TrainingProbe
 from .runlog import RunLog
 from .schedule import learning_rate
 
@@ -71,6 +73,7 @@ def train(
     config: TrainConfig | None = None,
     eval_records: Sequence[Record] = (),
     resume: bool = False,
+    probes: Sequence[TrainingProbe] = (),
 ) -> TrainResult:
     """Fine-tune the trainable parameters of a model (the active adapter's) on conversations.
 
@@ -79,15 +82,35 @@ def train(
         train_records: conversations; the assistant's turns are trained.
         eval_records: held-out conversations whose loss is measured at the end and every `eval_every` steps.
         resume: go on from the last checkpoint in config.output, bit for bit as if the run had not stopped.
+        probes: look on; nothing that is learned changes by it.
 
     Raises:
         DataError: a record cannot be encoded (all are named), or there is none.
         TrainingError: nothing is trainable, the loss is not finite, or the checkpoint is of another run.
     """
     config = config or TrainConfig()
+    with frozen_a(model, config.lora_fa):
+        return _train(model, tok, train_records, config, eval_records, resume)
+
+
+def _train(
+    model: nn.Module,
+    tok: Tokenizer,
+    train_records: Sequence[Record],
+    config: TrainConfig,
+    eval_records: Sequence[Record],
+    resume: bool,
+) -> TrainResult:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
-        raise TrainingError("the model has no trainable parameter; attach an adapter with add_adapter first")
+        raise TrainingError(
+            "the model has no trainable parameter; attach an adapter with add_adapter, or choose one with set_trained"
+        )
+    if idle := idle_adapters(model):
+        raise TrainingError(
+            f"adapter '{idle[0]}' is to be trained but is not active, so nothing would reach it; make it active with "
+            "set_adapter, or choose what to train with set_trained"
+        )
     examples = encode_records(tok, train_records, config.max_length)
     held_out = encode_records(tok, eval_records, config.max_length)
     if not examples:
@@ -113,17 +136,25 @@ def train(
         _mode(model, training=True),
         saving_activations(model, config.checkpointing, config.offload_activations),
         RunLog(log_path, steps, result.history, config.progress) as log,
+        contextlib.ExitStack() as looking_on,
     ):
+        for probe in probes:
+            looking_on.callback(probe.end)
+            probe.begin(model, examples, held_out, config.output, result.steps)
         for step in range(result.steps, steps):
             order = batch_order(len(examples), config.batch_size, config.seed, step // per_epoch)
             batch = [examples[i] for i in order[step % per_epoch]]
             lr = learning_rate(step, steps, config.lr, config.warmup_ratio, config.min_lr_ratio)
-            row = {"step": step + 1, "steps": steps, **take_step(model, batch, optimizer, lr, config)}
+            for probe in probes:
+                probe.before_step(step + 1)
+            row = {"step": step + 1, "steps": steps, **take_step(model, batch, optimizer, lr, config, probes)}
             row |= {"seconds": time.perf_counter() - started, "peak_rss_mb": peak_rss_mb()}
             result.steps = step + 1
             if held_out and (_is_due(result.steps, config.eval_every) or result.steps == steps):
                 row["eval_loss"] = result.eval_loss = mean_loss(model, held_out, config.micro_batch_tokens)
             log.step(row)
+            for probe in probes:
+                probe.after_step(row)
             if config.output and _is_due(result.steps, config.checkpoint_every):
                 folder = config.output / "checkpoints"
                 save_checkpoint(folder, result.steps, parameters, optimizer, fingerprint, {"history": log.rows})
@@ -134,7 +165,12 @@ def train(
 
 
 def take_step(
-    model: nn.Module, batch: Sequence[Example], optimizer: torch.optim.Optimizer, lr: float, config: TrainConfig
+    model: nn.Module,
+    batch: Sequence[Example],
+    optimizer: torch.optim.Optimizer,
+    lr: float,
+    config: TrainConfig,
+    probes: Sequence[TrainingProbe] = (),
 ) -> dict[str, Any]:
     """Take one optimizer step; return its row of the log.
 
@@ -142,7 +178,9 @@ def take_step(
         TrainingError: the loss or a gradient is not finite; the parameters are as before the step.
     """
     started = time.perf_counter()
-    loss, trained = accumulate_gradients(model, batch, config.micro_batch_tokens)
+    loss, trained = accumulate_gradients(model, batch, config.micro_batch_tokens, probes)
+    for probe in probes:
+        probe.before_update()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     norm = float(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
     if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -156,6 +194,8 @@ def take_step(
         step_from_host(optimizer)
     else:
         optimizer.step()
+    for probe in probes:
+        probe.after_update()
     optimizer.zero_grad(set_to_none=True)
     return {
         "loss": loss, "lr": lr, "grad_norm": norm, "trained_tokens": trained,
@@ -163,19 +203,26 @@ def take_step(
     }  # fmt: skip
 
 
-def accumulate_gradients(model: nn.Module, batch: Sequence[Example], token_budget: int) -> tuple[float, int]:
+def accumulate_gradients(
+    model: nn.Module, batch: Sequence[Example], token_budget: int, probes: Sequence[TrainingProbe] = ()
+) -> tuple[float, int]:
     """Add the gradient of a step's loss to the parameters; return the loss and the number of trained tokens.
 
     The loss is the sum over all trained tokens of the step divided by their number, however it is cut up.
     """
     device = next(model.parameters()).device
-    packed = [make_batch(group) for group in micro_batches(batch, token_budget)]
+    groups = micro_batches(batch, token_budget)
+    packed = [make_batch(group) for group in groups]
     trained = sum(part.trained_tokens for part in packed)
     total = 0.0
-    for part in packed:
-        loss = summed_loss(model, part.input_ids.to(device), part.targets.to(device), part.lengths)
+    for group, part in zip(groups, packed, strict=True):
+        losses = torch.empty(part.trained_tokens, device=device) if probes else None
+        loss = summed_loss(model, part.input_ids.to(device), part.targets.to(device), part.lengths, losses)
         (loss / trained).backward()
         total += float(loss.detach())
+        for probe in probes:
+            assert losses is not None
+            probe.after_micro_batch(group, part, losses)
     return total / trained, trained
 
 

@@ -1,0 +1,231 @@
+"""probes.jsonl: what the probes saw, written step by step, and read back as tables.
+
+The first line is the header, each other one a step. Figures of layers are lists in the order of the header's layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from ...errors import DataError, StorageError
+from ...files import atomic_write, write_text
+from .token_losses import bin_name
+
+FILE = "probes.jsonl"
+FORMAT = 1
+LAYER_FIGURES = (
+    "norm_A", "norm_B", "grad_A", "grad_B", "update_A", "update_B", "delta_norm", "effective_rank", "drift", "cka",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Header:
+    """What holds for a whole run.
+
+    Attributes:
+        layers: names of the adapted layers.
+        ranks: the rank allotted to each.
+        base_norms: ‖W‖ of each base weight.
+        settings: of the probes.
+    """
+
+    layers: list[str]
+    ranks: list[int]
+    base_norms: list[float]
+    settings: dict[str, Any] = field(default_factory=dict)
+    format: int = FORMAT
+
+
+@dataclass(frozen=True)
+class ProbeLog:
+    """What the probes of one run saw.
+
+    Attributes:
+        header: layers, ranks, norms of the base.
+        rows: one a step that was looked at: "step", the figures of layers that were due (`LAYER_FIGURES`), "noise",
+            "noise_scale", "position_loss", "position_tokens", "examples", and "alarms" where there are some.
+    """
+
+    header: Header
+    rows: list[dict[str, Any]]
+
+    @property
+    def alarms(self) -> list[dict[str, Any]]:
+        """All alarms: step, what, layers."""
+        return [{"step": row["step"], **alarm} for row in self.rows for alarm in row.get("alarms", [])]
+
+    def table(self) -> list[dict[str, Any]]:
+        """Return the figures of layers, tidy: one row a step and layer; a figure that was not due is None.
+
+        Derived ones are added: update_ratio_A and update_ratio_B, ‖step's update‖ / ‖matrix after it‖;
+        delta_share, ‖scaling B A‖ / ‖W‖; saturation, effective rank / rank allotted.
+        """
+        found = []
+        for row in self.rows:
+            for place, layer in enumerate(self.header.layers):
+                values = {name: row[name][place] if name in row else None for name in LAYER_FIGURES}
+                found.append({"step": row["step"], "layer": layer, **values} | self._derived(values, place))
+        return found
+
+    def steps(self) -> list[dict[str, Any]]:
+        """Return the figures of whole steps, tidy: step, signal, trace, noise_scale; None where nothing can be said."""
+        return [
+            {
+                "step": row["step"], "signal": (row["noise"] or {}).get("signal"),
+                "trace": (row["noise"] or {}).get("trace"), "noise_scale": row["noise_scale"],
+            }
+            for row in self.rows
+        ]  # fmt: skip
+
+    def position_loss(self, last: int | None = None) -> list[dict[str, Any]]:
+        """Return the mean loss by position among a conversation's trained tokens, over the last so many rows or all."""
+        sums: dict[int, float] = {}
+        counts: dict[int, int] = {}
+        for row in self.rows[-last:] if last else self.rows:
+            for place, (total, count) in enumerate(zip(row["position_loss"], row["position_tokens"], strict=True)):
+                sums[place] = sums.get(place, 0.0) + total
+                counts[place] = counts.get(place, 0) + count
+        return [
+            {"positions": bin_name(place), "loss": sums[place] / counts[place], "trained_tokens": counts[place]}
+            for place in sums
+            if counts[place]
+        ]
+
+    def hardest(self, count: int = 10) -> list[dict[str, Any]]:
+        """Return the conversations with the highest mean loss when they were last seen: source, loss, tokens, step."""
+        seen = {
+            source: {"source": source, "loss": loss, "trained_tokens": tokens, "step": row["step"]}
+            for row in self.rows
+            for source, loss, tokens in row["examples"]
+        }
+        return sorted(seen.values(), key=lambda one: -float(one["loss"]))[:count]
+
+    def write_parquet(self, path: str | PathLike[str]) -> None:
+        """Write `table()` as Parquet, one row a step and layer.
+
+        Raises:
+            StorageError: pyarrow is not installed, or the file cannot be written.
+        """
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError:
+            raise StorageError("Parquet needs pyarrow: pip install pyarrow") from None
+        with atomic_write(path) as part:
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(self.table()), part)
+
+    def _derived(self, values: Mapping[str, Any], place: int) -> dict[str, float | None]:
+        def share(part: str, whole: float | None) -> float | None:
+            return values[part] / whole if values[part] is not None and whole else None
+
+        return {
+            "update_ratio_A": share("update_A", values["norm_A"]),
+            "update_ratio_B": share("update_B", values["norm_B"]),
+            "delta_share": share("delta_norm", self.header.base_norms[place]),
+            "saturation": share("effective_rank", self.header.ranks[place]),
+        }
+
+
+def read_probes(path: str | PathLike[str]) -> ProbeLog:
+    """Read what the probes of a run saw; a line that a crash cut off is left out.
+
+    Args:
+        path: the run's folder, or its probes.jsonl.
+
+    Raises:
+        DataError: there is none, or it is malformed (with its line).
+    """
+    file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last line end was cut off
+    except OSError as error:
+        hint = "; train with probes to have one" if isinstance(error, FileNotFoundError) else ""
+        raise DataError(f"{file} cannot be read: {error.strerror or error}{hint}") from None
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            assert isinstance(row, dict)
+        except (ValueError, AssertionError):
+            raise DataError(f"{file}:{number}: expected a JSON object") from None
+        rows.append(row)
+    if not rows or rows[0].get("format") != FORMAT:
+        raise DataError(f"{file}:1: expected the header of format {FORMAT}")
+    try:
+        return ProbeLog(Header(**rows[0]), rows[1:])
+    except TypeError:
+        raise DataError(f"{file}:1: the header does not have the fields of format {FORMAT}") from None
+
+
+class ProbeFile:
+    """probes.jsonl as it is written: flushed line by line, cut back on resume to the steps that the run still counts.
+
+    Args:
+        path: of the file, or None to keep the rows in memory.
+        header: its first line.
+        done: steps taken before a resume; rows of later ones are dropped.
+
+    Attributes:
+        kept: the rows that were there already.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+
+    def __init__(self, path: Path | None, header: Header, done: int) -> None:
+        self.path, self.header = path, Header(**rounded(asdict(header)))
+        self.kept: list[dict[str, Any]] = []
+        self._rows: list[dict[str, Any]] = []
+        self._file = None
+        if path is None:
+            return
+        if done and path.is_file():
+            with contextlib.suppress(DataError):  # a file of another kind is of no use here
+                self.kept = [row for row in read_probes(path).rows if row["step"] <= done]
+        write_text(path, "".join(_line(row) for row in (asdict(self.header), *self.kept)))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Add the row of one step.
+
+        Raises:
+            StorageError: the disk is full, or the folder is gone.
+        """
+        if self._file is None:
+            self._rows.append(rounded(row))
+            return
+        try:
+            self._file.write(_line(row))
+            self._file.flush()
+        except OSError as error:
+            raise StorageError(f"cannot write {self._file.name}: {error.strerror or error}") from error
+
+    def close(self) -> None:
+        """Close the file; every line was flushed."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+
+    def log(self) -> ProbeLog:
+        """Return all that was written so far."""
+        return ProbeLog(self.header, self._rows) if self.path is None else read_probes(self.path)
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(rounded(row)) + "\n"
+
+
+def rounded(value: Any) -> Any:
+    """Round floats to nine digits, which lose nothing of an fp32 value; None for NaN and inf, which JSON has not."""
+    if isinstance(value, float):
+        return float(f"{value:.9g}") if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: rounded(one) for key, one in value.items()}
+    return [rounded(one) for one in value] if isinstance(value, Sequence) and not isinstance(value, str) else value

@@ -1,0 +1,113 @@
+"""The gradient noise scale, from the micro-batches of one step: how large a batch still pays."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .log import rounded
+
+WINDOW = 50  # estimates that a mean is taken over
+
+
+@dataclass(frozen=True)
+class NoiseEstimate:
+    """What one step says of the gradient's noise; both are unbiased, so that one step's may be negative.
+
+    Attributes:
+        signal: estimate of |G|², the square of the true gradient's norm.
+        trace: estimate of tr(Σ), the variance that one trained token adds to a gradient.
+    """
+
+    signal: float
+    trace: float
+
+
+def estimate_noise(squares: Sequence[float], tokens: Sequence[int], square: float) -> NoiseEstimate | None:
+    """Estimate the gradient's noise (McCandlish et al. 2018, arXiv:1812.06162, appendix A.1) from k micro-batches.
+
+    With g_i the mean gradient of micro-batch i over its n_i tokens, G that of all N, and tokens taken as independent,
+    E|g_i|² = |G_true|² + tr(Σ) / n_i. The mean of |g_i|², weighted by n_i / N, minus |G|² is then tr(Σ) (k - 1) / N in
+    expectation. For micro-batches of one size these are the paper's estimates.
+
+    Args:
+        squares: |g_i|².
+        tokens: n_i.
+        square: |G|².
+
+    Returns:
+        None for fewer than two micro-batches, which say nothing.
+    """
+    if len(squares) < 2:
+        return None
+    total = sum(tokens)
+    mean = sum(n * one for n, one in zip(tokens, squares, strict=True)) / total
+    trace = (mean - square) * total / (len(squares) - 1)
+    return NoiseEstimate(signal=square - trace / total, trace=trace)
+
+
+def noise_scale(estimates: Sequence[NoiseEstimate]) -> float | None:
+    """Return B_simple = tr(Σ) / |G|² in trained tokens, both averaged before they are divided, as the paper advises.
+
+    None where the estimates are too noisy to say: a mean is not above zero.
+    """
+    signal, trace = (sum(getattr(one, name) for one in estimates) for name in ("signal", "trace"))
+    return trace / signal if signal > 0 and trace > 0 else None
+
+
+class GradientNoise:
+    """Collects the norms of micro-batches' gradients as autograd hands them out, before they are added up.
+
+    Args:
+        parameters: all that are trained.
+        earlier: estimates of the steps before a resume.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], earlier: Sequence[NoiseEstimate] = ()) -> None:
+        self._recent = deque(earlier, maxlen=WINDOW)
+        self._handles: list[RemovableHandle] = [parameter.register_hook(self._note) for parameter in parameters]
+        self._is_looking = False
+        self._norms: list[Tensor] = []
+        self._squares: list[Tensor] = []
+        self._tokens: list[int] = []
+
+    def start(self, is_looking: bool) -> None:
+        """A step begins; look at its gradients or let them pass."""
+        self._is_looking = is_looking
+        self._norms, self._squares, self._tokens = [], [], []
+
+    def micro_batch(self, tokens: int) -> None:
+        """One backward pass over so many trained tokens is done."""
+        if self._norms:
+            self._squares.append(torch.stack(self._norms).double().square().sum())
+            self._tokens.append(tokens)
+        self._norms = []
+
+    def finish(self, square: float) -> dict[str, Any]:
+        """Return the step's figures, given |G|² of its whole gradient."""
+        total = sum(self._tokens)
+        # A pass's gradient is that of (its sum of losses / all tokens): n_i / N of its mean gradient.
+        squares = [float(one) * (total / n) ** 2 for one, n in zip(self._squares, self._tokens, strict=True)]
+        found = estimate_noise(squares, self._tokens, square)
+        if found is not None and not math.isfinite(found.trace):
+            found = None  # the trainer is about to say so
+        if found is not None:
+            found = NoiseEstimate(**rounded(asdict(found)))  # as a resumed run would read it from the file
+            self._recent.append(found)
+        return {"noise": found and asdict(found), "noise_scale": noise_scale(self._recent)}
+
+    def end(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _note(self, gradient: Tensor) -> None:
+        if self._is_looking:
+            self._norms.append(torch.linalg.vector_norm(gradient, dtype=torch.float32))
