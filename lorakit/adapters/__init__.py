@@ -13,22 +13,31 @@ from .attach import (
     set_adapter,
     set_trained,
 )
+from .combine import CombineConfig, combine_adapters, combine_folders
 from .config import LoraConfig
 from .host_memory import offload_adapter, onload_adapter
 from .peft_config import read_adapter_config
 from .peft_files import load_adapter, save_adapter
+from .resize import ResizeConfig, resize_adapter, resize_folder
 from .switching import idle_adapters, use_rows
 from .targeting import MatchReport
+from .update_report import LayerUpdate, UpdateReport
 
 __all__ = [
     "AdapterFolder",
     "AdapterLayer",
+    "CombineConfig",
+    "LayerUpdate",
     "LoraConfig",
     "MatchReport",
+    "ResizeConfig",
+    "UpdateReport",
     "adapter_configs",
     "adapter_parameters",
     "adapter_parts",
     "add_adapter",
+    "combine_adapters",
+    "combine_folders",
     "count_parameters",
     "disable_adapters",
     "idle_adapters",
@@ -39,6 +48,8 @@ __all__ = [
     "read_adapter_config",
     "read_adapter_folder",
     "remove_adapter",
+    "resize_adapter",
+    "resize_folder",
     "save_adapter",
     "set_adapter",
     "set_trained",

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import ConfigError, did_you_mean
+from .combine import combine, resize
 from .inspect import inspect
 
 app = typer.Typer(
@@ -21,8 +22,11 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Build and look at training data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-app.command()(inspect)
 console = Console(highlight=False, emoji=False)  # text is shown as it is: ":key:" must not become a picture
+
+app.command()(combine)
+app.command()(resize)
+app.command()(inspect)
 
 RunFolder = Annotated[Path, typer.Argument(help="folder of a finished run", show_default=False)]
 

@@ -1,0 +1,92 @@
+"""What became of the updates when adapters were combined or resized: ranks and errors, layer by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LayerUpdate:
+    """One layer of a new adapter, beside what was asked for.
+
+    Attributes:
+        path: of the module.
+        shape: (out, in) of the update.
+        ranks_before: rank of each source; 0 of one that does not adapt this layer.
+        rank: of the new adapter; 0 where the layer is not in it.
+        norm: Frobenius norm of the update asked for.
+        error: Frobenius norm of what the new adapter misses of it, divided by `norm`; 0 where that is 0.
+    """
+
+    path: str
+    shape: tuple[int, int]
+    ranks_before: tuple[int, ...]
+    rank: int
+    norm: float
+    error: float
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the layer's A and B."""
+        return self.rank * sum(self.shape)
+
+
+@dataclass(frozen=True)
+class UpdateReport:
+    """What combining or resizing gave.
+
+    Attributes:
+        title: what was done, in words.
+        layers: in the model's order.
+    """
+
+    title: str
+    layers: Sequence[LayerUpdate]
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of all updates asked for together."""
+        return math.hypot(*(layer.norm for layer in self.layers))
+
+    @property
+    def error(self) -> float:
+        """What is missing of all updates together, relative to their norm."""
+        return math.hypot(*(layer.error * layer.norm for layer in self.layers)) / (self.norm or 1.0)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the new adapter's A and B matrices."""
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def parameters_before(self) -> int:
+        """The same of all sources together."""
+        return sum(sum(layer.ranks_before) * sum(layer.shape) for layer in self.layers)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Module path -> rank in the new adapter."""
+        return {layer.path: layer.rank for layer in self.layers}
+
+    def __str__(self) -> str:
+        present = [layer for layer in self.layers if layer.rank]
+        ranks = sorted({layer.rank for layer in present})
+        spread = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"{ranks[0] if ranks else 0}"
+        lines = [
+            self.title,
+            f"{len(present)} layers, ranks {spread}; {self.parameters:,} parameters, {self.parameters_before:,} before",
+            f"relative error of the update: {self.error:.2e}",
+        ]
+        worst = sorted((layer for layer in self.layers if layer.error), key=lambda layer: -layer.error * layer.norm)
+        if worst:
+            lines += ["most is missing in:"]
+            lines += [
+                f"  {layer.path}: rank {' + '.join(map(str, layer.ranks_before))} -> {layer.rank}, "
+                f"error {layer.error:.2%} of the layer's update"
+                for layer in worst[:5]
+            ]
+        if gone := len(self.layers) - len(present):
+            lines.append(f"{gone} layers are not in the new adapter")
+        return "\n".join(lines)

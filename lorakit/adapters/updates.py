@@ -1,0 +1,171 @@
+"""The updates of an adapter, out of a model or a folder, and a new adapter made of updates.
+
+Only adapters that are nothing but low-rank updates are taken: of what else an adapter may hold, sums and ranks have no
+meaning. A new adapter has a scaling of 1 in every layer.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..errors import AdapterError
+from ..files import atomic_folder
+from .adapter_folder import AdapterFolder, AdapterLayer, read_adapter_folder
+from .attach import adapter_configs, adapter_parts, add_adapter, check_adapter, lora_layers
+from .low_rank import LowRank
+from .peft_files import CONFIG_FILE, WEIGHTS_FILE
+from .ranks import config_for_ranks, rank_pattern
+
+_DORA = (
+    "is a DoRA adapter: its change of the base, m (W + s BA) / |W + s BA| - W, is not of low rank; merge it into the "
+    "base model, or train plain LoRA"
+)
+_PREFIX = "base_model.model."
+_INHERITED = ("base_model_name_or_path", "fan_in_fan_out", "revision", "task_type")
+
+
+def model_updates(model: nn.Module, name: str) -> dict[str, LowRank]:
+    """Return module path -> update (out_features, in_features) of an attached adapter, in the dtype of its A and B.
+
+    Raises:
+        AdapterError: no such adapter, or it is more than low-rank updates.
+    """
+    check_adapter(model, name)
+    config = adapter_configs(model)[name]
+    layers = lora_layers(model, name)
+    where = f"adapter '{name}'"
+    if others := [path for path in adapter_parts(model, name) if path not in layers]:
+        raise AdapterError(f"{where} holds more than low-rank updates: {', '.join(others[:5])}")
+    if config.bias != "none":
+        raise AdapterError(f"{where} has trained biases (bias='{config.bias}'), which are not low-rank updates")
+    if any(layer.variants[name].name == "dora" for layer in layers.values()):
+        raise AdapterError(f"{where} {_DORA}")
+    for path, layer in layers.items():
+        of_a, of_b = layer.shapes(1)
+        if (math.prod(of_b), math.prod(of_a)) != (layer.out_features, layer.in_features):
+            raise AdapterError(f"{where}: {path} holds several matrices; only layers with one are combined and resized")
+    return {path: LowRank(*(factor.detach() for factor in layer.factors(name))) for path, layer in layers.items()}
+
+
+def check_free(model: nn.Module, name: str) -> None:
+    """Raise AdapterError if the model has an adapter of this name already: before anything long is computed."""
+    if name in adapter_configs(model):
+        raise AdapterError(f"the model already has an adapter '{name}'; remove it first or choose another name")
+
+
+def attach_updates(model: nn.Module, updates: Mapping[str, LowRank], name: str, dtype: torch.dtype) -> None:
+    """Attach an adapter that consists of these updates, and make it active, as `add_adapter` does.
+
+    Raises:
+        AdapterError: the name is taken or cannot be one, or nothing is left to attach. The model is then unchanged.
+    """
+    add_adapter(model, config_for_ranks(ranks_of(updates)), name, dtype)
+    with torch.no_grad():
+        for path, layer in lora_layers(model, name).items():
+            update = updates[path]
+            layer.lora_A[name].copy_(update.down.reshape(layer.lora_A[name].shape))
+            layer.lora_B[name].copy_(update.up.reshape(layer.lora_B[name].shape))
+
+
+class FolderUpdates(Mapping[str, LowRank]):
+    """Module path -> update of an adapter on disk; each is read when it is asked for.
+
+    Updates are (out, in), of an embedding (dim, vocab), of a convolution (out, in·kernel), in float32 or, where the
+    file has them so, float64.
+
+    Raises:
+        AdapterError: the adapter is more than low-rank updates, or was trained on a base that its start had changed.
+        CheckpointError: as `read_adapter_folder`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.adapter = read_adapter_folder(path)
+        config, where = self.adapter.config, self.adapter.folder
+        if config.get("use_dora"):
+            raise AdapterError(f"{where} {_DORA}")
+        if self.adapter.extras:
+            names = ", ".join(list(self.adapter.extras)[:5])
+            raise AdapterError(f"{where} holds more than low-rank updates: {names}")
+        if config.get("target_parameters"):
+            raise AdapterError(f"{where} adapts parameters that hold several matrices: these are not combined")
+        init = str(config.get("init_lora_weights")).lower()
+        if init.startswith(("pissa", "olora", "corda", "loftq")):
+            raise AdapterError(
+                f"{where} has init_lora_weights '{init}': its updates are relative to a base that its start changed; "
+                "convert it to plain LoRA first (PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
+            )
+
+    def __getitem__(self, path: str) -> LowRank:
+        layer = self.adapter.layers[path]
+        where = f"{self.adapter.folder}: {path}"
+        if layer.bias is not None:
+            raise AdapterError(f"{where} has a trained bias (lora_bias), which is not a low-rank update")
+        if layer.kind == "conv" and layer.lora_B.shape[1] != layer.lora_A.shape[0]:
+            raise AdapterError(f"{where} is a grouped convolution, whose update is several: these are not combined")
+        return layer.update(dtype=torch.promote_types(layer.lora_A.dtype, torch.float32))
+
+    def __contains__(self, path: object) -> bool:
+        return path in self.adapter.layers  # without reading it
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.adapter.layers)
+
+    def __len__(self) -> int:
+        return len(self.adapter.layers)
+
+
+def write_updates(
+    path: str | os.PathLike[str],
+    updates: Mapping[str, LowRank],
+    sources: Mapping[str, AdapterFolder],
+    dtype: torch.dtype,
+) -> Path:
+    """Write a PEFT folder of updates as `FolderUpdates` gives them; whole, or not at all.
+
+    Args:
+        sources: module path -> an adapter that has this layer, for its kind and shape.
+
+    Raises:
+        AdapterError: nothing is left to write, or the folder holds something that is not an adapter.
+        StorageError: writing failed; what stood there is untouched.
+    """
+    folder = Path(path)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file()):
+        raise AdapterError(f"{folder} exists and is not an adapter folder; choose another path")
+    config = config_for_ranks(ranks_of(updates)).model_dump(mode="json")
+    r, pattern = rank_pattern(ranks_of(updates))
+    first = next(iter(sources.values())).config
+    config |= {"lora_alpha": r, "alpha_pattern": pattern}  # whole numbers
+    config |= {key: first[key] for key in _INHERITED if key in first}
+    config |= {"peft_type": "LORA", "inference_mode": True, "init_lora_weights": True}
+    tensors: dict[str, Tensor] = {}
+    for module_path, update in updates.items():
+        if update.rank:
+            tensors |= _tensors(update, sources[module_path].layers[module_path], dtype)
+    with atomic_folder(folder) as part:
+        save_file(tensors, part / WEIGHTS_FILE, metadata={"format": "pt"})
+        text = json.dumps(dict(sorted(config.items())), indent=2)  # not within patterns, where the first match wins
+        (part / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+    return folder
+
+
+def ranks_of(updates: Mapping[str, LowRank]) -> dict[str, int]:
+    """Return module path -> rank."""
+    return {path: update.rank for path, update in updates.items()}
+
+
+def _tensors(update: LowRank, like: AdapterLayer, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return a layer's tensors under PEFT's keys, in the shapes that `like` has at its rank."""
+    down = update.down.reshape(update.rank, *like.lora_A.shape[1:])
+    up = update.up.reshape(like.lora_B.shape[0], update.rank, *like.lora_B.shape[2:])
+    keys = ("lora_embedding_A", "lora_embedding_B") if like.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
+    pair = zip(keys, (down, up), strict=True)
+    return {f"{_PREFIX}{like.path}.{key}": matrix.to("cpu", dtype).contiguous() for key, matrix in pair}

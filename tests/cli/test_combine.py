@@ -1,0 +1,65 @@
+"""`lorakit combine` and `lorakit resize` on folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from lorakit import LoraConfig, add_adapter, save_adapter
+from lorakit.adapters import read_adapter_folder
+from lorakit.cli.app import app
+from lorakit.errors import AdapterError, ConfigError
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with the adapters one, two and lr=2 of one model."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    for name, rank in (("one", 4), ("two", 2), ("lr=2", 3)):
+        model = nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 12))
+        add_adapter(model, LoraConfig(r=rank, init_lora_weights=False))
+        save_adapter(model, tmp_path / name)
+    return tmp_path
+
+
+def lorakit(*arguments: str) -> str:
+    result = CliRunner().invoke(app, arguments)
+    if result.exception is not None:
+        raise result.exception
+    return result.output
+
+
+def test_combining(folders: Path) -> None:
+    printed = lorakit("combine", "sum", "one=0.5", "two=-2", "lr=2")
+    assert printed.startswith("linear: 0.5 x one + -2 x two + 1 x lr=2\n2 layers, ranks 9;")
+    assert printed.endswith("written to sum\n")
+    found = read_adapter_folder("sum").layers
+    for path, weights in ((path, {"one": 0.5, "two": -2, "lr=2": 1}) for path in found):
+        parts = [weight * read_adapter_folder(name).layers[path].update().dense() for name, weight in weights.items()]
+        torch.testing.assert_close(found[path].update().dense(), sum(parts), rtol=0, atol=1e-6)
+    printed = lorakit("combine", "pruned", "one", "two", "--method", "ties", "--density", "0.2", "--rank", "3")
+    assert "ties, density 0.2: 1 x one + 1 x two\n2 layers, ranks 3;" in printed
+    assert "relative error of the update: " in printed
+
+
+def test_resizing(folders: Path) -> None:
+    assert "2 layers, ranks 2; 128 parameters, 256 before" in lorakit("resize", "one", "small", "--rank", "2")
+    assert {layer.rank for layer in read_adapter_folder("small").layers.values()} == {2}
+    assert "resized to at most 200 parameters" in lorakit("resize", "one", "fit", "--parameters", "200")
+
+
+def test_errors(folders: Path) -> None:
+    with pytest.raises(ConfigError, match="'one=half': expected ADAPTER=WEIGHT with a number"):
+        lorakit("combine", "sum", "one=half")
+    with pytest.raises(ConfigError, match="named twice"):
+        lorakit("combine", "sum", "one", "one=2")
+    with pytest.raises(ConfigError, match="give one of rank, energy and parameters"):
+        lorakit("resize", "one", "small")
+    with pytest.raises(AdapterError, match="absent"):
+        lorakit("resize", "absent", "small", "--rank", "1")
+    assert sorted(path.name for path in folders.iterdir()) == ["lr=2", "one", "two"]
