@@ -23,12 +23,9 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Build and look at training data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-app.command()(merge)
-app.command()(inspect)
+for command in (combine, resize, merge, inspect):
+    app.command()(command)
 console = Console(highlight=False, emoji=False)  # text is shown as it is: ":key:" must not become a picture
-
-app.command()(combine)
-app.command()(resize)
 
 RunFolder = Annotated[Path, typer.Argument(help="folder of a finished run", show_default=False)]
 
