@@ -9,6 +9,8 @@ from .adapters import (
     remove_adapter,
     save_adapter,
     set_adapter,
+    set_trained,
+    use_rows,
 )
 from .data import Record, load_records, save_records
 from .errors import LorakitError
@@ -44,5 +46,7 @@ __all__ = [
     "save_adapter",
     "save_records",
     "set_adapter",
+    "set_trained",
     "train",
+    "use_rows",
 ]

@@ -1,7 +1,7 @@
 """lorakit's training step: load a checkpoint, attach an adapter to all linear layers, take steps as the trainer does.
 
 Run as: python -m bench.sides.lorakit_step --model FOLDER [--quant-type none] [--batch 2] [--length 512]
-                                           [--set KEY=VALUE] [--products 1]
+                                           [--dora] [--set KEY=VALUE] [--products 1]
 It prints one line of JSON; bench.train_step and its relatives run it and the peers' scripts in turn.
 """
 
@@ -24,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Take the steps, print the figures."""
     parser = step_arguments(__doc__)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of TrainConfig")
+    parser.add_argument("--dora", action="store_true", help="a DoRA adapter")
     parser.add_argument("--products", type=int, metavar="PASSES", help="also time the frozen weights' products alone")
     parser.add_argument("--without", choices=WITHOUT, help="leave out one of the things that make the step fast")
     options = parser.parse_args(arguments)
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         WITHOUT[options.without]()
     meter = Meter()
     model = load_model(options.model, None if options.quant_type == "none" else options.quant_type)
-    add_adapter(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear"))
+    add_adapter(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", use_dora=options.dora))
     settings = dict(setting.split("=", 1) for setting in options.set)
     tokens = options.batch * options.length
     given = {"lr": LEARNING_RATE, "max_grad_norm": GRAD_NORM, "batch_size": options.batch}

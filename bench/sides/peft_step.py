@@ -1,6 +1,6 @@
 """The training step of PEFT + bitsandbytes + transformers, or of transformers alone with all weights trained.
 
-Run as: python -m bench.sides.peft_step --model FOLDER [--quant-type none] [--full] [--attention eager]
+Run as: python -m bench.sides.peft_step --model FOLDER [--quant-type none] [--full] [--dora] [--attention eager]
                                         [--adapter-dtype float32] [--gradient-checkpointing]
 
 Settings are what their documentation advises, and where it leaves a choice, an option here: bf16 weights and
@@ -41,9 +41,10 @@ def load(
     )
 
 
-def add_adapter(model: PreTrainedModel, dtype: torch.dtype) -> nn.Module:
+def add_adapter(model: PreTrainedModel, dtype: torch.dtype, use_dora: bool = False) -> nn.Module:
     """Attach LoRA matrices in a dtype to all linear layers but the head."""
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    common = {"r": RANK, "lora_alpha": ALPHA, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    config = LoraConfig(use_dora=use_dora, **common)
     model = get_peft_model(model, config, autocast_adapter_dtype=dtype == torch.float32)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -55,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Take the steps, print the figures."""
     parser = step_arguments(__doc__)
     parser.add_argument("--full", action="store_true", help="train all weights, no adapter")
+    parser.add_argument("--dora", action="store_true", help="a DoRA adapter")
     parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa")
     parser.add_argument("--adapter-dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--gradient-checkpointing", action="store_true")
@@ -65,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     if not options.full:
-        model = add_adapter(model, getattr(torch, options.adapter_dtype))
+        model = add_adapter(model, getattr(torch, options.adapter_dtype), options.dora)
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)

@@ -11,11 +11,15 @@ from .attach import (
     lora_layers,
     remove_adapter,
     set_adapter,
+    set_trained,
 )
 from .combine import CombineConfig, combine_adapters, combine_folders
 from .config import LoraConfig
-from .peft_files import load_adapter, read_adapter_config, save_adapter
+from .host_memory import offload_adapter, onload_adapter
+from .peft_config import read_adapter_config
+from .peft_files import load_adapter, save_adapter
 from .resize import ResizeConfig, resize_adapter, resize_folder
+from .switching import idle_adapters, use_rows
 from .targeting import MatchReport
 from .update_report import LayerUpdate, UpdateReport
 
@@ -36,8 +40,11 @@ __all__ = [
     "combine_folders",
     "count_parameters",
     "disable_adapters",
+    "idle_adapters",
     "load_adapter",
     "lora_layers",
+    "offload_adapter",
+    "onload_adapter",
     "read_adapter_config",
     "read_adapter_folder",
     "remove_adapter",
@@ -45,4 +52,6 @@ __all__ = [
     "resize_folder",
     "save_adapter",
     "set_adapter",
+    "set_trained",
+    "use_rows",
 ]

@@ -1,129 +1,122 @@
-"""Attach adapters to a model, switch between them, and take them off: the base is never touched."""
+"""Attach adapters to a model and take them off: the base is never touched."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import AdapterError, did_you_mean
-from ..layers import VARIANTS, AdaptedLayer, AdapterPart, Linear4bit, LoRALinear
+from ..errors import AdapterError
+from ..layers import BASE
+from ..layers.quantized_module import QuantizedModule
 from .config import LoraConfig
-from .inits import INITS
-from .targeting import MatchReport, linear_layers, match_modules, pattern_value
+from .inits import find_init
+from .placing import place
+from .state import (
+    adapter_configs,
+    adapter_parts,
+    apply_state,
+    check_adapter,
+    lora_layers,
+    replace_module,
+    state_of,
+)
+from .switching import disable_adapters, set_adapter, set_trained
+from .targeting import MatchReport
+
+__all__ = [
+    "adapter_configs",
+    "adapter_parameters",
+    "adapter_parts",
+    "add_adapter",
+    "check_adapter",
+    "count_parameters",
+    "disable_adapters",
+    "lora_layers",
+    "remove_adapter",
+    "replace_module",
+    "set_adapter",
+    "set_trained",
+]
 
 _NAMESPACE = nn.ParameterDict()  # A and B are its attributes under the adapter's name
 
 
 def add_adapter(
-    model: nn.Module, config: LoraConfig, name: str = "default", dtype: torch.dtype = torch.float32
+    model: nn.Module,
+    config: LoraConfig,
+    name: str = "default",
+    dtype: torch.dtype = torch.float32,
+    trained: bool = True,
+    losses: Iterable[Tensor] | None = None,
+    sources: Mapping[str, Tensor] | None = None,
+    is_strict: bool = True,
 ) -> MatchReport:
-    """Attach a LoRA adapter, make it the active one and freeze everything else.
+    """Attach a LoRA adapter and make it the one that is active and the one that is trained.
 
-    Layers are wrapped in place; their weights keep their bytes. Works on any model with nn.Linear or Linear4bit layers.
+    Layers are wrapped in place; their weights keep their bytes. Works on any model whose layers are linear (nn.Linear,
+    Linear4bit, GPT-2's Conv1D), embeddings or convolutions. The first adapter freezes the whole model; later ones leave
+    alone what is not an adapter's.
 
     Args:
-        dtype: of the trainable A and B.
+        dtype: of the trained parameters.
+        trained: False: frozen, and what was trained before stays so.
+        losses: for the starts "eva" and "lora_ga": gives the loss of one batch of examples after another, as
+            `(loss(model, batch) for batch in batches)`; taking the next one runs the model.
+        sources: for the start "loftq": the weights before they were quantized, "<path of the layer>.weight" -> tensor.
+        is_strict: refuse keys of rank_pattern and alpha_pattern, and layer numbers, that match nothing.
 
     Raises:
-        AdapterError: the name is taken or not usable, or a target pattern matches nothing. The model is then unchanged.
+        AdapterError: the name is taken or not usable, or a pattern matches nothing. The model is then unchanged.
     """
-    if not name or "." in name or hasattr(_NAMESPACE, name):
-        raise AdapterError(f"'{name}' cannot name an adapter: empty, with a dot, or a word that torch's modules use")
-    if name in adapter_configs(model):
-        raise AdapterError(f"the model already has an adapter '{name}'; remove it first or choose another name")
-    report = MatchReport(name, match_modules(model, config))
-    wanted = {path for paths in report.matched.values() for path in paths}
-    # In model order, so that the random init is repeatable.
-    layers = {path: layer for path, layer in linear_layers(model).items() if path in wanted}
-    report.ranks = {path: pattern_value(config.rank_pattern, path, config.r) for path in layers}
-    alphas = {path: pattern_value(config.alpha_pattern, path, config.lora_alpha) for path in layers}
-    for path, layer in layers.items():  # from here on nothing can fail
-        module = model.get_submodule(path)
-        if not isinstance(module, LoRALinear):
-            module = LoRALinear(layer)
-            module.train(model.training)
-            _replace(model, layer, module)
-        scaling = config.scaling(report.ranks[path], alphas[path])
-        is_neutral = config.init_lora_weights is not False
-        module.add(name, report.ranks[path], scaling, config.lora_dropout, is_neutral, dtype, VARIANTS[config.variant])
-        if isinstance(config.init_lora_weights, str):
-            INITS[config.init_lora_weights](module, name)
+    check_name(model, name)
+    report = MatchReport(name)
+    placements = place(model, config, report, is_strict)
+    start = find_init(config, losses, sources)
+    for placement in placements:  # from here on only a start can fail
+        if not placement.part.names():
+            replace_module(model, placement.part.base_layer, placement.part)
+            placement.part.train(model.training)
+        placement.attach(name, dtype)
+    state_of(model).parts = None
     adapter_configs(model)[name] = config
+    if start is not None:
+        try:
+            start(lora_layers(model, name), name)
+        except BaseException:
+            remove_adapter(model, name)
+            raise
+    if len(adapter_configs(model)) == 1:
+        model.requires_grad_(False)
     set_adapter(model, name)
+    set_trained(model, name if trained else state_of(model).trained)
     report.trainable = sum(parameter.numel() for parameter in adapter_parameters(model, name))
     report.total = count_parameters(model)
     return report
-
-
-def adapter_configs(model: nn.Module) -> dict[str, LoraConfig]:
-    """Return the model's adapters, name -> config; the dict lives on the model."""
-    if not hasattr(model, "lora_configs"):
-        model.lora_configs = {}  # type: ignore[assignment]
-    configs: dict[str, LoraConfig] = model.lora_configs  # type: ignore[assignment]
-    return configs
-
-
-def adapter_parts(model: nn.Module, name: str | None = None) -> dict[str, AdapterPart]:
-    """Return every module that stands in for another, path -> module: all, or those that carry adapter `name`."""
-    return {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, AdapterPart) and (name is None or name in module.names())
-    }
-
-
-def lora_layers(model: nn.Module, name: str | None = None) -> dict[str, AdaptedLayer]:
-    """Return the layers with low-rank updates, path -> layer: all of them, or those that carry adapter `name`."""
-    return {path: part for path, part in adapter_parts(model, name).items() if isinstance(part, AdaptedLayer)}
-
-
-def set_adapter(model: nn.Module, name: str | Sequence[str]) -> None:
-    """Make one adapter, or the sum of several, active; only active adapters are trained.
-
-    Raises:
-        AdapterError: there is no adapter of that name.
-    """
-    names = (name,) if isinstance(name, str) else tuple(dict.fromkeys(name))
-    for one in names:
-        check_adapter(model, one)
-    model.requires_grad_(False)
-    for layer in adapter_parts(model).values():
-        layer.active = tuple(one for one in names if one in layer.names())
-        for one in layer.active:
-            for parameter in layer.parameters_of(one).values():
-                parameter.requires_grad_(True)
-
-
-@contextlib.contextmanager
-def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the context the model computes as if no adapter were attached."""
-    layers = list(adapter_parts(model).values())
-    active = [layer.active for layer in layers]
-    for layer in layers:
-        layer.active = ()
-    try:
-        yield model
-    finally:
-        for layer, names in zip(layers, active, strict=True):
-            layer.active = tuple(name for name in names if name in layer.names())  # one may be gone by now
 
 
 def remove_adapter(model: nn.Module, name: str = "default") -> None:
     """Take an adapter off; a layer that carries no other becomes the very module object it was.
 
     Raises:
-        AdapterError: there is no adapter of that name.
+        AdapterError: there is no adapter of that name, or `use_rows` has given it to a row.
     """
     check_adapter(model, name)
+    state = state_of(model)
+    if any(name in rows.adapters for rows in state.rows):
+        raise AdapterError(f"adapter '{name}' is in use by a row; leave use_rows before it is removed")
     for layer in adapter_parts(model, name).values():
         layer.remove(name)
         if not layer.names():
-            _replace(model, layer, layer.base_layer)
-    del adapter_configs(model)[name]
+            replace_module(model, layer, layer.base_layer)
+    del state.configs[name]
+    state.active, state.trained = (
+        tuple(other for other in names if other != name) for names in (state.active, state.trained)
+    )
+    state.on_host.discard(name)
+    apply_state(model)
 
 
 def adapter_parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
@@ -135,20 +128,12 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> list[nn.Par
     return found
 
 
-def check_adapter(model: nn.Module, name: str) -> None:
-    """Raise AdapterError, naming the nearest, unless the model has adapter `name`."""
-    names = adapter_configs(model)
-    if name not in names:
-        known = ", ".join(names) or "none"
-        raise AdapterError(f"the model has no adapter '{name}'{did_you_mean(name, names)} (attached: {known})")
-
-
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` wherever the model holds `old`: a layer may be shared by several parents."""
-    for parent in list(model.modules()):
-        for key, child in list(parent._modules.items()):
-            if child is old and parent is not new:
-                setattr(parent, key, new)
+def check_name(model: nn.Module, name: str) -> None:
+    """Raise AdapterError unless `name` can be that of one more adapter of the model."""
+    if not name or "." in name or hasattr(_NAMESPACE, name) or name == BASE:
+        raise AdapterError(f"'{name}' cannot name an adapter: empty, with a dot, or a word that is taken")
+    if name in adapter_configs(model):
+        raise AdapterError(f"the model already has an adapter '{name}'; remove it first or choose another name")
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -156,9 +141,10 @@ def count_parameters(model: nn.Module) -> int:
     count, seen = 0, set[int]()
     for module in model.modules():
         own: list[tuple[Tensor, int]] = [(p, p.numel()) for p in module.parameters(recurse=False)]
-        if isinstance(module, Linear4bit):
-            own = [(module.packed, math.prod(module.quantized.shape))]
-            own += [(module.bias, module.bias.numel())] if module.bias is not None else []
+        if isinstance(module, QuantizedModule):
+            own = [(module.packed, math.prod(module.weight_shape))]
+            bias = getattr(module, "bias", None)
+            own += [(bias, bias.numel())] if bias is not None else []
         count += sum(size for tensor, size in own if id(tensor) not in seen)
         seen.update(id(tensor) for tensor, _ in own)
     return count

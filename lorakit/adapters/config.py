@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from ..settings import Settings
 
-_NOT_YET = "is not supported yet; this version trains plain LoRA and rsLoRA matrices on linear layers"
+STARTS_IN_BASE = ("pissa", "olora", "lora_ga")  # starts that their papers take out of the base weight
+Token = Annotated[int, Field(ge=0)]
+
+_INITS = r"gaussian|orthogonal|pissa|pissa_niter_[1-9]\d*|olora|loftq|eva|lora_ga"
 
 
 class LoraConfig(Settings):
@@ -26,11 +30,20 @@ class LoraConfig(Settings):
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input while training")
     target_modules: list[str] | str = Field(
         "all-linear",
-        description="name suffixes; one string is a regular expression on the whole name; 'all-linear' is every linear "
-        "layer but the output head",
+        description="name suffixes of linear layers, embeddings, convolutions; one string is a regular expression on "
+        "the whole name; 'all-linear' is every linear layer but the output head; [] is none",
     )
     exclude_modules: list[str] | str | None = Field(None, description="the same syntax; taken out of target_modules")
     layers_to_transform: list[int] | int | None = Field(None, description="only these layer numbers")
+    layers_pattern: list[str] | str | None = Field(
+        None, description="with layers_to_transform: name of the list that the numbers count in, such as 'layers'"
+    )
+    target_parameters: list[str] | None = Field(
+        None, description="name suffixes of parameters, such as 'experts.gate_up_proj': an update for each expert"
+    )
+    trainable_token_indices: list[Token] | dict[str, list[Token]] | None = Field(
+        None, description="tokens whose rows of the input embedding are trained, or name of an embedding -> tokens"
+    )
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
         default_factory=dict, description="name or regular expression -> rank, where it differs from r"
     )
@@ -38,25 +51,49 @@ class LoraConfig(Settings):
         default_factory=dict, description="name or regular expression -> alpha, where it differs from lora_alpha"
     )
     use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r)")
-    init_lora_weights: bool | Literal["gaussian"] = Field(
+    init_lora_weights: bool | str = Field(
         True,
-        description="true: A Kaiming-uniform and B zero; 'gaussian': A normal with deviation 1/r; false: B random too",
+        description="true: A Kaiming-uniform and B zero; false: B random too; 'gaussian', 'orthogonal', 'pissa', "
+        "'pissa_niter_4', 'olora', 'loftq', and with data 'eva' and 'lora_ga'",
     )
-    use_dora: bool = Field(False, description="weight-decomposed LoRA")
-    modules_to_save: list[str] | None = Field(None, description="modules trained and saved in full")
-    bias: Literal["none", "all", "lora_only"] = Field("none", description="which biases are trained")
+    use_dora: bool = Field(False, description="weight-decomposed LoRA: train the length of each row of a weight apart")
+    lora_bias: bool = Field(False, description="give B a bias")
+    modules_to_save: list[str] | None = Field(
+        None, description="names of modules of which a full copy is trained and saved"
+    )
+    bias: Literal["none", "all", "lora_only"] = Field(
+        "none", description="which biases are trained, in copies: of no layer, of all modules, of the adapted layers"
+    )
+    ensure_weight_tying: bool | None = Field(
+        None, description="whether a copy of a tied embedding is tied to the head; where there is one it must be said"
+    )
 
-    @field_validator("modules_to_save", "bias")
+    @field_validator("init_lora_weights")
     @classmethod
-    def _supported(cls, value: object) -> object:
-        if value and value != "none":
-            raise ValueError(_NOT_YET)
-        return value
+    def _known_init(cls, value: bool | str) -> bool | str:
+        if isinstance(value, str) and not re.fullmatch(_INITS, value.lower()):
+            raise ValueError(f"'{value}' is not a start; known are true, false, {_INITS.replace('|', ', ')}")
+        return value.lower() if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        changes_base = isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(STARTS_IN_BASE)
+        if sum([self.use_dora, self.lora_bias, changes_base]) > 1:
+            raise ValueError(
+                "use_dora, lora_bias and the starts inside the base weight (pissa, olora, lora_ga) exclude each other"
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern needs layers_to_transform")
+        if self.target_parameters and (self.use_dora or self.lora_bias or self.lora_dropout or changes_base):
+            raise ValueError("target_parameters takes plain LoRA without dropout")
+        return self
 
     @property
     def variant(self) -> str:
         """Name of the variant in `lorakit.layers.VARIANTS`."""
-        return "dora" if self.use_dora else "plain"
+        if isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(STARTS_IN_BASE):
+            return "residual"
+        return "dora" if self.use_dora else "lora_bias" if self.lora_bias else "plain"
 
     def scaling(self, rank: int, alpha: float) -> float:
         """Return the factor on B @ A for a layer of this rank and alpha."""

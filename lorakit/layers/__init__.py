@@ -1,25 +1,55 @@
 """Layers with hand-written forward and backward passes."""
 
+from torch import nn
+
 from .adapted import AdaptedLayer, AdapterPart
 from .embedding4bit import Embedding4bit
+from .in_use import AdaptersInUse
 from .linear4bit import Linear4bit
 from .linear_cross_entropy import linear_cross_entropy, token_losses
+from .lora_conv import LoRAConv
+from .lora_embedding import LoRAEmbedding
 from .lora_linear import Again, LoRALinear, linear_together
+from .lora_parameter import LoRAParameter
 from .norm import RMSNorm
 from .rope import apply_rope, rope_frequencies, rope_tables
+from .rows import BASE, Rows, TakesRows
+from .saved_module import SavedModule
 from .swiglu import swiglu
+from .trained_tokens import TiedHead, TrainedTokens
 from .variants import VARIANTS, Variant
 
+# Which class adapts which module: the first that fits. A new kind of layer is a file and a name here.
+LAYER_KINDS: tuple[type[AdaptedLayer], ...] = (LoRALinear, LoRAEmbedding, LoRAConv)
+
+
+def adapted_kind(module: nn.Module) -> type[AdaptedLayer] | None:
+    """Return the class that adapts a module, or None: it cannot be adapted."""
+    return next((kind for kind in LAYER_KINDS if kind.fits(module)), None)
+
+
 __all__ = [
+    "BASE",
+    "LAYER_KINDS",
     "VARIANTS",
     "AdaptedLayer",
     "AdapterPart",
+    "AdaptersInUse",
     "Again",
     "Embedding4bit",
     "Linear4bit",
+    "LoRAConv",
+    "LoRAEmbedding",
     "LoRALinear",
+    "LoRAParameter",
     "RMSNorm",
+    "Rows",
+    "SavedModule",
+    "TakesRows",
+    "TiedHead",
+    "TrainedTokens",
     "Variant",
+    "adapted_kind",
     "apply_rope",
     "linear_cross_entropy",
     "linear_together",

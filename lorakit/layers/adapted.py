@@ -7,11 +7,13 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import dropout
 
-from .variants import VARIANTS, Variant
+from .rows import TakesRows
+from .variants import VARIANTS, KeptGain, Variant
 
 
-class AdapterPart(nn.Module):
+class AdapterPart(TakesRows, nn.Module):
     """A module that stands in the place of a frozen one and holds, for each adapter, what is to be trained of it.
 
     Attributes:
@@ -35,9 +37,28 @@ class AdapterPart(nn.Module):
         """What an adapter trains here: name of the table -> parameter."""
         raise NotImplementedError
 
+    def supports_rows(self, name: str) -> bool:
+        """Whether an adapter may be that of some rows only (`lorakit.layers.rows`)."""
+        return False
+
     def remove(self, name: str) -> None:
         """Detach an adapter."""
         raise NotImplementedError
+
+    def table(self, name: str) -> nn.ParameterDict:
+        """Return a table of parameters, adapter name -> parameter, such as "lora_B"; made where it is new."""
+        if name not in self._modules:
+            self.add_module(name, nn.ParameterDict())
+        return cast(nn.ParameterDict, self._modules[name])
+
+    def _carries(self, table: str, name: str) -> bool:
+        return table in self._modules and name in self.table(table)
+
+    def _drop(self, table: str, name: str) -> None:
+        """Take an adapter's parameter out of a table, and the table away with its last."""
+        del self.table(table)[name]
+        if not len(self.table(table)):
+            del self._modules[table]
 
 
 class AdaptedLayer(AdapterPart):
@@ -66,6 +87,7 @@ class AdaptedLayer(AdapterPart):
         self.scaling: dict[str, float] = {}
         self.dropout_p: dict[str, float] = {}
         self.variants: dict[str, Variant] = {}
+        self.kept_gains: dict[str, KeptGain] = {}  # of the variants, between forwards without gradient
 
     @property
     def lora_A(self) -> nn.ParameterDict:
@@ -79,7 +101,12 @@ class AdaptedLayer(AdapterPart):
 
     # ---- what each kind of layer says of itself ----------------------------------------------------------------------
 
-    def shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        """Return whether this class is the one that adapts a module."""
+        raise NotImplementedError
+
+    def matrix_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of A and B at rank r."""
         return (r, self.in_features), (self.out_features, r)
 
@@ -89,7 +116,7 @@ class AdaptedLayer(AdapterPart):
 
     def as_matrix(self, weight: Tensor) -> Tensor:
         """Return a tensor of the base weight's shape as the matrix (out_features, in_features)."""
-        return weight.reshape(self.out_features, -1)
+        return weight.flatten(1)
 
     def as_weight(self, matrix: Tensor) -> Tensor:
         """Return a matrix (out_features, in_features) in the base weight's shape."""
@@ -99,7 +126,20 @@ class AdaptedLayer(AdapterPart):
         """Return matrix @ Wᵀ for a few rows: (rows, in_features) -> (rows, out_features), in the dtype of `matrix`."""
         return matrix @ self.as_matrix(self.base_weight(matrix.dtype)).T
 
+    def low_rank(self, lora_a: Tensor, lora_b: Tensor, x: Tensor) -> Tensor:
+        """Return what the layer would with B @ A in the place of its weight and no bias."""
+        raise NotImplementedError
+
+    def along_output(self, vector: Tensor) -> Tensor:
+        """Return a vector (out_features,) in a shape that broadcasts over the layer's output."""
+        return vector
+
     # ---- adapters ----------------------------------------------------------------------------------------------------
+
+    def shapes(self, r: int, variant: Variant, bias: bool = False) -> dict[str, tuple[int, ...]]:
+        """Return what `add` will train: name of the table -> shape."""
+        of_bias = {"trained_bias": (self.out_features,)} if bias and self.base_bias is not None else {}
+        return dict(zip(self.matrices, self.matrix_shapes(r), strict=True)) | variant.shapes(self) | of_bias
 
     def add(
         self,
@@ -110,44 +150,57 @@ class AdaptedLayer(AdapterPart):
         init: bool = True,
         dtype: torch.dtype = torch.float32,
         variant: Variant = VARIANTS["plain"],
+        bias: bool = False,
     ) -> None:
         """Attach an adapter of rank r, initialised so that (unless init is False) it changes nothing yet.
 
         A is uniform within 1 / sqrt(in_features) (Kaiming with a = sqrt(5), as in the paper's code); B is zero.
         init=False makes B random as well, for tests of file formats. `lorakit.adapters.inits` has other starts.
+
+        Args:
+            bias: train a copy of the layer's bias too, where it has one.
         """
         device = next(self.base_layer.parameters()).device
-        of_a, of_b = self.shapes(r)
-        lora_a, lora_b = torch.empty(of_a, device=device), torch.zeros(of_b, device=device)
+        lora_a, lora_b = (torch.zeros(shape, device=device) for shape in self.matrix_shapes(r))
+        self._draw(lora_a, lora_b, init)
+        self.lora_A[name], self.lora_B[name] = nn.Parameter(lora_a.to(dtype)), nn.Parameter(lora_b.to(dtype))
+        self.scaling[name], self.dropout_p[name], self.variants[name] = scaling, dropout_p, variant
+        self.restart(name)
+        if bias and self.base_bias is not None:
+            self.table("trained_bias")[name] = nn.Parameter(self.base_bias.detach().to(dtype, copy=True))
+
+    def restart(self, name: str) -> None:
+        """Give the variant's parameters their first values, for the A and B that there are now."""
+        for table, value in self.variants[name].start(self, name).items():
+            self.table(table)[name] = nn.Parameter(value, requires_grad=table in self.variants[name].trained)
+
+    def _draw(self, lora_a: Tensor, lora_b: Tensor, init: bool) -> None:
         nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
         if init is False:
             nn.init.kaiming_uniform_(lora_b, a=math.sqrt(5))
-        self.lora_A[name], self.lora_B[name] = nn.Parameter(lora_a.to(dtype)), nn.Parameter(lora_b.to(dtype))
-        self.scaling[name], self.dropout_p[name], self.variants[name] = scaling, dropout_p, variant
-        for table, value in variant.start(self, name).items():
-            self.table(table)[name] = nn.Parameter(value)
 
-    def table(self, name: str) -> nn.ParameterDict:
-        """Return a variant's table of further parameters, such as "lora_magnitude_vector"; made where it is new."""
-        if name not in self._modules:
-            self.add_module(name, nn.ParameterDict())
-        return cast(nn.ParameterDict, self._modules[name])
+    @property
+    def base_bias(self) -> Tensor | None:
+        """The base layer's bias, (out_features,), or None."""
+        return getattr(self.base_layer, "bias", None)
 
     def names(self) -> list[str]:
         return list(self.scaling)
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
-        tables = (*self.matrices, *self.variants[name].trained)
+        tables = [*self.matrices, *self.variants[name].trained]
+        if self._carries("trained_bias", name):
+            tables.append("trained_bias")
         return {table: cast(nn.Parameter, self.table(table)[name]) for table in tables}
 
     def remove(self, name: str) -> None:
-        variant = self.variants[name]
-        for table in (*variant.trained, *variant.kept):
-            del self.table(table)[name]
-            if not len(self.table(table)):
-                del self._modules[table]
+        for table in (*self.variants[name].trained, *self.variants[name].kept):
+            self._drop(table, name)
+        if self._carries("trained_bias", name):
+            self._drop("trained_bias", name)
         for values in (self.lora_A, self.lora_B, self.scaling, self.dropout_p, self.variants):
             del values[name]
+        self.kept_gains.pop(name, None)
         self.active = tuple(other for other in self.active if other != name)
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
@@ -161,6 +214,36 @@ class AdaptedLayer(AdapterPart):
     def delta_weight(self, name: str) -> Tensor:
         """Return the change of the base weight that an adapter means, dense, in the base weight's shape."""
         return self.as_weight(self.variants[name].delta(self, name))
+
+    def delta_bias(self, name: str) -> Tensor | None:
+        """Return the change of the bias that an adapter means, (out_features,), or None."""
+        change = self.variants[name].offset(self, name)
+        if self._carries("trained_bias", name):
+            own = self.table("trained_bias")[name] - cast(Tensor, self.base_bias)
+            change = own if change is None else change + own
+        return change
+
+    # ---- forward, written out: what a fused function of a layer has to equal -----------------------------------------
+
+    def with_updates(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return y = base_layer(x) with the updates of the active adapters added."""
+        result = y
+        for name in self.active:
+            dropped = x if not self.dropout_p[name] else dropout(x, self.dropout_p[name], self.training)
+            update = self.variants[name].update(self, name, dropped).to(y.dtype)
+            gain = self.variants[name].gain(self, name, x.dtype)
+            if gain is not None:  # and here dropout is on the whole product, not on the update alone
+                product = y if dropped is x or not self.training else self.base_layer(dropped)
+                if self.base_bias is not None:
+                    product = product - self.along_output(self.base_bias).to(y.dtype)
+                update = (
+                    self.along_output(gain - 1).to(y.dtype) * product + self.along_output(gain).to(y.dtype) * update
+                )
+            result = result + update
+            offset = self.delta_bias(name)
+            if offset is not None:
+                result = result + self.along_output(offset).to(y.dtype)
+        return result
 
     def extra_repr(self) -> str:
         """Show the adapters when the layer is printed."""

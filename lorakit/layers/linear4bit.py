@@ -97,6 +97,16 @@ class _FrozenLinear(torch.autograd.Function):
 # ---- products with a frozen weight, dense or in 4 bits, for the functions that differentiate by hand -----------------
 
 
+def is_conv1d(module: nn.Module) -> bool:
+    """Return whether a module is GPT-2's "Conv1D", a linear layer whose weight is (in_features, out_features)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and not isinstance(module, nn.Conv1d)
+
+
+def _dense(base: nn.Linear, dtype: torch.dtype) -> Tensor:
+    weight = base.weight.to(dtype)
+    return weight if isinstance(base, nn.Linear) else weight.T
+
+
 def frozen_linear(
     base: nn.Linear | Linear4bit, x: Tensor, bias: Tensor | None, lora: Sequence[Tensor] = (), scaling: float = 1.0
 ) -> Tensor:
@@ -107,7 +117,7 @@ def frozen_linear(
     """
     if isinstance(base, Linear4bit):
         return kernels.linear_4bit(x, *base.operand, bias, lora, scaling)
-    return kernels.reference.dense_linear(x, base.weight.to(x.dtype), bias, lora, scaling)
+    return kernels.reference.dense_linear(x, _dense(base, x.dtype), bias, lora, scaling)
 
 
 def frozen_linear_dx(base: nn.Linear | Linear4bit, dy: Tensor, lora: Sequence[Tensor] = ()) -> Tensor:
@@ -118,7 +128,7 @@ def frozen_linear_dx(base: nn.Linear | Linear4bit, dy: Tensor, lora: Sequence[Te
     """
     if isinstance(base, Linear4bit):
         return kernels.linear_4bit_dx(dy, *base.operand, lora)
-    return kernels.reference.dense_linear_dx(dy, base.weight.to(dy.dtype), lora)
+    return kernels.reference.dense_linear_dx(dy, _dense(base, dy.dtype), lora)
 
 
 def add_frozen_linear_dx(dx: Tensor, base: nn.Linear | Linear4bit, dy: Tensor) -> None:
@@ -126,4 +136,4 @@ def add_frozen_linear_dx(dx: Tensor, base: nn.Linear | Linear4bit, dy: Tensor) -
     if isinstance(base, Linear4bit):
         kernels.add_linear_4bit_dx(dx, dy, *base.operand)
     else:
-        dx.addmm_(dy, base.weight.to(dy.dtype))
+        dx.addmm_(dy, _dense(base, dy.dtype))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, linear
+from torch.nn.functional import linear
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..errors import ShapeError
 from .adapted import AdaptedLayer
-from .linear4bit import Linear4bit, add_frozen_linear_dx, frozen_linear, frozen_linear_dx
+from .linear4bit import Linear4bit, add_frozen_linear_dx, frozen_linear, frozen_linear_dx, is_conv1d
+from .rows import linear_with_rows
 
 _ROWS = 64  # of (rows, columns) that are cast up at a time, so that they stay in the cache
 
@@ -22,7 +24,8 @@ class LoRALinear(AdaptedLayer):
         y = base(x) + scaling * (x @ lora_A.T) @ lora_B.T
 
     Several named adapters can be attached; the updates of the active ones are summed. With DoRA the layer is
-    y = gain * (x @ W.T + scaling * (x @ lora_A.T) @ lora_B.T) + bias.
+    y = gain * (x @ W.T + scaling * (x @ lora_A.T) @ lora_B.T) + bias. The base may be an nn.Linear, a Linear4bit or
+    GPT-2's Conv1D, whose weight is W.T.
 
     Shapes:
         x (..., in_features) -> y (..., out_features); lora_A[name] (r, in_features); lora_B[name] (out_features, r)
@@ -34,40 +37,52 @@ class LoRALinear(AdaptedLayer):
     base_layer: nn.Linear | Linear4bit
 
     def __init__(self, base_layer: nn.Linear | Linear4bit) -> None:
-        super().__init__(base_layer, base_layer.in_features, base_layer.out_features)
+        self.is_conv1d = is_conv1d(base_layer)
+        if self.is_conv1d:
+            in_features, out_features = cast(Tensor, base_layer.weight).shape
+        else:
+            in_features, out_features = base_layer.in_features, base_layer.out_features
+        super().__init__(base_layer, in_features, out_features)
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        is_read_by_others = isinstance(module, NonDynamicallyQuantizableLinear)  # by nn.MultiheadAttention, uncalled
+        return (isinstance(module, nn.Linear | Linear4bit) or is_conv1d(module)) and not is_read_by_others
 
     def base_weight(self, dtype: torch.dtype) -> Tensor:
         if isinstance(self.base_layer, Linear4bit):
             return self.base_layer.dense_weight(dtype)
-        return self.base_layer.weight.detach().to(dtype)
+        return super().base_weight(dtype)
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.T if self.is_conv1d else weight
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        return matrix.T if self.is_conv1d else matrix
 
     def project(self, matrix: Tensor) -> Tensor:
         return frozen_linear(self.base_layer, matrix, None)
+
+    def supports_rows(self, name: str) -> bool:
+        return self.delta_bias(name) is None
+
+    def low_rank(self, lora_a: Tensor, lora_b: Tensor, x: Tensor) -> Tensor:
+        return linear(linear(x, lora_a.to(x.dtype)), lora_b.to(x.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features:
             raise ShapeError(f"LoRALinear({self.in_features} -> {self.out_features}) got x of shape {tuple(x.shape)}")
         if self.can_fuse(x):
             return _fused(x, self)[0]
-        y: Tensor = self.base_layer(x)
-        base = y
-        for name in self.active:
-            dropped = dropout(x, self.dropout_p[name], self.training)
-            u = linear(dropped, self.lora_A[name].to(x.dtype))  # (..., r)
-            update = self.scaling[name] * linear(u, self.lora_B[name].to(x.dtype))
-            gain = self.variants[name].gain(self, name, x.dtype)
-            if gain is not None:
-                if dropped is not x:  # DoRA's whole product has the dropout, not the update alone
-                    base = self.base_layer(dropped)
-                product = base if self.base_layer.bias is None else base - self.base_layer.bias.to(base.dtype)
-                gain = gain.to(x.dtype)
-                update = (gain - 1) * product + gain * update
-            y = y + update
-        return y
+        if self.rows is not None:
+            return linear_with_rows(x, self)[0]
+        return self.with_updates(self.base_layer(x), x)
 
     def can_fuse(self, x: Tensor) -> bool:
         """Return whether one function computes base and adapter: one active adapter, and nothing that forbids it."""
-        if len(self.active) != 1 or x.shape[-1] != self.in_features:
+        if self.rows is not None or len(self.active) != 1 or x.shape[-1] != self.in_features:
+            return False
+        if not self.variants[self.active[0]].is_fused or "trained_bias" in self._modules:
             return False
         if torch.is_autocast_enabled(x.device.type):  # which picks the dtype of each product by itself
             return False
@@ -88,8 +103,11 @@ def linear_together(x: Tensor, *layers: nn.Module, again: Again | None = None) -
     Where all are LoRA layers, their adapters' products with x, and with its gradient, are one product each. With
     `again` they do not keep x for the backward pass but compute it anew: cheap for what a norm or an activation gave.
     """
-    if all(isinstance(layer, LoRALinear) and layer.can_fuse(x) and not _has_hooks(layer) for layer in layers):
-        return _fused(x, *(layer for layer in layers if isinstance(layer, LoRALinear)), again=again)
+    adapted = [layer for layer in layers if isinstance(layer, LoRALinear) and not _has_hooks(layer)]
+    if len(adapted) == len(layers) and all(layer.can_fuse(x) for layer in adapted):
+        return _fused(x, *adapted, again=again)
+    if len(adapted) == len(layers) and all(layer.rows is not None for layer in adapted):
+        return linear_with_rows(x, *adapted)
     return tuple(layer(x) for layer in layers)
 
 

@@ -6,6 +6,7 @@ Hidden states travel as a flat (tokens, hidden) matrix, whatever the batch looks
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ShapeError
-from ..layers import Again, RMSNorm, apply_rope, linear_together, rope_frequencies, rope_tables, swiglu
+from ..layers import Again, RMSNorm, TakesRows, apply_rope, linear_together, rope_frequencies, rope_tables, swiglu
 from .attention import Layout
 from .cache import KVCache
 from .config import DecoderConfig
@@ -106,7 +107,7 @@ class DecoderStack(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
-class Decoder(nn.Module):
+class Decoder(TakesRows, nn.Module):
     """A causal language model of the Llama family.
 
         logits = model(input_ids)        # (batch, seq) int64 -> (batch, seq, vocab), in the model's dtype
@@ -172,9 +173,25 @@ class Decoder(nn.Module):
                 once; `lengths` are those of the rests. The results are as if each sequence had been given whole.
 
         Raises:
-            ShapeError: the shape does not fit, a sequence exceeds the context, or a token id the vocabulary.
+            ShapeError: the shape does not fit, a sequence exceeds the context, or a token id the vocabulary. Or, within
+                `use_rows`, the rows are not as many as the sequences, or are to share tokens.
         """
         layout = self._layout(input_ids, lengths, cache, shared)
+        with self._rows_laid_out(input_ids, lengths, shared):
+            hidden = self._through_layers(input_ids, layout, cache)
+        return hidden.view(*input_ids.shape, -1)
+
+    def _rows_laid_out(
+        self, input_ids: Tensor, lengths: Sequence[int] | None, shared: int
+    ) -> contextlib.AbstractContextManager[None]:
+        """Tell the adapted layers, where rows have adapters of their own, which of the flat tokens are whose."""
+        if self.rows is None:
+            return contextlib.nullcontext()
+        if shared:
+            raise ShapeError("rows with adapters of their own cannot share tokens: each computes them differently")
+        return self.rows.laid_out([input_ids.shape[1]] * len(input_ids) if lengths is None else lengths)
+
+    def _through_layers(self, input_ids: Tensor, layout: Layout, cache: KVCache | None) -> Tensor:
         x = self.model.embed_tokens(input_ids.reshape(-1))  # (tokens, hidden)
         # On the fly, not a buffer: fp32 frequencies must survive .to(torch.bfloat16), and these are few numbers.
         frequencies = rope_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
@@ -184,7 +201,7 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.length += input_ids.shape[1]
         hidden: Tensor = self.model.norm(x)
-        return hidden.view(*input_ids.shape, -1)
+        return hidden
 
     def _layout(self, input_ids: Tensor, lengths: Sequence[int] | None, cache: KVCache | None, shared: int) -> Layout:
         if lengths is not None:

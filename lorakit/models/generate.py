@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +31,8 @@ def generate(
 ) -> str | list[str]:
     """Continue prompts, or answer conversations through the tokenizer's chat template.
 
+    Within `use_rows` each prompt has an adapter of its own.
+
     Args:
         messages_or_prompts: one prompt (str) or one conversation (list of {"role", "content"}), or a list of either.
         max_new_tokens: most tokens to add; generation stops earlier at an end-of-turn token.
@@ -44,7 +47,8 @@ def generate(
 
     Raises:
         ConfigError: a number is out of range.
-        DataError: an empty prompt, or one that leaves no room for max_new_tokens in the context.
+        DataError: an empty prompt, or one that leaves no room for max_new_tokens in the context; or `use_rows` names
+            adapters for more or fewer prompts.
     """
     for name, value in {"max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
         if value < 1:
@@ -61,6 +65,10 @@ def generate(
                 f"prompt {index} has {len(prompt)} tokens; expected 1 to {room}, so that {max_new_tokens} more fit the "
                 f"context of {model.config.context_length}"
             )
+    if model.rows is not None and len(model.rows.names) != len(prompts):
+        raise DataError(
+            f"use_rows names an adapter for {len(model.rows.names)} rows, but there are {len(prompts)} prompts"
+        )
     sampler = _Sampler(temperature, top_p, seed, model.device)
     answers: list[list[int]] = [[] for _ in prompts]
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # alike lengths together: less padding
@@ -69,9 +77,8 @@ def generate(
     try:
         for start in range(0, len(prompts), batch_size):
             rows = by_length[start : start + batch_size]
-            steps = _continue(model, [prompts[i] for i in rows], max_new_tokens, tok.eos_ids, sampler)
-            for row, token in steps:
-                answers[rows[row]].append(token)
+            for row, token in _continue(model, prompts, rows, max_new_tokens, tok.eos_ids, sampler):
+                answers[row].append(token)
     finally:
         model.train(was_training)
     texts = [tok.decode(ids) for ids in answers]
@@ -85,13 +92,15 @@ def _encode(tok: Tokenizer, item: str | Conversation) -> list[int]:
 @torch.inference_mode()
 def _continue(
     model: Decoder,
-    prompts: list[list[int]],
+    all_prompts: list[list[int]],
+    chosen: list[int],
     max_new_tokens: int,
     eos_ids: Sequence[int],
     sampler: _Sampler,
 ) -> Iterator[tuple[int, int]]:
-    """Yield (row, token) as tokens are generated; end-of-turn tokens are not yielded."""
-    prefix = _shared_prefix(prompts)
+    """Yield (prompt, token) as tokens are generated for the chosen ones; end-of-turn tokens are not yielded."""
+    prompts = [all_prompts[index] for index in chosen]
+    prefix = _shared_prefix(prompts) if model.rows is None else 0  # each adapter computes even the same tokens anew
     longest = max(map(len, prompts))
     padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=model.device)
     shared = None
@@ -102,11 +111,12 @@ def _continue(
     # Any id will do as padding: it is masked, and the tokenizer's own may be one that the model has no row for.
     rest = [[0] * (longest - len(prompt)) + prompt[prefix:] for prompt in prompts]
     ids = torch.tensor(rest, device=model.device)  # (batch, longest - prefix)
-    rows = torch.arange(len(prompts), device=model.device)
+    rows = torch.tensor(chosen, device=model.device)
     stops = torch.tensor(list(eos_ids), device=model.device)
     going = torch.ones_like(rows, dtype=torch.bool)
     for _ in range(max_new_tokens):
-        logits = model.lm_head(model.hidden_states(ids, cache=cache)[:, -1]).float()  # (batch, vocab)
+        with contextlib.nullcontext() if model.rows is None else model.rows.selected(rows.tolist()):
+            logits = model.lm_head(model.hidden_states(ids, cache=cache)[:, -1]).float()  # (batch, vocab)
         tokens = sampler(logits)
         going &= ~torch.isin(tokens, stops)
         yield from zip(rows[going].tolist(), tokens[going].tolist(), strict=True)

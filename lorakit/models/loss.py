@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Sequence
 
@@ -27,14 +28,17 @@ def summed_loss(model: nn.Module, input_ids: Tensor, targets: Tensor, lengths: S
         targets: (tokens,) int64, the next token, or negative where it is not trained.
     """
     if isinstance(model, Decoder):
-        input_ids, targets, lengths, shared = _share_prefix(input_ids, targets, lengths)
+        shared = 0
+        if model.rows is None:  # rows with adapters of their own compute even the same tokens differently
+            input_ids, targets, lengths, shared = _share_prefix(input_ids, targets, lengths)
         trained = targets >= 0
         # Rows that train nothing are dropped before the projection to the vocabulary: most rows, with prompts masked.
         hidden = model.hidden_states(input_ids, lengths, shared=shared)[trained]
         head = model.get_output_embeddings()  # a LoRALinear where the head is adapted
         if isinstance(head, nn.Linear) and not head.weight.requires_grad:
             return linear_cross_entropy(hidden, head.weight, targets[trained])
-        logits = head(hidden)
+        with _trained_rows(model, trained, lengths):
+            logits = head(hidden)
     else:
         trained = targets >= 0
         logits = _padded_logits(model, input_ids, lengths)[trained]
@@ -72,6 +76,13 @@ def _share_prefix(
         return input_ids, targets, lengths, 0
     keep = torch.ones_like(input_ids, dtype=torch.bool).index_fill_(0, heads[1:, :shared].reshape(-1), False)
     return input_ids[keep], targets[keep], [length - shared for length in lengths], shared
+
+
+def _trained_rows(model: Decoder, trained: Tensor, lengths: Sequence[int]) -> contextlib.AbstractContextManager[None]:
+    """Tell an adapted head, where rows have adapters of their own, how many hidden states of each row it gets."""
+    if model.rows is None:
+        return contextlib.nullcontext()
+    return model.rows.laid_out([int(row.sum()) for row in trained.split(list(lengths))])
 
 
 def _padded_logits(model: nn.Module, input_ids: Tensor, lengths: Sequence[int]) -> Tensor:

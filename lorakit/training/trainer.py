@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters import adapter_configs
+from ..adapters import adapter_configs, idle_adapters
 from ..data import Example, Record, batch_order, encode_records, make_batch, micro_batches
 from ..errors import DataError, TrainingError
 from ..measure import peak_rss_mb
@@ -87,7 +87,14 @@ def train(
     config = config or TrainConfig()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
-        raise TrainingError("the model has no trainable parameter; attach an adapter with add_adapter first")
+        raise TrainingError(
+            "the model has no trainable parameter; attach an adapter with add_adapter, or choose one with set_trained"
+        )
+    if idle := idle_adapters(model):
+        raise TrainingError(
+            f"adapter '{idle[0]}' is to be trained but is not active, so nothing would reach it; make it active with "
+            "set_adapter, or choose what to train with set_trained"
+        )
     examples = encode_records(tok, train_records, config.max_length)
     held_out = encode_records(tok, eval_records, config.max_length)
     if not examples:

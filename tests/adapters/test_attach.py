@@ -21,6 +21,7 @@ from lorakit import (
     quantize,
     remove_adapter,
     set_adapter,
+    set_trained,
 )
 from lorakit.adapters import adapter_configs, count_parameters, lora_layers
 from lorakit.errors import AdapterError, ConfigError
@@ -190,14 +191,17 @@ class TestRefusals:
         assert "no module matches 'q_porj'; did you mean 'q_proj'?" in message
         assert "no module matches 'xyzzy'\n" in message
         assert "v_proj'" not in message
-        assert "linear layers here: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head" in message
+        names = "embed_tokens, q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head"
+        assert f"adaptable layers here: {names}" in message
 
     def test_a_name_that_is_taken(self) -> None:
         model = mlp()
         add_adapter(model, config())
         assert "already has an adapter 'default'" in self.refused(model, config(), "default")
 
-    @pytest.mark.parametrize("name", ["", "a.b", "train", "eval", "keys", "items", "float", "training", "__class__"])
+    @pytest.mark.parametrize(
+        "name", ["", "a.b", "train", "eval", "keys", "items", "float", "training", "__class__", "__base__"]
+    )
     def test_names_that_torch_cannot_hold(self, name: str) -> None:
         assert "cannot name an adapter" in self.refused(mlp(), config(), name)
 
@@ -212,8 +216,9 @@ class TestRefusals:
             {"lora_alpha": 0},
             {"lora_alpha": float("inf")},
             {"lora_dropout": 1.0},
-            {"bias": "all"},
-            {"modules_to_save": ["lm_head"]},
+            {"bias": "some"},
+            {"modules_to_save": [3]},
+            {"init_lora_weights": "pisa"},
             {"rank_pattern": {"x": 0}},
             {"alpha_pattern": {"x": 0}},
         ],
@@ -241,9 +246,10 @@ class TestSwitching:
     def test_the_last_one_added_is_active_and_trained_alone(self) -> None:
         assert self.trained(self.two()) == {"2.1.lora_A.b", "2.1.lora_B.b"}
 
-    def test_set_adapter_trains_that_one_alone(self) -> None:
+    def test_set_trained_trains_that_one_alone(self) -> None:
         model = self.two()
         set_adapter(model, "a")
+        set_trained(model, "a")
         assert self.trained(model) == {f"{path}.lora_{m}.a" for path in ("0", "2.0", "2.1") for m in "AB"}
         model(X).sum().backward()
         assert all(p.grad is not None for p in adapter_parameters(model, "a"))
@@ -257,6 +263,7 @@ class TestSwitching:
         for names in (["a", "b"], ["b", "a"], ("a", "b", "a")):
             set_adapter(model, names)
             torch.testing.assert_close(model(X), dense(X))
+        set_trained(model, ["a", "b"])
         assert len(self.trained(model)) == 8
 
     def test_switching_back_and_forth_repeats_to_the_bit(self) -> None:
@@ -269,7 +276,9 @@ class TestSwitching:
     def test_no_adapter_at_all(self) -> None:
         model = self.two()
         set_adapter(model, [])
-        assert torch.equal(model(X), mlp()(X)) and self.trained(model) == set()
+        assert torch.equal(model(X), mlp()(X))
+        set_trained(model, [])
+        assert self.trained(model) == set()
 
     def test_an_unknown_name_changes_nothing(self) -> None:
         model = self.two()

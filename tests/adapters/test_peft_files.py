@@ -108,12 +108,12 @@ def test_what_was_saved_is_loaded(
             layer = each.model.layers[0].mlp
             layer.up_proj = Linear4bit(quantize(layer.up_proj.weight))
     torch.manual_seed(0)
-    add_adapter(model, LoraConfig(init_lora_weights=False, **options), "here")
+    add_adapter(model, LoraConfig(init_lora_weights=False, **options), "here", is_strict=False)
     folder = save_adapter(model, tmp_path_factory.mktemp("adapter") / "adapter", "here")
     report = load_adapter(other, folder, "there")
     assert report.ranks == {path: len(layer.lora_A["here"]) for path, layer in lora_layers(model).items()}
     for ours, theirs in zip(adapter_parameters(model), adapter_parameters(other), strict=True):
-        assert torch.equal(ours, theirs) and theirs.requires_grad
+        assert torch.equal(ours, theirs) and not theirs.requires_grad
     assert torch.equal(model(IDS), other(IDS))
     again = save_adapter(other, folder.with_name("again"), "there")
     assert [file.read_bytes() for file in sorted(again.iterdir())] == [f.read_bytes() for f in sorted(folder.iterdir())]
@@ -253,12 +253,12 @@ class TestBrokenFolders:
             ({"lora_alpha": "high"}, "lora_alpha"),
             ({"target_modules": 7}, "target_modules"),
             ({"target_modules": ["w_proj"]}, "no module matches 'w_proj'"),
-            ({"use_dora": True}, "use_dora"),
-            ({"bias": "all"}, "bias"),
-            ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-            ({"trainable_token_indices": [1]}, "trainable_token_indices"),
-            ({"fan_in_fan_out": True}, "fan_in_fan_out"),
-            ({"lora_bias": True}, "lora_bias"),
+            ({"use_bdlora": {"nblocks": 2}}, "use_bdlora"),
+            ({"bias": "some"}, "bias"),
+            ({"modules_to_save": ["head"]}, "no module matches 'head' of modules_to_save; did you mean 'lm_head'?"),
+            ({"trainable_token_indices": [4000]}, "expected different tokens below 400"),
+            ({"target_parameters": ["experts.up"]}, "no parameter matches 'experts.up'"),
+            ({"use_dora": True, "lora_bias": True}, "exclude each other"),
             ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa', which changed the base model"),
             ({"init_lora_weights": "pissa_niter_16"}, "which changed the base model"),
             ({"init_lora_weights": "olora"}, "which changed the base model"),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from small_models import conversations, small_decoder, write_checkpoint
 
-from bench import memory, scaling, sft, step_7b, train_step
+from bench import dora, memory, scaling, sft, step_7b, train_step
 from bench.make_llama import SMOLLM2, make_llama
 from bench.processes import ROOT, Figures, Side
 from bench.sides import lorakit_sft, lorakit_step
@@ -154,3 +154,20 @@ def test_every_trick_can_be_taken_out() -> None:
     code = "from bench.sides.without import WITHOUT\nfor take_out in WITHOUT.values(): take_out()\nprint(len(WITHOUT))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert run.stdout.strip() == "5", run.stderr
+
+
+def test_dora_is_compared_with_our_lora(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = dora.cases(str(tiny), length=16, steps=1)
+    seen: dict[Side, list[Figures]] = {}
+    for sides in found.values():
+        lora, ours, peer = sides.values()
+        seen |= {lora: [run_of(2.0, 110.0)], ours: [run_of(2.2, 130.0)], peer: [run_of(6.6, 510.0)]}
+    values = [target.value for target in dora.targets(found, seen, interpreter=10.0)]
+    assert values == pytest.approx(2 * [1.1, 1.2, 3.0])
+    dora.check_losses(found, seen)
+    losses = []
+    for who in dora.WHO[:2]:
+        lorakit_step.main(found["NF4"][who].arguments)
+        losses.append(json.loads(capsys.readouterr().out)["losses"])
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=2e-3)  # a fresh DoRA adapter changes nothing
+    assert losses[0][1] != losses[1][1]

@@ -85,7 +85,7 @@ def test_ours_in_peft(
     logits_of: LogitsOf, tmp_path: Path,
 ) -> None:  # fmt: skip
     ours = fresh(our_model)
-    add_adapter(ours, LoraConfig(**case))
+    add_adapter(ours, LoraConfig(**case), is_strict=False)  # a pattern of these matches nothing
     save_adapter(ours, tmp_path / "adapter")
     theirs = peft.PeftModel.from_pretrained(fresh(their_model), tmp_path / "adapter").eval()
 
@@ -116,7 +116,7 @@ def test_ours_on_a_transformers_model_in_peft(
     case: dict[str, Any], their_model: nn.Module, fresh: Fresh, ids: Tensor, logits_of: LogitsOf, tmp_path: Path
 ) -> None:
     ours = fresh(their_model)
-    add_adapter(ours, LoraConfig(**case))
+    add_adapter(ours, LoraConfig(**case), is_strict=False)  # a pattern of these matches nothing
     save_adapter(ours, tmp_path / "adapter")
     theirs = peft.PeftModel.from_pretrained(fresh(their_model), tmp_path / "adapter").eval()
     assert meaning(ours) == meaning(theirs)
@@ -161,13 +161,6 @@ def test_adapters_of_a_changed_base_are_refused(
     config = peft.LoraConfig(r=2, target_modules=["layers.0.self_attn.k_proj"], init_lora_weights=init)
     peft.get_peft_model(whole_copy, config).save_pretrained(tmp_path / "adapter")
     with pytest.raises(AdapterError, match=f"init_lora_weights.*{init}"):
-        load_adapter(fresh(our_model), tmp_path / "adapter")
-
-
-def test_layers_pattern_is_refused(our_model: Decoder, their_model: nn.Module, fresh: Fresh, tmp_path: Path) -> None:
-    config = peft.LoraConfig(target_modules=["k_proj"], layers_to_transform=[1], layers_pattern="layers")
-    peft.get_peft_model(fresh(their_model), config).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(AdapterError, match="layers_pattern"):
         load_adapter(fresh(our_model), tmp_path / "adapter")
 
 

@@ -1,12 +1,16 @@
 """The ways in which a low-rank update enters a layer, one file each; a new one is a file and a line in the table."""
 
 from .dora import DoRA
+from .lora_bias import LoRABias
 from .plain import Plain
-from .variant import Variant
+from .residual import Residual
+from .variant import KeptGain, Variant
 
-__all__ = ["VARIANTS", "Variant"]
+__all__ = ["VARIANTS", "KeptGain", "Variant"]
 
 VARIANTS: dict[str, Variant] = {
     "plain": Plain(),
     "dora": DoRA(),
+    "lora_bias": LoRABias(),
+    "residual": Residual(),
 }

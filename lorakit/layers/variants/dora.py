@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .variant import Variant
+from .variant import KeptGain, Variant
 
 if TYPE_CHECKING:
     from ..adapted import AdaptedLayer
@@ -32,8 +32,28 @@ class DoRA(Variant):
         return {"lora_magnitude_vector": row_norms(layer, name, torch.float32).to(dtype)}
 
     def gain(self, layer: AdaptedLayer, name: str, dtype: torch.dtype) -> Tensor:
-        magnitude: Tensor = layer.table("lora_magnitude_vector")[name].flatten()
-        return magnitude / row_norms(layer, name, dtype)
+        magnitude: Tensor = layer.table("lora_magnitude_vector")[name]
+        if torch.is_grad_enabled():
+            layer.kept_gains.pop(name, None)
+            return _gain(magnitude, row_norms(layer, name, dtype))
+        # One token after another, the norms would cost as much as the layer: they are kept while nothing changes. What
+        # they come from is compared by value, as a write to `.data` changes no version.
+        sources = (magnitude, layer.lora_A[name], layer.lora_B[name])
+        kept = layer.kept_gains.get(name)
+        if kept is None or kept.dtype != dtype or not all(map(_same, sources, kept.sources)):
+            gain = _gain(magnitude, row_norms(layer, name, dtype))
+            kept = KeptGain(dtype, gain, tuple(source.detach().clone() for source in sources))
+            layer.kept_gains[name] = kept
+        return kept.gain
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+
+
+def _gain(magnitude: Tensor, norms: Tensor) -> Tensor:
+    """Return m / n; a row of zeros, whose magnitude is zero too, stays one."""
+    return magnitude / norms.masked_fill(norms == 0, 1)
 
 
 @torch.no_grad()

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from ..adapted import AdaptedLayer
+
+
+class KeptGain(NamedTuple):
+    """A gain, and the dtype and values that it was computed for."""
+
+    dtype: torch.dtype
+    gain: Tensor
+    sources: tuple[Tensor, ...]
 
 
 class Variant:
@@ -20,14 +28,20 @@ class Variant:
         name: its key in `VARIANTS`.
         trained: names of the tables of further trained parameters.
         kept: names of the tables of parameters that the adapter needs and nobody trains.
+        is_fused: whether A, B, scaling and gain say it all, so that a layer's fused function may compute it.
     """
 
     name: str
     trained: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
+    is_fused: bool = True
+
+    def shapes(self, layer: AdaptedLayer) -> dict[str, tuple[int, ...]]:
+        """Return the trained tables' shapes: name of the table -> shape of an adapter's parameter."""
+        return dict.fromkeys(self.trained, (layer.out_features,))
 
     def start(self, layer: AdaptedLayer, name: str) -> dict[str, Tensor]:
-        """Return the first values of the trained tables, for the A and B that the layer has by now."""
+        """Return the first values of all tables, for the A and B that the layer has by now."""
         return {}
 
     def gain(self, layer: AdaptedLayer, name: str, dtype: torch.dtype) -> Tensor | None:
@@ -37,6 +51,14 @@ class Variant:
             dtype: of the layer's products.
         """
         return None
+
+    def offset(self, layer: AdaptedLayer, name: str) -> Tensor | None:
+        """Return what is added to the layer's bias, (out_features,), or None."""
+        return None
+
+    def update(self, layer: AdaptedLayer, name: str, x: Tensor) -> Tensor:
+        """Return what the low-rank update adds to the layer's output for x, before the gain."""
+        return layer.scaling[name] * layer.low_rank(layer.lora_A[name], layer.lora_B[name], x)
 
     def factors(self, layer: AdaptedLayer, name: str) -> tuple[Tensor, Tensor]:
         """Return the update as (up, down): (out_features, k), with the scaling, and (k, in_features)."""

@@ -1,0 +1,53 @@
+"""EVA: start A at the directions in which a layer's inputs vary most (Paischer et al. 2024, arXiv:2410.07170, eq. 3).
+
+    X = U S Vᵀ for the inputs X (tokens, in) of a layer on examples of the task:   A = V[:, :r]ᵀ,   B = 0
+
+V are the eigenvectors of Xᵀ X, which is summed over the examples; no input is kept. Ranks are as configured: they are
+not redistributed among layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import AdapterError
+from ...layers import AdaptedLayer, LoRALinear
+from .matrices import write
+
+
+@torch.no_grad()
+def eva(layers: Mapping[str, AdaptedLayer], name: str, losses: Iterable[Tensor]) -> None:
+    """Set A from the inputs that linear layers see while the losses are computed; other layers keep their start.
+
+    Raises:
+        AdapterError: a layer saw fewer inputs than its rank.
+    """
+    linear = {path: layer for path, layer in layers.items() if isinstance(layer, LoRALinear)}
+    moments: dict[str, Tensor] = {}
+    tokens: dict[str, int] = dict.fromkeys(linear, 0)
+
+    def watch(path: str) -> Any:
+        def see(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
+            moments[path] = x.T @ x + moments.get(path, 0)
+            tokens[path] += len(x)
+
+        return see
+
+    hooks = [layer.register_forward_pre_hook(watch(path)) for path, layer in linear.items()]
+    try:
+        for _ in losses:
+            pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for path, layer in linear.items():
+        rank = len(layer.lora_A[name])
+        if tokens[path] < rank:
+            raise AdapterError(f"'eva' needs at least {rank} tokens for {path}, whose rank that is; saw {tokens[path]}")
+        vectors = torch.linalg.eigh(moments[path]).eigenvectors.flip(1)  # of falling eigenvalue
+        write(layer, name, vectors[:, :rank].T, torch.zeros_like(layer.lora_B[name]))

@@ -1,0 +1,68 @@
+"""LoRA-GA: start where the first step follows the full gradient (Wang et al. 2024, arXiv:2407.05000, theorem 3.1).
+
+    G = dLoss/dW = U S Vᵀ:   A = γ' V[:, r:2r]ᵀ,   B = γ' U[:, :r],   γ' = out^(1/4) / √(s γ)
+
+with the stable scale of the paper (eq. 10), γ = 16. B A is not zero; the variant `residual` takes the start out again.
+The gradient is summed from the inputs and the gradients of the outputs, dyᵀ x, so that the base may be frozen or 4-bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import AdapterError
+from ...layers import AdaptedLayer, LoRALinear
+from .matrices import write
+
+_GAMMA = 16.0
+_POWER_ITERATIONS = 4
+
+
+def lora_ga(layers: Mapping[str, AdaptedLayer], name: str, losses: Iterable[Tensor]) -> None:
+    """Set A and B from the gradient of linear layers' weights over the losses; other layers keep their start.
+
+    Raises:
+        AdapterError: a layer got no gradient, or is too small for twice its rank.
+    """
+    linear = {path: layer for path, layer in layers.items() if isinstance(layer, LoRALinear)}
+    gradients: dict[str, Tensor] = {}
+    seen: list[tuple[str, Tensor, Tensor]] = []  # of one loss: path, x, y
+
+    def watch(path: str) -> Any:
+        def see(_: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
+            y = y if y.requires_grad else y.detach().requires_grad_()  # the first layers of a frozen model
+            seen.append((path, inputs[0].detach(), y))
+            return y
+
+        return see
+
+    hooks = [layer.register_forward_hook(watch(path)) for path, layer in linear.items()]
+    try:
+        with torch.enable_grad():
+            for loss in losses:
+                dys = torch.autograd.grad(loss, [y for _, _, y in seen])  # not backward: nothing gets a .grad
+                for (path, x, _), dy in zip(seen, dys, strict=True):
+                    product = dy.flatten(0, -2).T.float() @ x.flatten(0, -2).float()
+                    gradients[path] = product + gradients.get(path, 0)
+                seen.clear()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    with torch.no_grad():
+        for path, layer in linear.items():
+            if path not in gradients:
+                raise AdapterError(f"'lora_ga' saw no gradient of {path}; are there losses, and do they depend on it?")
+            _start(path, layer, name, gradients[path])
+
+
+def _start(path: str, layer: LoRALinear, name: str, gradient: Tensor) -> None:
+    rank = len(layer.lora_A[name])
+    if 2 * rank > min(gradient.shape):
+        raise AdapterError(f"'lora_ga' at rank {rank} needs {2 * rank} directions; {path} has {min(gradient.shape)}")
+    u, _, v = torch.svd_lowrank(gradient, min(4 * rank, *gradient.shape), _POWER_ITERATIONS)
+    size = layer.out_features**0.25 / (_GAMMA * layer.scaling[name]) ** 0.5
+    write(layer, name, size * v[:, rank : 2 * rank].T, size * u[:, :rank])

@@ -1,0 +1,33 @@
+"""A and B random, in orthogonal halves of the rank: both trained from the first step, and B A = 0.
+
+With a random orthogonal Q (r, r), A is spanned by its odd rows and B by its even ones, so that B A = 0. PEFT draws the
+same ("orthogonal").
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ...errors import AdapterError
+from ...layers import AdaptedLayer
+from .matrices import write
+
+_SIZE = 0.1  # deviation of the elements of A and B before they meet Q, PEFT's choice
+
+
+@torch.no_grad()
+def orthogonal(layer: AdaptedLayer, name: str) -> None:
+    """Set A and B from the halves of a random orthogonal matrix.
+
+    Raises:
+        AdapterError: the rank is odd.
+    """
+    rank = len(layer.lora_A[name])
+    if rank % 2:
+        raise AdapterError(f"init_lora_weights 'orthogonal' halves the rank, which is {rank}; choose an even one")
+    device = layer.lora_A[name].device
+    columns = layer.lora_A[name].flatten(1).shape[1]
+    q = torch.linalg.qr(torch.randn(rank, rank, device=device)).Q
+    lora_a = q[0::2].T @ torch.randn(rank // 2, columns, device=device)
+    lora_b = torch.randn(layer.out_features, rank // 2, device=device) @ q[1::2]
+    write(layer, name, _SIZE * lora_a, _SIZE * lora_b)

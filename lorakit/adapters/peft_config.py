@@ -1,0 +1,112 @@
+"""PEFT's adapter_config.json: read strictly into a `LoraConfig`, written with the keys that its readers look for."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import AdapterError, CheckpointError, ConfigError
+from ..layers import LoRALinear
+from .attach import adapter_configs, lora_layers
+from .config import LoraConfig
+
+CONFIG_FILE = "adapter_config.json"
+
+# Keys of PEFT's config that change the result and that we do not have: they must hold a neutral value.
+_UNSUPPORTED = (
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config", "use_bdlora",
+    "use_qalora", "velora_config",
+)  # fmt: skip
+# Starts that take the adapter's first value out of the base: their files fit a base that nobody has any more.
+_BASE_CHANGING_INITS = ("corda", "loftq", "lora_ga", "olora", "pissa")
+
+
+def read_adapter_config(path: str | os.PathLike[str]) -> LoraConfig:
+    """Read the adapter_config.json of a PEFT folder.
+
+    Raises:
+        CheckpointError: it is missing or not JSON.
+        AdapterError: it is not a LoRA adapter, or needs a feature we do not have.
+    """
+    file = Path(path) / CONFIG_FILE
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not JSON: {error}") from None
+    if not isinstance(values, dict) or values.get("peft_type") != "LORA":
+        kind = values.get("peft_type") if isinstance(values, dict) else type(values).__name__
+        raise AdapterError(f"{file}: expected an object with peft_type 'LORA', got {kind!r}")
+    used = [key for key in _UNSUPPORTED if values.get(key)]
+    if used:
+        raise AdapterError(f"{file} needs {', '.join(used)}, which this version does not support")
+    init = values.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
+        raise AdapterError(
+            f"{file} has init_lora_weights '{init}', which changed the base model; convert the adapter to plain "
+            "LoRA with PEFT first (save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    known = {key: values[key] for key in LoraConfig.model_fields if key in values and key != "init_lora_weights"}
+    known = {key: value for key, value in known.items() if value is not None}
+    known.setdefault("target_modules", [])
+    known.setdefault("ensure_weight_tying", False)  # as PEFT reads a config without it
+    try:
+        return LoraConfig(**known)
+    except ConfigError as error:
+        raise AdapterError(f"{file}: {error}") from None
+
+
+def peft_config(model: nn.Module, name: str) -> dict[str, Any]:
+    """Return the contents of adapter_config.json for an adapter of a model."""
+    config = adapter_configs(model)[name]
+    values = config.model_dump(mode="json")
+    if config.variant == "residual":
+        values |= _doubled(config)
+    values["lora_alpha"] = _whole(values["lora_alpha"])
+    values["alpha_pattern"] = {key: _whole(alpha) for key, alpha in values["alpha_pattern"].items()}
+    targets = values["target_modules"]
+    is_word = isinstance(targets, str) and targets.lower() == "all-linear"  # which not every reader knows
+    is_narrowed = isinstance(targets, str) and values["layers_to_transform"] is not None  # which PEFT refuses
+    if is_word or is_narrowed:
+        values["target_modules"] = _target_names(model, name)
+    folder = getattr(model, "folder", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    layers = lora_layers(model, name).values()
+    return values | {
+        "peft_type": "LORA",
+        "task_type": None if head is None else "CAUSAL_LM",
+        "base_model_name_or_path": None if folder is None else str(folder),
+        "fan_in_fan_out": any(isinstance(layer, LoRALinear) and layer.is_conv1d for layer in layers),
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "ensure_weight_tying": bool(config.ensure_weight_tying),
+    }
+
+
+def _doubled(config: LoraConfig) -> dict[str, Any]:
+    """An adapter that started inside the base is written as plain LoRA of twice the rank, with the same scaling."""
+    factor = 2**0.5 if config.use_rslora else 2
+    return {
+        "r": 2 * config.r,
+        "lora_alpha": factor * config.lora_alpha,
+        "rank_pattern": {key: 2 * rank for key, rank in config.rank_pattern.items()},
+        "alpha_pattern": {key: factor * alpha for key, alpha in config.alpha_pattern.items()},
+    }
+
+
+def _target_names(model: nn.Module, name: str) -> list[str]:
+    """Return the last names of the adapted layers, or full paths where a last name would match other layers too."""
+    adapted = set(lora_layers(model, name))
+    names = {path.rsplit(".", 1)[-1] for path in adapted}
+    others = [path for path, _ in model.named_modules() if path not in adapted]  # a container's name counts in PEFT
+    extra = [path for path in others if path.rsplit(".", 1)[-1] in names]
+    return sorted(adapted if extra else names)
+
+
+def _whole(value: float) -> float:
+    return int(value) if value == int(value) else value

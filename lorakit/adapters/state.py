@@ -1,0 +1,122 @@
+"""What a model knows of its adapters: their settings, which are active, which are trained, and where they are.
+
+The record is the truth and `apply_state` writes it into the layers; nothing else sets a layer's `active` or `rows`. The
+layers are found once and remembered, so that switching never walks through the whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from ..errors import AdapterError, did_you_mean
+from ..layers import AdaptedLayer, AdapterPart, Rows, TakesRows
+from .config import LoraConfig
+
+
+@dataclass
+class AdapterState:
+    """The record, which lives on the model.
+
+    Attributes:
+        configs: adapter name -> settings, in the order they were attached.
+        active: names of the adapters whose updates are added, in order.
+        trained: names of the adapters whose parameters get gradients.
+        disabled: how many `disable_adapters` contexts are open.
+        rows: of the `use_rows` contexts that are open, the innermost last.
+        on_host: names of the adapters that are kept in host memory while they are not in use.
+        parts, takers: modules of the model that hold adapters, or are told of rows; parts is None where they
+            have to be looked for.
+    """
+
+    configs: dict[str, LoraConfig] = field(default_factory=dict)
+    active: tuple[str, ...] = ()
+    trained: tuple[str, ...] = ()
+    disabled: int = 0
+    rows: list[Rows] = field(default_factory=list)
+    on_host: set[str] = field(default_factory=set)
+    parts: list[AdapterPart] | None = None
+    takers: list[TakesRows] = field(default_factory=list)
+
+    def in_use(self, name: str) -> bool:
+        """Whether an adapter is active or some row's; it stays so while adapters are disabled."""
+        return name in self.active or any(name in rows.adapters for rows in self.rows)
+
+
+def state_of(model: nn.Module) -> AdapterState:
+    """Return the record of a model's adapters."""
+    if not hasattr(model, "lora_state"):
+        model.lora_state = AdapterState()  # type: ignore[assignment]
+    state: AdapterState = model.lora_state  # type: ignore[assignment]
+    return state
+
+
+def adapter_configs(model: nn.Module) -> dict[str, LoraConfig]:
+    """Return the model's adapters, name -> config; the dict lives on the model."""
+    return state_of(model).configs
+
+
+def check_adapter(model: nn.Module, name: str) -> None:
+    """Raise AdapterError, naming the nearest, unless the model has adapter `name`."""
+    names = adapter_configs(model)
+    if name not in names:
+        known = ", ".join(names) or "none"
+        raise AdapterError(f"the model has no adapter '{name}'{did_you_mean(name, names)} (attached: {known})")
+
+
+def checked_names(model: nn.Module, name: str | Sequence[str]) -> tuple[str, ...]:
+    """Return one name, or several, as a tuple without repetitions; all must be adapters of the model.
+
+    Raises:
+        AdapterError: there is no adapter of that name.
+    """
+    names = (name,) if isinstance(name, str) else tuple(dict.fromkeys(name))
+    for one in names:
+        check_adapter(model, one)
+    return names
+
+
+def adapter_parts(model: nn.Module, name: str | None = None) -> dict[str, AdapterPart]:
+    """Return every module that stands in for another, path -> module: all, or those that carry adapter `name`."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, AdapterPart) and (name is None or name in module.names())
+    }
+
+
+def lora_layers(model: nn.Module, name: str | None = None) -> dict[str, AdaptedLayer]:
+    """Return the layers with low-rank updates, path -> layer: all of them, or those that carry adapter `name`."""
+    return {path: part for path, part in adapter_parts(model, name).items() if isinstance(part, AdaptedLayer)}
+
+
+def known_parts(model: nn.Module, name: str | None = None) -> list[AdapterPart]:
+    """Return what `adapter_parts` returns, remembered since an adapter was last attached or taken off."""
+    state = state_of(model)
+    if state.parts is None:
+        state.parts = [module for module in model.modules() if isinstance(module, AdapterPart)]
+        state.takers = [module for module in model.modules() if isinstance(module, TakesRows)]
+    return [part for part in state.parts if name is None or name in part.names()]
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` wherever the model holds `old`: a layer may be shared by several parents."""
+    state_of(model).parts = None
+    for parent in list(model.modules()):
+        for key, child in list(parent._modules.items()):
+            if child is old and parent is not new:
+                setattr(parent, key, new)
+
+
+def apply_state(model: nn.Module) -> None:
+    """Make the layers compute what the record says."""
+    state = state_of(model)
+    parts = known_parts(model)
+    active = () if state.disabled else state.active
+    rows = state.rows[-1] if state.rows and not state.disabled else None
+    for part in parts:
+        part.active = tuple(name for name in active if name in part.names())
+    for taker in state.takers:
+        taker.rows = rows

@@ -1,0 +1,54 @@
+"""`LoRAConv`: a frozen convolution plus low-rank updates, A a convolution to r channels and B one of a single point."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from .adapted import AdaptedLayer
+
+
+class LoRAConv(AdaptedLayer):
+    """A frozen nn.Conv1d, Conv2d or Conv3d plus a trainable low-rank update.
+
+        y = base(x) + scaling * B * (A * x),   * the convolutions
+
+    A has the base's kernel, stride, padding and dilation, B a kernel of one point, so that the update of the kernel as
+    a matrix (out_channels, in_channels * points) is scaling * B @ A. Convolutions in groups are not adapted: their
+    kernel is block-diagonal and the update would not be.
+
+    Shapes:
+        as the base; lora_A[name] (r, in_channels, *kernel_size); lora_B[name] (out_channels, r, 1, ...)
+    """
+
+    def __init__(self, base_layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
+        super().__init__(base_layer, base_layer.weight[0].numel(), base_layer.out_channels)
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """(in_channels, *kernel_size)."""
+        return tuple(cast(Tensor, self.base_layer.weight).shape[1:])
+
+    def matrix_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (r, *self.kernel), (self.out_features, r, *(1 for _ in self.kernel[1:]))
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        return matrix.view(self.out_features, *self.kernel)
+
+    def low_rank(self, lora_a: Tensor, lora_b: Tensor, x: Tensor) -> Tensor:
+        base = cast(nn.Conv2d, self.base_layer)
+        u = base._conv_forward(x, lora_a.to(x.dtype), None)  # the base's stride, padding and dilation
+        convolve = (torch.conv1d, torch.conv2d, torch.conv3d)[len(self.kernel) - 2]
+        return convolve(u, lora_b.to(x.dtype))
+
+    def along_output(self, vector: Tensor) -> Tensor:
+        return vector.view(-1, *(1 for _ in self.kernel[1:]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.with_updates(self.base_layer(x), x)

@@ -1,0 +1,67 @@
+"""`LoRAEmbedding`: a frozen embedding table plus low-rank updates, of which only the rows looked up are computed."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding
+
+from .adapted import AdaptedLayer
+from .embedding4bit import Embedding4bit
+
+
+class LoRAEmbedding(AdaptedLayer):
+    """A frozen embedding plus a trainable low-rank update (Hu et al. 2021, arXiv:2106.09685).
+
+        y = base(ids) + scaling * lora_A.T[ids] @ lora_B.T
+
+    As a matrix the table is (embedding_dim, num_embeddings), applied to one-hot vectors. A is zero at the start and B
+    normal, as in the paper's code. There is no dropout: ids have nothing to drop.
+
+    Shapes:
+        ids (...) int64 -> y (..., embedding_dim); lora_A[name] (r, num_embeddings); lora_B[name] (embedding_dim, r)
+    """
+
+    matrices = ("lora_embedding_A", "lora_embedding_B")
+
+    def __init__(self, base_layer: nn.Embedding | Embedding4bit) -> None:
+        super().__init__(base_layer, base_layer.num_embeddings, base_layer.embedding_dim)
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        return isinstance(module, nn.Embedding | Embedding4bit)
+
+    def base_weight(self, dtype: torch.dtype) -> Tensor:
+        if isinstance(self.base_layer, Embedding4bit):
+            return self.base_layer.quantized.dequantize(dtype)
+        return super().base_weight(dtype)
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.T
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        return matrix.T
+
+    def _draw(self, lora_a: Tensor, lora_b: Tensor, init: bool) -> None:
+        nn.init.normal_(lora_b)
+        if init is False:
+            nn.init.normal_(lora_a)
+
+    def low_rank(self, lora_a: Tensor, lora_b: Tensor, x: Tensor) -> Tensor:
+        padding = getattr(self.base_layer, "padding_idx", None)
+        update = embedding(x, lora_a.T, padding) @ lora_b.T
+        scale = getattr(self.base_layer, "embed_scale", None)  # Gemma multiplies what it looks up
+        return update if scale is None else update * cast(Tensor, scale).to(update.dtype)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y: Tensor = self.base_layer(ids)
+        result = y
+        for name in self.active:
+            update = self.variants[name].update(self, name, ids).to(y.dtype)
+            gain = self.variants[name].gain(self, name, self.lora_A[name].dtype)
+            if gain is not None:
+                update = (gain - 1).to(y.dtype) * y + gain.to(y.dtype) * update
+            result = result + update
+        return result

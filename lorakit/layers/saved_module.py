@@ -1,0 +1,87 @@
+"""Modules that an adapter trains otherwise than by a low-rank update: whole, some rows of a table, or the bias."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import AdapterError
+from .adapted import AdapterPart
+
+
+class SavedModule(AdapterPart):
+    """A frozen module of which each adapter trains a full copy (`modules_to_save`) or a copy of some parameters.
+
+    The copy of the active adapter computes; of several active adapters only one may have a copy, as there is no sum of
+    copies.
+
+    Raises:
+        AdapterError: in forward, more than one active adapter has a copy.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.copies = nn.ModuleDict()
+        self._trained: dict[str, tuple[str, ...]] = {}
+
+    def shapes(self, parameters: Iterable[str] | None = None) -> dict[str, tuple[int, ...]]:
+        """Return what `add` will train: name of the parameter -> shape."""
+        own = dict(self.base_layer.named_parameters())
+        return {name: tuple(own[name].shape) for name in (own if parameters is None else parameters)}
+
+    def add(self, name: str, dtype: torch.dtype | None = None, parameters: Iterable[str] | None = None) -> None:
+        """Attach a copy of the module, equal to it for now.
+
+        Args:
+            dtype: of the copied parameters; None: their own.
+            parameters: names of those that are trained; the copy shares the others. None: all of them.
+        """
+        own = dict(self.base_layer.named_parameters())
+        trained = tuple(own if parameters is None else parameters)
+        shared = {id(p): p for key, p in own.items() if key not in trained}
+        twin = copy.deepcopy(self.base_layer, cast(dict[int, Any], shared))
+        twin.requires_grad_(False)
+        for key in trained:
+            parent, _, last = key.rpartition(".")
+            holder = twin.get_submodule(parent)
+            setattr(holder, last, nn.Parameter(own[key].detach().to(dtype or own[key].dtype, copy=True)))
+        self.copies[name] = twin
+        self._trained[name] = trained
+
+    def names(self) -> list[str]:
+        return list(self._trained)
+
+    def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
+        return {key: self.copies[name].get_parameter(key) for key in self._trained[name]}
+
+    def remove(self, name: str) -> None:
+        del self.copies[name], self._trained[name]
+        self.active = tuple(other for other in self.active if other != name)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that forward uses, for models that read it."""
+        return cast(Tensor, self._current().weight)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        current = self._current()
+        if current is self.base_layer:
+            return current(*args, **kwargs)
+        dtype = next(current.parameters()).dtype
+        own = next(self.base_layer.parameters()).dtype
+        if dtype == own:
+            return current(*args, **kwargs)
+        # A copy in fp32 for a model in bf16: it is trained in fp32 and computes in bf16.
+        cast_down = {key: p.to(own) for key, p in current.named_parameters()}
+        return torch.func.functional_call(current, cast_down, args, kwargs)
+
+    def _current(self) -> nn.Module:
+        if len(self.active) > 1:
+            raise AdapterError(
+                f"adapters {', '.join(self.active)} each have their own copy of one module; one of them can be active"
+            )
+        return self.copies[self.active[0]] if self.active else self.base_layer

@@ -1,0 +1,352 @@
+"""Per-row adapters: each row is what its adapter alone makes of it, and each adapter learns from its rows alone."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_models import ARCHITECTURES, small_decoder, small_tokenizer
+from torch import Tensor, nn
+
+from lorakit import (
+    Decoder,
+    Linear4bit,
+    LoraConfig,
+    adapter_parameters,
+    add_adapter,
+    disable_adapters,
+    generate,
+    quantize,
+    remove_adapter,
+    set_adapter,
+    set_trained,
+    use_rows,
+)
+from lorakit.adapters import lora_layers
+from lorakit.errors import AdapterError, DataError, ShapeError
+from lorakit.layers import BASE
+from lorakit.models.loss import summed_loss
+
+ADAPTERS: dict[str, dict[str, Any]] = {  # of several ranks, on several layers, one with magnitudes, one rank-stabilized
+    "a": {"r": 2},
+    "b": {"r": 4, "target_modules": ["q_proj", "up_proj"], "lora_alpha": 3},
+    "c": {"r": 3, "use_dora": True, "target_modules": ["q_proj", "v_proj", "down_proj"]},
+    "head": {"r": 1, "target_modules": ["lm_head", "q_proj"], "use_rslora": True},
+}
+NAMES = [*ADAPTERS, BASE]
+
+
+def with_adapters(model: nn.Module) -> nn.Module:
+    for seed, (name, options) in enumerate(ADAPTERS.items()):
+        torch.manual_seed(seed)
+        add_adapter(model, LoraConfig(init_lora_weights=False, **options), name)
+    set_trained(model, list(ADAPTERS))
+    return model
+
+
+def alone(model: nn.Module, name: str) -> None:
+    """Use one adapter for everything, as the rows are compared with."""
+    set_adapter(model, [] if name == BASE else name)
+
+
+@pytest.fixture(scope="module", params=["llama-biases-tied", "qwen3"])
+def decoder(request: pytest.FixtureRequest) -> nn.Module:
+    return with_adapters(small_decoder(**ARCHITECTURES[request.param]))
+
+
+def random_ids(*shape: int) -> Tensor:
+    return torch.randint(0, 400, shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@given(names=st.lists(st.sampled_from(NAMES), min_size=1, max_size=6), length=st.integers(1, 5))
+@settings(max_examples=40)
+def test_each_row_is_what_its_adapter_alone_makes_of_it(decoder: Decoder, names: list[str], length: int) -> None:
+    ids = random_ids(len(names), length)
+    with torch.no_grad(), use_rows(decoder, names):
+        together = decoder(ids)
+    for row, name in enumerate(names):
+        alone(decoder, name)
+        torch.testing.assert_close(together[row : row + 1], decoder(ids[row : row + 1]).detach())
+
+
+@given(rows=st.lists(st.tuples(st.sampled_from(NAMES), st.integers(2, 9)), min_size=1, max_size=6))
+@settings(max_examples=40)
+def test_a_packed_batchs_loss_and_gradients_are_the_rows_own(decoder: Decoder, rows: list[tuple[str, int]]) -> None:
+    names, lengths = [name for name, _ in rows], [length for _, length in rows]
+    ids = random_ids(sum(lengths))
+    targets = ids.roll(-1).masked_fill(torch.arange(len(ids)) % 3 == 0, -100)
+    with use_rows(decoder, names):
+        loss, found = loss_and_gradients(decoder, ids, targets, lengths)
+    losses, expected = torch.zeros(()), {name: torch.zeros(()) for name in found}
+    pieces = zip(names, ids.split(lengths), targets.split(lengths), lengths, strict=True)
+    for name, row, wanted, length in pieces:
+        alone(decoder, name)
+        one, gradients = loss_and_gradients(decoder, row, wanted, [length])
+        losses = losses + one
+        expected = {key: expected[key] + gradients[key] for key in expected}
+    torch.testing.assert_close(loss, losses, rtol=1e-5, atol=1e-5)
+    for key, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[key], rtol=1e-4, atol=1e-5, msg=key)
+    for name in set(ADAPTERS) - set(names):  # nothing, not merely zeros, from the rows of others
+        assert not any(gradient.any() for key, gradient in found.items() if key.endswith(f".{name}"))
+
+
+def loss_and_gradients(
+    model: Decoder, ids: Tensor, targets: Tensor, lengths: list[int]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    loss = summed_loss(model, ids, targets, lengths)
+    if loss.requires_grad:
+        loss.backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return loss.detach(), {k: torch.zeros_like(p) if p.grad is None else p.grad.clone() for k, p in trained.items()}
+
+
+@pytest.mark.parametrize("how", ["mlp", "layer"])
+def test_what_is_computed_again_uses_the_rows_it_used_first(how: str) -> None:
+    model = with_adapters(small_decoder())
+    names, lengths, ids = ["a", BASE, "b"], [4, 3, 5], random_ids(12)
+    with use_rows(model, names):
+        expected = loss_and_gradients(model, ids, ids.roll(-1), lengths)[1]
+        model.set_checkpointing(how)
+        model.zero_grad()
+        loss = summed_loss(model, ids, ids.roll(-1), lengths)
+        model(random_ids(3, 2))  # another batch, laid out otherwise, comes between
+    set_adapter(model, "c")  # and so does everything else, before the backward pass
+    with disable_adapters(model):
+        loss.backward()
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            torch.testing.assert_close(found, expected[key], rtol=1e-4, atol=1e-6)
+    assert {layer.active for layer in lora_layers(model, "c").values()} == {("c",)}
+
+
+class TestPlainModels:
+    def layers(self, quantized: bool = False) -> nn.Sequential:
+        torch.manual_seed(9)
+        first = Linear4bit(quantize(torch.randn(8, 6)), torch.randn(8)) if quantized else nn.Linear(6, 8)
+        model = nn.Sequential(first, nn.Tanh(), nn.Linear(8, 4, bias=False))
+        for name, options in (("a", {}), ("b", {"use_dora": True}), ("c", {"target_modules": ["2"]})):
+            add_adapter(model, LoraConfig(r=2, init_lora_weights=False, **options), name)
+        return model
+
+    @pytest.mark.parametrize("quantized", [False, True])
+    @pytest.mark.parametrize("shape", [(4, 6), (4, 3, 6), (4, 2, 3, 6)])
+    def test_any_shape_whose_first_dimension_is_the_rows(self, shape: tuple[int, ...], quantized: bool) -> None:
+        model, x = self.layers(quantized), torch.randn(shape)
+        names = ["c", "a", BASE, "b"]
+        with use_rows(model, names):
+            together = model(x)
+        for row, name in enumerate(names):
+            alone(model, name)
+            torch.testing.assert_close(together[row], model(x[row : row + 1])[0])
+
+    def test_rows_laid_end_to_end_in_one(self) -> None:
+        model, x, lengths = self.layers(), torch.randn(1, 9, 6), [2, 0, 3, 4]
+        with use_rows(model, ["a", "b", BASE, "c"], lengths):
+            together = model(x)
+        for name, part, mine in zip(
+            ["a", "b", BASE, "c"], together.split(lengths, 1), x.split(lengths, 1), strict=True
+        ):
+            alone(model, name)
+            torch.testing.assert_close(part, model(mine))
+
+    def test_rows_that_cannot_be_told_apart(self) -> None:
+        model = self.layers()
+        with use_rows(model, ["a", "b"]), pytest.raises(ShapeError, match=r"each of 2 rows.*\(4,\)"):
+            model(torch.randn(4, 6))
+        with use_rows(model, ["a", "b"], [2, 1]), pytest.raises(ShapeError, match="do not make"):
+            model(torch.randn(4, 6))
+        assert all(layer.rows is None for layer in lora_layers(model).values())
+
+    def test_bf16_and_autocast(self) -> None:
+        model, names = self.layers().bfloat16(), ["a", BASE, "b", "c"]
+        x = torch.randn(4, 3, 6)
+        with use_rows(model, names):
+            together = model(x.bfloat16())
+        assert together.dtype == torch.bfloat16
+        model = model.float()
+        with torch.autocast("cpu", torch.bfloat16), use_rows(model, names):
+            mixed = model(x)
+        with use_rows(model, names):
+            exact = model(x)
+        for found in (together, mixed):
+            torch.testing.assert_close(found.float(), exact, rtol=0.1, atol=0.1)
+
+    def test_gradients_are_those_of_finite_differences(self) -> None:
+        model = self.layers().double()
+        x = torch.randn(4, 2, 6, dtype=torch.float64, requires_grad=True)
+        named = {key: p for key, p in model.named_parameters() if ".lora_" in key and not key.endswith(".b")}
+        with use_rows(model, ["c", "a", BASE, "a"]):  # DoRA's norm is a constant to its gradient: left out
+
+            def forward(x: Tensor, *values: Tensor) -> Tensor:
+                return torch.func.functional_call(model, dict(zip(named, values, strict=True)), (x,))
+
+            assert torch.autograd.gradcheck(forward, (x, *(p.requires_grad_() for p in named.values())))
+
+
+class TestDropout:
+    def test_each_row_drops_at_its_adapters_rate(self) -> None:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 64, bias=False))
+        nn.init.zeros_(model[0].weight)
+        for name, rate in (("none", 0.0), ("half", 0.5), ("most", 0.9)):
+            add_adapter(model, LoraConfig(r=64, lora_alpha=64, lora_dropout=rate), name)
+            layer = lora_layers(model)["0"]
+            nn.init.eye_(layer.lora_A[name])
+            nn.init.eye_(layer.lora_B[name])
+        x = torch.ones(3, 50, 64)
+        with use_rows(model.train(), ["most", "none", "half"]):
+            y = model(x)
+            assert torch.equal(model.eval()(x), x)
+        kept = [float((row != 0).float().mean()) for row in y]
+        assert kept == pytest.approx([0.1, 1.0, 0.5], abs=0.03)
+        assert set(y[0].unique().tolist()) <= {0.0, pytest.approx(10.0)} and set(y[2].unique().tolist()) == {0.0, 2.0}
+
+    def test_layers_that_share_an_input_drop_apart(self) -> None:
+        model = with_adapters(small_decoder())
+        add_adapter(model, LoraConfig(r=2, lora_dropout=0.5, init_lora_weights=False), "drop")
+        ids = random_ids(2, 4)
+        with use_rows(model.train(), ["drop", "a"]):
+            first, second = model(ids), model(ids)
+        assert not torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+
+
+class TestGenerating:
+    PROMPTS = ("The quick brown", "The lazy", "x", "The quick brown fox jumps over")
+
+    @pytest.fixture
+    def tok(self, tmp_path: Any) -> Any:
+        return small_tokenizer(tmp_path)
+
+    @pytest.mark.parametrize("batch_size", [1, 3, 32])
+    def test_every_prompt_is_answered_by_its_own_adapter(self, decoder: Decoder, tok: Any, batch_size: int) -> None:
+        names = ["a", BASE, "head", "b"]
+        with use_rows(decoder, names):
+            together = generate(decoder, tok, self.PROMPTS, 8, batch_size=batch_size)
+        expected = []
+        for name, prompt in zip(names, self.PROMPTS, strict=True):
+            alone(decoder, name)
+            expected.append(generate(decoder, tok, prompt, 8))
+        assert together == expected and len(set(expected)) > 1
+
+    def test_prompts_with_one_beginning_do_not_share_it(self, decoder: Decoder, tok: Any) -> None:
+        with use_rows(decoder, ["a", BASE]):
+            answers = generate(decoder, tok, ["The quick brown fox"] * 2, 8)
+        for name, answer in zip(["a", BASE], answers, strict=True):
+            alone(decoder, name)
+            assert generate(decoder, tok, "The quick brown fox", 8) == answer
+
+    def test_as_many_prompts_as_rows(self, decoder: Decoder, tok: Any) -> None:
+        with use_rows(decoder, ["a", BASE]), pytest.raises(DataError, match="2 rows, but there are 3 prompts"):
+            generate(decoder, tok, ["x", "y", "z"], 2)
+
+
+class TestContexts:
+    def test_they_nest_and_end_in_any_way(self, decoder: Decoder) -> None:
+        ids = random_ids(2, 3)
+        set_adapter(decoder, ["a", "b"])
+        with torch.no_grad():
+            plain = decoder(ids)
+            with disable_adapters(decoder):
+                base = decoder(ids)
+            with contextlib.suppress(ZeroDivisionError), use_rows(decoder, ["a", "c"]):
+                rows = decoder(ids)
+                with disable_adapters(decoder):
+                    assert torch.equal(decoder(ids), base)
+                    with use_rows(decoder, ["b", "b"]):  # nothing brings adapters back within
+                        assert torch.equal(decoder(ids), base)
+                with use_rows(decoder, [BASE, BASE]):
+                    assert torch.equal(decoder(ids), base)
+                assert torch.equal(decoder(ids), rows)
+                set_adapter(decoder, "c")
+                assert torch.equal(decoder(ids), rows)
+                raise ZeroDivisionError
+            active = decoder(ids)
+            set_adapter(decoder, ["a", "b"])
+            assert torch.equal(decoder(ids), plain) and not torch.equal(active, plain)
+
+    def test_attaching_and_removing_within(self) -> None:
+        model, ids = with_adapters(small_decoder()), random_ids(2, 3)
+        with torch.no_grad(), use_rows(model, ["a", BASE]):
+            before = model(ids)
+            add_adapter(model, LoraConfig(r=1, init_lora_weights=False), "new")
+            remove_adapter(model, "b")
+            assert torch.equal(model(ids), before)
+            with pytest.raises(AdapterError, match="'a' is in use by a row"):
+                remove_adapter(model, "a")
+            with use_rows(model, ["new", BASE]):
+                assert torch.equal(model(ids)[1], before[1]) and not torch.equal(model(ids)[0], before[0])
+
+    def test_names(self, decoder: Decoder) -> None:
+        with pytest.raises(
+            AdapterError, match=r"no adapter 'haed'; did you mean 'head'\? \(for a row there are: a, b, c"
+        ):
+            decoder_rows(decoder, ["a", "haed"])
+        with pytest.raises(AdapterError, match="a list with one name for each row"):
+            decoder_rows(decoder, "a")
+        assert decoder.rows is None
+
+    def test_weights_that_change_within_are_seen(self) -> None:
+        model, ids = with_adapters(small_decoder()), random_ids(2, 3)
+        with torch.no_grad(), use_rows(model, ["a", "b"]):
+            first = model(ids)
+            for parameter in adapter_parameters(model, "a"):
+                parameter.mul_(1.5)
+            second = model(ids)
+            assert torch.equal(first[1], second[1]) and not torch.equal(first[0], second[0])
+            alone(model, "a")
+        torch.testing.assert_close(second[:1], model(ids[:1]).detach())
+
+    def test_a_copied_model_has_rows_of_its_own(self) -> None:
+        model, ids = with_adapters(small_decoder()), random_ids(2, 3)
+        twin = copy.deepcopy(model)
+        set_adapter(model, "a")
+        set_adapter(twin, "b")
+        with torch.no_grad(), use_rows(twin, ["a", "a"]):
+            torch.testing.assert_close(twin(ids), model(ids))
+        assert not torch.equal(twin(ids), model(ids))
+
+
+def decoder_rows(model: nn.Module, names: Any) -> None:
+    with use_rows(model, names):
+        pass
+
+
+def test_transformers_models_and_their_gradient_checkpointing() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+    )
+    torch.manual_seed(0)
+    model = with_adapters(transformers.LlamaForCausalLM(config))
+    ids, names = random_ids(4, 5) % 50, ["a", "c", BASE, "b"]
+
+    def gradients(parts: Iterator[tuple[list[str], Tensor]]) -> dict[str, Tensor]:
+        model.zero_grad()
+        for names, rows in parts:
+            with use_rows(model, names):
+                logits = model(input_ids=rows).logits
+                logits.square().sum().backward()
+        return {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+
+    with use_rows(model, names):
+        together = model(input_ids=ids).logits
+    for row, name in enumerate(names):
+        alone(model, name)
+        torch.testing.assert_close(together[row], model(input_ids=ids[row : row + 1]).logits[0], rtol=1e-4, atol=1e-5)
+    one_by_one = gradients(([name], row[None]) for name, row in zip(names, ids, strict=True))
+    for _ in range(2):
+        found = gradients(itertools.chain([(names, ids)]))
+        assert found.keys() == one_by_one.keys()
+        for key, gradient in found.items():
+            torch.testing.assert_close(gradient, one_by_one[key], rtol=1e-3, atol=1e-5)
+        model.train().gradient_checkpointing_enable({"use_reentrant": False})
