@@ -29,7 +29,7 @@ from .targeting import MatchReport, unwrapped
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PICKLE_FILE = "adapter_model.bin"
-_BASE = "lorakit.base"  # in the metadata: the fingerprint of the base model
+BASE_KEY = "lorakit.base"  # in the metadata: the fingerprint of the base model
 
 
 def save_peft_folder(
@@ -51,7 +51,7 @@ def save_peft_folder(
     check_adapter(model, name)
     tensors = {key: tensor.to("cpu", dtype).contiguous() for key, tensor in file_tensors(model, name).items()}
     fingerprint = base_fingerprint(model)
-    metadata = {} if fingerprint is None else {_BASE: fingerprint}
+    metadata = {} if fingerprint is None else {BASE_KEY: fingerprint}
     return write_peft_folder(path, tensors, peft_config(model, name), metadata)
 
 
@@ -116,7 +116,7 @@ def load_adapter(
         more = f"\n  (+{len(problems) - 20} more)" if len(problems) > 20 else ""
         listing = "\n  ".join(problems[:20])
         raise CheckpointError(f"{folder / WEIGHTS_FILE} does not fit the model:\n  {listing}{more}")
-    trained_on, here = metadata.get(_BASE), base_fingerprint(model)
+    trained_on, here = metadata.get(BASE_KEY), base_fingerprint(model)
     if check_base and trained_on is not None and trained_on != here:
         raise CheckpointError(
             f"{folder} was trained on another base model of the same shapes: its fingerprint is {trained_on[:16]}, "

@@ -65,9 +65,10 @@ class AdapterRecord:
 
 
 def state_of(model: nn.Module) -> AdapterState:
-    """Return the record of a model's adapters."""
+    """Return the record of a model's adapters; of a wrapper, such as DDP's, that of the model inside."""
     if not hasattr(model, "lora_state"):
-        model.lora_state = AdapterState()  # type: ignore[assignment]
+        inner = (module.lora_state for module in model.modules() if "lora_state" in vars(module))
+        model.lora_state = next(inner, None) or AdapterState()  # type: ignore[assignment]
     state: AdapterState = model.lora_state  # type: ignore[assignment]
     return state
 

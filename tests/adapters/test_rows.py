@@ -198,13 +198,13 @@ class TestDropout:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(64, 64, bias=False))
         nn.init.zeros_(model[0].weight)
-        for name, rate in (("none", 0.0), ("half", 0.5), ("most", 0.9)):
+        for name, rate in (("none", 0.0), ("some", 0.5), ("most", 0.9)):
             add_adapter(model, LoraConfig(r=64, lora_alpha=64, lora_dropout=rate), name)
             layer = lora_layers(model)["0"]
             nn.init.eye_(layer.lora_A[name])
             nn.init.eye_(layer.lora_B[name])
         x = torch.ones(3, 50, 64)
-        with use_rows(model.train(), ["most", "none", "half"]):
+        with use_rows(model.train(), ["most", "none", "some"]):
             y = model(x)
             assert torch.equal(model.eval()(x), x)
         kept = [float((row != 0).float().mean()) for row in y]
@@ -341,7 +341,7 @@ def test_transformers_models_and_their_gradient_checkpointing() -> None:
     for row, name in enumerate(names):
         alone(model, name)
         torch.testing.assert_close(together[row], model(input_ids=ids[row : row + 1]).logits[0], rtol=1e-4, atol=1e-5)
-    one_by_one = gradients(([name], row[None]) for name, row in zip(names, ids, strict=True))
+    one_by_one = gradients(([name], row[None]) for name, row in zip(names, ids, strict=True) if name != BASE)
     for _ in range(2):
         found = gradients(itertools.chain([(names, ids)]))
         assert found.keys() == one_by_one.keys()

@@ -270,11 +270,12 @@ class TestFigures:
         assert table[0]["effective_rank"] is table[0]["saturation"] is table[0]["drift"] is None
 
     def test_two_active_adapters_are_told_apart(self, tok: Tokenizer) -> None:
-        from lorakit import set_adapter
+        from lorakit import set_adapter, set_trained
 
         model, probes = adapted(target_modules=["q_proj"]), Probes(CLOSE)
         add_adapter(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]), name="other")
         set_adapter(model, ["default", "other"])
+        set_trained(model, ["default", "other"])
         train(model, tok, CONVERSATIONS, config(max_steps=3), probes=[probes])
         names = probes.log.header.layers
         assert names[:2] == ["model.layers.0.self_attn.q_proj:default", "model.layers.0.self_attn.q_proj:other"]
