@@ -1,5 +1,6 @@
 """Adapters: configuration, attaching and switching, PEFT's files."""
 
+from .adapter_folder import AdapterFolder, AdapterLayer, read_adapter_folder
 from .attach import (
     adapter_configs,
     adapter_parameters,
@@ -14,29 +15,46 @@ from .attach import (
 )
 from .config import LoraConfig
 from .host_memory import offload_adapter, onload_adapter
+from .hot_swap import swap_adapter
+from .merge import merge_adapter, unmerge_adapter
+from .merge_report import LayerMerge, MergeReport
+from .merged_export import merge_checkpoint
 from .peft_config import read_adapter_config
 from .peft_files import load_adapter, save_adapter
+from .status import AdapterInfo, AdapterStatus, adapter_status
 from .switching import idle_adapters, use_rows
 from .targeting import MatchReport
 
 __all__ = [
+    "AdapterFolder",
+    "AdapterInfo",
+    "AdapterLayer",
+    "AdapterStatus",
+    "LayerMerge",
     "LoraConfig",
     "MatchReport",
+    "MergeReport",
     "adapter_configs",
     "adapter_parameters",
     "adapter_parts",
+    "adapter_status",
     "add_adapter",
     "count_parameters",
     "disable_adapters",
     "idle_adapters",
     "load_adapter",
     "lora_layers",
+    "merge_adapter",
+    "merge_checkpoint",
     "offload_adapter",
     "onload_adapter",
     "read_adapter_config",
+    "read_adapter_folder",
     "remove_adapter",
     "save_adapter",
     "set_adapter",
     "set_trained",
+    "swap_adapter",
+    "unmerge_adapter",
     "use_rows",
 ]

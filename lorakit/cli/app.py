@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import ConfigError, did_you_mean
+from .merge import merge
 
 app = typer.Typer(
     help="LoRA and QLoRA: fine-tune, know whether it helped, look inside.",
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Build and look at training data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.command()(merge)
 console = Console(highlight=False, emoji=False)  # text is shown as it is: ":key:" must not become a picture
 
 RunFolder = Annotated[Path, typer.Argument(help="folder of a finished run", show_default=False)]
