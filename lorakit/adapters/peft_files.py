@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import AdapterError, CheckpointError
 from ..files import atomic_folder
+from ..models.safetensors_header import make_header
 from .attach import add_adapter, check_adapter, check_name
 from .fingerprint import base_fingerprint
 from .peft_config import CONFIG_FILE, peft_config, read_adapter_config
@@ -71,11 +71,20 @@ def write_peft_folder(
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file()):
         raise AdapterError(f"{folder} exists and is not an adapter folder; choose another path")
     with atomic_folder(folder) as part:
-        save_file(dict(tensors), part / WEIGHTS_FILE, metadata={"format": "pt", **metadata})
+        _write_tensors(part / WEIGHTS_FILE, tensors, metadata)
         # Sorted as PEFT does, but not within rank_pattern and alpha_pattern: there the first match wins.
         text = json.dumps(dict(sorted(config.items())), indent=2)
         (part / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
     return folder
+
+
+def _write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file; the package's own writer puts metadata in another order at every call."""
+    tensors = dict(sorted(tensors.items()))
+    with file.open("wb") as out:
+        out.write(make_header({key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()}, dict(metadata)))
+        for tensor in tensors.values():
+            out.write(tensor.view(-1).view(torch.uint8).numpy().tobytes())
 
 
 def load_adapter(

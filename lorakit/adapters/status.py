@@ -117,7 +117,8 @@ def _info(model: nn.Module, name: str) -> AttachedAdapter:
 
 def _irregularities(model: nn.Module, name: str, parts: dict[str, AdapterPart]) -> list[str]:
     state = state_of(model)
-    is_trained, is_active = name in state.trained, name in state.active and not state.disabled
+    is_trained = name in state.trained
+    is_active = name in state.active and not state.disabled and not state.rows
     parameters = [p for part in parts.values() for p in part.parameters_of(name).values()]
     flipped = sum(parameter.requires_grad != is_trained for parameter in parameters)
     problems = ["trained, but not active: no gradient reaches it"] if name in idle_adapters(model) else []
