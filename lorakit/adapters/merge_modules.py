@@ -64,7 +64,7 @@ def _linear(old: Linear4bit, merged: MergedWeight) -> nn.Module:
     else:
         factors = merged.residual.up, merged.residual.down
         new = ResidualLinear4bit(weight, *factors, old.bias, old.compute_dtype, old.packed.dtype)
-    if old.bias is not None and new.bias.dtype == old.bias.dtype:
+    if old.bias is not None and new.bias is not None and new.bias.dtype == old.bias.dtype:
         new.bias = old.bias  # the very parameter: it moves with the model, and is there when the old layer comes back
     return new
 

@@ -158,7 +158,7 @@ def _copied(path: str, part: AdapterPart, names: list[str]) -> list[Exchange]:
         tokens = [token for name in names for token in part.tokens[name]]
         if len(set(tokens)) < len(tokens):
             raise AdapterError(f"{path}: {', '.join(names)} train rows of the same tokens, of which there is no sum")
-        before = part.base_layer.weight
+        before = cast(nn.Parameter, part.base_layer._parameters["weight"])
         after = before.detach().clone()
         for name in names:
             rows = part.parameters_of(name)["trainable_tokens_delta"]
@@ -181,7 +181,7 @@ def _tie_heads(swaps: list[Swap]) -> None:
     after = {id(exchange.before): exchange.after for swap in swaps for exchange in swap.exchanges}
     for swap in swaps:
         if isinstance(swap.part, TiedHead):
-            before = swap.part.base_layer.weight
+            before = cast(nn.Parameter, swap.part.base_layer._parameters["weight"])
             if id(before) in after:
                 swap.exchanges.append(Exchange(swap.part.base_layer, "weight", before, after[id(before)]))
 

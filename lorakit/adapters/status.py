@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..layers import AdaptedLayer, AdapterPart
-from .merge import merged_state
+from .merge_swaps import merged_state
 from .state import adapter_parts, known_parts, state_of
 from .switching import idle_adapters
 

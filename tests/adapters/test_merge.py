@@ -139,6 +139,7 @@ class TestFourBits:
             assert type(layer) is nn.Linear
             assert torch.equal(layer.weight, dense.get_submodule(path).weight + update)
 
+    @pytest.mark.filterwarnings("ignore:in 7 of 14 layers")  # of so few weights that the tipping codes do not average
     @pytest.mark.parametrize("given", [True, False], ids=["named", "remembered"])
     def test_onto_the_checkpoint_and_into_4_bits(self, folder: Path, given: bool) -> None:
         model, dense = self.model(folder), load_model(folder, quant_type=None, dtype=torch.float32)
