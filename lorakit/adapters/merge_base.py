@@ -52,8 +52,10 @@ def loaded_from(model: nn.Module) -> Path | None:
     return next((Path(name) for name in names if name and Path(name).is_dir()), None)
 
 
-def weight_from(checkpoint: Checkpoint, path: str, layer: AdaptedLayer, device: torch.device) -> Tensor:
-    """Read the weight of a layer from the checkpoint it was made from.
+def weight_from(checkpoint: Checkpoint, path: str, layer: AdaptedLayer) -> Tensor | None:
+    """Read the weight of a layer from the checkpoint it was made from, to the layer's device.
+
+    None for a dense layer that is not there under its name, as a tied output head: its own weight is as good.
 
     Raises:
         WrongBase: there is no such weight there, it is not in 16 or 32 bits or mis-shaped, or the layer was not made
@@ -61,6 +63,8 @@ def weight_from(checkpoint: Checkpoint, path: str, layer: AdaptedLayer, device: 
     """
     name, module = f"{path}.weight", layer.base_layer
     where = f"{checkpoint.folder}: {name}"
+    if name not in checkpoint and not isinstance(module, QuantizedModule):
+        return None
     if name not in checkpoint:
         raise WrongBase(f"{where} is not in this checkpoint")
     if checkpoint.dtype(name) not in SOURCE_DTYPES:
@@ -68,7 +72,7 @@ def weight_from(checkpoint: Checkpoint, path: str, layer: AdaptedLayer, device: 
     own = module.quantized if isinstance(module, QuantizedModule) else cast(Tensor, module.weight)
     if checkpoint.shape(name) != own.shape:
         raise WrongBase(f"{where} has shape {checkpoint.shape(name)}, the layer has {tuple(own.shape)}")
-    weight = checkpoint.read(name).to(device)
+    weight = checkpoint.read(name).to(next(module.parameters()).device)
     if isinstance(own, QuantizedWeight):
         agreement = float((quantized_like(weight, own).codes == own.codes).float().mean())
         if agreement < _LEAST_AGREEMENT:

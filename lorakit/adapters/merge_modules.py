@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from ..layers import AdaptedLayer, AdapterPart, Embedding4bit, Linear4bit, LoRAParameter, ResidualLinear4bit
 from ..layers.quantized_module import QuantizedModule, frozen
 from ..quantization import QuantizedWeight
-from .merge_swaps import Exchange
+from .merge_swaps import Exchange, forget
 from .merge_weights import MergedWeight
 
 
@@ -37,6 +39,23 @@ def in_memory(layer: AdaptedLayer) -> int:
         return cast(Tensor, module._parameters[name]).nbytes
     residual = base.residual_up.nbytes + base.residual_down.nbytes if isinstance(base, ResidualLinear4bit) else 0
     return base.quantized.nbytes + residual
+
+
+@contextlib.contextmanager
+def standing_on(layer: AdaptedLayer, weight: Tensor | None) -> Iterator[None]:
+    """Within the context a 4-bit layer's base is a dense weight of the same shape; None: it is what it was."""
+    old = layer.base_layer
+    if weight is None or not isinstance(old, QuantizedModule):
+        yield
+        return
+    forget(layer)
+    is_table = isinstance(old, Embedding4bit)
+    layer.base_layer = nn.Embedding.from_pretrained(weight) if is_table else dense_linear(weight, None)
+    try:
+        yield
+    finally:
+        layer.base_layer = old
+        forget(layer)
 
 
 def new_base(old: nn.Module, merged: MergedWeight) -> nn.Module:

@@ -14,7 +14,7 @@ from ..layers import AdaptedLayer, AdapterPart, LoRAParameter, ResidualLinear4bi
 from ..layers.quantized_module import QuantizedModule, frozen
 from ..models.checkpoint import Checkpoint
 from .merge_base import Base, WrongBase, open_base, weight_from
-from .merge_modules import holder, holds_weight, in_memory, new_base
+from .merge_modules import holder, holds_weight, in_memory, new_base, standing_on
 from .merge_report import LEAST_SHARE, LayerMerge, MergeReport
 from .merge_swaps import Exchange, MergeState, Swap
 from .merge_weights import (
@@ -94,10 +94,12 @@ class _Plan:
         self, path: str, layer: AdaptedLayer, names: list[str], source: Checkpoint | None
     ) -> tuple[Swap, LayerMerge, bool]:
         self._check(path, layer)
-        update, old = Update.of(layer, names), layer.base_layer
-        is_named = not isinstance(layer, LoRAParameter)  # a parameter's name in a checkpoint is anybody's guess
-        origin = weight_from(source, path, layer, update.dense.device) if source is not None and is_named else None
-        base = (layer.base_weight(torch.float32) if origin is None else origin).to(update.dense.dtype)
+        old, origin = layer.base_layer, None
+        if source is not None and not isinstance(layer, LoRAParameter):  # whose name in a checkpoint is anybody's guess
+            origin = weight_from(source, path, layer)
+        with standing_on(layer, origin):  # DoRA's update depends on the weight that it is added to
+            update = Update.of(layer, names)
+            base = layer.base_weight(update.dense.dtype)
         merged = self._merged(path, layer, update, base, origin is not None)
         if not torch.isfinite(merged.real).all():
             raise AdapterError(f"{path}: the merged weight would hold inf or nan in {str(merged.weight.dtype)[6:]}")
@@ -158,7 +160,7 @@ def _copied(path: str, part: AdapterPart, names: list[str]) -> list[Exchange]:
         tokens = [token for name in names for token in part.tokens[name]]
         if len(set(tokens)) < len(tokens):
             raise AdapterError(f"{path}: {', '.join(names)} train rows of the same tokens, of which there is no sum")
-        before = cast(nn.Parameter, part.base_layer.weight)
+        before = cast(nn.Parameter, part.base_layer._parameters["weight"])
         after = before.detach().clone()
         for name in names:
             rows = part.parameters_of(name)["trainable_tokens_delta"]
@@ -181,7 +183,7 @@ def _tie_heads(swaps: list[Swap]) -> None:
     after = {id(exchange.before): exchange.after for swap in swaps for exchange in swap.exchanges}
     for swap in swaps:
         if isinstance(swap.part, TiedHead):
-            before = cast(nn.Parameter, swap.part.base_layer.weight)
+            before = cast(nn.Parameter, swap.part.base_layer._parameters["weight"])
             if id(before) in after:
                 swap.exchanges.append(Exchange(swap.part.base_layer, "weight", before, after[id(before)]))
 

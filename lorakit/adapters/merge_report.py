@@ -130,6 +130,6 @@ class MergeReport:
 
 def share_of(real: Tensor, intended: Tensor) -> float:
     """Return <real, intended> / <intended, intended>, summed in fp64; 1 where nothing was intended."""
-    intended64 = intended.double().flatten()
-    wanted = float(intended64 @ intended64)
-    return float(real.double().flatten() @ intended64) / wanted if wanted else 1.0
+    real, intended = real.detach().double().flatten(), intended.detach().double().flatten()
+    wanted = float(intended @ intended)
+    return float(real @ intended) / wanted if wanted else 1.0

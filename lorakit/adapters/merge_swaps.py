@@ -77,7 +77,7 @@ def merged_state(model: nn.Module) -> MergeState | None:
 def put_in(model: nn.Module, merge: MergeState) -> None:
     """Put the merged weights in their places and take the adapters off; nothing here can fail."""
     for swap in merge.swaps:
-        _forget(swap.part)
+        forget(swap.part)
         swap.parked = {name: _park(swap.part, name) for name in merge.names if name in swap.part.names()}
         swap.part.base_layer = swap.new
         for exchange in swap.exchanges:
@@ -101,7 +101,7 @@ def put_back(model: nn.Module, merge: MergeState) -> None:
         part.base_layer = swap.old
         for exchange in swap.exchanges:
             setattr(exchange.module, exchange.name, exchange.before)
-        _forget(part)
+        forget(part)
         for name, parked in swap.parked.items():
             _unpark(part, name, parked)
         swap.parked = {}
@@ -152,7 +152,7 @@ def _follow(swap: Swap) -> None:
             exchange.before.data = exchange.before.data.to(exchange.after.device, exchange.after.dtype)
 
 
-def _forget(part: AdapterPart) -> None:
+def forget(part: AdapterPart) -> None:
     """Drop what a part has computed from its base weight."""
     vars(part).pop("_squared_rows", None)
     getattr(part, "kept_gains", {}).clear()

@@ -189,10 +189,11 @@ class _Plan:
         for tensors in (unchanged, copied):
             for name, tensor in tensors:
                 assert isinstance(tensor, Tensor)  # no format was given
-                yield name, self._changed(name, tensor, report)
                 done += self._entry_bytes(name)
+                changed = self._changed(name, tensor, report)
                 if progress is not None:
-                    progress(done, total)
+                    progress(done, total)  # before the last yield, after which nobody comes back
+                yield name, changed
 
     def _changed(self, name: str, tensor: Tensor, report: MergeReport) -> Tensor | QuantizedWeight:
         """Return a tensor as it is written."""
@@ -287,10 +288,9 @@ def _adapted(layer: AdapterLayer, weight: Tensor) -> AdaptedLayer:
         adapted = LoRAEmbedding(nn.Embedding.from_pretrained(weight))
     else:
         adapted = LoRALinear(dense_linear(weight, None))
-    adapted.lora_A[_NAME], adapted.lora_B[_NAME] = (
-        nn.Parameter(layer.lora_A.float()),
-        nn.Parameter(layer.lora_B.float()),
-    )
+    # Copied, as tensors in a mapped file are not aligned, and the last bit of a product depends on that.
+    for table, factor in ((adapted.lora_A, layer.lora_A), (adapted.lora_B, layer.lora_B)):
+        table[_NAME] = nn.Parameter(factor.to(torch.float32, copy=True))
     adapted.scaling[_NAME], adapted.dropout_p[_NAME] = layer.scaling, 0.0
     adapted.variants[_NAME] = VARIANTS["plain" if layer.magnitude is None else "dora"]
     if layer.magnitude is not None:

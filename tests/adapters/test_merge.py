@@ -139,6 +139,18 @@ class TestFourBits:
             assert type(layer) is nn.Linear
             assert torch.equal(layer.weight, dense.get_submodule(path).weight + update)
 
+    def test_dora_scales_the_rows_of_the_weight_that_it_is_merged_onto(self, folder: Path) -> None:
+        four_bit = self.model(folder, use_dora=True)
+        dense = load_model(folder, quant_type=None, dtype=torch.float32)
+        adapt(dense, use_dora=True)
+        for ours, theirs in zip(adapter_parameters(dense), adapter_parameters(four_bit), strict=True):
+            ours.data = theirs.data
+        assert merge_adapter(four_bit).base == folder
+        merge_adapter(dense)
+        for path, weight in dense.named_parameters():
+            torch.testing.assert_close(four_bit.get_parameter(path), weight, rtol=1e-6, atol=1e-7)
+
+    @pytest.mark.filterwarnings("ignore:in 7 of 14 layers")  # of so few weights that the tipping codes do not average
     @pytest.mark.parametrize("given", [True, False], ids=["named", "remembered"])
     def test_onto_the_checkpoint_and_into_4_bits(self, folder: Path, given: bool) -> None:
         model, dense = self.model(folder), load_model(folder, quant_type=None, dtype=torch.float32)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_merging import DTYPES, X, adapt, full_snapshot, mlp
 from small_models import small_decoder
@@ -27,7 +27,9 @@ from lorakit.errors import AdapterError
 
 
 class TestUnmerging:
+    @settings(max_examples=50)
     @given(data=st.data())
+    @pytest.mark.filterwarnings("ignore:in . of . layers")  # an update of 0.1% is below the steps of 16-bit weights
     def test_gives_back_every_byte_and_object(self, data: st.DataObject) -> None:
         dtype, four_bit = data.draw(st.sampled_from(DTYPES)), data.draw(st.booleans())
         model = mlp(four_bit, dtype)
@@ -192,7 +194,7 @@ class TestReport:
         assert text.startswith("merged 'default' into 2 layers, onto the model's own weights: 1.0000 of the update")
         first, second = text.splitlines()[-2:]
         assert first.split()[:4] == ["0", "dequantized", "+", "update"] and "25.00%" in first and "6,144" in second
-        assert len(first) == len(second)  # columns are aligned
+        assert first.index("dequantized") == second.index("weight +") and len(first) == len(second)
 
     def test_the_worst_of_many_layers_are_shown(self) -> None:
         model = small_decoder(num_hidden_layers=4)
