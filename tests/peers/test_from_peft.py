@@ -115,8 +115,8 @@ def test_settings(row: Row, sides: tuple[Names, Names]) -> None:
     add_adapter(ours["model"], config)
     assert meaning(wrapped) == meaning(ours["model"]) != {}
     if config.init_lora_weights == "gaussian":
-        a = torch.cat([layer.lora_A["default"].flatten() for layer in lora_layers(ours["model"]).values()])
-        their_a = torch.cat([p.flatten() for name, p in wrapped.named_parameters() if "lora_A" in name])
+        a = torch.cat([layer.lora_A["default"].detach().flatten() for layer in lora_layers(ours["model"]).values()])
+        their_a = torch.cat([p.detach().flatten() for name, p in wrapped.named_parameters() if "lora_A" in name])
         for values in (a, their_a):
             assert float(values.std()) == pytest.approx(1 / config.r, rel=0.15)
     torch.testing.assert_close(logits(wrapped), logits(ours["model"]), rtol=0, atol=2e-5)
