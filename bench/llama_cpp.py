@@ -55,15 +55,16 @@ class Logits:
 
 
 def held_out_positions(records: Path, count: int) -> Positions:
-    """Return `count` positions, spread evenly over all from which a trained token is predicted."""
+    """Return `count` positions from which a trained token is predicted, spread over few enough conversations."""
     examples = encode_records(load_tokenizer(resolve_model(MODEL)), load_records(records), CONTEXT)
-    everywhere = [(n, p - 1) for n, example in enumerate(examples) for p, on in enumerate(example.loss_mask) if on]
-    if len(everywhere) < count:
-        sys.exit(f"{records} has {len(everywhere)} positions in answers, fewer than {count}")
-    chosen = {everywhere[k * len(everywhere) // count] for k in range(count)}
-    places = [[place for number, place in sorted(chosen) if number == n] for n in range(len(examples))]
-    kept = [n for n in range(len(examples)) if places[n]]
-    return Positions([examples[n].input_ids for n in kept], [places[n] for n in kept])
+    answers = [[place - 1 for place, trained in enumerate(example.loss_mask) if trained] for example in examples]
+    if sum(map(len, answers)) < count:
+        sys.exit(f"{records} has {sum(map(len, answers))} positions in answers, fewer than {count}")
+    step = max(step for step in range(1, len(examples) + 1) if sum(map(len, answers[::step])) >= count)
+    everywhere = [(n, place) for n in range(0, len(examples), step) for place in answers[n]]
+    chosen = [everywhere[k * len(everywhere) // count] for k in range(count)]
+    numbers = sorted({n for n, _ in chosen})
+    return Positions([examples[n].input_ids for n in numbers], [[p for m, p in chosen if m == n] for n in numbers])
 
 
 @torch.inference_mode()

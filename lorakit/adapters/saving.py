@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .attach import check_adapter, lora_layers
+from .adapter_folder import read_adapter_folder
 from .exports import base_of, check_ranks, export_adapter
 from .peft_files import save_peft_folder
 
@@ -39,10 +39,11 @@ def save_adapter(
             holds something that is not an adapter.
         StorageError: writing failed; what stood there is untouched.
     """
-    check_adapter(model, name)
-    if target == "peft":
-        check_ranks({path: len(layer.lora_A[name]) for path, layer in lora_layers(model, name).items()}, max_rank)
+    if target == "peft" and max_rank is None:
         return save_peft_folder(model, path, name, dtype)
     with tempfile.TemporaryDirectory() as folder:  # the exports read a folder, so that there is one way for both
-        save_peft_folder(model, Path(folder) / "adapter", name)
-        return export_adapter(Path(folder) / "adapter", path, target, base_of(model), dtype, max_rank)
+        written = save_peft_folder(model, Path(folder) / "adapter", name)
+        if target != "peft":
+            return export_adapter(written, path, target, base_of(model), dtype, max_rank)
+        check_ranks({module: layer.rank for module, layer in read_adapter_folder(written).layers.items()}, max_rank)
+    return save_peft_folder(model, path, name, dtype)
