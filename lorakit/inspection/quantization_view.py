@@ -251,7 +251,7 @@ def _error_spectrum(error: Tensor, count: int) -> tuple[Tensor, float]:
     if min(error.shape) <= max(EXACT_UP_TO, count):
         square = error @ error.T if error.shape[0] <= error.shape[1] else error.T @ error
         return torch.linalg.eigvalsh(square).flip(0).clamp(min=0).sqrt(), 0.0
-    found = leading_vectors(error.float(), count)
+    found = leading_vectors(error, count)
     return found.s, found.error
 
 
