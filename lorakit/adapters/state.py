@@ -65,10 +65,12 @@ class AdapterRecord:
 
 
 def state_of(model: nn.Module) -> AdapterState:
-    """Return the record of a model's adapters; of a wrapper, such as DDP's, that of the model inside."""
+    """Return the record of a model's adapters; of a module that the model was wrapped into since, that of the model."""
     if not hasattr(model, "lora_state"):
-        inner = (module.lora_state for module in model.modules() if "lora_state" in vars(module))
-        model.lora_state = next(inner, None) or AdapterState()  # type: ignore[assignment]
+        for inner in model.modules():
+            if isinstance(found := vars(inner).get("lora_state"), AdapterState):
+                return found
+        model.lora_state = AdapterState()  # type: ignore[assignment]
     state: AdapterState = model.lora_state  # type: ignore[assignment]
     return state
 
