@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from ..errors import LorakitError
 from .layers import LayerInfo
 from .similarity import Comparison
+from .tables import Tidy
 
 
 @dataclass(frozen=True)
-class AdapterInfo:
+class AdapterInfo(Tidy):
     """One adapter, measured.
 
     Attributes:
@@ -80,22 +79,6 @@ class AdapterInfo:
         columns = dict.fromkeys(column for row in rows for column in row)
         return [{column: row.get(column) for column in columns} for row in rows]
 
-    def to_pandas(self) -> Any:
-        """Return `table` as a pandas.DataFrame.
-
-        Raises:
-            LorakitError: pandas is not installed.
-        """
-        return _package("pandas").DataFrame(self.table())
-
-    def to_polars(self) -> Any:
-        """Return `table` as a polars.DataFrame.
-
-        Raises:
-            LorakitError: polars is not installed.
-        """
-        return _package("polars").DataFrame(self.table(), infer_schema_length=None)
-
     def as_json(self) -> dict[str, Any]:
         """Return everything as JSON values: the table, each layer's spectra, the comparison and the findings."""
         layers = [
@@ -112,13 +95,22 @@ class AdapterInfo:
             "extras": list(self.extras),
             "findings": list(self.findings),
             "layers": layers,
-            "comparison": None if self.comparison is None else asdict(self.comparison),
+            "comparison": None if self.comparison is None else _comparison_json(self.comparison),
             "other": None if self.other is None else self.other.as_json(),
         }
 
 
-def _package(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise LorakitError(f"{name} is not installed; install it with: pip install {name}, or use table()") from None
+def _comparison_json(comparison: Comparison) -> dict[str, Any]:
+    whole = comparison.interference
+    angles = ("row_angles", "column_angles")
+    return {
+        "source": comparison.source,
+        "cosine": whole.cosine,
+        "verdict": whole.verdict,
+        "only_here": list(comparison.only_here),
+        "only_there": list(comparison.only_there),
+        "layers": [
+            layer.row() | {"change": list(layer.change)} | {name: list(getattr(layer.meeting, name)) for name in angles}
+            for layer in comparison.layers
+        ],
+    }
