@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from importlib.resources import files
 from math import isfinite
 from typing import Any
 
-from markupsafe import Markup, escape
+from markupsafe import escape
 
 from ..files import write_text
 from .info import AdapterInfo
@@ -83,19 +84,15 @@ def write_page(
 def page(info: AdapterInfo, history: ProbeLog | None = None, quantization: QuantizationView | None = None) -> str:
     """Return the page's HTML; arguments as in `write_page`."""
     folder = files("lorakit.inspection")
-    data = json.dumps(page_data(info, history, quantization), allow_nan=False, separators=(",", ":")).replace(
-        "<", "\\u003c"
-    )
+    data = json.dumps(page_data(info, history, quantization), allow_nan=False, separators=(",", ":"))
     parts = {
-        "TITLE": escape(info.source),
-        "STYLE": Markup((folder / "page.css").read_text(encoding="utf-8")),
-        "SCRIPT": Markup((folder / "page.js").read_text(encoding="utf-8")),
-        "DATA": Markup(data),
+        "TITLE": str(escape(info.source)),
+        "STYLE": (folder / "page.css").read_text(encoding="utf-8"),
+        "SCRIPT": (folder / "page.js").read_text(encoding="utf-8"),
+        "DATA": data.replace("<", "\\u003c"),  # so that no "</script>" in a name ends the script
     }
     html = (folder / "page.html").read_text(encoding="utf-8")
-    for name in ("TITLE", "STYLE", "SCRIPT", "DATA"):  # the data last: nothing in it is taken for a name
-        html = html.replace(f"@@{name}@@", str(parts[name]))
-    return html
+    return re.sub("@@([A-Z]+)@@", lambda match: parts[match[1]], html)
 
 
 def page_data(

@@ -9,6 +9,9 @@ from made_adapters import gaussian, write_adapter, write_base
 
 from lorakit.inspection import inspect_adapter
 from lorakit.inspection.page import DIGITS, page, write_page
+from lorakit.inspection.probes.log import Header, ProbeLog
+from lorakit.inspection.quantization_view import QuantizationView, measure_quantization
+from lorakit.quantization import quantize
 
 HOSTILE = "model.layers.2.</script><img src=x onerror=alert(1)>"
 
@@ -47,6 +50,43 @@ def test_figures_are_those_of_the_api(info):
             assert spectrum == [float(f"{value:.{DIGITS}g}") for value in layer.singular_values]
     assert data["findings"] == list(info.findings)
     assert data["base"] == info.base
+
+
+def test_history_and_quantization_are_shown(info, tmp_path):
+    names = [layer.name for layer in info.layers]
+    history = ProbeLog(
+        Header(names, [4] * len(names), [1.0] * len(names)),
+        [{"step": step, "delta_norm": [0.5 * step + n for n in range(len(names))]} for step in range(1, 2000)],
+    )
+    weights = {name: gaussian(20, 64, 8, n)[0] @ gaussian(20, 64, 8, n)[1] for n, name in enumerate(names[:3])}
+    quantized = [measure_quantization(name, quantize(weight), weight) for name, weight in weights.items()]
+    html = page(info, history, QuantizationView(tuple(quantized)))
+    data = embedded(html)
+    shown = data["history"]["Norm of the update"]
+    assert shown["steps"][0] == 1 and shown["steps"][-1] == 1999
+    assert shown["layers"][names[2]] == [0.5 * step + 2 for step in shown["steps"]]
+    assert data["quantization"][names[1]]["shares"] == pytest.approx(
+        [code.share for code in quantized[1].codes], rel=1e-6
+    )
+    column = data["adapters"][0]["columns"]["quant_snr_db"]
+    assert column[:3] == pytest.approx([layer.error.snr_db for layer in quantized], rel=1e-6) and set(column[3:]) == {
+        None
+    }
+    assert any("dB SNR" in finding for finding in data["findings"])
+    if BROWSER is None:
+        return
+    steps = f"""
+        document.querySelector('.map [data-name="{names[0]}"]').click();
+        const select = document.getElementById("measure");
+        select.value = "quant_snr_db";
+        select.dispatchEvent(new Event("change"));
+        return [[...document.querySelectorAll("#charts h3")].map((title) => title.textContent),
+                document.querySelector('.map [data-name="{names[0]}"]').getAttribute("aria-label")];
+    """
+    (titles, label), problems = in_browser(html, steps, tmp_path)
+    assert problems == []
+    assert {"Norm of the update, while training", "How often each 4-bit code is used"} <= set(titles)
+    assert label == f"{names[0]}: {quantized[0].error.snr_db:.4g}"
 
 
 def test_nothing_is_fetched_and_no_name_breaks_out(tmp_path):
