@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.low_rank import LowRank
-from .singular_vectors import SingularVectors, complete_vectors, leading_eigenvectors, leading_vectors
+from .singular_vectors import SingularVectors, complete_vectors, leading_vectors
 
 TOP = 10  # singular vectors of the tuned weight that are looked at, as in the paper
 COSINE = 0.5  # below it to every one of the base's, a singular vector counts as new
@@ -55,12 +55,8 @@ def _from_base(update: LowRank, weight: Tensor, base: SingularVectors, k: int) -
         p, q = base.basis.T @ (matrix.T @ (left * d)), base.basis.T @ right.T
         inner = (q * d.square()) @ q.T
     square = torch.diag(base.all_values.square()) + p @ q.T + q @ p.T + inner
-    size = len(square)
-    generator = torch.Generator().manual_seed(0)
-    random = torch.randn(size, 4, generator=generator, dtype=torch.float64)
-    start = torch.cat([torch.eye(size, k + 4, dtype=torch.float64), q[:, :8], random], dim=1)[:, :size]
-    values, y = leading_eigenvectors(lambda x: square @ x, start, k)
-    s = values.clamp(min=0).sqrt()
+    values, vectors = torch.linalg.eigh(square)
+    s, y = values.flip(0)[:k].clamp(min=0).sqrt(), vectors.flip(1)[:, :k]
     known = base.known
     if is_wide:
         cosines = y[known].abs()
