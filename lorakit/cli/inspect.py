@@ -14,8 +14,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from rich.table import Table
 from rich.text import Text
 
+from ..errors import ConfigError
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ..inspection import AdapterInfo, LayerInfo
+    from ..inspection.probes import ProbeLog
+    from ..inspection.quantization_view import QuantizationView
 
 _SHADES = " ░▒▓█"
 
@@ -28,6 +34,9 @@ def inspect(
     png: Annotated[Path | None, typer.Option(help="draw the heat map and the spectra")] = None,
     svg: Annotated[Path | None, typer.Option(help="the same as vectors")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write every figure")] = None,
+    quant_type: Annotated[
+        str | None, typer.Option(help="nf4 or fp4: also what these 4 bits do to the 16-bit base, beside the update")
+    ] = None,
 ) -> None:
     """Look inside an adapter: what it changed, how much of its rank it uses, what stands out."""
     from ..files import write_text
@@ -40,14 +49,15 @@ def inspect(
         info = inspect_adapter(
             adapter, base=base, vs=vs, progress=lambda done, total: bar.update(task, completed=done, total=total)
         )
-    print_info(console, info)
+    quantization = _quantization(adapter, base, quant_type) if quant_type else None
+    print_info(console, info, [*info.findings, *(quantization.findings() if quantization else [])])
     if json_file:
         write_text(json_file, json.dumps(info.as_json(), indent=1, allow_nan=False) + "\n")
     written = [file for file in (html, png, svg, json_file) if file]
     if html:
         from ..inspection.page import write_page
 
-        write_page(info, html)
+        write_page(info, html, _history(adapter), quantization)
     for file in (png, svg):
         if file:
             from ..inspection.plot import plot
@@ -57,15 +67,37 @@ def inspect(
         console.print(f"written: {file}", markup=False, soft_wrap=True)
 
 
-def print_info(console: Console, info: AdapterInfo) -> None:
+def _quantization(adapter: Path, base: str | None, quant_type: str) -> QuantizationView:
+    from ..adapters import load_adapter, read_adapter_folder
+    from ..inspection.quantization_view import quantization_view
+    from ..models import load_model, resolve_model
+
+    if base is None:
+        raise ConfigError("--quant-type compares with the weights before they were quantized: give them as --base")
+    model = load_model(resolve_model(base), quant_type=quant_type)
+    load_adapter(model, read_adapter_folder(adapter).folder)
+    return quantization_view(model)
+
+
+def _history(adapter: Path) -> ProbeLog | None:
+    """Return what probes wrote into a run's folder, or beside its adapter, if they were there."""
+    from ..inspection.probes.log import FILE, read_probes
+
+    found = next((folder for folder in (adapter, adapter.parent) if (folder / FILE).is_file()), None)
+    return read_probes(found) if found else None
+
+
+def print_info(console: Console, info: AdapterInfo, findings: Sequence[str]) -> None:
     """Print the findings, a line of figures for each kind of module, and where the update is."""
     console.print(f"[bold]{escape(info.source)}[/bold]", soft_wrap=True)
     on = f", on {info.base}" if info.base else ""
     console.print(
         f"{len(info.layers)} layers, {info.parameters:,} parameters, norm {info.norm:.4g}{on}\n", markup=False
     )
-    for finding in info.findings:
-        console.print(Text(f"• {finding}"), soft_wrap=False)
+    bullets = Table.grid(padding=(0, 1, 0, 0))
+    for finding in findings:
+        bullets.add_row("•", Text(finding))
+    console.print(bullets)
     console.print()
     console.print(_modules(info))
     if any(layer.index is not None for layer in info.layers):

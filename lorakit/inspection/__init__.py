@@ -4,7 +4,7 @@ from .against_base import AgainstBase, compare_with_base
 from .info import AdapterInfo
 from .inspect import inspect_adapter
 from .layers import LayerInfo
-from .similarity import Comparison, LayerSimilarity, compare_updates, principal_cosines, subspace_similarity
+from .similarity import Comparison, LayerSimilarity, compare_updates, subspace_similarity
 from .singular_vectors import SingularVectors, singular_vectors
 
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "compare_updates",
     "compare_with_base",
     "inspect_adapter",
-    "principal_cosines",
     "singular_vectors",
     "subspace_similarity",
 ]

@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from ..adapters.low_rank import LowRank
-from .singular_vectors import SingularVectors, leading_vectors
+from .intruders import COSINE, tuned_cosines
+from .singular_vectors import SingularVectors
 from .spectrum import numerical_rank
-
-INTRUDER_TOP = 10  # singular vectors of the tuned weight that are looked at, as in the paper
-INTRUDER_COSINE = 0.5  # below it to every one of the base's, a singular vector counts as new
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class AgainstBase:
             its directions (Hu et al. 2021, arXiv:2106.09685, section 7.3); None for a zero update.
         alignment_out, alignment_in: share of ‖Δ‖F² within the span of W's leading left, right singular vectors, as many
             as Δ's rank, at most 64; chance_out, chance_in: of a random update.
-        tuned_values, tuned_cosines: of the leading INTRUDER_TOP left singular vectors of the tuned weight, the singular
+        tuned_values, tuned_cosines: of the ten leading left singular vectors of the tuned weight, the singular
             value and the largest |cosine| to one of W's (Shuttleworth et al. 2024, arXiv:2410.21228, algorithm 1).
         magnitude_change: mean over rows of |‖tuned row‖ - ‖W row‖| / ‖W row‖, and
         direction_change: mean of 1 - cos(tuned row, W row) (Liu et al. 2024, arXiv:2402.09353, equations 3 and 4; there
@@ -60,12 +58,14 @@ class AgainstBase:
     @property
     def intruders(self) -> tuple[int, ...]:
         """Intruder dimensions: positions, from 0, among the tuned weight's leading singular vectors that W has not."""
-        return tuple(number for number, cosine in enumerate(self.tuned_cosines) if cosine < INTRUDER_COSINE)
+        return tuple(number for number, cosine in enumerate(self.tuned_cosines) if cosine < COSINE)
 
     def row(self) -> dict[str, Any]:
         """Return the figures as columns of a table."""
-        names = ["base_norm", "relative_norm", "relative_spectral_norm", "amplification", "alignment_out"]
-        names += ["alignment_in", "magnitude_change", "direction_change"]
+        names = [
+            "base_norm", "relative_norm", "relative_spectral_norm", "amplification", "alignment_out", "alignment_in",
+            "magnitude_change", "direction_change",
+        ]  # fmt: skip
         return {name: getattr(self, name) for name in names} | {"intruders": len(self.intruders)}
 
 
@@ -82,57 +82,74 @@ def compare_with_base(
     rank = numerical_rank(s)
     u, s, v = u[:, :rank], s[:rank], vh[:rank].T
     projected = torch.cat([rows.double() @ v for rows in weight.split(1024)])  # W V, (out, rank)
-    row_squares = torch.cat([rows.double().square().sum(1) for rows in weight.split(1024)])
-    inner = ((u * s) * projected).sum(1)  # <row of Δ, row of W>
-    tuned_squares = row_squares + 2 * inner + (u * s).square().sum(1)
-    before, after = row_squares.sqrt(), tuned_squares.clamp(min=0).sqrt()
-    target = after if magnitude is None else magnitude.double().flatten()
-    scale = torch.ones_like(after) if magnitude is None else target / after.clamp(min=1e-300)
-    cosine = (row_squares + inner) / (before * after).clamp(min=1e-300)
-    is_real = (before > 0) & (after > 0)
-    change = scale**2 * tuned_squares + row_squares - 2 * scale * (row_squares + inner)  # ‖tuned row - W row‖²
-    if magnitude is None:
-        change = (u * s).square().sum(1)  # the same without cancellation
-    norm = float(row_squares.sum().sqrt())
+    squares = torch.cat([rows.double().square().sum(1) for rows in weight.split(1024)])
+    rows = _Rows(squares, ((u * s) * projected).sum(1), (u * s).square().sum(1), magnitude)
+    norm = float(squares.sum().sqrt())
     top = float(base.s[0]) if base.s.numel() else 0.0
-    tuned = _tuned_vectors(update, weight, base, None if magnitude is None else scale)
-    cosines = base.left_cosines(weight, tuned.u).amax(0).clamp(max=1) if top else tuned.s[:0]
+    values, cosines = tuned_cosines(update, weight, base, None if magnitude is None else rows.scale)
     count = min(rank, base.s.numel())
     energy = s.square().sum().clamp(min=1e-300)
     along = float((u.T @ projected).norm())
     return AgainstBase(
         base_norm=norm,
         base_spectral_norm=top,
-        relative_norm=float(change.clamp(min=0).sum().sqrt()) / norm if norm else 0.0,
+        relative_norm=rows.change / norm if norm else 0.0,
         relative_spectral_norm=float(s[0]) / top if rank and top else 0.0,
         amplification=float(s.norm()) / along if along else None,
         alignment_out=float((base.u[:, :count].T @ (u * s)).square().sum() / energy),
         alignment_in=float((base.v[:, :count].T @ (v * s)).square().sum() / energy),
         chance_out=count / update.shape[0],
         chance_in=count / update.shape[1],
-        tuned_values=tuple(tuned.s[: len(cosines)].tolist()),
+        tuned_values=tuple(values.tolist()),
         tuned_cosines=tuple(cosines.tolist()),
-        magnitude_change=float(((target - before).abs() / before)[is_real].mean()) if is_real.any() else 0.0,
-        direction_change=float((1 - cosine)[is_real].mean()) if is_real.any() else 0.0,
+        magnitude_change=rows.magnitude_change,
+        direction_change=rows.direction_change,
         svd_error=base.error / top if top else 0.0,
         svd_complete=base.complete,
         has_magnitude=magnitude is not None,
     )
 
 
-def _tuned_vectors(update: LowRank, weight: Tensor, base: SingularVectors, scale: Tensor | None) -> SingularVectors:
-    """Leading singular vectors of the tuned weight, looked for from those of the base and of the update."""
-    matrix, up = weight.double() if base.complete else weight.float(), update.up
-    if scale is not None:
-        matrix, up = scale[:, None].to(matrix.dtype) * matrix, scale[:, None] * up
-    is_wide = weight.shape[0] <= weight.shape[1]
-    u, _, vh = update.svd
-    known = torch.cat([base.u, u], dim=1) if is_wide else torch.cat([base.v, vh.T], dim=1)
-    top = [
-        *range(min(INTRUDER_TOP + 4, base.s.numel())),
-        *range(base.s.numel(), min(base.s.numel() + 8, known.shape[1])),
-    ]
-    generator = torch.Generator().manual_seed(0)
-    start = torch.cat([known[:, top], torch.randn(len(known), 4, generator=generator, dtype=torch.float64)], dim=1)
-    k = min(INTRUDER_TOP, *weight.shape)
-    return leading_vectors(matrix, k, start[:, : min(weight.shape)], (up, update.down))
+class _Rows:
+    """What becomes of each row of W, from its products with the same row of Δ.
+
+    Args:
+        base: ‖W row‖², (out,).
+        inner: <W row, Δ row>.
+        update: ‖Δ row‖².
+        magnitude: DoRA's, or None.
+    """
+
+    def __init__(self, base: Tensor, inner: Tensor, update: Tensor, magnitude: Tensor | None) -> None:
+        self._base, self._inner, self._update = base, inner, update
+        self._before, self._after = base.sqrt(), (base + 2 * inner + update).clamp(min=0).sqrt()
+        self._is_plain = magnitude is None
+        self._target = self._after if magnitude is None else magnitude.double().flatten()
+        self._real = (self._before > 0) & (self._after > 0)
+
+    @property
+    def scale(self) -> Tensor:
+        """m / ‖W + Δ‖, 1 without a magnitude."""
+        return torch.where(self._after > 0, self._target / self._after, 1.0)
+
+    @property
+    def change(self) -> float:
+        """‖tuned - W‖F."""
+        if self._is_plain:
+            return float(self._update.sum().sqrt())
+        squares = self._target**2 + self._base - 2 * self.scale * (self._base + self._inner)
+        return float(squares.clamp(min=0).sum().sqrt())
+
+    @property
+    def magnitude_change(self) -> float:
+        """Mean of |‖tuned row‖ - ‖W row‖| / ‖W row‖."""
+        return _mean(((self._target - self._before).abs() / self._before)[self._real])
+
+    @property
+    def direction_change(self) -> float:
+        """Mean of 1 - cos(tuned row, W row)."""
+        return _mean((1 - (self._base + self._inner) / (self._before * self._after))[self._real])
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.mean()) if values.numel() else 0.0

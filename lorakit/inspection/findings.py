@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from statistics import fmean, median
 
-from .against_base import INTRUDER_COSINE, INTRUDER_TOP
+from . import intruders
 from .info import AdapterInfo
 from .layers import LayerInfo
 from .similarity import SHARED_COSINE
@@ -160,8 +160,8 @@ def _intruders(info: AdapterInfo) -> Iterator[str]:
     found = [layer for layer in measured if layer.base and layer.base.intruders]
     partial = [layer for layer in measured if layer.base and not layer.base.svd_complete]
     against = "the base's leading ones, which were all that was computed," if partial else "all of the base's"
-    limit = f"with cosine below {INTRUDER_COSINE:g} to {against}"
-    what = f"singular vectors, of the top {INTRUDER_TOP} of a tuned weight, {limit}"
+    limit = f"with cosine below {intruders.COSINE:g} to {against}"
+    what = f"singular vectors, of the top {intruders.TOP} of a tuned weight, {limit}"
     if not found:
         yield f"no intruder dimension: there are no {what}"
         return
@@ -173,15 +173,15 @@ def _intruders(info: AdapterInfo) -> Iterator[str]:
 def _compared(info: AdapterInfo) -> Iterator[str]:
     if info.comparison is None or info.other is None:
         return
-    layers = info.comparison.layers
+    layers, whole = info.comparison.layers, info.comparison.interference
     difference = sum(layer.difference**2 for layer in layers) ** 0.5
-    other = sum(layer.norm_b**2 for layer in layers) ** 0.5
-    if difference <= 1e-12 * other:
+    if difference <= 1e-12 * whole.norms[1]:
         yield f"the update equals that of {info.comparison.source} in all {len(layers)} layers both have"
     else:
-        relative = f", {_percent(difference / other)} of its norm" if other else ""
-        cosine = f"cosine {info.comparison.cosine:.3f} to {info.comparison.source}"
+        relative = f", {_percent(difference / whole.norms[1])} of its norm" if whole.norms[1] else ""
+        cosine = f"cosine {whole.cosine:.3f} to {info.comparison.source}"
         yield f"{cosine}; the difference is {difference:.3g}{relative}"
+    yield f"as parts of one sum the two are {whole.verdict}: {whole.meaning}"
     similar, chance = median(layer.similarity for layer in layers), median(layer.chance for layer in layers)
     yield f"leading input subspaces overlap by {_percent(similar)}, where chance gives {_percent(chance)} (medians)"
     shared = [layer for layer in layers if layer.shared]

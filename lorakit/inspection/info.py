@@ -95,6 +95,22 @@ class AdapterInfo(Tidy):
             "extras": list(self.extras),
             "findings": list(self.findings),
             "layers": layers,
-            "comparison": None if self.comparison is None else asdict(self.comparison),
+            "comparison": None if self.comparison is None else _comparison_json(self.comparison),
             "other": None if self.other is None else self.other.as_json(),
         }
+
+
+def _comparison_json(comparison: Comparison) -> dict[str, Any]:
+    whole = comparison.interference
+    angles = ("row_angles", "column_angles")
+    return {
+        "source": comparison.source,
+        "cosine": whole.cosine,
+        "verdict": whole.verdict,
+        "only_here": list(comparison.only_here),
+        "only_there": list(comparison.only_there),
+        "layers": [
+            layer.row() | {"change": list(layer.change)} | {name: list(getattr(layer.meeting, name)) for name in angles}
+            for layer in comparison.layers
+        ],
+    }

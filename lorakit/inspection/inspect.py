@@ -13,6 +13,7 @@ from .against_base import AgainstBase, compare_with_base
 from .base_weights import BaseWeights
 from .findings import findings
 from .info import AdapterInfo
+from .interference import together
 from .layers import LayerInfo, measure_update
 from .places import places
 from .similarity import Comparison, LayerSimilarity, compare_updates
@@ -40,9 +41,8 @@ def inspect_adapter(
         progress: called with (modules done, modules in all).
 
     Raises:
-        AdapterError: there is no such adapter; or the two adapters share no layer.
+        AdapterError: there is no such adapter; or the two adapters share no layer, or are of different base models.
         CheckpointError: a file is missing or broken, a number is not finite, or the base is not this adapter's base.
-        ShapeError: the two adapters belong to different base models.
     """
     here = Updates(path_or_model, name)
     there = None if vs is None else Updates(vs, name)
@@ -80,10 +80,10 @@ def _comparison(
         raise AdapterError(
             f"{source} adapts none of the {len(ours)} layers that the other does (its first: {next(iter(theirs))})"
         )
-    return Comparison(
-        source, tuple(similar), tuple(name for name in ours if name not in theirs),
-        tuple(name for name in theirs if name not in ours),
-    )  # fmt: skip
+    only_here = tuple(name for name in ours if name not in theirs)
+    only_there = tuple(name for name in theirs if name not in ours)
+    whole = together([layer.meeting for layer in similar], [*only_here, *only_there])
+    return Comparison(source, tuple(similar), only_here, only_there, whole)
 
 
 class _Vectors:

@@ -76,6 +76,11 @@ class Meeting:
             return "opposed"
         return "independent" if max(self.shared) <= SHARED else "entangled"
 
+    @property
+    def meaning(self) -> str:
+        """The verdict in a sentence."""
+        return _MEANING[self.verdict]
+
 
 @dataclass(frozen=True)
 class LayerMeeting(Meeting):
@@ -132,7 +137,16 @@ def interference(first: Mapping[str, LowRank], second: Mapping[str, LowRank]) ->
     Raises:
         AdapterError: they share no layer, or a layer has two shapes.
     """
-    layers = [_layer(path, first[path], second[path]) for path in first if path in second]
+    layers = [layer_meeting(path, first[path], second[path]) for path in first if path in second]
+    return together(layers, [path for path in [*first, *second] if (path in first) != (path in second)])
+
+
+def together(layers: Sequence[LayerMeeting], alone: Sequence[str]) -> Interference:
+    """Take the layers that two adapters share, and the paths that only one adapts, as a whole.
+
+    Raises:
+        AdapterError: they share no layer.
+    """
     if not layers:
         raise AdapterError("the two adapters share no layer: nothing of one is in the way of the other")
     return Interference(
@@ -140,7 +154,7 @@ def interference(first: Mapping[str, LowRank], second: Mapping[str, LowRank]) ->
         dot=math.fsum(la.dot for la in layers),
         meeting=(math.fsum(la.meeting[0] for la in layers), math.fsum(la.meeting[1] for la in layers)),
         layers=layers,
-        alone=[path for path in [*first, *second] if (path in first) != (path in second)],
+        alone=alone,
     )
 
 
@@ -150,7 +164,12 @@ def principal_angles(first: Tensor, second: Tensor) -> tuple[float, ...]:
     return tuple(cosines.arccos().tolist())
 
 
-def _layer(path: str, first: LowRank, second: LowRank) -> LayerMeeting:
+def layer_meeting(path: str, first: LowRank, second: LowRank) -> LayerMeeting:
+    """Compare the two updates of one layer.
+
+    Raises:
+        AdapterError: their shapes differ.
+    """
     if first.shape != second.shape:
         raise AdapterError(f"{path} has updates of shapes {first.shape} and {second.shape}: not of one base model?")
     pair = [LowRank(update.up.double(), update.down.double()) for update in (first, second)]

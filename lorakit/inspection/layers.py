@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapters.ranks import rank_for_energy
 from .against_base import AgainstBase
 from .places import Place
-from .spectrum import effective_rank, energy, noise_rank, numerical_rank, rank_for_energy, stable_rank
+from .spectrum import effective_rank, energy, noise_rank, numerical_rank, stable_rank
 from .updates import Update
 
 
@@ -114,9 +115,11 @@ class LayerInfo:
 
     def row(self) -> dict[str, Any]:
         """Return the layer as one flat row of a table: plain numbers and words."""
-        names = ["name", "stack", "index", "module", "kind", "rank", "parameters", "scaling", "norm", "spectral_norm"]
-        names += ["nuclear_norm", "effective_rank", "stable_rank", "numerical_rank", "noise_rank", "norm_a", "norm_b"]
-        names += ["dead", "dead_outputs", "dead_inputs", "dead_directions", "sparsity"]
+        names = [
+            "name", "stack", "index", "module", "kind", "rank", "parameters", "scaling", "norm", "spectral_norm",
+            "nuclear_norm", "effective_rank", "stable_rank", "numerical_rank", "noise_rank", "norm_a", "norm_b",
+            "dead", "dead_outputs", "dead_inputs", "dead_directions", "sparsity",
+        ]  # fmt: skip
         row = {name: getattr(self, name) for name in names}
         row |= {"out_features": self.shape[0], "in_features": self.shape[1]}
         row |= {f"rank_for_{percent}": self.rank_for(percent / 100) for percent in (90, 95, 99)}

@@ -104,7 +104,7 @@ function drawGroup(group, adapter, low, high) {
     grid.append(line);
   }
   const line = element("div", { role: "row" }, element("span", { class: "head row", role: "columnheader" }, group.stack));
-  const every = Math.ceil(group.blocks.length / 20);
+  const every = Math.ceil(group.blocks.length / (second ? 10 : 20));
   group.blocks.forEach((block, number) =>
     line.append(element("span", { class: "head column", role: "columnheader" }, number % every ? "" : String(block))));
   if (group.stack || group.blocks.length > 1) grid.append(line);
@@ -149,13 +149,23 @@ function choose(name) {
   byId("layer-title").textContent = name;
   const spectra = data.adapters.map((adapter, number) => adapter.spectra[rowOf[number].get(name)]);
   const charts = [chart("Singular values of the update", spectra)];
-  charts.push(chart("Share of the update kept by rank", spectra.map(keptBy), 1));
+  charts.push(chart("Share of the update kept by rank", spectra.map(keptBy), { top: 1 }));
   if (data.cosines[name]?.length) {
-    charts.push(chart("Cosines of the principal angles to the other's input directions", [data.cosines[name]], 1));
+    charts.push(chart("Cosines of the principal angles to the other's input directions", [data.cosines[name]], { top: 1 }));
   }
   const tuned = data.adapters.map((adapter, number) => adapter.tunedCosines[rowOf[number].get(name)] ?? undefined);
   if (tuned.some(Boolean)) {
-    charts.push(chart(`Tuned weight's leading directions: cosine to the base's nearest (below ${data.intruderCosine}: intruders)`, tuned, 1, data.intruderCosine));
+    charts.push(chart(`Tuned weight's leading directions: cosine to the base's nearest (below ${data.intruderCosine}: intruders)`, tuned, { top: 1, line: data.intruderCosine }));
+  }
+  for (const [title, { steps, layers }] of Object.entries(data.history)) {
+    if (layers[name]?.length > 1) charts.push(chart(`${title}, while training`, [layers[name]], { ticks: steps, dots: false }));
+  }
+  const quantized = data.quantization[name];
+  if (quantized) {
+    const errors = [spectra[0], quantized.spectrum];
+    charts.push(chart("Singular values of the update and of the quantization error", errors, { names: ["update", "error of 4 bits"] }));
+    const codes = [quantized.shares, quantized.expected];
+    charts.push(chart("How often each 4-bit code is used", codes, { names: ["used", "by normal weights"], ticks: quantized.values.map(figure) }));
   }
   byId("charts").replaceChildren(...charts);
   drawFigures(name);
@@ -182,7 +192,8 @@ function drawFigures(name) {
   byId("figures").tBodies[0].replaceChildren(...rows);
 }
 
-function chart(title, series, top = null, line = null) {
+// top: of the scale; line: drawn across; ticks: what stands below each place; names: of the two series.
+function chart(title, series, { top = null, line = null, ticks = null, names = null, dots = true } = {}) {
   const [width, height, left, bottom] = [360, 190, 44, 24];
   const drawn = series.filter((values) => values?.length);
   const longest = Math.max(1, ...drawn.map((values) => values.length));
@@ -196,7 +207,7 @@ function chart(title, series, top = null, line = null) {
   }
   const every = Math.ceil(longest / 8);
   for (let place = 0; place < longest; place += every) {
-    svg.append(node("text", { x: x(place), y: height - 8, "text-anchor": "middle" }, String(place + 1)));
+    svg.append(node("text", { x: x(place), y: height - 8, "text-anchor": "middle" }, String(ticks ? ticks[place] : place + 1)));
   }
   if (line !== null) svg.append(node("line", { class: "axis", "stroke-dasharray": "4 3", x1: left, x2: width, y1: y(line), y2: y(line) }));
   series.forEach((values, number) => {
@@ -204,14 +215,15 @@ function chart(title, series, top = null, line = null) {
     const kind = number ? "second" : "first";
     const points = values.map((value, place) => `${x(place).toFixed(1)},${y(value).toFixed(1)}`);
     svg.append(node("path", { class: `line ${kind}`, d: `M${points.join("L")}` }));
-    if (longest > 80) return;
+    if (longest > 80 || !dots) return;
     values.forEach((value, place) => svg.append(node("circle", { class: kind, cx: x(place), cy: y(value), r: 2.6 }, node("title", {}, `${place + 1}: ${figure(value)}`))));
   });
   const box = element("figure", {}, element("h3", {}, title), svg);
   if (drawn.length > 1) {
-    const names = [first, second].map((adapter, number) =>
-      element("span", { class: number ? "second-name" : "first-name" }, `${number ? "○" : "●"} ${adapter.source} `));
-    box.append(element("figcaption", {}, ...names));
+    const words = names ?? [first.source, second.source];
+    const spans = words.map((word, number) =>
+      element("span", { class: number ? "second-name" : "first-name" }, `${number ? "○" : "●"} ${word} `));
+    box.append(element("figcaption", {}, ...spans));
   }
   return box;
 }

@@ -11,6 +11,8 @@ from ..files import atomic_write
 from .info import AdapterInfo
 
 _KINDS = (".png", ".svg", ".pdf")
+_COLORS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#000000")  # Okabe and Ito's
+_LINES = ("-", "--", ":", "-.")
 
 
 def plot(info: AdapterInfo, path: str | os.PathLike[str], measure: str = "norm") -> None:
@@ -61,15 +63,23 @@ def _draw_map(figure: Any, axes: Any, table: list[dict[str, Any]], measure: str)
 
 
 def _draw_spectra(axes: Any, info: AdapterInfo) -> None:
-    """Draw one line a layer, colored by module."""
+    """Draw each kind of module's median spectrum, and the range of its layers as a band."""
     modules = list(dict.fromkeys(layer.module for layer in info.layers))
-    named = set()
-    for layer in info.layers:
-        color = f"C{modules.index(layer.module) % 10}"
-        label = None if layer.module in named else layer.module
-        named.add(layer.module)
-        places = range(1, len(layer.singular_values) + 1)
-        axes.plot(places, layer.singular_values, color=color, linewidth=0.6, alpha=0.7, label=label)
-    axes.set_xlabel("singular value")
-    axes.set_ylim(bottom=0)
+    for number, module in enumerate(modules):
+        spectra = [layer.singular_values for layer in info.layers if layer.module == module and not layer.dead]
+        if not spectra:
+            continue
+        columns = [sorted(values) for values in zip(*spectra, strict=False)]
+        places = range(1, len(columns) + 1)
+        look = {"color": _COLORS[number % len(_COLORS)], "linestyle": _LINES[number // len(_COLORS) % len(_LINES)]}
+        axes.plot(places, [values[len(values) // 2] for values in columns], linewidth=1.4, label=module, **look)
+        axes.fill_between(
+            places,
+            [values[0] for values in columns],
+            [values[-1] for values in columns],
+            color=look["color"],
+            alpha=0.08,
+        )
+    axes.set_xlabel("singular value: median and range over the layers of each kind")
+    axes.set_yscale("log")
     axes.legend(ncols=min(4, len(modules)), fontsize=7, frameon=False)

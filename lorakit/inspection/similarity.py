@@ -1,19 +1,22 @@
-"""Two updates of one layer compared: between ranks, seeds, checkpoints or adapters, from their factors alone."""
+"""Two updates of one layer compared: between ranks, seeds, checkpoints or adapters, from their factors alone.
+
+Angles, and what a sum of the two would be like, are those of `interference`; here is how far one has moved from the
+other, and the subspace similarity of the LoRA paper.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import cos, hypot
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..adapters.low_rank import LowRank
-from ..errors import ShapeError
-from .spectrum import numerical_rank, rank_for_energy
+from .interference import Interference, LayerMeeting, layer_meeting
 
 SHARED_COSINE = 0.9  # a direction of one update within 26 degrees of the other's counts as shared
-SHARED_ENERGY = 0.9  # of each update; its weaker directions are left out of the count
 
 
 @dataclass(frozen=True)
@@ -22,49 +25,60 @@ class LayerSimilarity:
 
     Attributes:
         name: module path.
-        cosine: <Δa, Δb> / (‖Δa‖ ‖Δb‖), 1 for the same direction; 0 where one is zero.
-        norm_a, norm_b: Frobenius norms.
-        difference: ‖Δa - Δb‖F.
-        similarity: φ of the leading directions that hold SHARED_ENERGY of each, on the input side as in the paper (Hu
-            et al. 2021, arXiv:2106.09685, section 7.2); chance: of random subspaces.
-        shared: of those, how many directions both have, on the input and on the output side.
-        cosines_in, cosines_out: cosines of the principal angles between those subspaces, in falling order.
+        meeting: norms, cosine, principal angles of the leading directions, and the verdict on a sum of the two.
         change: singular values of Δa - Δb.
     """
 
     name: str
-    cosine: float
-    norm_a: float
-    norm_b: float
-    difference: float
-    similarity: float
-    chance: float
-    shared: int
-    cosines_in: tuple[float, ...]
-    cosines_out: tuple[float, ...]
+    meeting: LayerMeeting
     change: tuple[float, ...]
+
+    @property
+    def cosine(self) -> float:
+        """<Δa, Δb> / (‖Δa‖ ‖Δb‖), 1 for the same direction; 0 where one is zero."""
+        return max(-1.0, min(1.0, self.meeting.cosine))
+
+    @property
+    def difference(self) -> float:
+        """‖Δa - Δb‖F."""
+        return hypot(*self.change)
 
     @property
     def relative_difference(self) -> float | None:
         """‖Δa - Δb‖F / ‖Δb‖F; None where Δb alone is zero."""
         if not self.difference:
             return 0.0
-        return self.difference / self.norm_b if self.norm_b else None
+        return self.difference / self.meeting.norms[1] if self.meeting.norms[1] else None
+
+    @property
+    def cosines_in(self) -> tuple[float, ...]:
+        """Cosines of the principal angles between the leading input directions, in falling order."""
+        return tuple(map(cos, self.meeting.row_angles))
+
+    @property
+    def similarity(self) -> float:
+        """φ of the leading input directions, as in the paper (Hu et al. 2021, arXiv:2106.09685, section 7.2).
+
+        Leading are those that hold 90% of the energy of each; `chance` is what random ones of as many would have.
+        """
+        cosines = self.cosines_in
+        return sum(cosine**2 for cosine in cosines) / len(cosines) if cosines else 0.0
+
+    @property
+    def chance(self) -> float:
+        """What `similarity` is for random subspaces, on average."""
+        return self.meeting.chance[1]
+
+    @property
+    def shared(self) -> int:
+        """Leading directions that both have (cosine above SHARED_COSINE), on the input and on the output side."""
+        sides = (self.meeting.row_angles, self.meeting.column_angles)
+        return min(sum(cos(angle) > SHARED_COSINE for angle in side) for side in sides)
 
     def row(self) -> dict[str, Any]:
         """Return the figures as one row of a table."""
-        names = (
-            "name",
-            "cosine",
-            "norm_a",
-            "norm_b",
-            "difference",
-            "relative_difference",
-            "similarity",
-            "chance",
-            "shared",
-        )
-        return {name: getattr(self, name) for name in names}
+        names = ("name", "cosine", "difference", "relative_difference", "similarity", "chance", "shared")
+        return {name: getattr(self, name) for name in names} | {"verdict": self.meeting.verdict}
 
 
 @dataclass(frozen=True)
@@ -75,20 +89,14 @@ class Comparison:
         source: where the other adapter is from.
         layers: the layers that both adapt.
         only_here, only_there: layers that one of them adapts.
+        interference: the layers that both adapt, as a whole; what a sum of the adapters would be like.
     """
 
     source: str
     layers: tuple[LayerSimilarity, ...]
     only_here: tuple[str, ...]
     only_there: tuple[str, ...]
-
-    @property
-    def cosine(self) -> float:
-        """Cosine of the two adapters as wholes, over the layers both have."""
-        inner = sum(layer.cosine * layer.norm_a * layer.norm_b for layer in self.layers)
-        norms = [sum(getattr(layer, side) ** 2 for layer in self.layers) for side in ("norm_a", "norm_b")]
-        product: float = (norms[0] * norms[1]) ** 0.5
-        return inner / product if product else 0.0
+    interference: Interference
 
 
 def subspace_similarity(a: Tensor, b: Tensor) -> Tensor:
@@ -104,37 +112,10 @@ def subspace_similarity(a: Tensor, b: Tensor) -> Tensor:
     return overlap / torch.minimum(i[:, None], j)
 
 
-def principal_cosines(a: Tensor, b: Tensor) -> Tensor:
-    """Cosines of the principal angles between the spans of orthonormal columns (Björck and Golub 1973), falling."""
-    cosines: Tensor = torch.linalg.svdvals(a.T @ b)
-    return cosines.clamp(max=1)
-
-
 def compare_updates(name: str, a: LowRank, b: LowRank) -> LayerSimilarity:
     """Compare two updates of one shape, both in float64.
 
     Raises:
-        ShapeError: the shapes differ.
+        AdapterError: the shapes differ.
     """
-    if a.shape != b.shape:
-        raise ShapeError(f"{name}: updates of shapes {a.shape} and {b.shape} belong to different base models")
-    (ua, sa, va), (ub, sb, vb) = a.svd, b.svd
-    norm_a, norm_b = float(sa.norm()), float(sb.norm())
-    change = (a - b).singular_values
-    i, j = (min(rank_for_energy(s, SHARED_ENERGY), numerical_rank(s)) for s in (sa, sb))
-    cosines_in, cosines_out = principal_cosines(va[:i].T, vb[:j].T), principal_cosines(ua[:, :i], ub[:, :j])
-    smaller = min(i, j)
-    inner = float(((ua.T @ ub) * (va @ vb.T) * sa[:, None] * sb).sum())
-    return LayerSimilarity(
-        name=name,
-        cosine=max(-1.0, min(1.0, inner / (norm_a * norm_b))) if norm_a and norm_b else 0.0,
-        norm_a=norm_a,
-        norm_b=norm_b,
-        difference=float(change.norm()),
-        similarity=float(cosines_in.square().sum()) / smaller if smaller else 0.0,
-        chance=max(i, j) / a.shape[1],
-        shared=min(int((side > SHARED_COSINE).sum()) for side in (cosines_in, cosines_out)),
-        cosines_in=tuple(cosines_in.tolist()),
-        cosines_out=tuple(cosines_out.tolist()),
-        change=tuple(change.tolist()),
-    )
+    return LayerSimilarity(name, layer_meeting(name, a, b), tuple((a - b).singular_values.tolist()))

@@ -25,7 +25,7 @@ LEADING = 64  # most singular triplets that are kept
 _OVERSAMPLE = 16
 _DEPTH = 5  # products with the matrix between two Rayleigh-Ritz steps
 _MOST_STEPS = 4
-_TOLERANCE = 1e-10  # of the largest eigenvalue
+_TOLERANCE = 1e-9  # of the largest eigenvalue
 _SEED = 0
 
 
@@ -53,13 +53,19 @@ class SingularVectors:
         """Whether all singular vectors are known."""
         return self.basis is not None
 
+    @property
+    def known(self) -> Tensor:
+        """Which of `all_values` are more than rounding: what is below 1e-7 of the largest is lost when squared."""
+        assert self.all_values is not None
+        return self.all_values > 1e-7 * self.all_values[0]
+
     def left_cosines(self, weight: Tensor, y: Tensor) -> Tensor:
         """Return |Uᵀ y| over all left singular vectors that are known: y (out, m) of unit columns -> (known, m)."""
         if self.basis is None or self.all_values is None:
             return (self.u.T @ y).abs()
         if weight.shape[0] <= weight.shape[1]:
-            return (self.basis.T @ y).abs()
-        return (self.basis.T @ (weight.double().T @ y)).abs() / self.all_values[:, None]  # U = W V / S
+            return (self.basis.T @ y)[self.known].abs()
+        return ((self.basis.T @ (weight.double().T @ y)) / self.all_values[:, None])[self.known].abs()  # U = W V / S
 
 
 def singular_vectors(weight: Tensor) -> SingularVectors:
@@ -75,17 +81,13 @@ def singular_vectors(weight: Tensor) -> SingularVectors:
 
 
 def complete_vectors(weight: Tensor) -> SingularVectors:
-    """All singular vectors, from the eigenvectors of the smaller of W Wᵀ and Wᵀ W in float64.
-
-    Singular values below 1e-7 of the largest are left out: squared they are lost in rounding.
-    """
+    """All singular vectors, from the eigenvectors of the smaller of W Wᵀ and Wᵀ W in float64."""
     matrix = weight.double()
     is_wide = matrix.shape[0] <= matrix.shape[1]
     squares, vectors = torch.linalg.eigh(matrix @ matrix.T if is_wide else matrix.T @ matrix)
-    values = squares.flip(0).clamp(min=0).sqrt()
-    kept = values > 1e-7 * values[0]
-    values, basis = values[kept], vectors.flip(1)[:, kept]
-    near, s = basis[:, :LEADING], values[:LEADING]
+    values, basis = squares.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
+    count = min(LEADING, int((values > 1e-7 * values[0]).sum()))
+    near, s = basis[:, :count], values[:count]
     far = (matrix.T @ near if is_wide else matrix @ near) / s
     u, v = (near, far) if is_wide else (far, near)
     return SingularVectors(u, s, v, _error(matrix, u, s, v), values, basis)
@@ -116,7 +118,7 @@ def leading_vectors(
     if start is None:
         generator = torch.Generator().manual_seed(_SEED)
         start = torch.randn(len(matrix), k + _OVERSAMPLE, generator=generator)
-    near = _eigenvectors(square, start.to(weight.dtype), k)
+    _, near = leading_eigenvectors(square, start.to(weight.dtype), k)
     far, s, small = torch.linalg.svd(turned(near), full_matrices=False)
     near = near @ small.T
     error = float((matrix @ far + left @ (right @ far) - near * s).norm(dim=0).max())
@@ -124,9 +126,9 @@ def leading_vectors(
     return SingularVectors(u.double(), s.double(), v.double(), error)
 
 
-def _eigenvectors(apply: Callable[[Tensor], Tensor], start: Tensor, k: int) -> Tensor:
-    """Leading k eigenvectors of a positive matrix, (n, k), by block Krylov spaces and Rayleigh-Ritz, restarted."""
-    basis = torch.linalg.qr(start).Q
+def leading_eigenvectors(apply: Callable[[Tensor], Tensor], start: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Leading k eigenvalues, falling, and eigenvectors (n, k) of a positive matrix: block Krylov spaces, restarted."""
+    basis: Tensor = torch.linalg.qr(start).Q
     for _ in range(_MOST_STEPS):
         blocks = basis
         for _ in range(_DEPTH):
@@ -143,8 +145,7 @@ def _eigenvectors(apply: Callable[[Tensor], Tensor], start: Tensor, k: int) -> T
         residual = (product @ vectors[:, :k] - basis[:, :k] * values[:k]).norm(dim=0).max()
         if residual <= _TOLERANCE * values[0]:
             break
-    leading: Tensor = basis[:, :k]
-    return leading
+    return values[:k], basis[:, :k]
 
 
 def _error(matrix: Tensor, u: Tensor, s: Tensor, v: Tensor) -> float:

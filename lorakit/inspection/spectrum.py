@@ -38,15 +38,6 @@ def energy(s: Tensor, k: int) -> float:
     return float(s[:k].square().sum() / total) if total > 0 else 1.0
 
 
-def rank_for_energy(s: Tensor, share: float) -> int:
-    """The smallest k with energy(s, k) >= share."""
-    total = s.square().sum()
-    if not total > 0:
-        return 0
-    kept = s.square().cumsum(0) / total
-    return min(int((kept < share).sum()) + 1, s.numel())
-
-
 def noise_rank(s: Tensor, out: int) -> int:
     """Singular values above what noise alone gives in 99 cases of 100 (Marchenko and Pastur 1967; Johnstone 2001).
 

@@ -77,7 +77,7 @@ class Updates:
     def __getitem__(self, path: str) -> list[Update]:
         """Return the updates of one module: one, or one for each expert."""
         if self.folder is None:
-            return [_live_update(path, self._layers[path], self._name)]
+            return _live_updates(path, self._layers[path], self._name)
         layer = self.folder.layers[path]
         parameters = (layer.lora_A.numel() + layer.lora_B.numel()) // layer.experts
         magnitude = None if layer.magnitude is None else layer.magnitude.flatten().double()
@@ -92,13 +92,19 @@ class Updates:
             yield from self[path]
 
 
-def _live_update(path: str, layer: AdaptedLayer, name: str) -> Update:
-    parameters = {table: parameter.detach().cpu() for table, parameter in layer.parameters_of(name).items()}
+def _live_updates(path: str, layer: AdaptedLayer, name: str) -> list[Update]:
     a, b = layer.lora_A[name], layer.lora_B[name]
     up, down = (factor.detach().cpu().double() for factor in layer.factors(name))
-    magnitude = parameters.get("lora_magnitude_vector")
+    parameter = layer.parameters_of(name).get("lora_magnitude_vector")
+    magnitude = None if parameter is None else parameter.detach().cpu().flatten().double()
     kind = "embedding" if "embedding" in layer.matrices[0] else "conv" if a.ndim > 2 else "linear"
-    return Update(
-        path, path, kind, a.shape[0], layer.scaling[name], a.numel() + b.numel(), LowRank(up, down),
-        None if magnitude is None else magnitude.flatten().double(),
-    )  # fmt: skip
+    if up.ndim == 2:
+        parts = {path: LowRank(up, down)}
+    else:
+        kind, parts = "experts", {f"{path}[{n}]": LowRank(*pair) for n, pair in enumerate(zip(up, down, strict=True))}
+    parameters = (a.numel() + b.numel()) // len(parts)
+    rank = a.shape[0] // len(parts)
+    return [
+        Update(part, path, kind, rank, layer.scaling[name], parameters, update, magnitude)
+        for part, update in parts.items()
+    ]

@@ -93,7 +93,9 @@ def test_a_packed_batchs_loss_and_gradients_are_the_rows_own(decoder: Decoder, r
         expected = {key: expected[key] + gradients[key] for key in expected}
     torch.testing.assert_close(loss, losses, rtol=1e-5, atol=1e-5)
     for key, gradient in found.items():
-        torch.testing.assert_close(gradient, expected[key], rtol=1e-4, atol=1e-5, msg=lambda text: f"{key}: {text}")
+        torch.testing.assert_close(
+            gradient, expected[key], rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key} {text}"
+        )
     for name in set(ADAPTERS) - set(names):  # nothing, not merely zeros, from the rows of others
         assert not any(gradient.any() for key, gradient in found.items() if key.endswith(f".{name}"))
 
@@ -228,7 +230,9 @@ def test_every_kind_of_part_differs_from_row_to_row(kind: str) -> None:
         own = loss_and_gradients(model, ids[part], ids.roll(-1)[part], [4])[1]
         summed = {key: summed[key] + own[key] for key in summed}
     for key, gradient in found.items():
-        torch.testing.assert_close(gradient, summed[key], rtol=1e-4, atol=1e-5, msg=lambda text: f"{key}: {text}")
+        torch.testing.assert_close(
+            gradient, summed[key], rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key} {text}"
+        )
 
 
 def test_convolutions() -> None:

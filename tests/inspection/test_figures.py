@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 from made_adapters import gaussian, orthonormal
 
 from lorakit.adapters.low_rank import LowRank
+from lorakit.adapters.ranks import rank_for_energy
 from lorakit.inspection.against_base import compare_with_base
+from lorakit.inspection.interference import principal_angles
 from lorakit.inspection.layers import measure_update
 from lorakit.inspection.places import Place
-from lorakit.inspection.similarity import compare_updates, principal_cosines, subspace_similarity
+from lorakit.inspection.similarity import compare_updates, subspace_similarity
 from lorakit.inspection.singular_vectors import complete_vectors
-from lorakit.inspection.spectrum import effective_rank, energy, noise_rank, rank_for_energy, stable_rank
+from lorakit.inspection.spectrum import effective_rank, energy, noise_rank, stable_rank
 from lorakit.inspection.updates import Update
 
 PLACE = Place("model.layers", 3, "q_proj")
@@ -145,7 +147,7 @@ def test_two_updates(first, second):
     found = compare_updates("q", one, two)
     d1, d2 = one.dense(), two.dense()
     scale = float(torch.maximum(d1.norm(), d2.norm()))
-    assert near(found.norm_a, d1.norm(), scale) and near(found.norm_b, d2.norm(), scale)
+    assert near(found.meeting.norms[0], d1.norm(), scale) and near(found.meeting.norms[1], d2.norm(), scale)
     assert near(found.difference, (d1 - d2).norm(), scale)
     if d1.norm() and d2.norm():
         assert near(found.cosine, (d1 * d2).sum() / (d1.norm() * d2.norm()))
@@ -153,7 +155,7 @@ def test_two_updates(first, second):
         assert found.cosine == 0
     same = compare_updates("q", one, one)
     if d1.norm():
-        assert near(same.cosine, 1) and near(same.similarity, 1) and same.difference <= 1e-12 * same.norm_a
+        assert near(same.cosine, 1) and near(same.similarity, 1) and same.difference <= 1e-12 * same.meeting.norms[0]
 
 
 @given(st.integers(1, 8), st.integers(1, 8), st.integers(0, 99))
@@ -164,8 +166,8 @@ def test_subspace_similarity_is_the_papers_formula(p, q, seed):
     for i in range(1, p + 1):
         for j in range(1, q + 1):
             assert near(phi[i - 1, j - 1], (a[:, :i].T @ b[:, :j]).norm() ** 2 / min(i, j))
-    angles = torch.acos(principal_cosines(a, b))
-    assert near(phi[-1, -1] * min(p, q), angles.cos().square().sum())
+    angles = principal_angles(a, b)
+    assert near(phi[-1, -1] * min(p, q), sum(math.cos(angle) ** 2 for angle in angles))
 
 
 def test_random_subspaces_overlap_by_chance():
@@ -184,7 +186,7 @@ def test_ranks_of_simple_spectra():
     assert energy(zero, 2) == 1
 
 
-@pytest.mark.parametrize(("out", "k"), [(400, 16), (1000, 64), (300, 300)])
+@pytest.mark.parametrize(("out", "k"), [(400, 16), (1000, 64), (150, 150)])
 def test_noise_alone_has_rank_zero_and_planted_directions_are_counted(out, k):
     found = []
     for seed in range(40):

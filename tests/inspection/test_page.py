@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from browser import BROWSER, in_browser
@@ -9,6 +10,9 @@ from made_adapters import gaussian, write_adapter, write_base
 
 from lorakit.inspection import inspect_adapter
 from lorakit.inspection.page import DIGITS, page, write_page
+from lorakit.inspection.probes.log import Header, ProbeLog
+from lorakit.inspection.quantization_view import QuantizationView, measure_quantization
+from lorakit.quantization import quantize
 
 HOSTILE = "model.layers.2.</script><img src=x onerror=alert(1)>"
 
@@ -49,6 +53,43 @@ def test_figures_are_those_of_the_api(info):
     assert data["base"] == info.base
 
 
+def test_history_and_quantization_are_shown(info, tmp_path):
+    names = [layer.name for layer in info.layers]
+    history = ProbeLog(
+        Header(names, [4] * len(names), [1.0] * len(names)),
+        [{"step": step, "delta_norm": [0.5 * step + n for n in range(len(names))]} for step in range(1, 2000)],
+    )
+    weights = {name: gaussian(20, 64, 8, n)[0] @ gaussian(20, 64, 8, n)[1] for n, name in enumerate(names[:3])}
+    quantized = [measure_quantization(name, quantize(weight), weight) for name, weight in weights.items()]
+    html = page(info, history, QuantizationView(tuple(quantized)))
+    data = embedded(html)
+    shown = data["history"]["Norm of the update"]
+    assert shown["steps"][0] == 1 and shown["steps"][-1] == 1999
+    assert shown["layers"][names[2]] == [0.5 * step + 2 for step in shown["steps"]]
+    assert data["quantization"][names[1]]["shares"] == pytest.approx(
+        [code.share for code in quantized[1].codes], rel=1e-6
+    )
+    column = data["adapters"][0]["columns"]["quant_snr_db"]
+    assert column[:3] == pytest.approx([layer.error.snr_db for layer in quantized], rel=1e-6) and set(column[3:]) == {
+        None
+    }
+    assert any("dB SNR" in finding for finding in data["findings"])
+    if BROWSER is None:
+        return
+    steps = f"""
+        document.querySelector('.map [data-name="{names[0]}"]').click();
+        const select = document.getElementById("measure");
+        select.value = "quant_snr_db";
+        select.dispatchEvent(new Event("change"));
+        return [[...document.querySelectorAll("#charts h3")].map((title) => title.textContent),
+                document.querySelector('.map [data-name="{names[0]}"]').getAttribute("aria-label")];
+    """
+    (titles, label), problems = in_browser(html, steps, tmp_path)
+    assert problems == []
+    assert {"Norm of the update, while training", "How often each 4-bit code is used"} <= set(titles)
+    assert label == f"{names[0]}: {quantized[0].error.snr_db:.4g}"
+
+
 def test_nothing_is_fetched_and_no_name_breaks_out(tmp_path):
     folder = write_adapter(tmp_path / "a", {HOSTILE: gaussian(6, 5, 2)})
     write_page(inspect_adapter(folder), tmp_path / "page.html")
@@ -56,16 +97,29 @@ def test_nothing_is_fetched_and_no_name_breaks_out(tmp_path):
     assert HOSTILE not in html
     assert embedded(html)["adapters"][0]["columns"]["name"] == [HOSTILE]
     assert set(re.findall(r"https?://[^\s\"']+", html)) == {"http://www.w3.org/2000/svg"}
-    assert not re.search(r"<(link|img|iframe)\b|\bsrc=|@import|url\(", html.replace(HOSTILE, ""))
+    assert not re.search(r"<(link|img|iframe)\b|\bsrc=|@import|url\(", html.partition('id="data">')[0])
+    assert "fetch(" not in html and "XMLHttpRequest" not in html and "import(" not in html
     assert "default-src 'none'" in html
 
 
 def test_a_large_adapter_stays_within_two_megabytes(tmp_path):
-    names = [f"model.layers.{n}.mlp.{module}_proj" for n in range(80) for module in "abcdefg"]
-    factors = {name: gaussian(80, 80, 64, number) for number, name in enumerate(names)}
-    one = write_adapter(tmp_path / "one", factors)
-    two = write_adapter(tmp_path / "two", {name: (b * 1.1, a) for name, (b, a) in factors.items()})
-    assert len(page(inspect_adapter(one, vs=two)).encode()) <= 2_000_000
+    """Llama-70B's shape, 80 blocks of 7 modules with rank 64, beside another: one measured, the others like it."""
+    modules = [f"model.layers.0.mlp.{module}_proj" for module in "abcdefg"]
+    factors = {name: gaussian(80, 80, 64, number) for number, name in enumerate(modules)}
+    other = {name: (b + gaussian(80, 1, 64, 99)[0] / 8, a) for name, (b, a) in factors.items()}
+    one = inspect_adapter(write_adapter(tmp_path / "one", factors), vs=write_adapter(tmp_path / "two", other))
+
+    def repeated(layers, **changes):
+        again = [(layer, layer.name.replace(".0.", f".{block}.")) for block in range(80) for layer in layers]
+        return tuple(
+            replace(layer, name=name, **{key: int(name.split(".")[2]) for key in changes}) for layer, name in again
+        )
+
+    comparison = replace(one.comparison, layers=repeated(one.comparison.layers))
+    two = replace(one.other, layers=repeated(one.other.layers, index=0))
+    html = page(replace(one, layers=repeated(one.layers, index=0), other=two, comparison=comparison))
+    assert len(embedded(html)["adapters"][1]["spectra"]) == 560
+    assert len(html.encode()) <= 2_000_000
 
 
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
