@@ -99,7 +99,8 @@ def build(kind: str) -> nn.Module:
 
 def as_decoder(model: nn.Module) -> Decoder:
     """Return our decoder with the weights of a Llama or a Qwen2."""
-    decoder = Decoder(DecoderConfig.from_dict(cast(Any, model.config).to_dict()))
+    config = cast(Any, model.config).to_dict() | {"architectures": [type(model).__name__]}
+    decoder = Decoder(DecoderConfig.from_dict(config))
     decoder.load_state_dict(model.state_dict())
     return decoder.eval().requires_grad_(False)
 
