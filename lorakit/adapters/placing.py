@@ -208,7 +208,8 @@ def _biases(model: nn.Module, taken: set[str]) -> list[Placement]:
     placements = []
     for path, module in list(model.named_modules()):
         inner = unwrapped(module)
-        is_inside = any(path.startswith(f"{other}.") for other in taken) or re.search(r"\.base_layer(\.|$)", path)
+        is_inside = any(path.startswith(f"{other}.") for other in taken)
+        is_inside = is_inside or re.search(r"\.(base_layer|copies)(\.|$)", path) is not None
         if not path or path in taken or is_inside or not isinstance(inner._parameters.get("bias"), nn.Parameter):
             continue
         part = _part(model, path, SavedModule)

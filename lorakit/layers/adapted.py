@@ -118,6 +118,10 @@ class AdaptedLayer(AdapterPart):
         """Return a tensor of the base weight's shape as the matrix (out_features, in_features)."""
         return weight.flatten(1)
 
+    def base_rows(self, rows: slice) -> Tensor:
+        """Return some rows of the base weight as a matrix, (rows, in_features), in any dtype."""
+        return self.as_matrix(cast(Tensor, self.base_layer.weight).detach())[rows]
+
     def as_weight(self, matrix: Tensor) -> Tensor:
         """Return a matrix (out_features, in_features) in the base weight's shape."""
         return matrix

@@ -39,6 +39,11 @@ class LoRAEmbedding(AdaptedLayer):
             return self.base_layer.quantized.dequantize(dtype)
         return super().base_weight(dtype)
 
+    def base_rows(self, rows: slice) -> Tensor:
+        if isinstance(self.base_layer, Embedding4bit):
+            return self.as_matrix(self.base_weight(torch.float32))[rows]  # its rows are our columns
+        return super().base_rows(rows)
+
     def as_matrix(self, weight: Tensor) -> Tensor:
         return weight.T
 

@@ -54,6 +54,11 @@ class LoRALinear(AdaptedLayer):
             return self.base_layer.dense_weight(dtype)
         return super().base_weight(dtype)
 
+    def base_rows(self, rows: slice) -> Tensor:
+        if isinstance(self.base_layer, Linear4bit):
+            return self.base_layer.quantized.dequantize(torch.float32, rows=rows)
+        return super().base_rows(rows)
+
     def as_matrix(self, weight: Tensor) -> Tensor:
         return weight.T if self.is_conv1d else weight
 

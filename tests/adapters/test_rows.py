@@ -46,9 +46,9 @@ NAMES = [*ADAPTERS, BASE]
 def with_adapters(model: nn.Module) -> nn.Module:
     for seed, (name, options) in enumerate(ADAPTERS.items()):
         torch.manual_seed(seed)
-        add_adapter(model, LoraConfig(init_lora_weights=False, **options), name)
+        add_adapter(model, LoraConfig(init_lora_weights=False, **options), name, torch.float64)
     set_trained(model, list(ADAPTERS))
-    return model
+    return model.double()
 
 
 def alone(model: nn.Module, name: str) -> None:
@@ -91,11 +91,9 @@ def test_a_packed_batchs_loss_and_gradients_are_the_rows_own(decoder: Decoder, r
         one, gradients = loss_and_gradients(decoder, row, wanted, [length])
         losses = losses + one
         expected = {key: expected[key] + gradients[key] for key in expected}
-    torch.testing.assert_close(loss, losses, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loss, losses, rtol=1e-6, atol=1e-6)
     for key, gradient in found.items():
-        torch.testing.assert_close(
-            gradient, expected[key], rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key} {text}"
-        )
+        torch.testing.assert_close(gradient, expected[key], msg=lambda text, key=key: f"{key}: {text}")
     for name in set(ADAPTERS) - set(names):  # nothing, not merely zeros, from the rows of others
         assert not any(gradient.any() for key, gradient in found.items() if key.endswith(f".{name}"))
 
@@ -127,7 +125,7 @@ def test_what_is_computed_again_uses_the_rows_it_used_first(how: str) -> None:
     for key, parameter in model.named_parameters():
         if parameter.requires_grad:
             found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            torch.testing.assert_close(found, expected[key], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(found, expected[key])
     assert {layer.active for layer in lora_layers(model, "c").values()} == {("c",)}
 
 
@@ -209,10 +207,9 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_part_differs_from_row_to_row(kind: str) -> None:
     torch.manual_seed(0)
-    model = small_decoder(attention_bias=True, mlp_bias=True)
-    add_adapter(model, LoraConfig(r=2, init_lora_weights=False, **KINDS[kind]), "one")
-    add_adapter(model, LoraConfig(r=3, init_lora_weights=False, **KINDS[kind]), "two")
-    add_adapter(model, LoraConfig(r=1, init_lora_weights=False), "plain")
+    model = small_decoder(attention_bias=True, mlp_bias=True).double()
+    for name, options in (("one", {"r": 2, **KINDS[kind]}), ("two", {"r": 3, **KINDS[kind]}), ("plain", {"r": 1})):
+        add_adapter(model, LoraConfig(init_lora_weights=False, **options), name, torch.float64)
     with torch.no_grad():
         for parameter in [*adapter_parameters(model, "one"), *adapter_parameters(model, "two")]:
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -230,9 +227,7 @@ def test_every_kind_of_part_differs_from_row_to_row(kind: str) -> None:
         own = loss_and_gradients(model, ids[part], ids.roll(-1)[part], [4])[1]
         summed = {key: summed[key] + own[key] for key in summed}
     for key, gradient in found.items():
-        torch.testing.assert_close(
-            gradient, summed[key], rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key} {text}"
-        )
+        torch.testing.assert_close(gradient, summed[key], msg=lambda text, key=key: f"{key}: {text}")
 
 
 def test_convolutions() -> None:
@@ -403,19 +398,20 @@ def test_transformers_models_and_their_gradient_checkpointing() -> None:
         model.zero_grad()
         for names, rows in parts:
             with use_rows(model, names):
-                logits = model(input_ids=rows).logits
-                logits.square().sum().backward()
+                loss = model(input_ids=rows).logits.square().sum()
+                if loss.requires_grad:  # not where all rows are the base's
+                    loss.backward()
         return {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
 
     with use_rows(model, names):
         together = model(input_ids=ids).logits
     for row, name in enumerate(names):
         alone(model, name)
-        torch.testing.assert_close(together[row], model(input_ids=ids[row : row + 1]).logits[0], rtol=1e-4, atol=1e-5)
-    one_by_one = gradients(([name], row[None]) for name, row in zip(names, ids, strict=True) if name != BASE)
+        torch.testing.assert_close(together[row], model(input_ids=ids[row : row + 1]).logits[0])
+    one_by_one = gradients(([name], row[None]) for name, row in zip(names, ids, strict=True))
     for _ in range(2):
         found = gradients(itertools.chain([(names, ids)]))
         assert found.keys() == one_by_one.keys()
         for key, gradient in found.items():
-            torch.testing.assert_close(gradient, one_by_one[key], rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(gradient, one_by_one[key])
         model.train().gradient_checkpointing_enable({"use_reentrant": False})

@@ -373,4 +373,4 @@ class Adapters(RuleBasedStateMachine):
 
 
 TestAdapters = pytest.mark.filterwarnings("ignore:in .* layers less than")(Adapters.TestCase)
-TestAdapters.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
+TestAdapters.settings = settings(max_examples=settings.default.max_examples // 5, stateful_step_count=20, deadline=None)

@@ -8,6 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lorakit.models import Decoder, DecoderConfig
+
 VOCABULARY = 48
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -93,6 +95,14 @@ def build(kind: str) -> nn.Module:
                 parameter.mul_(4)  # of deviation 0.02, which would leave nothing of an update's effect
             assert name
     return cast(nn.Module, model.eval().requires_grad_(False))
+
+
+def as_decoder(model: nn.Module) -> Decoder:
+    """Return our decoder with the weights of a Llama or a Qwen2."""
+    config = cast(Any, model.config).to_dict() | {"architectures": [type(model).__name__]}
+    decoder = Decoder(DecoderConfig.from_dict(config))
+    decoder.load_state_dict(model.state_dict())
+    return decoder.eval().requires_grad_(False)
 
 
 def inputs(kind: str) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from grid_models import build, inputs
+from grid_models import as_decoder, build, inputs
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -166,6 +166,10 @@ def test_peft_writes_and_ours_reads(case: str, tmp_path: Path) -> None:
         assert_same_weights(ours, merged)
     save_adapter(ours, tmp_path / "ours")
     assert_same_files(tmp_path / "ours", tmp_path / "theirs")
+    if kind in ("llama", "llama-tied", "qwen2") and dtype == torch.float32:
+        decoder = as_decoder(base(kind, dtype))
+        load_adapter(decoder, tmp_path / "theirs")
+        close(output(decoder, kind, dtype), expected, dtype)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -20,6 +20,8 @@ from .variant import KeptGain, Variant
 if TYPE_CHECKING:
     from ..adapted import AdaptedLayer
 
+_ELEMENTS = 1 << 17  # of a weight that are squared at a time, 1 MiB in float64
+
 
 class DoRA(Variant):
     """One more trained vector: the magnitude m of each row, which starts at the norm of the row."""
@@ -72,9 +74,13 @@ def row_norms(layer: AdaptedLayer, name: str, dtype: torch.dtype) -> Tensor:
 
 
 def squared_rows(layer: AdaptedLayer) -> Tensor:
-    """Return ||w_i||² of the rows of the base weight, (out_features,) fp32, computed once a base weight."""
+    """Return ||w_i||² of the rows of the base weight, (out_features,) float64, computed once a base weight."""
     kept: Tensor | None = getattr(layer, "_squared_rows", None)
     if kept is None or kept.device != next(layer.base_layer.parameters()).device:
-        kept = layer.as_matrix(layer.base_weight(torch.float64)).square().sum(1)
+        # A few rows at a time: whole weights, one after another, would leave the heap in pieces.
+        step = max(1, _ELEMENTS // layer.in_features)
+        starts = range(0, layer.out_features, step)
+        parts = (layer.base_rows(slice(first, min(first + step, layer.out_features))) for first in starts)
+        kept = torch.cat([part.double().square().sum(1) for part in parts])
         layer._squared_rows = kept
     return kept
