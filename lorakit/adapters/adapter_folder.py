@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ..errors import AdapterError, CheckpointError, ShapeError
 from .low_rank import LowRank
-from .peft_files import CONFIG_FILE, WEIGHTS_FILE
+from .peft_config import CONFIG_FILE
+from .peft_files import WEIGHTS_FILE
 from .targeting import pattern_value
 
 Kind = Literal["linear", "embedding", "conv", "experts"]

@@ -13,11 +13,11 @@ from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import AdapterError, CheckpointError
 from ..files import atomic_folder
+from ..models.safetensors_header import make_header
 from .attach import add_adapter, check_adapter, check_name
 from .fingerprint import base_fingerprint
 from .peft_config import CONFIG_FILE, peft_config, read_adapter_config
@@ -59,13 +59,22 @@ def save_adapter(
         raise AdapterError(f"{folder} exists and is not an adapter folder; choose another path")
     tensors = {key: tensor.to("cpu", dtype).contiguous() for key, tensor in file_tensors(model, name).items()}
     fingerprint = base_fingerprint(model)
-    metadata = {"format": "pt"} | ({} if fingerprint is None else {_BASE: fingerprint})
+    metadata = {} if fingerprint is None else {_BASE: fingerprint}
     with atomic_folder(folder) as part:
-        save_file(tensors, part / WEIGHTS_FILE, metadata=metadata)
+        _write_tensors(part / WEIGHTS_FILE, tensors, metadata)
         # Sorted as PEFT does, but not within rank_pattern and alpha_pattern: there the first match wins.
         text = json.dumps(dict(sorted(peft_config(model, name).items())), indent=2)
         (part / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
     return folder
+
+
+def _write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file; the package's own writer puts metadata in another order at every call."""
+    tensors = dict(sorted(tensors.items()))
+    with file.open("wb") as out:
+        out.write(make_header({key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()}, metadata))
+        for tensor in tensors.values():
+            out.write(tensor.view(-1).view(torch.uint8).numpy().tobytes())
 
 
 def load_adapter(

@@ -159,8 +159,8 @@ def apply_state(model: nn.Module) -> None:
     """Make the layers compute what the record says."""
     state = state_of(model)
     parts = known_parts(model)
-    active = () if state.disabled else state.active
     rows = state.rows[-1] if state.rows and not state.disabled else None
+    active = state.active if rows is None and not state.disabled else ()
     for part in parts:
         part.active = tuple(name for name in active if name in part.names())
     for taker in state.takers:

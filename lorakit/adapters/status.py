@@ -106,7 +106,7 @@ def _info(model: nn.Module, name: str) -> AdapterInfo:
         active=name in state.active,
         trained=name in state.trained,
         rows=state.rows[-1].names.count(name) if state.rows else 0,
-        ranks=dict(Counter(len(layer.lora_A[name]) // layer.shapes(1)[0][0] for layer in layers)),
+        ranks=dict(Counter(len(layer.lora_A[name]) // layer.matrix_shapes(1)[0][0] for layer in layers)),
         parameters=sum(parameter.numel() for parameter in parameters),
         dtypes=tuple(dict.fromkeys(str(p.dtype).removeprefix("torch.") for p in parameters)),
         devices=tuple(dict.fromkeys(str(p.device) for p in parameters)),
@@ -117,7 +117,8 @@ def _info(model: nn.Module, name: str) -> AdapterInfo:
 
 def _irregularities(model: nn.Module, name: str, parts: dict[str, AdapterPart]) -> list[str]:
     state = state_of(model)
-    is_trained, is_active = name in state.trained, name in state.active and not state.disabled
+    is_trained = name in state.trained
+    is_active = name in state.active and not state.disabled and not state.rows
     parameters = [p for part in parts.values() for p in part.parameters_of(name).values()]
     flipped = sum(parameter.requires_grad != is_trained for parameter in parameters)
     problems = ["trained, but not active: no gradient reaches it"] if name in idle_adapters(model) else []

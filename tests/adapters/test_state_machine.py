@@ -103,7 +103,7 @@ class Reference:
 
 def build() -> tuple[nn.Sequential, Reference]:
     torch.manual_seed(0)
-    quantized = quantize(torch.randn(8, 8, dtype=torch.float64))
+    quantized = quantize(torch.randn(8, 8))
     model = nn.Sequential(
         nn.Linear(6, 8), nn.Tanh(), Linear4bit(quantized, torch.randn(8)), nn.Tanh(), nn.Linear(8, 4, bias=False)
     ).double()

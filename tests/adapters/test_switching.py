@@ -214,7 +214,7 @@ class TestHotSwap:
         ("values", "message"),
         [
             ({"r": 3}, r"0: its rank 3 is larger than the 2 allotted\n  2\.0: its rank 3"),
-            ({"target_modules": ["0"]}, r"2\.0 is missing\n  2\.1 is missing"),
+            ({"target_modules": ["2.1"]}, r"0 is missing\n  2\.0 is missing"),
             ({"use_dora": True}, r"0: it has magnitudes \(DoRA\), unlike"),
         ],
     )
