@@ -131,7 +131,7 @@ class TestFourBits:
 
     def test_onto_the_checkpoint_it_was_loaded_from(self, folder: Path) -> None:
         model, dense = self.model(folder), load_model(folder, quant_type=None, dtype=torch.float32)
-        updates = {path: layer.delta_weight("default") for path, layer in lora_layers(model).items()}
+        updates = {path: layer.delta_weight("default").detach() for path, layer in lora_layers(model).items()}
         report = merge_adapter(model)
         assert report.base == folder and report.share == pytest.approx(1, abs=1e-5)
         for path, update in updates.items():
@@ -156,7 +156,7 @@ class TestFourBits:
         model, dense = self.model(folder), load_model(folder, quant_type=None, dtype=torch.float32)
         if given:
             model.folder = None
-        updates = {path: layer.delta_weight("default") for path, layer in lora_layers(model).items()}
+        updates = {path: layer.delta_weight("default").detach() for path, layer in lora_layers(model).items()}
         report = merge_adapter(model, base=folder if given else None, quantize=True)
         for path, update in updates.items():
             layer, source = model.get_submodule(path), dense.get_submodule(path).weight

@@ -139,3 +139,19 @@ def test_the_bias_of_b_in_4_bits() -> None:
     torch.testing.assert_close(ours[0].bias, before + 4 * trained)
     theirs.merge()
     torch.testing.assert_close(theirs.base_layer.bias, before + trained)
+
+
+def test_a_head_that_was_tied_is_saved_by_transformers_and_loaded_again(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=40, tie_word_embeddings=True, **sizes)
+    model = transformers.LlamaForCausalLM(config).eval()
+    add_adapter(model, LoraConfig(r=2, target_modules=["lm_head", "q_proj"], init_lora_weights=False))
+    ids = torch.arange(8)[None]
+    expected = model(ids).logits
+    report = merge_adapter(model)
+    assert "lm_head shared its weight with model.embed_tokens" in str(report)
+    torch.testing.assert_close(model(ids).logits, expected)
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(again(ids).logits, expected)
