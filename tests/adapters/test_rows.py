@@ -92,8 +92,7 @@ def test_a_packed_batchs_loss_and_gradients_are_the_rows_own(decoder: Decoder, r
         losses = losses + one
         expected = {key: expected[key] + gradients[key] for key in expected}
     torch.testing.assert_close(loss, losses, rtol=1e-6, atol=1e-6)
-    for key, gradient in found.items():
-        torch.testing.assert_close(gradient, expected[key], msg=lambda text, key=key: f"{key}: {text}")
+    torch.testing.assert_close(found, expected)
     for name in set(ADAPTERS) - set(names):  # nothing, not merely zeros, from the rows of others
         assert not any(gradient.any() for key, gradient in found.items() if key.endswith(f".{name}"))
 
@@ -226,8 +225,7 @@ def test_every_kind_of_part_differs_from_row_to_row(kind: str) -> None:
         part = slice(4 * row, 4 * row + 4)
         own = loss_and_gradients(model, ids[part], ids.roll(-1)[part], [4])[1]
         summed = {key: summed[key] + own[key] for key in summed}
-    for key, gradient in found.items():
-        torch.testing.assert_close(gradient, summed[key], msg=lambda text, key=key: f"{key}: {text}")
+    torch.testing.assert_close(found, summed)
 
 
 def test_convolutions() -> None:
@@ -411,7 +409,5 @@ def test_transformers_models_and_their_gradient_checkpointing() -> None:
     one_by_one = gradients(([name], row[None]) for name, row in zip(names, ids, strict=True))
     for _ in range(2):
         found = gradients(itertools.chain([(names, ids)]))
-        assert found.keys() == one_by_one.keys()
-        for key, gradient in found.items():
-            torch.testing.assert_close(gradient, one_by_one[key])
+        torch.testing.assert_close(found, one_by_one)
         model.train().gradient_checkpointing_enable({"use_reentrant": False})

@@ -211,6 +211,10 @@ class Adapters(RuleBasedStateMachine):
             with pytest.raises(AdapterError, match=r"no adapter|merged already"):
                 merge_adapter(self.model, names)
             return
+        if set(self.reference.merged) & set(self.names):
+            with pytest.raises(AdapterError, match="name of a merged one"):
+                merge_adapter(self.model, names)
+            return
         staying = [adapter for name, adapter in self.reference.adapters.items() if name not in names]
         leaving = [*self.reference.merged.values(), *(self.reference.adapters[name] for name in names)]
         touched = {path for adapter in leaving for path in adapter}
