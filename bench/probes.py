@@ -3,11 +3,12 @@
     QLoRA of SmolLM2-135M, rank 16 on all linear layers, 2 x 512 tokens in two micro-batches, all trained
 
 Two models of the same start take the same steps, one of them with probes at their defaults, and this stops unless
-losses and adapters are equal to the bit. Most steps look at norms and noise; every 25th at spectra and drift too. The
-overhead is that of a long run: the median over steps of (seconds with / seconds of the step without beside it), of both
-kinds, weighted by how often they come. What is done once a run is a line of its own.
+losses and adapters are equal to the bit. Each kind of step is measured by itself: one that looks at norms alone, one
+that looks at the gradient's noise too, one at spectra, one at drift. The overhead is that of a long run: of each kind,
+the median of (seconds with / seconds of the step without beside it), weighted by how often it comes. What is done once
+a run is a line of its own.
 
-Run as: python -m bench.probes [--model smollm2-135m-instruct] [--steps 12] [--check] [--json FILE] [--plot FILE]
+Run as: python -m bench.probes [--model smollm2-135m-instruct] [--rounds 5] [--check] [--json FILE] [--plot FILE]
 """
 
 from __future__ import annotations
@@ -33,8 +34,13 @@ from .sides.common import ALPHA, LEARNING_RATE, RANK, random_tokens
 
 BATCH, LENGTH = 2, 512
 LIMIT = 0.03
-COMMON, ALL = "with", "with spectra and drift"
-RARE = ProbeConfig().spectra_every or 1
+DEFAULTS = ProbeConfig()
+EVERY = (1, DEFAULTS.noise_every or 1, DEFAULTS.spectra_every or 1, DEFAULTS.drift_every or 1)  # each divides the next
+KINDS = dict(zip(("norms", "and noise", "and spectra", "and drift"), EVERY, strict=True))
+SHARES = {  # of a long run's steps
+    kind: 1 / every - (1 / following if following else 0)
+    for (kind, every), following in zip(KINDS.items(), (*EVERY[1:], None), strict=True)
+}
 
 
 class Side:
@@ -69,21 +75,19 @@ class Side:
         return time.perf_counter() - started, row["loss"]
 
 
-def measure(plain: Side, probed: Side, steps: int) -> dict[str, list[tuple[float, float]]]:
+def measure(plain: Side, probed: Side, rounds: int) -> dict[str, list[tuple[float, float]]]:
     """Take the steps in turn; return of each kind the pairs of seconds, without probes and with them.
-
-    The probed side counts its steps so that all is looked at in every third: a long run's steps, in a short time.
 
     Raises:
         AssertionError: losses or adapters differ.
     """
-    seconds: dict[str, list[tuple[float, float]]] = {COMMON: [], ALL: []}
-    for number in range(steps + 1):
-        kind, step = (ALL, RARE) if number % 3 == 0 else (COMMON, 1)
-        taken = {side: side.step(step) for side in ((plain, probed) if number % 2 else (probed, plain))}
-        assert taken[plain][1] == taken[probed][1], f"step {number}: the losses differ"
-        if number:
-            seconds[kind].append((taken[plain][0], taken[probed][0]))
+    seconds: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
+    for number in range(rounds + 1):
+        for kind, step in KINDS.items():
+            taken = {side: side.step(step) for side in ((plain, probed) if number % 2 else (probed, plain))}
+            assert taken[plain][1] == taken[probed][1], f"round {number}, {kind}: the losses differ"
+            if number:
+                seconds[kind].append((taken[plain][0], taken[probed][0]))
     pairs = zip(adapter_parameters(plain.model), adapter_parameters(probed.model), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs), "the adapters differ"
     return seconds
@@ -93,28 +97,27 @@ def main() -> None:
     """Measure, print, draw, compare with the target."""
     parser = arguments(str(__doc__), plots=True)
     parser.add_argument("--model", default="smollm2-135m-instruct", help="a known model or a checkpoint folder")
-    parser.add_argument("--steps", type=int, default=12, help="timed steps of each side, after a first one; 3 or more")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each kind on each side, after a first")
     options = parser.parse_args()
     folder = model_folder(options.model)
     with tempfile.TemporaryDirectory() as output:
         plain, probed = Side(folder, [], Path(output)), Side(folder, [Probes()], Path(output))
-        pairs = measure(plain, probed, max(3, options.steps))
-        size = (Path(output) / "probes.jsonl").stat().st_size / (options.steps + 2)
+        pairs = measure(plain, probed, options.rounds)
         for probe in probed.probes:
             probe.end()
     without = median(plain for taken in pairs.values() for plain, _ in taken)
     more = {kind: median(probed / plain for plain, probed in taken) - 1 for kind, taken in pairs.items()}
-    overhead = ((RARE - 1) * more[COMMON] + more[ALL]) / RARE
-    rows: list[list[object]] = [["without", without, None]]
-    rows += [[kind, (1 + share) * without, share] for kind, share in more.items()]
-    rows.append([f"with, every {RARE}th with spectra and drift", (1 + overhead) * without, overhead])
-    rows.append(["once a run: norms and activations of the base", probed.once, None])
+    overhead = sum(SHARES[kind] * share for kind, share in more.items())
+    rows: list[list[object]] = [["without", None, without, None]]
+    rows += [[kind, SHARES[kind], (1 + share) * without, share] for kind, share in more.items()]
+    rows.append(["a long run", 1.0, (1 + overhead) * without, overhead])
+    rows.append(["once a run: the base's norms and activations", None, probed.once, None])
     picture = Picture("ms a step")
     seconds = {"without": without} | {kind: (1 + share) * without for kind, share in more.items()}
     picture.add("training step", seconds, list(seconds), [])
-    title = f"{Path(options.model).name}: what probes cost a step; {size / 1024:.0f} KiB of probes.jsonl a step"
+    title = f"{Path(options.model).name}: what probes cost a step"
     target = Target("probes' share of a step's time", overhead, LIMIT)
-    finish(options, title, ["step", "seconds", "overhead"], rows, [target], picture)
+    finish(options, title, ["step", "share of steps", "seconds", "overhead"], rows, [target], picture)
 
 
 if __name__ == "__main__":

@@ -49,8 +49,11 @@ class AdapterState:
 
 
 def state_of(model: nn.Module) -> AdapterState:
-    """Return the record of a model's adapters."""
+    """Return the record of a model's adapters; of a module that the model was wrapped into since, that of the model."""
     if not hasattr(model, "lora_state"):
+        for inner in model.modules():
+            if isinstance(found := vars(inner).get("lora_state"), AdapterState):
+                return found
         model.lora_state = AdapterState()  # type: ignore[assignment]
     state: AdapterState = model.lora_state  # type: ignore[assignment]
     return state

@@ -215,8 +215,7 @@ def quantization_view(
             raise CheckpointError(f"the source of {path} is {tuple(dense.shape)}, the weight {tuple(weight.shape)}")
         update = None
         if isinstance(layer, AdaptedLayer) and adapter in layer.names():
-            up, down = layer.factors(adapter)
-            update = LowRank(up.detach().double().cpu(), down.detach().double().cpu())
+            update = _update(layer, adapter, weight.shape)
         found.append(measure_quantization(path, weight.to("cpu"), dense.cpu(), update, top))
     if found and all(layer.error.max == 0 for layer in found):
         raise CheckpointError("the source holds the very values of the 4-bit model; give the 16-bit folder as source")
@@ -251,7 +250,7 @@ def _error_spectrum(error: Tensor, count: int) -> tuple[Tensor, float]:
     if min(error.shape) <= max(EXACT_UP_TO, count):
         square = error @ error.T if error.shape[0] <= error.shape[1] else error.T @ error
         return torch.linalg.eigvalsh(square).flip(0).clamp(min=0).sqrt(), 0.0
-    found = leading_vectors(error.float(), count)
+    found = leading_vectors(error, count)
     return found.s, found.error
 
 
@@ -288,6 +287,13 @@ def _outliers(error: Tensor, source: Tensor, block_size: int, top: int) -> Outli
         len(places), len(blocks), float(errors[blocks].sum()) / total,
         tuple((*divmod(place, source.shape[1]), float(flat[place])) for place in largest),
     )  # fmt: skip
+
+
+def _update(layer: AdaptedLayer, adapter: str, shape: torch.Size) -> LowRank:
+    """Return the low-rank update in the orientation that the layer stores its weight in."""
+    up, down = (factor.detach().double().cpu() for factor in layer.factors(adapter))
+    is_turned = not layer.as_matrix(torch.empty(shape, device="meta")).is_contiguous()
+    return LowRank(down.T, up.T) if is_turned else LowRank(up, down)
 
 
 def _repair(error: Tensor, leading: Tensor, update: LowRank | None) -> Repair | None:

@@ -90,7 +90,7 @@ def train(
     """
     config = config or TrainConfig()
     with frozen_a(model, config.lora_fa):
-        return _train(model, tok, train_records, config, eval_records, resume)
+        return _train(model, tok, train_records, config, eval_records, resume, probes)
 
 
 def _train(
@@ -100,6 +100,7 @@ def _train(
     config: TrainConfig,
     eval_records: Sequence[Record],
     resume: bool,
+    probes: Sequence[TrainingProbe],
 ) -> TrainResult:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:

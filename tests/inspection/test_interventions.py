@@ -48,7 +48,7 @@ def state(model: nn.Module) -> list[Any]:
 
 def logits(model: nn.Module) -> float:
     """A metric that every weight has a part in."""
-    return float(model(IDS).double().square().mean())
+    return float(model(IDS).detach().double().square().mean())
 
 
 def delta(model: nn.Module, path: str, name: str = "default") -> Tensor:

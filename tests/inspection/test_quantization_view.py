@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import small_config, small_decoder, write_checkpoint
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorakit import Decoder, LoraConfig, add_adapter, load_model, quantize
 from lorakit.adapters import lora_layers
@@ -189,6 +189,17 @@ class TestOfAModel:
         assert view.layers[0].error == real.error and view.layers[0].codes == real.codes
         assert quantization_view(dense).layers == ()
 
+    def test_a_weight_that_is_stored_as_its_transpose(self) -> None:
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"c": Conv1D(32, 32)})
+        add_adapter(model, LoraConfig(r=4, target_modules=["c"], init_lora_weights=False))
+        (found,) = quantization_view(model, quant_type="nf4").layers
+        layer = lora_layers(model)["c"]
+        source, d = layer.base_weight(torch.float32), layer.delta_weight("default").detach().double()
+        error = quantize(source).dequantize(torch.float32).double() - source.double()
+        assert found.repair is not None
+        assert found.repair.cosine == pytest.approx(float((d * -error).sum() / (d.norm() * error.norm())), rel=1e-5)
+
     def test_refusals(self, folder: Path) -> None:
         model = self.four_bit(folder)
         with pytest.raises(CheckpointError, match="very values of the 4-bit model"):
@@ -198,6 +209,15 @@ class TestOfAModel:
         model.folder = None
         with pytest.raises(CheckpointError, match="give the folder of its 16-bit weights"):
             quantization_view(model)
+
+
+class Conv1D(nn.Module):
+    """GPT-2's linear layer: y = x @ weight + bias."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.zeros(nf))
 
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96}

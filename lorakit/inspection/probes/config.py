@@ -14,14 +14,13 @@ class ProbeConfig(Settings):
         ConfigError: an unknown key, a wrong type or a value out of range.
     """
 
-    every: int = Field(
-        1, ge=1, description="steps between looks at norms, gradients, updates, gradient noise and token losses"
-    )
+    every: int = Field(1, ge=1, description="steps between looks at norms, gradients, updates and token losses")
+    noise_every: int | None = Field(5, ge=1, description="steps between looks at the gradient's noise; null: never")
     spectra_every: int | None = Field(
         25, ge=1, description="steps between looks at each update's singular values; null: never"
     )
     drift_every: int | None = Field(
-        25,
+        50,
         ge=1,
         description="steps between passes over fixed rows, which show how far activations have drifted",
     )

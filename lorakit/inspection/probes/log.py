@@ -49,8 +49,8 @@ class ProbeLog:
 
     Attributes:
         header: layers, ranks, norms of the base.
-        rows: one a step that was looked at: "step", the figures of layers that were due (`LAYER_FIGURES`), "noise",
-            "noise_scale", "position_loss", "position_tokens", "examples", and "alarms" where there are some.
+        rows: one a step that was looked at: "step", the figures of layers that were due (`LAYER_FIGURES`), "noise"
+            and "noise_scale" where due, "position_loss", "position_tokens", "examples", and "alarms" if there are.
     """
 
     header: Header
@@ -78,8 +78,8 @@ class ProbeLog:
         """Return the figures of whole steps, tidy: step, signal, trace, noise_scale; None where nothing can be said."""
         return [
             {
-                "step": row["step"], "signal": (row["noise"] or {}).get("signal"),
-                "trace": (row["noise"] or {}).get("trace"), "noise_scale": row["noise_scale"],
+                "step": row["step"], "signal": (row.get("noise") or {}).get("signal"),
+                "trace": (row.get("noise") or {}).get("trace"), "noise_scale": row.get("noise_scale"),
             }
             for row in self.rows
         ]  # fmt: skip

@@ -72,15 +72,16 @@ class GradientNoise:
 
     def __init__(self, parameters: Sequence[nn.Parameter], earlier: Sequence[NoiseEstimate] = ()) -> None:
         self._recent = deque(earlier, maxlen=WINDOW)
-        self._handles: list[RemovableHandle] = [parameter.register_hook(self._note) for parameter in parameters]
-        self._is_looking = False
+        self._parameters = parameters
+        self._handles: list[RemovableHandle] = []
         self._norms: list[Tensor] = []
         self._squares: list[Tensor] = []
         self._tokens: list[int] = []
 
-    def start(self, is_looking: bool) -> None:
-        """A step begins; look at its gradients or let them pass."""
-        self._is_looking = is_looking
+    def start(self) -> None:
+        """A step begins whose gradients are to be looked at."""
+        # For this step alone: autograd copies the gradient of a parameter that has a hook, instead of handing it on.
+        self._handles = [parameter.register_hook(self._note) for parameter in self._parameters]
         self._norms, self._squares, self._tokens = [], [], []
 
     def micro_batch(self, tokens: int) -> None:
@@ -92,6 +93,7 @@ class GradientNoise:
 
     def finish(self, square: float) -> dict[str, Any]:
         """Return the step's figures, given |G|² of its whole gradient."""
+        self.end()
         total = sum(self._tokens)
         # A pass's gradient is that of (its sum of losses / all tokens): n_i / N of its mean gradient.
         squares = [float(one) * (total / n) ** 2 for one, n in zip(self._squares, self._tokens, strict=True)]
@@ -107,7 +109,7 @@ class GradientNoise:
         """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
+        self._handles = []
 
     def _note(self, gradient: Tensor) -> None:
-        if self._is_looking:
-            self._norms.append(torch.linalg.vector_norm(gradient, dtype=torch.float32))
+        self._norms.append(torch.linalg.vector_norm(gradient, dtype=torch.float32))

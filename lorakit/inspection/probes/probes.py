@@ -82,7 +82,7 @@ class Probes(TrainingProbe):
         kept = self._file.kept
         if config.tensorboard and output:
             self._board = TensorBoard(output / "tensorboard", done)
-        earlier = [NoiseEstimate(**row["noise"]) for row in kept if row["noise"]]
+        earlier = [NoiseEstimate(**row["noise"]) for row in kept if row.get("noise")]
         self._noise = GradientNoise(self._parameters, earlier[-WINDOW:])
         self._dead = DeadLayers(header.layers, config.dead_after, kept)
         self._movement = Movement([*self._all("lora_a"), *self._all("lora_b")])
@@ -93,26 +93,29 @@ class Probes(TrainingProbe):
 
     def before_step(self, step: int) -> None:
         self._step = step
-        spectra, drift = (self._is_due(every) for every in (self.config.spectra_every, self.config.drift_every))
-        self._is_looking = self._is_due(self.config.every) or spectra or drift
+        config = self.config
+        rarely = (config.noise_every, config.spectra_every, config.drift_every)
+        self._is_looking = any(map(self._is_due, (config.every, *rarely)))
         self._losses = TokenLosses()
-        if self._noise is not None:
-            self._noise.start(self._is_looking)
+        if self._noise is not None and self._is_due(config.noise_every):
+            self._noise.start()
 
     def after_micro_batch(self, examples: Sequence[Example], batch: Batch, losses: Tensor) -> None:
-        if self._is_looking and self._noise is not None:
-            self._noise.micro_batch(len(losses))
+        if self._is_looking:
             self._losses.add(examples, batch, losses)
+        if self._noise is not None and self._is_due(self.config.noise_every):
+            self._noise.micro_batch(len(losses))
 
     def before_update(self) -> None:
-        if not self._is_looking or self._noise is None:
+        if not self._is_looking:
             return
         gradients = {id(p): p.grad for p in self._parameters if p.grad is not None}
         found = dict(zip(gradients, norms(list(gradients.values())), strict=True))
         self._row = {"step": self._step}
         for key, which in (("grad_A", "lora_a"), ("grad_B", "lora_b")):
             self._row[key] = [found.get(id(matrix), 0.0) for matrix in self._all(which)]
-        self._row |= self._noise.finish(sum(norm**2 for norm in found.values()))
+        if self._noise is not None and self._is_due(self.config.noise_every):
+            self._row |= self._noise.finish(sum(norm**2 for norm in found.values()))
         self._movement.remember()
 
     def after_update(self) -> None:

@@ -34,7 +34,7 @@ class TensorBoard:
         """Add one step: the probes' row and that of train.jsonl."""
         for name in ("loss", "grad_norm", "lr"):
             self._writer.add_scalar(f"train/{name}", log[name], row["step"])
-        if row["noise_scale"] is not None:
+        if row.get("noise_scale") is not None:
             self._writer.add_scalar("probes/noise_scale", row["noise_scale"], row["step"])
         for name in LAYER_FIGURES:
             values = [value for value in row.get(name, ()) if math.isfinite(value)]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lorakit import Decoder, LoraConfig, Tokenizer, TrainConfig, add_adapter, train
-from lorakit.adapters import adapter_parameters, disable_adapters, lora_layers
+from lorakit.adapters import adapter_parameters, disable_adapters, lora_layers, set_adapter, set_trained
 from lorakit.data import encode_records
 from lorakit.errors import ConfigError, DataError
 from lorakit.inspection.probes import (
@@ -43,7 +43,7 @@ from lorakit.training.trainer import accumulate_gradients
 CONVERSATIONS = conversations(10)
 BINS = {"0": [0], "1-2": [1, 2], "3-6": range(3, 7), "7-14": range(7, 15), "15-30": range(15, 31)}
 EXACT = 1e-6  # relative, against float64
-CLOSE = ProbeConfig(spectra_every=2, drift_every=3, dead_after=4)
+CLOSE = ProbeConfig(noise_every=1, spectra_every=2, drift_every=3, dead_after=4)
 
 
 @pytest.fixture(scope="module")
@@ -270,11 +270,10 @@ class TestFigures:
         assert table[0]["effective_rank"] is table[0]["saturation"] is table[0]["drift"] is None
 
     def test_two_active_adapters_are_told_apart(self, tok: Tokenizer) -> None:
-        from lorakit import set_adapter
-
         model, probes = adapted(target_modules=["q_proj"]), Probes(CLOSE)
         add_adapter(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]), name="other")
         set_adapter(model, ["default", "other"])
+        set_trained(model, ["default", "other"])
         train(model, tok, CONVERSATIONS, config(max_steps=3), probes=[probes])
         names = probes.log.header.layers
         assert names[:2] == ["model.layers.0.self_attn.q_proj:default", "model.layers.0.self_attn.q_proj:other"]
@@ -428,7 +427,7 @@ class TestFile:
             "sys.path.insert(0, sys.argv[3])\n"
             "from test_probes import *\n"
             "tok = small_tokenizer(pathlib.Path(sys.argv[2]))\n"
-            "settings = config(max_steps=100, output=pathlib.Path(sys.argv[1]), checkpoint_every=7)\n"
+            "settings = config(max_steps=30, output=pathlib.Path(sys.argv[1]), checkpoint_every=4)\n"
             "train(adapted(), tok, CONVERSATIONS, settings, probes=[Probes(CLOSE)])\n"
         )
         tests, run, folder = Path(__file__).parents[2], tmp_path / "run", tmp_path / "tok"
@@ -437,16 +436,16 @@ class TestFile:
         command = [sys.executable, "-c", script, str(run), str(folder), str(Path(__file__).parent)]
         process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path})
         file, deadline = run / "probes.jsonl", time.monotonic() + 60
-        while (not file.is_file() or file.read_bytes().count(b"\n") < 12) and time.monotonic() < deadline:
+        while (not file.is_file() or file.read_bytes().count(b"\n") < 8) and time.monotonic() < deadline:
             time.sleep(0.005)
         process.kill()
         assert process.wait() == -signal.SIGKILL
-        assert 12 <= len(file.read_text().splitlines()) < 101
-        settings = config(max_steps=100, output=run, checkpoint_every=7)
+        assert 8 <= len(file.read_text().splitlines()) < 31
+        settings = config(max_steps=30, output=run, checkpoint_every=4)
         train(adapted(), tok, CONVERSATIONS, settings, resume=True, probes=[Probes(CLOSE)])
-        train(adapted(), tok, CONVERSATIONS, config(max_steps=100, output=tmp_path / "whole"), probes=[Probes(CLOSE)])
+        train(adapted(), tok, CONVERSATIONS, config(max_steps=30, output=tmp_path / "whole"), probes=[Probes(CLOSE)])
         assert file.read_bytes() == (tmp_path / "whole" / "probes.jsonl").read_bytes()
-        assert [row["step"] for row in read_probes(run).rows] == [*range(1, 101)]
+        assert [row["step"] for row in read_probes(run).rows] == [*range(1, 31)]
 
     def test_parquet(self, tok: Tokenizer, tmp_path: Path) -> None:
         import pyarrow.parquet
