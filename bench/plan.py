@@ -82,6 +82,11 @@ CASES = (
     Case("10 x 1024, 128k", 2, 384),
     Case("10 x 1024, 128k", 4, 256, settings=(*SECOND, *SMALL_STATE)),
     Case("10 x 1024, 128k", 4, 512, settings=(("micro_batch_tokens", 512), *LAYER)),
+    # Not among those that the constants of lorakit/planning/runtime.py were fitted to:
+    Case("smollm2-135m", 1, 1024, settings=(("checkpointing", 3),)),
+    Case("smollm2-135m", 3, 640, None, MLP),
+    Case("4 x 2048", 1, 1536, settings=MLP),
+    Case("10 x 1024, 128k", 1, 1024, None, (("optimizer", "lion"),)),
 )
 
 

@@ -81,7 +81,7 @@ def _bars(axes: Any, picture: Picture) -> None:
                 label=None if name in labelled else name, zorder=2,
             )  # fmt: skip
             axes.annotate(
-                f"{value:,.0f}" if value >= 1000 else f"{value:.3g}", (value, row + place), xytext=(3, 0),
+                f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}", (value, row + place), xytext=(3, 0),
                 textcoords="offset points", va="center", fontsize=7, zorder=4,
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4},
             )  # fmt: skip

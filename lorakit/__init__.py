@@ -2,14 +2,19 @@
 
 from .adapters import (
     LoraConfig,
+    MergeReport,
     adapter_parameters,
+    adapter_status,
     add_adapter,
     disable_adapters,
     load_adapter,
+    merge_adapter,
     remove_adapter,
     save_adapter,
     set_adapter,
     set_trained,
+    swap_adapter,
+    unmerge_adapter,
     use_rows,
 )
 from .data import Record, load_records, save_records
@@ -28,6 +33,7 @@ __all__ = [
     "LoRALinear",
     "LoraConfig",
     "LorakitError",
+    "MergeReport",
     "Plan",
     "QuantizedWeight",
     "Record",
@@ -35,6 +41,7 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "adapter_parameters",
+    "adapter_status",
     "add_adapter",
     "disable_adapters",
     "generate",
@@ -43,6 +50,7 @@ __all__ = [
     "load_model",
     "load_records",
     "load_tokenizer",
+    "merge_adapter",
     "plan",
     "quantize",
     "remove_adapter",
@@ -50,6 +58,8 @@ __all__ = [
     "save_records",
     "set_adapter",
     "set_trained",
+    "swap_adapter",
     "train",
+    "unmerge_adapter",
     "use_rows",
 ]

@@ -68,6 +68,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield part
         for file in part.rglob("*"):
             if file.is_file():
+                os.chmod(file, 0o666 & ~_umask())  # safetensors makes private ones, which a server may not read
                 _fsync(file)
         os.chmod(part, 0o777 & ~_umask())
         if target.exists():

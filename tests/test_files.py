@@ -119,10 +119,13 @@ class TestOneFolder:
         assert self.contents(tmp_path / "empty") == {}
 
     @POSIX
-    def test_it_has_an_ordinary_folders_mode(self, tmp_path: Path) -> None:
-        self.fill(tmp_path / "ours")
+    def test_it_and_its_files_have_ordinary_modes(self, tmp_path: Path) -> None:
+        with atomic_folder(tmp_path / "ours") as part:
+            (part / "file").touch(0o600)  # as some libraries make them
         (tmp_path / "theirs").mkdir()
-        assert (tmp_path / "ours").stat().st_mode == (tmp_path / "theirs").stat().st_mode
+        (tmp_path / "theirs" / "file").touch()
+        for name in ("", "file"):
+            assert (tmp_path / "ours" / name).stat().st_mode == (tmp_path / "theirs" / name).stat().st_mode
 
     @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
     def test_an_exception_on_the_way_leaves_the_old(self, error: type[BaseException], tmp_path: Path) -> None:

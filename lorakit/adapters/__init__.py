@@ -15,10 +15,17 @@ from .attach import (
 )
 from .combine import CombineConfig, combine_adapters, combine_folders
 from .config import LoraConfig
+from .exports import export_adapter
 from .host_memory import offload_adapter, onload_adapter
+from .hot_swap import swap_adapter
+from .merge import merge_adapter, unmerge_adapter
+from .merge_report import LayerMerge, MergeReport
+from .merged_export import merge_checkpoint
 from .peft_config import read_adapter_config
-from .peft_files import load_adapter, save_adapter
+from .peft_files import load_adapter
 from .resize import ResizeConfig, resize_adapter, resize_folder
+from .saving import save_adapter
+from .status import AdapterStatus, AttachedAdapter, adapter_status
 from .switching import idle_adapters, use_rows
 from .targeting import MatchReport
 from .update_report import LayerUpdate, UpdateReport
@@ -26,23 +33,31 @@ from .update_report import LayerUpdate, UpdateReport
 __all__ = [
     "AdapterFolder",
     "AdapterLayer",
+    "AdapterStatus",
+    "AttachedAdapter",
     "CombineConfig",
+    "LayerMerge",
     "LayerUpdate",
     "LoraConfig",
     "MatchReport",
+    "MergeReport",
     "ResizeConfig",
     "UpdateReport",
     "adapter_configs",
     "adapter_parameters",
     "adapter_parts",
+    "adapter_status",
     "add_adapter",
     "combine_adapters",
     "combine_folders",
     "count_parameters",
     "disable_adapters",
+    "export_adapter",
     "idle_adapters",
     "load_adapter",
     "lora_layers",
+    "merge_adapter",
+    "merge_checkpoint",
     "offload_adapter",
     "onload_adapter",
     "read_adapter_config",
@@ -53,5 +68,7 @@ __all__ = [
     "save_adapter",
     "set_adapter",
     "set_trained",
+    "swap_adapter",
+    "unmerge_adapter",
     "use_rows",
 ]

@@ -17,8 +17,9 @@ from .placing import place
 from .state import (
     adapter_configs,
     adapter_parts,
-    apply_state,
     check_adapter,
+    check_not_in_a_row,
+    forget_adapter,
     lora_layers,
     replace_module,
     state_of,
@@ -104,19 +105,12 @@ def remove_adapter(model: nn.Module, name: str = "default") -> None:
         AdapterError: there is no adapter of that name, or `use_rows` has given it to a row.
     """
     check_adapter(model, name)
-    state = state_of(model)
-    if any(name in rows.adapters for rows in state.rows):
-        raise AdapterError(f"adapter '{name}' is in use by a row; leave use_rows before it is removed")
+    check_not_in_a_row(model, name)
     for layer in adapter_parts(model, name).values():
         layer.remove(name)
         if not layer.names():
             replace_module(model, layer, layer.base_layer)
-    del state.configs[name]
-    state.active, state.trained = (
-        tuple(other for other in names if other != name) for names in (state.active, state.trained)
-    )
-    state.on_host.discard(name)
-    apply_state(model)
+    forget_adapter(model, name)
 
 
 def adapter_parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:

@@ -20,10 +20,11 @@ from torch import nn
 from ..errors import AdapterError
 from ..settings import Settings
 from . import combine_rules as rules
+from .attach import check_name
 from .entrywise import BLOCK_ENTRIES, RowBlocks, project
 from .low_rank import LowRank
 from .update_report import LayerUpdate, UpdateReport
-from .updates import FolderUpdates, attach_updates, check_free, model_updates, write_updates
+from .updates import FolderUpdates, attach_updates, check_one_base, model_updates, write_updates
 
 Method = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 _Path = TypeVar("_Path", str, Path, os.PathLike[str])
@@ -201,7 +202,7 @@ def combine_adapters(
         ConfigError: as `CombineConfig`.
     """
     config = CombineConfig(method=method, rank=rank, density=density, seed=seed)
-    check_free(model, name)
+    check_name(model, name)
     sources = [model_updates(model, source) for source in weights]
     updates, report = combine_updates(sources, list(weights.values()), config, dtype)
     attach_updates(model, updates, name, dtype)
@@ -221,15 +222,16 @@ def combine_folders(
     """Do the same with adapters in folders, without their model; the new one is written to `path`, as PEFT reads it.
 
     Raises:
-        AdapterError: as `combine_adapters`, or the folder to write holds something that is not an adapter.
+        AdapterError: as `combine_adapters`, the adapters are of different base models, or the folder to write holds
+            something that is not an adapter.
         CheckpointError: a file is missing or broken.
         StorageError: writing failed; what stood at `path` is untouched.
     """
     config = CombineConfig(method=method, rank=rank, density=density, seed=seed)
     sources = [FolderUpdates(source) for source in weights]
+    check_one_base(sources)
     updates, report = combine_updates(sources, list(weights.values()), config, dtype)
-    owners = {module: source.adapter for source in reversed(sources) for module in source}
-    write_updates(path, updates, owners, dtype)
+    write_updates(path, updates, sources, dtype)
     return replace(report, title=_title(config, {os.fspath(source): weight for source, weight in weights.items()}))
 
 

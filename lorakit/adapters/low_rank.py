@@ -65,7 +65,8 @@ class LowRank:
     def singular_values(self) -> Tensor:
         """S of `svd` alone, (k,), in falling order; takes a fraction of its time."""
         upper, lower = self.triangles
-        return torch.linalg.svdvals(upper @ lower.T)
+        values: Tensor = torch.linalg.svdvals(upper @ lower.T)
+        return values
 
     @cached_property
     def triangles(self) -> tuple[Tensor, Tensor]:
@@ -74,7 +75,8 @@ class LowRank:
 
     def norm(self) -> Tensor:
         """Frobenius norm, a scalar tensor."""
-        return self.singular_values.norm()
+        norm: Tensor = self.singular_values.norm()
+        return norm
 
     def dot(self, other: LowRank) -> Tensor:
         """Inner product of two updates of one shape, sum of self * other: trace((up'ᵀ up) (down down'ᵀ))."""
@@ -126,5 +128,7 @@ def _triangle(matrix: Tensor) -> Tensor:
             identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
             inverse = torch.linalg.solve_triangular(upper, identity, upper=True)
             if float(upper.norm() * inverse.norm()) <= 700:  # not so for nan
-                return upper
-    return torch.linalg.qr(matrix, mode="r").R
+                triangle: Tensor = upper
+                return triangle
+    triangle = torch.linalg.qr(matrix, mode="r").R
+    return triangle

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import AdapterError, CheckpointError
 from ..files import atomic_folder
+from ..models.safetensors_header import make_header
 from .attach import add_adapter, check_adapter, check_name
 from .fingerprint import base_fingerprint
 from .peft_config import CONFIG_FILE, peft_config, read_adapter_config
@@ -27,45 +29,62 @@ from .targeting import MatchReport, unwrapped
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PICKLE_FILE = "adapter_model.bin"
-_BASE = "lorakit.base"  # in the metadata: the fingerprint of the base model
+BASE_KEY = "lorakit.base"  # in the metadata: the fingerprint of the base model
 
 
-def save_adapter(
-    model: nn.Module,
-    path: str | os.PathLike[str],
-    name: str = "default",
-    target: Literal["peft"] = "peft",
-    dtype: torch.dtype | None = None,
+def save_peft_folder(
+    model: nn.Module, path: str | os.PathLike[str], name: str = "default", dtype: torch.dtype | None = None
 ) -> Path:
-    """Write one adapter as a folder that PEFT loads; whole, or not at all.
+    """Write one adapter as a folder that PEFT loads; whole, or not at all. `save_adapter` without a target is this.
 
     Args:
         path: the folder; an adapter that stands there is replaced.
-        target: the consumer to write for; "peft".
         dtype: of the written tensors; None keeps that of the adapter.
 
     Returns:
         The folder.
 
     Raises:
-        AdapterError: no adapter of that name, an unknown target, or the folder holds something that is not an adapter.
+        AdapterError: no adapter of that name, or the folder holds something that is not an adapter.
         StorageError: writing failed; what stood there is untouched.
     """
     check_adapter(model, name)
-    if target != "peft":
-        raise AdapterError(f"unknown target '{target}' (known: peft)")
+    tensors = {key: tensor.to("cpu", dtype).contiguous() for key, tensor in file_tensors(model, name).items()}
+    fingerprint = base_fingerprint(model)
+    metadata = {} if fingerprint is None else {BASE_KEY: fingerprint}
+    return write_peft_folder(path, tensors, peft_config(model, name), metadata)
+
+
+def write_peft_folder(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> Path:
+    """Write the two files of an adapter folder, replacing an adapter that stands there, and nothing else.
+
+    Raises:
+        AdapterError: the folder holds something that is not an adapter.
+        StorageError: writing failed; what stood there is untouched.
+    """
     folder = Path(path)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file()):
         raise AdapterError(f"{folder} exists and is not an adapter folder; choose another path")
-    tensors = {key: tensor.to("cpu", dtype).contiguous() for key, tensor in file_tensors(model, name).items()}
-    fingerprint = base_fingerprint(model)
-    metadata = {"format": "pt"} | ({} if fingerprint is None else {_BASE: fingerprint})
     with atomic_folder(folder) as part:
-        save_file(tensors, part / WEIGHTS_FILE, metadata=metadata)
+        _write_tensors(part / WEIGHTS_FILE, tensors, metadata)
         # Sorted as PEFT does, but not within rank_pattern and alpha_pattern: there the first match wins.
-        text = json.dumps(dict(sorted(peft_config(model, name).items())), indent=2)
+        text = json.dumps(dict(sorted(config.items())), indent=2)
         (part / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
     return folder
+
+
+def _write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file; the package's own writer puts metadata in another order at every call."""
+    tensors = dict(sorted(tensors.items()))
+    with file.open("wb") as out:
+        out.write(make_header({key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()}, dict(metadata)))
+        for tensor in tensors.values():
+            out.write(tensor.view(-1).view(torch.uint8).numpy().tobytes())
 
 
 def load_adapter(
@@ -106,7 +125,7 @@ def load_adapter(
         more = f"\n  (+{len(problems) - 20} more)" if len(problems) > 20 else ""
         listing = "\n  ".join(problems[:20])
         raise CheckpointError(f"{folder / WEIGHTS_FILE} does not fit the model:\n  {listing}{more}")
-    trained_on, here = metadata.get(_BASE), base_fingerprint(model)
+    trained_on, here = metadata.get(BASE_KEY), base_fingerprint(model)
     if check_base and trained_on is not None and trained_on != here:
         raise CheckpointError(
             f"{folder} was trained on another base model of the same shapes: its fingerprint is {trained_on[:16]}, "

@@ -76,7 +76,7 @@ def place(model: nn.Module, config: LoraConfig, report: MatchReport, is_strict: 
     adapted = [*layers, *parameters]
     if is_strict:
         check_numbers(layers, config)
-        report.patterns = check_patterns([*layers, *(path.rpartition(".")[0] for path in parameters)], config)
+        report.patterns = check_patterns(adapted, config)
     placements = [_layer(model, path, config, report) for path in layers]
     placements += _parameters(model, parameters, config, report)
     saved = [path for paths in report.saved.values() for path in paths]
@@ -126,7 +126,7 @@ def _parameters(model: nn.Module, paths: Iterable[str], config: LoraConfig, repo
                 if isinstance(found, AdapterPart) and not isinstance(found, LoRAParameter):
                     raise AdapterError(f"{path} is adapted as a whole; its parameter '{name}' cannot be as well")
                 part = outermost[path] = LoRAParameter(found, name)
-            rank, scaling = _rank_and_scaling(path, config, report)
+            rank, scaling = _rank_and_scaling(f"{path}.{name}", config, report)
             init = config.init_lora_weights is not False
             attach = partial(_attach_parameter, part, rank, scaling, init)
             placements.append(Placement(path, part, part.shapes(rank, VARIANTS["plain"]), attach))

@@ -10,11 +10,12 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ..settings import Settings
+from .attach import check_name
 from .combine import truncate
 from .low_rank import LowRank
 from .ranks import allocate, rank_for_energy
 from .update_report import LayerUpdate, UpdateReport
-from .updates import FolderUpdates, attach_updates, check_free, model_updates, write_updates
+from .updates import FolderUpdates, attach_updates, model_updates, write_updates
 
 
 class ResizeConfig(Settings):
@@ -106,7 +107,7 @@ def resize_adapter(
         ConfigError: as `ResizeConfig`.
     """
     config = ResizeConfig(rank=rank, energy=energy, parameters=parameters)
-    check_free(model, name)
+    check_name(model, name)
     updates, report = resize_updates(model_updates(model, source), config, dtype)
     attach_updates(model, updates, name, dtype)
     return report
@@ -131,7 +132,7 @@ def resize_folder(
     config = ResizeConfig(rank=rank, energy=energy, parameters=parameters)
     adapter = FolderUpdates(source)
     updates, report = resize_updates(adapter, config, dtype)
-    write_updates(path, updates, dict.fromkeys(adapter, adapter.adapter), dtype)
+    write_updates(path, updates, [adapter], dtype)
     return report
 
 

@@ -48,6 +48,22 @@ class AdapterState:
         return name in self.active or any(name in rows.adapters for rows in self.rows)
 
 
+@dataclass(frozen=True)
+class AdapterRecord:
+    """What a model knew of an adapter that was taken off.
+
+    Attributes:
+        config: its settings.
+        place: among the active ones, or None where it was not active.
+        trained, on_host: whether it was.
+    """
+
+    config: LoraConfig
+    place: int | None
+    trained: bool
+    on_host: bool
+
+
 def state_of(model: nn.Module) -> AdapterState:
     """Return the record of a model's adapters; of a module that the model was wrapped into since, that of the model."""
     if not hasattr(model, "lora_state"):
@@ -116,12 +132,41 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 setattr(parent, key, new)
 
 
+def forget_adapter(model: nn.Module, name: str) -> AdapterRecord:
+    """Take an adapter, which the layers no longer carry, out of the record; return what the record said of it."""
+    state = state_of(model)
+    place = state.active.index(name) if name in state.active else None
+    record = AdapterRecord(state.configs.pop(name), place, name in state.trained, name in state.on_host)
+    state.active = tuple(other for other in state.active if other != name)
+    state.trained = tuple(other for other in state.trained if other != name)
+    state.on_host.discard(name)
+    apply_state(model)
+    return record
+
+
+def recall_adapter(model: nn.Module, name: str, record: AdapterRecord) -> None:
+    """Put an adapter, which the layers carry again, back into the record."""
+    state = state_of(model)
+    state.configs[name] = record.config
+    if record.place is not None:
+        state.active = (*state.active[: record.place], name, *state.active[record.place :])
+    state.trained += (name,) if record.trained else ()
+    state.on_host.update([name] if record.on_host else [])
+    apply_state(model)
+
+
+def check_not_in_a_row(model: nn.Module, name: str) -> None:
+    """Raise AdapterError where a `use_rows` context that is open has given an adapter to a row."""
+    if any(name in rows.adapters for rows in state_of(model).rows):
+        raise AdapterError(f"adapter '{name}' is in use by a row; leave use_rows before it is taken off")
+
+
 def apply_state(model: nn.Module) -> None:
     """Make the layers compute what the record says."""
     state = state_of(model)
     parts = known_parts(model)
-    active = () if state.disabled else state.active
     rows = state.rows[-1] if state.rows and not state.disabled else None
+    active = state.active if rows is None and not state.disabled else ()
     for part in parts:
         names = active
         for change in state.instead:

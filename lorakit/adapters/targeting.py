@@ -27,7 +27,7 @@ class MatchReport:
         saved: each name of modules_to_save -> the paths of the modules that are trained in full.
         excluded: each pattern of exclude_modules -> what it took out of target_modules.
         patterns: each key of rank_pattern and alpha_pattern -> the adapted paths it matched.
-        ranks: module path -> rank.
+        ranks: path of the module, or of the parameter of target_parameters -> rank.
         trainable, total: parameter counts; a 4-bit weight counts as the weights it stands for.
     """
 
@@ -43,7 +43,7 @@ class MatchReport:
 
     @property
     def modules(self) -> list[str]:
-        """The adapted module paths, in model order."""
+        """The adapted paths, in model order."""
         return list(self.ranks)
 
     def __str__(self) -> str:

@@ -7,28 +7,29 @@ meaning. A new adapter has a scaling of 1 in every layer.
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import AdapterError
 from ..files import atomic_folder
-from .adapter_folder import AdapterFolder, AdapterLayer, read_adapter_folder
-from .attach import adapter_configs, adapter_parts, add_adapter, check_adapter, lora_layers
+from .adapter_folder import AdapterLayer, read_adapter_folder
+from .attach import adapter_parts, add_adapter, check_adapter, lora_layers
 from .low_rank import LowRank
-from .peft_files import CONFIG_FILE, WEIGHTS_FILE
+from .peft_config import CONFIG_FILE, read_adapter_config
+from .peft_files import BASE_KEY, WEIGHTS_FILE
+from .peft_keys import PREFIX
 from .ranks import config_for_ranks, rank_pattern
 
 _DORA = (
     "is a DoRA adapter: its change of the base, m (W + s BA) / |W + s BA| - W, is not of low rank; merge it into the "
     "base model, or train plain LoRA"
 )
-_PREFIX = "base_model.model."
 _INHERITED = ("base_model_name_or_path", "fan_in_fan_out", "revision", "task_type")
 
 
@@ -39,26 +40,22 @@ def model_updates(model: nn.Module, name: str) -> dict[str, LowRank]:
         AdapterError: no such adapter, or it is more than low-rank updates.
     """
     check_adapter(model, name)
-    config = adapter_configs(model)[name]
     layers = lora_layers(model, name)
     where = f"adapter '{name}'"
     if others := [path for path in adapter_parts(model, name) if path not in layers]:
         raise AdapterError(f"{where} holds more than low-rank updates: {', '.join(others[:5])}")
-    if config.bias != "none":
-        raise AdapterError(f"{where} has trained biases (bias='{config.bias}'), which are not low-rank updates")
-    if any(layer.variants[name].name == "dora" for layer in layers.values()):
-        raise AdapterError(f"{where} {_DORA}")
+    updates = {}
     for path, layer in layers.items():
-        of_a, of_b = layer.shapes(1)
-        if (math.prod(of_b), math.prod(of_a)) != (layer.out_features, layer.in_features):
-            raise AdapterError(f"{where}: {path} holds several matrices; only layers with one are combined and resized")
-    return {path: LowRank(*(factor.detach() for factor in layer.factors(name))) for path, layer in layers.items()}
-
-
-def check_free(model: nn.Module, name: str) -> None:
-    """Raise AdapterError if the model has an adapter of this name already: before anything long is computed."""
-    if name in adapter_configs(model):
-        raise AdapterError(f"the model already has an adapter '{name}'; remove it first or choose another name")
+        extras = sorted(layer.parameters_of(name).keys() - set(layer.matrices))
+        if "lora_magnitude_vector" in extras:
+            raise AdapterError(f"{where} {_DORA}")
+        if extras:
+            raise AdapterError(f"{where} holds more than low-rank updates: {', '.join(extras)} of {path}")
+        up, down = (factor.detach() for factor in layer.factors(name))
+        if up.ndim != 2:
+            raise AdapterError(f"{where} adapts {path}, which holds several matrices: these are not combined")
+        updates[path] = LowRank(up, down)
+    return updates
 
 
 def attach_updates(model: nn.Module, updates: Mapping[str, LowRank], name: str, dtype: torch.dtype) -> None:
@@ -81,6 +78,10 @@ class FolderUpdates(Mapping[str, LowRank]):
     Updates are (out, in), of an embedding (dim, vocab), of a convolution (out, in·kernel), in float32 or, where the
     file has them so, float64.
 
+    Attributes:
+        adapter: the folder, opened.
+        base: fingerprint of the base model, where the file has it.
+
     Raises:
         AdapterError: the adapter is more than low-rank updates, or was trained on a base that its start had changed.
         CheckpointError: as `read_adapter_folder`.
@@ -88,20 +89,17 @@ class FolderUpdates(Mapping[str, LowRank]):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.adapter = read_adapter_folder(path)
-        config, where = self.adapter.config, self.adapter.folder
-        if config.get("use_dora"):
+        where = self.adapter.folder
+        config = read_adapter_config(where)  # which refuses starts that changed the base
+        if config.use_dora:
             raise AdapterError(f"{where} {_DORA}")
         if self.adapter.extras:
             names = ", ".join(list(self.adapter.extras)[:5])
             raise AdapterError(f"{where} holds more than low-rank updates: {names}")
-        if config.get("target_parameters"):
+        if config.target_parameters:
             raise AdapterError(f"{where} adapts parameters that hold several matrices: these are not combined")
-        init = str(config.get("init_lora_weights")).lower()
-        if init.startswith(("pissa", "olora", "corda", "loftq")):
-            raise AdapterError(
-                f"{where} has init_lora_weights '{init}': its updates are relative to a base that its start changed; "
-                "convert it to plain LoRA first (PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
-            )
+        with safe_open(where / WEIGHTS_FILE, framework="pt") as opened:
+            self.base: str | None = (opened.metadata() or {}).get(BASE_KEY)
 
     def __getitem__(self, path: str) -> LowRank:
         layer = self.adapter.layers[path]
@@ -125,13 +123,10 @@ class FolderUpdates(Mapping[str, LowRank]):
 def write_updates(
     path: str | os.PathLike[str],
     updates: Mapping[str, LowRank],
-    sources: Mapping[str, AdapterFolder],
+    sources: Sequence[FolderUpdates],
     dtype: torch.dtype,
 ) -> Path:
-    """Write a PEFT folder of updates as `FolderUpdates` gives them; whole, or not at all.
-
-    Args:
-        sources: module path -> an adapter that has this layer, for its kind and shape.
+    """Write a PEFT folder of updates that come from the layers of `sources`; whole, or not at all.
 
     Raises:
         AdapterError: nothing is left to write, or the folder holds something that is not an adapter.
@@ -140,21 +135,32 @@ def write_updates(
     folder = Path(path)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file()):
         raise AdapterError(f"{folder} exists and is not an adapter folder; choose another path")
-    config = config_for_ranks(ranks_of(updates)).model_dump(mode="json")
-    r, pattern = rank_pattern(ranks_of(updates))
-    first = next(iter(sources.values())).config
+    ranks = ranks_of(updates)
+    config = config_for_ranks(ranks).model_dump(mode="json")
+    r, pattern = rank_pattern(ranks)
+    first = sources[0].adapter.config
     config |= {"lora_alpha": r, "alpha_pattern": pattern}  # whole numbers
     config |= {key: first[key] for key in _INHERITED if key in first}
     config |= {"peft_type": "LORA", "inference_mode": True, "init_lora_weights": True}
     tensors: dict[str, Tensor] = {}
     for module_path, update in updates.items():
         if update.rank:
-            tensors |= _tensors(update, sources[module_path].layers[module_path], dtype)
+            layers = next(source.adapter.layers for source in sources if module_path in source)
+            tensors |= _tensors(update, layers[module_path], dtype)
+    base = next((source.base for source in sources if source.base), None)
     with atomic_folder(folder) as part:
-        save_file(tensors, part / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_file(tensors, part / WEIGHTS_FILE, metadata={"format": "pt"} | ({BASE_KEY: base} if base else {}))
         text = json.dumps(dict(sorted(config.items())), indent=2)  # not within patterns, where the first match wins
         (part / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
     return folder
+
+
+def check_one_base(sources: Sequence[FolderUpdates]) -> None:
+    """Raise AdapterError if two adapters say that they were trained on different base models."""
+    known = {source.base: source.adapter.folder for source in sources if source.base}
+    if len(known) > 1:
+        folders = ", ".join(f"{folder} (fingerprint {base[:16]})" for base, folder in known.items())
+        raise AdapterError(f"these adapters are of different base models: {folders}")
 
 
 def ranks_of(updates: Mapping[str, LowRank]) -> dict[str, int]:
@@ -168,4 +174,4 @@ def _tensors(update: LowRank, like: AdapterLayer, dtype: torch.dtype) -> dict[st
     up = update.up.reshape(like.lora_B.shape[0], update.rank, *like.lora_B.shape[2:])
     keys = ("lora_embedding_A", "lora_embedding_B") if like.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
     pair = zip(keys, (down, up), strict=True)
-    return {f"{_PREFIX}{like.path}.{key}": matrix.to("cpu", dtype).contiguous() for key, matrix in pair}
+    return {f"{PREFIX}{like.path}.{key}": matrix.to("cpu", dtype).contiguous() for key, matrix in pair}

@@ -13,6 +13,7 @@ from rich.table import Table
 from ..errors import ConfigError, did_you_mean
 from .combine import combine, resize
 from .inspect import inspect
+from .merge import merge
 
 app = typer.Typer(
     help="LoRA and QLoRA: fine-tune, know whether it helped, look inside.",
@@ -22,11 +23,9 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Build and look at training data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+for command in (combine, resize, merge, inspect):
+    app.command()(command)
 console = Console(highlight=False, emoji=False)  # text is shown as it is: ":key:" must not become a picture
-
-app.command()(combine)
-app.command()(resize)
-app.command()(inspect)
 
 RunFolder = Annotated[Path, typer.Argument(help="folder of a finished run", show_default=False)]
 
@@ -110,6 +109,28 @@ def quantize(
             f"note: the rows of {len(written.misaligned)} weights ({written.misaligned[0]}, ...) are not whole blocks: "
             f"lorakit computes them right, but bitsandbytes 0.50.2 does not on the CPU"
         )
+
+
+@app.command()
+def export(
+    adapter: Annotated[Path, typer.Argument(help="adapter folder, or that of a run", show_default=False)],
+    target: Annotated[str, typer.Option(help="who is to read it: vllm, tgi or llama.cpp", show_default=False)],
+    out: Annotated[Path, typer.Option(help="what to write: a folder, for llama.cpp a file", show_default=False)],
+    base: Annotated[str | None, typer.Option(help="folder or known name of the base; default: as it says")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the adapter's")] = None,
+    max_rank: Annotated[int | None, typer.Option(help="refuse ranks above this, e.g. vLLM's limit")] = None,
+) -> None:
+    """Write an adapter in the form that vLLM, TGI or llama.cpp reads right."""
+    import torch
+
+    from ..adapters import export_adapter
+    from ..models import resolve_model
+
+    dtypes = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in dtypes:
+        raise ConfigError(f"--dtype {dtype}: expected float32, bfloat16 or float16")
+    folder = None if base is None else resolve_model(base)
+    _say(f"{export_adapter(adapter, out, target, folder, dtypes[dtype], max_rank)}: the adapter, for {target}")
 
 
 @app.command()

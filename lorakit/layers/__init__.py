@@ -12,6 +12,7 @@ from .lora_embedding import LoRAEmbedding
 from .lora_linear import Again, LoRALinear, linear_together
 from .lora_parameter import LoRAParameter
 from .norm import RMSNorm
+from .residual4bit import ResidualLinear4bit
 from .rope import apply_rope, rope_frequencies, rope_tables
 from .rows import BASE, Rows, TakesRows
 from .saved_module import SavedModule
@@ -43,6 +44,7 @@ __all__ = [
     "LoRALinear",
     "LoRAParameter",
     "RMSNorm",
+    "ResidualLinear4bit",
     "Rows",
     "SavedModule",
     "TakesRows",

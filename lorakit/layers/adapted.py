@@ -223,6 +223,13 @@ class AdaptedLayer(AdapterPart):
             change = own if change is None else change + own
         return change
 
+    def has_offset(self, name: str) -> bool:
+        """Whether an adapter changes the bias."""
+        return self._carries("trained_bias", name) or self.variants[name].offset(self, name) is not None
+
+    def supports_rows(self, name: str) -> bool:
+        return True
+
     # ---- forward, written out: what a fused function of a layer has to equal -----------------------------------------
 
     def with_updates(self, y: Tensor, x: Tensor) -> Tensor:

@@ -66,6 +66,14 @@ class Linear4bit(QuantizedModule):
         """Return the dequantized weight, (out_features, in_features) in `dtype`; a fresh tensor."""
         return self.quantized.dequantize(dtype)
 
+    def add_residual(self, y: Tensor, x: Tensor) -> Tensor:
+        """Add to y = x Wᵀ, in place, what the layer's weight has beside its codes: here nothing."""
+        return y
+
+    def add_residual_dx(self, dx: Tensor, dy: Tensor) -> Tensor:
+        """Add to dx = dy W, in place, what the layer's weight has beside its codes: here nothing."""
+        return dx
+
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features:
             raise ShapeError(f"Linear4bit({self.in_features} -> {self.out_features}) got x of shape {tuple(x.shape)}")
@@ -116,7 +124,7 @@ def frozen_linear(
         x (..., in_features) -> (..., out_features); lora: u (..., r) and B (out_features, r), of x's dtype, or nothing
     """
     if isinstance(base, Linear4bit):
-        return kernels.linear_4bit(x, *base.operand, bias, lora, scaling)
+        return base.add_residual(kernels.linear_4bit(x, *base.operand, bias, lora, scaling), x)
     return kernels.reference.dense_linear(x, _dense(base, x.dtype), bias, lora, scaling)
 
 
@@ -127,7 +135,7 @@ def frozen_linear_dx(base: nn.Linear | Linear4bit, dy: Tensor, lora: Sequence[Te
         dy (..., out_features) -> (..., in_features); lora: t (..., r) and A (r, in_features), of dy's dtype, or nothing
     """
     if isinstance(base, Linear4bit):
-        return kernels.linear_4bit_dx(dy, *base.operand, lora)
+        return base.add_residual_dx(kernels.linear_4bit_dx(dy, *base.operand, lora), dy)
     return kernels.reference.dense_linear_dx(dy, _dense(base, dy.dtype), lora)
 
 
@@ -135,5 +143,6 @@ def add_frozen_linear_dx(dx: Tensor, base: nn.Linear | Linear4bit, dy: Tensor) -
     """Add dy W to dx, for layers that read the same x; both (tokens, features)."""
     if isinstance(base, Linear4bit):
         kernels.add_linear_4bit_dx(dx, dy, *base.operand)
+        base.add_residual_dx(dx, dy)
     else:
         dx.addmm_(dy, _dense(base, dy.dtype))

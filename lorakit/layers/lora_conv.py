@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapted import AdaptedLayer
+from .rows import forward_by_rows
 
 
 class LoRAConv(AdaptedLayer):
@@ -51,4 +52,4 @@ class LoRAConv(AdaptedLayer):
         return vector.view(-1, *(1 for _ in self.kernel[1:]))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.with_updates(self.base_layer(x), x)
+        return self.with_updates(self.base_layer(x), x) if self.rows is None else forward_by_rows(self, x)

@@ -10,6 +10,7 @@ from torch.nn.functional import embedding
 
 from .adapted import AdaptedLayer
 from .embedding4bit import Embedding4bit
+from .rows import forward_by_rows
 
 
 class LoRAEmbedding(AdaptedLayer):
@@ -56,6 +57,8 @@ class LoRAEmbedding(AdaptedLayer):
         return update if scale is None else update * cast(Tensor, scale).to(update.dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
+        if self.rows is not None:
+            return forward_by_rows(self, ids)
         y: Tensor = self.base_layer(ids)
         result = y
         for name in self.active:

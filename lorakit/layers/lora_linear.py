@@ -13,7 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ..errors import ShapeError
 from .adapted import AdaptedLayer
 from .linear4bit import Linear4bit, add_frozen_linear_dx, frozen_linear, frozen_linear_dx, is_conv1d
-from .rows import linear_with_rows
+from .rows import forward_by_rows, linear_with_rows
 
 _ROWS = 64  # of (rows, columns) that are cast up at a time, so that they stay in the cache
 
@@ -63,9 +63,6 @@ class LoRALinear(AdaptedLayer):
     def project(self, matrix: Tensor) -> Tensor:
         return frozen_linear(self.base_layer, matrix, None)
 
-    def supports_rows(self, name: str) -> bool:
-        return self.delta_bias(name) is None
-
     def low_rank(self, lora_a: Tensor, lora_b: Tensor, x: Tensor) -> Tensor:
         return linear(linear(x, lora_a.to(x.dtype)), lora_b.to(x.dtype))
 
@@ -75,8 +72,13 @@ class LoRALinear(AdaptedLayer):
         if self.can_fuse(x):
             return _fused(x, self)[0]
         if self.rows is not None:
-            return linear_with_rows(x, self)[0]
+            return linear_with_rows(x, self)[0] if self.can_batch_rows() else forward_by_rows(self, x)
         return self.with_updates(self.base_layer(x), x)
+
+    def can_batch_rows(self) -> bool:
+        """Return whether the rows' adapters are products that can be batched: each a low-rank update and a gain."""
+        rows = self.rows
+        return rows is not None and not any(self.has_offset(name) for name in rows.adapters if name in self.scaling)
 
     def can_fuse(self, x: Tensor) -> bool:
         """Return whether one function computes base and adapter: one active adapter, and nothing that forbids it."""
@@ -106,7 +108,7 @@ def linear_together(x: Tensor, *layers: nn.Module, again: Again | None = None) -
     adapted = [layer for layer in layers if isinstance(layer, LoRALinear) and not _has_hooks(layer)]
     if len(adapted) == len(layers) and all(layer.can_fuse(x) for layer in adapted):
         return _fused(x, *adapted, again=again)
-    if len(adapted) == len(layers) and all(layer.rows is not None for layer in adapted):
+    if len(adapted) == len(layers) and all(layer.can_batch_rows() for layer in adapted):
         return linear_with_rows(x, *adapted)
     return tuple(layer(x) for layer in layers)
 

@@ -74,6 +74,9 @@ class LoRAParameter(AdaptedLayer):
         up, down = self.factors(name)
         return self.as_weight(up @ down)
 
+    def supports_rows(self, name: str) -> bool:
+        return False  # a router scatters the tokens, and only the module knows which are whose
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.active:
             return self.base_layer(*args, **kwargs)

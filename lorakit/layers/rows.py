@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 from ..errors import ShapeError
 
 if TYPE_CHECKING:
-    from .adapted import AdaptedLayer
+    from .adapted import AdaptedLayer, AdapterPart
 
 BASE = "__base__"  # the name of no adapter: the base model alone computes such a row
 
@@ -140,7 +140,7 @@ class Rows:
             ShapeError: the rows cannot be told apart in a batch of this shape.
         """
         carried = tuple(name for name in self.adapters if name in layer.scaling)
-        lengths = self._lengths_in(shape)
+        lengths = self.lengths_in(shape)
         key = self.names, carried, lengths, device
         if key not in self._groups:
             if len(self._groups) >= _KEPT_GROUPS:
@@ -148,7 +148,8 @@ class Rows:
             self._groups[key] = _grouped(self.names, lengths, carried, device)
         return self._groups[key]
 
-    def _lengths_in(self, shape: Sequence[int]) -> tuple[int, ...]:
+    def lengths_in(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the tokens of each row in a batch of these leading dimensions; ShapeError where it is not clear."""
         tokens = math.prod(shape)
         if self.lengths is not None:
             if sum(self.lengths) != tokens:
@@ -174,6 +175,41 @@ class Rows:
                 return stacks
             kept = self._kept[key] = _Kept(stacks, parameters, [parameter._version for parameter in parameters])
         return kept.stacks
+
+
+def forward_by_rows(part: AdapterPart, x: Tensor) -> Tensor:
+    """Run a module's forward once for each adapter, on that adapter's rows, and put the results together.
+
+    For modules of which several adapters have no batched product: embeddings, convolutions, copies, biases. Without
+    lengths the rows are x's first dimension; with lengths the tokens are its leading dimensions, of whatever number.
+
+    Raises:
+        ShapeError: the rows cannot be told apart in a batch of x's shape.
+    """
+    rows, active = part.rows, part.active
+    assert rows is not None
+    leading = 1
+    if rows.lengths is not None:
+        sizes = list(itertools.accumulate(x.shape, int.__mul__))
+        leading = sizes.index(sum(rows.lengths)) + 1 if sum(rows.lengths) in sizes else x.dim()
+    lengths = rows.lengths_in(x.shape[:leading])
+    names = [name if name in part.names() else BASE for name in rows.names]
+    members: dict[str, list[int]] = {}
+    start = 0
+    for name, length in zip(names, lengths, strict=True):
+        members.setdefault(name, []).extend(range(start, start + length))
+        start += length
+    flat = x.flatten(0, leading - 1)
+    results, part.rows = [], None
+    try:
+        for name, places in members.items():
+            part.active = () if name == BASE else (name,)
+            results.append(part.forward(flat[torch.tensor(places, device=x.device)]))
+    finally:
+        part.rows, part.active = rows, active
+    order = torch.tensor(list(itertools.chain.from_iterable(members.values())), device=x.device).argsort()
+    y: Tensor = torch.cat(results)[order].unflatten(0, x.shape[:leading])
+    return y
 
 
 def linear_with_rows(x: Tensor, *layers: AdaptedLayer) -> tuple[Tensor, ...]:

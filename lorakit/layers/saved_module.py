@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError
 from .adapted import AdapterPart
+from .rows import forward_by_rows
 
 
 class SavedModule(AdapterPart):
@@ -62,12 +63,17 @@ class SavedModule(AdapterPart):
         del self.copies[name], self._trained[name]
         self.active = tuple(other for other in self.active if other != name)
 
+    def supports_rows(self, name: str) -> bool:
+        return isinstance(self.base_layer, nn.Linear | nn.Embedding)
+
     @property
     def weight(self) -> Tensor:
         """The weight that forward uses, for models that read it."""
         return cast(Tensor, self._current().weight)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.rows is not None and self.supports_rows(""):
+            return forward_by_rows(self, *args, **kwargs)
         current = self._current()
         if current is self.base_layer:
             return current(*args, **kwargs)

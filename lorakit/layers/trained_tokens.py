@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from .adapted import AdapterPart
+from .rows import forward_by_rows
 from .saved_module import SavedModule
 
 
@@ -66,7 +67,12 @@ class TrainedTokens(AdapterPart):
         """The table that forward looks up in."""
         return self.with_rows(self.base_layer.weight)
 
+    def supports_rows(self, name: str) -> bool:
+        return True
+
     def forward(self, ids: Tensor) -> Tensor:
+        if self.rows is not None:
+            return forward_by_rows(self, ids)
         y: Tensor = self.base_layer(ids)
         for name in self.active:
             rows = self.parameters_of(name)["trainable_tokens_delta"].to(y.dtype)

@@ -12,32 +12,24 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import StorageError
-from ..files import atomic_write, write_text
+from ..files import write_text
 from ..quantization import QuantizedWeight
-from ..quantization.bnb_format import Layout, joined, to_tensors
-from ..quantization.policy import QuantConfig
-from .checkpoint import INDEX_FILE, WEIGHTS_FILE, read_json_object
-from .pretrained import MANIFEST_FILE, resolve_model
+from ..quantization.bnb_format import joined, to_tensors
+from ..quantization.policy import QuantConfig, WeightFormat
+from .checkpoint import read_json_object
+from .pretrained import resolve_model
 from .quantize_plan import QuantizePlan
-from .safetensors_header import make_header, read_header
+from .shards import PLAN_FILE, SHARD_BYTES, copy_small_files, write_index, write_shard
 from .stream import stream_tensors
-
-SHARD_BYTES = 5_000_000_000
-PLAN_FILE = "lorakit-plan.json"
-
-_COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
-_NOT_COPIED = {"config.json", WEIGHTS_FILE, INDEX_FILE, MANIFEST_FILE, PLAN_FILE}
-_LICENSES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 
 
 @dataclass(frozen=True)
@@ -167,9 +159,7 @@ def _write_shards(plan: QuantizePlan, partial: Path, progress: Callable[[int, in
     # One stream over all shards, so that reading goes on while a shard's end is written.
     stream = stream_tensors(plan.checkpoint, formats, progress=count)
     for file, names in todo.items():
-        layouts = plan.layouts(names)
-        room = len(make_header(layouts)) + 32 * len(layouts)  # offsets may have more digits in another order
-        _write_shard(partial / file, room, _written(plan, islice(stream, len(names))))
+        write_shard(partial / file, plan.layouts(names), _written(plan, islice(stream, len(names))))
 
 
 def _written(
@@ -183,62 +173,38 @@ def _written(
             yield name, value
 
 
-def _write_shard(path: Path, room: int, tensors: Iterator[tuple[str, Tensor]]) -> None:
-    """Write one file, the header last into `room` bytes: how long a state's JSON is, is found out on the way.
-
-    Tensors of an odd length, which are the small ones, come after all others, so that each starts at a multiple of its
-    itemsize.
-    """
-    layouts: dict[str, Layout] = {}
-    odd: dict[str, Tensor] = {}
-    with atomic_write(path) as part, part.open("wb") as file:
-
-        def write(name: str, tensor: Tensor) -> None:
-            layouts[name] = tensor.dtype, tuple(tensor.shape)
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-
-        file.seek(room)
-        for name, tensor in tensors:
-            if tensor.nbytes % 8:
-                odd[name] = tensor
-            else:
-                write(name, tensor)
-        for name, tensor in sorted(odd.items(), key=lambda item: -item[1].itemsize):
-            write(name, tensor)
-        header = make_header(layouts)[8:].ljust(room - 8)
-        file.seek(0)
-        file.write(len(header).to_bytes(8, "little") + header)
-
-
 def _write_surroundings(plan: QuantizePlan, partial: Path) -> int:
     """Write the shards' index, config.json and copies of the small files; return the bytes of all tensors."""
-    headers = {file: read_header(partial / file) for file in plan.shards}
-    total = sum(entry.end - entry.start for header in headers.values() for entry in header.values())
-    if len(headers) > 1:
-        weight_map = {name: file for file, header in headers.items() for name in header}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_text(partial / INDEX_FILE, json.dumps(index, indent=2) + "\n")
-    for file in sorted(plan.checkpoint.folder.iterdir()):
-        wanted = file.suffix in _COPIED or file.name.upper().startswith(_LICENSES)
-        if wanted and file.name not in _NOT_COPIED and file.is_file():
-            with atomic_write(partial / file.name) as part:
-                shutil.copyfile(file, part)
+    total = write_index(partial, list(plan.shards))
+    copy_small_files(plan.checkpoint.folder, partial)
     values = plan.checkpoint.config()
-    values["quantization_config"] = _quantization_config(plan, values)
+    values["quantization_config"] = quantization_config(plan.config, plan.formats, plan.dense_layers, values)
     write_text(partial / "config.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
     return total
 
 
-def _quantization_config(plan: QuantizePlan, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return config.json's entry, by transformers' names; where layers differ, each one's own state is what counts."""
-    some = next(form for form in plan.formats.values() if form is not None)
+def quantization_config(
+    config: QuantConfig,
+    formats: Mapping[str, WeightFormat | None],
+    dense_layers: Sequence[str],
+    values: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return config.json's entry, by transformers' names; where layers differ, each one's own state is what counts.
+
+    Args:
+        config: what is quantized, and how.
+        formats: what comes of it for each tensor.
+        dense_layers: paths of the linear layers that are not quantized.
+        values: the rest of config.json.
+    """
+    some = next(form for form in formats.values() if form is not None)
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
         "load_in_8bit": False,
-        "bnb_4bit_quant_type": plan.config.quant_type or some.quant_type,
-        "bnb_4bit_use_double_quant": plan.config.double_quant,
-        "bnb_4bit_quant_storage": plan.config.storage_dtype,
+        "bnb_4bit_quant_type": config.quant_type or some.quant_type,
+        "bnb_4bit_use_double_quant": config.double_quant,
+        "bnb_4bit_quant_storage": config.storage_dtype,
         "bnb_4bit_compute_dtype": values.get("torch_dtype") or values.get("dtype") or "bfloat16",
-        "llm_int8_skip_modules": plan.dense_layers,
+        "llm_int8_skip_modules": list(dense_layers),
     }

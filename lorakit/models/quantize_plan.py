@@ -17,9 +17,10 @@ from ..errors import ConfigError
 from ..quantization.bnb_format import Layout, QuantState, joined
 from ..quantization.policy import QuantConfig, WeightFormat
 from ..quantization.scales import NESTED_BLOCK_SIZE
-from .checkpoint import WEIGHTS_FILE, Checkpoint
+from .checkpoint import Checkpoint
 from .load import check_tensors, empty_decoder, weight_formats
 from .prequantized import find_stored
+from .shards import grouped
 from .stream import file_order
 
 PLAN_VERSION = 1  # raise it when other bytes are written for the same plan
@@ -57,9 +58,7 @@ class QuantizePlan:
         linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
         dense = [path for path in linear if formats.get(f"{path}.weight") is None]
         plan = QuantizePlan(checkpoint, config, formats, {}, dense)
-        groups = plan._groups(names, shard_bytes)
-        files = [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
-        plan.shards.update(zip(files if len(groups) > 1 else [WEIGHTS_FILE], groups, strict=True))
+        plan.shards.update(grouped({name: plan.written_bytes([name]) for name in names}, shard_bytes))
         return plan
 
     @property
@@ -110,16 +109,3 @@ class QuantizePlan:
         """Return the quantized weights whose rows are not whole blocks."""
         forms = self.formats.items()
         return [name for name, form in forms if form and self.checkpoint.shape(name)[-1] % form.block_size]
-
-    def _groups(self, names: list[str], shard_bytes: int) -> list[list[str]]:
-        """Fill one shard after the other."""
-        groups: list[list[str]] = []
-        room = 0
-        for name in names:
-            size = self.written_bytes([name])
-            if not groups or size > room:
-                groups.append([])
-                room = shard_bytes
-            groups[-1].append(name)
-            room -= size
-        return groups

@@ -89,13 +89,16 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, TensorEntry]:
     return entries
 
 
-def make_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
+def make_header(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> bytes:
     """Return the length and the header for tensors that will follow end to end, in this order.
 
     Args:
         tensors: name -> (dtype, shape).
+        metadata: further entries beside "format".
     """
-    header: dict[str, Any] = {METADATA_KEY: {"format": "pt"}}  # transformers asks for this key
+    header: dict[str, Any] = {METADATA_KEY: {"format": "pt"} | dict(metadata or {})}  # transformers asks for "format"
     offset = 0
     for name, (dtype, shape) in tensors.items():
         end = offset + math.prod(shape) * dtype.itemsize

@@ -17,12 +17,12 @@ from ..errors import ConfigError
 CPU_RUNTIME = 304 << 20
 # A CUDA context with the kernels of PyTorch and its libraries: an assumption, no GPU was measured.
 GPU_RUNTIME = 500 << 20
-# glibc serves tensors of up to 32 MiB from a heap in which it cannot always use the gaps again: the share by which the
-# heap outgrows what is in it. An estimate, not fitted: with checkpointing and 1,024 tokens or more it has been seen
-# to be too low, by 8 to 14% of the peak. (With MALLOC_MMAP_THRESHOLD_=131072 in the environment there is hardly any,
-# and every fresh tensor takes the time of its page faults.)
-CPU_HEAP_WASTE = 0.2
-GPU_HEAP_WASTE = 0.0
+# glibc serves tensors below 32 MiB from a heap, in which a gap is of no use to a tensor larger than it. By so much the
+# heap outgrows what is in it: a constant, and a multiple of the largest tensor that is served from it. Both were fitted
+# to the twelve configurations of bench/plan.py; its further ones were not part of the fit.
+CPU_HEAP_GAPS = 50 << 20
+CPU_HEAP_LARGEST = 5
+CPU_HEAP_LIMIT = 32 << 20
 
 _TRAIN_TINY = """
 import torch

@@ -15,9 +15,9 @@ from ..quantization.policy import QuantConfig
 from ..training import TrainConfig
 from .activations import FP32, MicroBatch
 from .flops import step_flops
-from .peak import moments, optimizer_bytes
+from .peak import Moment, moments, optimizer_bytes
 from .result import Plan
-from .runtime import CPU_HEAP_WASTE, GPU_HEAP_WASTE
+from .runtime import CPU_HEAP_GAPS, CPU_HEAP_LARGEST, CPU_HEAP_LIMIT
 from .shape import ModelShape, model_shape
 
 
@@ -61,17 +61,16 @@ class Setting:
         batch, whole = self._batch(sequences), self._batch(train.batch_size)
         micro_batches = math.ceil(train.batch_size / sequences)
         peak = max(moments(shape, batch, train.checkpointing, micro_batches), key=lambda moment: moment.total)
-        waste = CPU_HEAP_WASTE if self.device == "cpu" else GPU_HEAP_WASTE
         parts = {
             "weights": shape.weight_bytes(self.dtype),
             "adapters": FP32 * sum(shape.adapter),
             "gradients": peak.gradients,
-            "optimizer": optimizer_bytes(shape, train.optimizer),
+            "optimizer": 0 if train.offload_optimizer and not batch.on_cpu else optimizer_bytes(shape, train.optimizer),
             "activations": peak.activations,
             "workspace": peak.workspace,
             "logits": peak.logits,
             "runtime": self.runtime,
-            "allocator": round(waste * (peak.activations + peak.workspace + peak.logits)),
+            "allocator": self._heap_waste(batch, peak) if batch.on_cpu else 0,
         }
         return Plan(
             parts=MappingProxyType(parts),
@@ -85,6 +84,12 @@ class Setting:
             step_tokens=whole.tokens,
             device=self.device,
         )
+
+    def _heap_waste(self, batch: MicroBatch, peak: Moment) -> int:
+        """By how much a CPU's heap outgrows its tensors; never more than once over."""
+        widest = max(max(linear.in_features, linear.out_features) for linear in self.shape.linears)
+        largest = min(batch.rows(widest), CPU_HEAP_LIMIT)
+        return min(CPU_HEAP_GAPS + CPU_HEAP_LARGEST * largest, peak.activations + peak.workspace + peak.logits)
 
     def _batch(self, sequences: int) -> MicroBatch:
         trained = sequences * (self.length - 1)  # the first token has nothing before it that could predict it

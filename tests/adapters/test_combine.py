@@ -53,7 +53,7 @@ def dense_sum(sources: list[dict[str, LowRank]], weights: list[float], path: str
     return sum(weight * source[path].dense() for source, weight in zip(sources, weights, strict=True) if path in source)  # type: ignore[return-value]
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(adapters(), WEIGHTS, st.one_of(st.none(), st.integers(1, 8)))
 def test_the_weighted_sum_is_that_of_the_updates(
     sources: list[dict[str, LowRank]], weights: list[float], rank: int | None
@@ -72,7 +72,7 @@ def test_the_weighted_sum_is_that_of_the_updates(
         assert layer.rank == result[layer.path].rank <= min(rank or 99, *expected.shape)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(adapters(), WEIGHTS)
 def test_cat_and_svd_are_the_sum_with_and_without_all_of_its_rank(
     sources: list[dict[str, LowRank]], weights: list[float]
@@ -113,7 +113,7 @@ def elected(parts: list[Tensor]) -> Tensor:
     return result
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(adapters(), WEIGHTS, st.sampled_from([0.05, 0.2, 0.5, 0.9, 1.0]), st.sampled_from(["ties", "magnitude_prune"]))
 def test_pruning_and_ties_by_their_definitions(
     sources: list[dict[str, LowRank]], weights: list[float], density: float, method: str
@@ -128,7 +128,7 @@ def test_pruning_and_ties_by_their_definitions(
         assert layer.norm == pytest.approx(float(expected.norm()), rel=1e-12)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(adapters(), WEIGHTS, st.integers(1, 4), st.sampled_from(["ties", "magnitude_prune", "dare_linear"]))
 def test_the_error_stated_is_the_distance(
     sources: list[dict[str, LowRank]], weights: list[float], rank: int, method: str
@@ -185,7 +185,7 @@ def test_dare_at_density_one_is_the_exact_sum() -> None:
     assert report.error == 0
 
 
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(
     st.integers(1, 40),
     st.integers(1, 12),

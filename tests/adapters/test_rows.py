@@ -66,7 +66,7 @@ def random_ids(*shape: int) -> Tensor:
 
 
 @given(names=st.lists(st.sampled_from(NAMES), min_size=1, max_size=6), length=st.integers(1, 5))
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_each_row_is_what_its_adapter_alone_makes_of_it(decoder: Decoder, names: list[str], length: int) -> None:
     ids = random_ids(len(names), length)
     with torch.no_grad(), use_rows(decoder, names):
@@ -77,7 +77,7 @@ def test_each_row_is_what_its_adapter_alone_makes_of_it(decoder: Decoder, names:
 
 
 @given(rows=st.lists(st.tuples(st.sampled_from(NAMES), st.integers(2, 9)), min_size=1, max_size=6))
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_a_packed_batchs_loss_and_gradients_are_the_rows_own(decoder: Decoder, rows: list[tuple[str, int]]) -> None:
     names, lengths = [name for name, _ in rows], [length for _, length in rows]
     ids = random_ids(sum(lengths))
@@ -93,7 +93,9 @@ def test_a_packed_batchs_loss_and_gradients_are_the_rows_own(decoder: Decoder, r
         expected = {key: expected[key] + gradients[key] for key in expected}
     torch.testing.assert_close(loss, losses, rtol=1e-5, atol=1e-5)
     for key, gradient in found.items():
-        torch.testing.assert_close(gradient, expected[key], rtol=1e-4, atol=1e-5, msg=key)
+        torch.testing.assert_close(
+            gradient, expected[key], rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key} {text}"
+        )
     for name in set(ADAPTERS) - set(names):  # nothing, not merely zeros, from the rows of others
         assert not any(gradient.any() for key, gradient in found.items() if key.endswith(f".{name}"))
 
@@ -193,23 +195,92 @@ class TestPlainModels:
             assert torch.autograd.gradcheck(forward, (x, *(p.requires_grad_() for p in named.values())))
 
 
+KINDS: dict[str, dict[str, Any]] = {
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "embedding, DoRA": {"target_modules": ["embed_tokens"], "use_dora": True},
+    "bias on B": {"target_modules": ["q_proj", "down_proj"], "lora_bias": True},
+    "biases": {"target_modules": ["q_proj", "v_proj"], "bias": "lora_only"},
+    "other biases": {"target_modules": ["q_proj"], "bias": "all"},
+    "head": {"target_modules": ["v_proj"], "modules_to_save": ["lm_head"]},
+    "tokens": {"target_modules": ["v_proj"], "trainable_token_indices": [1, 7, 50]},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_part_differs_from_row_to_row(kind: str) -> None:
+    torch.manual_seed(0)
+    model = small_decoder(attention_bias=True, mlp_bias=True)
+    add_adapter(model, LoraConfig(r=2, init_lora_weights=False, **KINDS[kind]), "one")
+    add_adapter(model, LoraConfig(r=3, init_lora_weights=False, **KINDS[kind]), "two")
+    add_adapter(model, LoraConfig(r=1, init_lora_weights=False), "plain")
+    with torch.no_grad():
+        for parameter in [*adapter_parameters(model, "one"), *adapter_parameters(model, "two")]:
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    set_trained(model, ["one", "two", "plain"])
+    names, lengths = ["two", BASE, "one", "plain", "two"], [4, 4, 4, 4, 4]
+    ids = random_ids(20) % 60
+    with use_rows(model, names):
+        together = model(ids.view(5, 4)).detach()
+        found = loss_and_gradients(model, ids, ids.roll(-1), lengths)[1]
+    summed = {key: torch.zeros(()) for key in found}
+    for row, name in enumerate(names):
+        alone(model, name)
+        torch.testing.assert_close(together[row : row + 1], model(ids.view(5, 4)[row : row + 1]).detach())
+        part = slice(4 * row, 4 * row + 4)
+        own = loss_and_gradients(model, ids[part], ids.roll(-1)[part], [4])[1]
+        summed = {key: summed[key] + own[key] for key in summed}
+    for key, gradient in found.items():
+        torch.testing.assert_close(
+            gradient, summed[key], rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key} {text}"
+        )
+
+
+def test_convolutions() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(48, 4))
+    for name, options in (("a", {"r": 2}), ("b", {"r": 1, "use_dora": True})):
+        add_adapter(model, LoraConfig(init_lora_weights=False, target_modules=["0", "3"], **options), name)
+    x, names = torch.randn(4, 2, 4, 4), ["b", "a", BASE, "b"]
+    with use_rows(model, names):
+        together = model(x)
+    for row, name in enumerate(names):
+        alone(model, name)
+        torch.testing.assert_close(together[row : row + 1], model(x[row : row + 1]))
+
+
+def test_parts_that_cannot_differ_are_refused_where_a_row_uses_them() -> None:
+    tied = small_decoder(**ARCHITECTURES["qwen2"])
+    add_adapter(tied, LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 2]), "tokens")
+    add_adapter(tied, LoraConfig(r=2, init_lora_weights=False), "plain")
+    with pytest.raises(AdapterError, match="'tokens' changes a TiedHead"):
+        decoder_rows(tied, ["plain", "tokens"])
+    ids = random_ids(2, 3)
+    with torch.no_grad():
+        with use_rows(tied, ["plain", BASE]):
+            together = tied(ids)
+        set_adapter(tied, ["tokens"])  # active, and of no part in rows
+        with use_rows(tied, ["plain", BASE]):
+            assert torch.equal(tied(ids), together)
+
+
 class TestDropout:
     def test_each_row_drops_at_its_adapters_rate(self) -> None:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(64, 64, bias=False))
         nn.init.zeros_(model[0].weight)
-        for name, rate in (("none", 0.0), ("half", 0.5), ("most", 0.9)):
+        for name, rate in (("none", 0.0), ("some", 0.5), ("most", 0.9)):
             add_adapter(model, LoraConfig(r=64, lora_alpha=64, lora_dropout=rate), name)
             layer = lora_layers(model)["0"]
             nn.init.eye_(layer.lora_A[name])
             nn.init.eye_(layer.lora_B[name])
         x = torch.ones(3, 50, 64)
-        with use_rows(model.train(), ["most", "none", "half"]):
+        with use_rows(model.train(), ["most", "none", "some"]):
             y = model(x)
             assert torch.equal(model.eval()(x), x)
         kept = [float((row != 0).float().mean()) for row in y]
         assert kept == pytest.approx([0.1, 1.0, 0.5], abs=0.03)
-        assert set(y[0].unique().tolist()) <= {0.0, pytest.approx(10.0)} and set(y[2].unique().tolist()) == {0.0, 2.0}
+        for row, scale in zip(y, (10.0, 1.0, 2.0), strict=True):
+            torch.testing.assert_close(row[row != 0], torch.full_like(row[row != 0], scale))
 
     def test_layers_that_share_an_input_drop_apart(self) -> None:
         model = with_adapters(small_decoder())
@@ -287,9 +358,7 @@ class TestContexts:
                 assert torch.equal(model(ids)[1], before[1]) and not torch.equal(model(ids)[0], before[0])
 
     def test_names(self, decoder: Decoder) -> None:
-        with pytest.raises(
-            AdapterError, match=r"no adapter 'haed'; did you mean 'head'\? \(for a row there are: a, b, c"
-        ):
+        with pytest.raises(AdapterError, match=r"no adapter 'haed'; did you mean 'head'\? \(for a row: a, b, c"):
             decoder_rows(decoder, ["a", "haed"])
         with pytest.raises(AdapterError, match="a list with one name for each row"):
             decoder_rows(decoder, "a")
@@ -343,7 +412,7 @@ def test_transformers_models_and_their_gradient_checkpointing() -> None:
     for row, name in enumerate(names):
         alone(model, name)
         torch.testing.assert_close(together[row], model(input_ids=ids[row : row + 1]).logits[0], rtol=1e-4, atol=1e-5)
-    one_by_one = gradients(([name], row[None]) for name, row in zip(names, ids, strict=True))
+    one_by_one = gradients(([name], row[None]) for name, row in zip(names, ids, strict=True) if name != BASE)
     for _ in range(2):
         found = gradients(itertools.chain([(names, ids)]))
         assert found.keys() == one_by_one.keys()

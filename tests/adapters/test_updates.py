@@ -181,6 +181,73 @@ def test_embeddings_and_convolutions_in_folders(tmp_path: Path) -> None:
     assert after.layers["embed"].lora_A.shape == (4, 30)
 
 
+class Mixed(nn.Module):
+    """A layer of each kind whose update is one matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.conv, self.out = nn.Embedding(30, 8), nn.Conv2d(4, 6, 3), nn.Linear(8, 5)
+
+
+def test_embeddings_and_convolutions_in_a_model() -> None:
+    torch.manual_seed(0)
+    model = Mixed()
+    for name, rank in (("first", 3), ("second", 2)):
+        config = LoraConfig(r=rank, target_modules=["embed", "conv", "out"], init_lora_weights=False)
+        add_adapter(model, config, name)
+    expected = expected_sum(model, {"first": 1.5, "second": -0.5})
+    combine_adapters(model, {"first": 1.5, "second": -0.5}, "both")
+    assert_same_deltas(deltas(model, "both"), expected)
+    report = resize_adapter(model, "both", "small", rank=2)
+    for layer in report.layers:
+        delta = deltas(model, "small")[layer.path] - expected[layer.path]
+        assert float(delta.norm()) == pytest.approx(layer.error * layer.norm, rel=1e-4)
+
+
+def test_the_start_of_pissa_is_part_of_its_update() -> None:
+    """In the model the start is known: the update is what training changed, and that is combined."""
+    torch.manual_seed(0)
+    model = Mixed()
+    add_adapter(model, LoraConfig(r=2, target_modules=["out"], init_lora_weights="pissa"), "pissa")
+    with torch.no_grad():
+        lora_layers(model, "pissa")["out"].lora_B["pissa"].add_(0.1)
+    expected = deltas(model, "pissa")
+    assert expected["out"].norm() > 0.1
+    combine_adapters(model, {"pissa": 1.0}, "plain")
+    assert_same_deltas(deltas(model, "plain"), expected)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"lora_bias": True}, "lora_bias of out"),
+        ({"bias": "all"}, "more than low-rank"),
+        ({"modules_to_save": ["conv"]}, "conv"),
+    ],
+    ids=str,
+)
+def test_adapters_that_hold_more_are_refused(more: dict[str, Any], message: str) -> None:
+    model = Mixed()
+    add_adapter(model, LoraConfig(r=2, target_modules=["out"], **more), "more")
+    with pytest.raises(AdapterError, match=message):
+        combine_adapters(model, {"more": 1}, "new")
+    with pytest.raises(AdapterError, match=message):
+        resize_adapter(model, "more", "new", rank=1)
+
+
+def test_folders_of_different_models_are_not_combined(folders: dict[str, Path], tmp_path: Path) -> None:
+    other = new_model()
+    with torch.no_grad():
+        next(p for p in other.parameters() if p.ndim == 1).add_(1)
+    add_adapter(other, LoraConfig(r=2, target_modules=["up"], init_lora_weights=False))
+    save_adapter(other, tmp_path / "other")
+    with pytest.raises(AdapterError, match=r"of different base models: .*plain .*other"):
+        combine_folders({folders["plain"]: 1, tmp_path / "other": 1}, tmp_path / "new")
+    resize_folder(tmp_path / "other", tmp_path / "small", rank=1)  # the new folder still says whose it is
+    with pytest.raises(CheckpointError, match="another base model"):
+        load_adapter(new_model(), tmp_path / "small")
+
+
 def test_the_dtype_of_a_file_is_chosen(folders: dict[str, Path], tmp_path: Path) -> None:
     resize_folder(folders["plain"], tmp_path / "half", rank=2, dtype=torch.bfloat16)
     assert {t.dtype for t in load_file(tmp_path / "half" / "adapter_model.safetensors").values()} == {torch.bfloat16}
@@ -200,7 +267,7 @@ def test_dora_is_refused_and_says_why(model: nn.Module, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4'.*convert"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4'.*changed the base"),
         ({"target_parameters": ["experts"]}, "several matrices"),
     ],
 )

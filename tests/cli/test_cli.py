@@ -12,10 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from small_models import RECIPE, conversations
 from typer.testing import CliRunner
 
-from lorakit import generate, load_model, load_tokenizer, save_adapter, save_records
+from lorakit import generate, load_model, load_tokenizer, merge_adapter, save_adapter, save_records
 from lorakit.cli import main
 from lorakit.cli.app import app
 from lorakit.data import Message
@@ -226,3 +227,20 @@ def test_the_base_model_and_a_plain_adapter_can_be_used_without_the_command_line
         == Path("run/adapter/adapter_model.safetensors").read_bytes()
     )
     assert load_model("model").config.vocab_size >= load_tokenizer("model").vocab_size
+
+
+def test_merging(workshop: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    lorakit("train", "recipe.yaml", "--set", "eval=null")
+    printed = lorakit("merge", "run", "--out", "merged", "--layers", "--shard-size", "40kB")
+    assert "into 14 layers, onto " in printed and "of the update survived" in printed and "merged: written" in printed
+    merged, (adapted, tok, _) = load_model("merged", quant_type=None, dtype=torch.float32), load_run(Path("run"))
+    merge_adapter(adapted)
+    assert generate(merged, tok, "fox?", max_new_tokens=5) == generate(adapted, tok, "fox?", max_new_tokens=5)
+    assert len(list(Path("merged").glob("*.safetensors"))) > 1 and load_tokenizer("merged").vocab_size == tok.vocab_size
+    lorakit("merge", "run/adapter", "--base", "model", "--out", "small", "--quantize", "nf4", "--block-size", "32")
+    config = json.loads(Path("small/config.json").read_text())
+    assert config["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
+    message = fails("merge", "run", "--out", "merged", monkeypatch=monkeypatch, capsys=capsys)
+    assert "merged exists already" in message
+    message = fails("merge", "model", "--out", "new", monkeypatch=monkeypatch, capsys=capsys)
+    assert "model holds no adapter" in message and not Path("new").exists()

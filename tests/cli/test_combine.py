@@ -19,8 +19,8 @@ from lorakit.errors import AdapterError, ConfigError
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with the adapters one, two and lr=2 of one model."""
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
     for name, rank in (("one", 4), ("two", 2), ("lr=2", 3)):
+        torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 12))
         add_adapter(model, LoraConfig(r=rank, init_lora_weights=False))
         save_adapter(model, tmp_path / name)

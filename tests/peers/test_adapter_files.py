@@ -123,6 +123,23 @@ def test_ours_on_a_transformers_model_in_peft(
     torch.testing.assert_close(logits_of(theirs, ids), logits_of(ours, ids), rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("target", ["vllm", "tgi"])
+def test_exports_in_peft(
+    target: str, case: dict[str, Any], our_model: Decoder, their_model: nn.Module, fresh: Fresh, ids: Tensor,
+    logits_of: LogitsOf, tmp_path: Path,
+) -> None:  # fmt: skip
+    """PEFT reads the one scale as they do: 1 for every layer, and TGI's zeros where there was no adapter."""
+    ours = fresh(our_model)
+    add_adapter(ours, LoraConfig(**case))
+    save_adapter(ours, tmp_path / "export", target=target)
+    theirs = peft.PeftModel.from_pretrained(fresh(their_model), tmp_path / "export").eval()
+    found, own = meaning(theirs), meaning(ours)
+    assert set(own) <= set(found)
+    assert set(found.values()) == {(max(rank for rank, _ in own.values()), 1.0)}
+    assert all(path.split(".")[-1] in {name.split(".")[-1] for name in own} for path in found)
+    torch.testing.assert_close(logits_of(theirs, ids), logits_of(ours, ids), rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("targets", ["all-linear", "ALL-LINEAR", r".*\.(q|up)_proj"])
 def test_layers_to_transform_with_targets_in_one_string(
     targets: str, our_model: Decoder, their_model: nn.Module, fresh: Fresh, tmp_path: Path

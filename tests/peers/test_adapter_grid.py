@@ -76,7 +76,7 @@ _MIXTURE: dict[str, dict[str, Any]] = {
     "both": {"target_modules": [], "target_parameters": ["experts.up_proj", "experts.down_proj"]},
     "reversed": {"target_modules": ["first"], "target_parameters": ["experts.down_proj", "experts.up_proj"]},
     "one-layer": {"target_modules": ["last"], "target_parameters": ["layers.1.experts.down_proj"]},
-    "patterns": {"target_modules": [], "target_parameters": ["experts.up_proj"], "rank_pattern": {"experts": 2}},
+    "patterns": {"target_modules": [], "target_parameters": ["experts.up_proj"], "rank_pattern": {"up_proj": 2}},
 }
 BIASES: dict[str, dict[str, Any]] = {
     "bias-only": {"bias": "lora_only"},
@@ -153,7 +153,8 @@ def test_peft_writes_and_ours_reads(case: str, tmp_path: Path) -> None:
         theirs = peft.get_peft_model(base(kind, dtype), config).eval()
         shake([p for p in theirs.parameters() if p.requires_grad])
         theirs.save_pretrained(tmp_path / "theirs")
-        expected, merged = output(theirs, kind, dtype), theirs.merge_and_unload()
+        expected = output(theirs, kind, dtype)
+        merged = None if "lora_bias" in values else theirs.merge_and_unload()  # which it cannot without a bias
     ours = base(kind, dtype)
     plain = output(ours, kind, dtype)
     assert (expected - plain).abs().max() > 1e-2 * plain.abs().max()
@@ -161,7 +162,7 @@ def test_peft_writes_and_ours_reads(case: str, tmp_path: Path) -> None:
         assert_base_is_untouched(ours, tmp_path / "theirs")
     load_adapter(ours, tmp_path / "theirs")
     close(output(ours, kind, dtype), expected, dtype)
-    if dtype == torch.float32:
+    if dtype == torch.float32 and merged is not None:
         assert_same_weights(ours, merged)
     save_adapter(ours, tmp_path / "ours")
     assert_same_files(tmp_path / "ours", tmp_path / "theirs")
@@ -180,10 +181,9 @@ def test_ours_writes_and_peft_reads(case: str, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = peft.PeftModel.from_pretrained(base(kind, dtype), tmp_path / "ours").eval()
+        expected_names = {key for key in peft.get_peft_model_state_dict(theirs) if not is_table(key)}
     close(output(theirs, kind, dtype), expected, dtype)
-    again = load_file(tmp_path / "ours" / "adapter_model.safetensors")
-    expected_names = {key for key in peft.get_peft_model_state_dict(theirs) if not is_table(key)}
-    assert again.keys() == expected_names
+    assert load_file(tmp_path / "ours" / "adapter_model.safetensors").keys() == expected_names
     remove_adapter(ours)
     assert all(torch.equal(tensor, before[name]) for name, tensor in ours.state_dict().items())
 

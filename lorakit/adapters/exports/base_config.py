@@ -1,0 +1,62 @@
+"""The base model's config.json, wherever it is: some consumers' forms depend on the number of layers and of heads."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ...errors import CheckpointError
+
+_ADVICE = "name the base model's folder with base=..., on the command line with --base"
+
+
+def read_base_config(place: str | os.PathLike[str] | Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Return the contents of a base model's config.json, from its folder or as they are given.
+
+    Raises:
+        CheckpointError: it is not there, or not a JSON object.
+    """
+    if isinstance(place, Mapping):
+        return place
+    if place is None:
+        raise CheckpointError(f"the adapter does not say what its base model is; {_ADVICE}")
+    file = Path(place) / "config.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror or error}; {_ADVICE}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file} holds a {type(values).__name__}, expected an object")
+    return values
+
+
+def base_size(base: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """Return a positive number of a config.json; `default` stands for an absent one.
+
+    Raises:
+        CheckpointError: it has no such number.
+    """
+    value = base.get(key) or default
+    if not isinstance(value, int) or value < 1:
+        raise CheckpointError(f"the base model's config.json has {key} {value!r}, expected a positive number")
+    return value
+
+
+def base_of(model: nn.Module) -> dict[str, Any] | None:
+    """Return what config.json says of a model in memory, ours or of transformers; None where it has no such thing."""
+    config: Any = getattr(model, "config", None)
+    if callable(getattr(config, "to_dict", None)):
+        values: dict[str, Any] = config.to_dict()
+        return values | {"architectures": values.get("architectures") or [type(model).__name__]}
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        values = dataclasses.asdict(config)
+        return values | {"architectures": [values.get("architecture")]}
+    return None

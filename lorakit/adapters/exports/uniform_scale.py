@@ -1,0 +1,39 @@
+"""One scale and one rank for all layers: the part of PEFT's format that every reader of it understands alike.
+
+    B <- scaling * B,   A and B padded with zeros to the highest rank R,   r = lora_alpha = R
+
+so that lora_alpha / r is 1, whatever a reader takes for r, without patterns or use_rslora. The zeros add nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..peft_files import write_peft_folder
+from .parts import Export, folded
+
+Matrices = dict[str, tuple[Tensor, Tensor]]  # module path -> A (R, in), B (out, R)
+
+
+def uniform(export: Export) -> Matrices:
+    """Return the layers' A and B for a scale of 1, all of the highest rank among them."""
+    matrices = folded(export, {path: layer.scaling for path, layer in export.layers.items()})
+    rank = max(len(a) for a, _ in matrices.values())
+    return {path: (pad(a, (0, 0, 0, rank - len(a))), pad(b, (0, rank - len(a)))) for path, (a, b) in matrices.items()}
+
+
+def write_uniform(path: Path, export: Export, matrices: Matrices, **changes: Any) -> None:
+    """Write the adapter folder of `uniform`'s matrices; `changes` are further settings of its configuration."""
+    tensors = {}
+    for name, (a, b) in matrices.items():
+        is_embedding = name in export.layers and export.layers[name].kind == "embedding"
+        keys = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
+        for key, matrix in zip(keys, (a, b), strict=True):
+            tensors[f"base_model.model.{name}.{key}"] = matrix.contiguous()
+    rank = len(next(iter(matrices.values()))[0])
+    plain = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+    write_peft_folder(path, tensors, {**export.config, **plain, **changes})
