@@ -64,10 +64,14 @@ class LowRank:
     @cached_property
     def singular_values(self) -> Tensor:
         """S of `svd` alone, (k,), in falling order; takes a fraction of its time."""
-        upper = torch.linalg.qr(self.up, mode="r").R
-        lower = torch.linalg.qr(self.down.T, mode="r").R
+        upper, lower = self.triangles
         values: Tensor = torch.linalg.svdvals(upper @ lower.T)
         return values
+
+    @cached_property
+    def triangles(self) -> tuple[Tensor, Tensor]:
+        """Ru and Rd, (k, r) each, up to the signs of their rows: column norms and products of columns are theirs."""
+        return _triangle(self.up), _triangle(self.down.T)
 
     def norm(self) -> Tensor:
         """Frobenius norm, a scalar tensor."""
@@ -110,3 +114,21 @@ def added(updates: Iterable[LowRank]) -> LowRank:
     """Return the exact sum of at least one update, its rank the sum of theirs."""
     ups, downs = zip(*((update.up, update.down) for update in updates), strict=True)
     return LowRank(torch.cat(ups, dim=1), torch.cat(downs, dim=0))
+
+
+def _triangle(matrix: Tensor) -> Tensor:
+    """R of the QR decomposition of an (n, r) matrix.
+
+    By Cholesky from matrixᵀ matrix, in a third of the time, where that costs no digits: R is then off by epsilon times
+    its condition number, here at most 700 (in float64, 2e-13 of the largest singular value).
+    """
+    if matrix.dtype == torch.float64 and matrix.shape[0] >= matrix.shape[1]:
+        upper, failed = torch.linalg.cholesky_ex(matrix.T @ matrix, upper=True)
+        if not failed:
+            identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+            inverse = torch.linalg.solve_triangular(upper, identity, upper=True)
+            if float(upper.norm() * inverse.norm()) <= 700:  # not so for nan
+                quick: Tensor = upper
+                return quick
+    exact: Tensor = torch.linalg.qr(matrix, mode="r").R
+    return exact

@@ -107,12 +107,21 @@ def print_info(console: Console, info: AdapterInfo, findings: Sequence[str]) -> 
 
 def _modules(info: AdapterInfo) -> Table:
     """Return means by kind of module."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     has_base = any(layer.base for layer in info.layers)
-    headings = ["module", "layers", "rank", "effective", "stable", "for 99%", "norm", "of update"]
-    headings += ["of base", "intruders"] if has_base else []
+    headings = [
+        "module",
+        "layers",
+        "rank",
+        "effective\nrank",
+        "stable\nrank",
+        "rank for\n99%",
+        "norm",
+        "of the\nupdate",
+    ]
+    headings += ["of the\nbase", "intruders"] if has_base else []
     for heading in headings:
-        table.add_column(heading, justify="left" if heading == "module" else "right")
+        table.add_column(heading, justify="left" if heading == "module" else "right", vertical="bottom")
     for module, group in _grouped(info).items():
         ranks = sorted({layer.rank for layer in group})
         cells = [escape(module), str(len(group)), f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"]

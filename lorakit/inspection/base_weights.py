@@ -13,8 +13,9 @@ from ..errors import CheckpointError, did_you_mean
 from ..layers.adapted import AdaptedLayer
 from ..layers.quantized_module import QuantizedModule
 from ..models.checkpoint import Checkpoint
-from ..models.prequantized import StoredWeight, find_stored, stream_stored
+from ..models.prequantized import StoredWeight, find_stored
 from ..models.pretrained import resolve_model
+from ..quantization.bnb_format import from_tensors, joined
 from .updates import Update
 
 
@@ -75,11 +76,14 @@ class BaseWeights:
             return _module_weight(self._model, path)
         names = dict.fromkeys([*self._checkpoint.names, *self._stored])
         name = _nearest_name(f"{path}.weight", names)
+        if name is None and path.endswith("lm_head") and self._checkpoint.config().get("tie_word_embeddings"):
+            name = _nearest_name("embed_tokens.weight", names)
         if name is None:
             raise CheckpointError(f"{self.name}: there is no weight of {path}{did_you_mean(f'{path}.weight', names)}")
-        ((_, tensor),) = stream_stored(self._checkpoint, [name], self._stored, torch.float32, "cpu", dequantize=True)
-        assert isinstance(tensor, Tensor)
-        return tensor
+        if name not in self._stored:
+            return self._checkpoint.read(name).float()
+        parts = {suffix: self._checkpoint.read(joined(name, suffix)) for suffix in self._stored[name].suffixes}
+        return from_tensors(name, parts).dequantize(torch.float32)
 
 
 def _nearest_name(name: str, names: Iterable[str]) -> str | None:

@@ -17,7 +17,7 @@ from .interference import together
 from .layers import LayerInfo, measure_update
 from .places import places
 from .similarity import Comparison, LayerSimilarity, compare_updates
-from .singular_vectors import SingularVectors, singular_vectors
+from .singular_vectors import EXACT_UP_TO, SingularVectors, singular_vectors
 from .updates import Update, Updates
 
 Source = str | os.PathLike[str] | nn.Module
@@ -97,5 +97,7 @@ class _Vectors:
         weight = self._weights.weight(update, self._transposed) if self._weights else None
         if weight is None:
             return None
+        if min(weight.shape) <= EXACT_UP_TO:
+            weight = weight.double()  # once, for all that follows
         self._found = self._found or singular_vectors(weight)
         return compare_with_base(update.low_rank, weight, self._found, update.magnitude)

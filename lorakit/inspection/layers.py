@@ -129,9 +129,11 @@ class LayerInfo:
 def measure_update(update: Update, place: Place, base: AgainstBase | None = None) -> LayerInfo:
     """Measure one update from its factors."""
     up, down = update.low_rank.up, update.low_rank.down
-    alive = (up != 0).any(0) & (down != 0).any(1)
-    rows, columns = up[:, alive], down[alive]
-    has_any = bool(alive.any())
+    columns = [triangle.square().sum(0) for triangle in update.low_rank.triangles]  # squared norms, of r columns each
+    alive = (columns[0] > 0) & (columns[1] > 0)
+    is_dead = not alive.any()
+    if not alive.all():
+        up, down = up[:, alive], down[alive]
     s = update.low_rank.singular_values
     return LayerInfo(
         name=update.name,
@@ -143,12 +145,19 @@ def measure_update(update: Update, place: Place, base: AgainstBase | None = None
         shape=update.low_rank.shape,
         parameters=update.parameters,
         scaling=update.scaling,
-        singular_values=tuple(s.tolist()) if has_any else (0.0,) * s.numel(),
-        noise_rank=noise_rank(s, update.low_rank.shape[0]) if has_any else 0,
-        norm_a=float(down.norm()),
-        norm_b=float(up.norm()) / update.scaling,
-        dead_outputs=int((rows == 0).all(1).sum()) if has_any else 0,
-        dead_inputs=int((columns == 0).all(0).sum()) if has_any else 0,
+        singular_values=(0.0,) * s.numel() if is_dead else tuple(s.tolist()),
+        noise_rank=0 if is_dead else noise_rank(s, update.low_rank.shape[0]),
+        norm_a=float(columns[1].sum().sqrt()),
+        norm_b=float(columns[0].sum().sqrt()) / update.scaling,
+        dead_outputs=0 if is_dead else _zero_rows(up),
+        dead_inputs=0 if is_dead else _zero_rows(down.T),
         dead_directions=int((~alive).sum()),
         base=base,
     )
+
+
+def _zero_rows(matrix: Tensor) -> int:
+    """Number of rows that are exactly zero: only those that one product leaves zero are looked at."""
+    probe = torch.linspace(1, 2, matrix.shape[1], dtype=matrix.dtype)
+    candidates = (matrix @ probe == 0).nonzero().flatten()
+    return int((matrix[candidates] == 0).all(1).sum())

@@ -90,7 +90,8 @@ def complete_vectors(weight: Tensor) -> SingularVectors:
     near, s = basis[:, :count], values[:count]
     far = (matrix.T @ near if is_wide else matrix @ near) / s
     u, v = (near, far) if is_wide else (far, near)
-    return SingularVectors(u, s, v, _error(matrix, u, s, v), values, basis)
+    residual = matrix @ v - u * s if is_wide else matrix.T @ u - v * s  # of the side that `far` does not make zero
+    return SingularVectors(u, s, v, float(residual.norm(dim=0).max()) if count else 0.0, values, basis)
 
 
 def leading_vectors(
@@ -146,12 +147,6 @@ def leading_eigenvectors(apply: Callable[[Tensor], Tensor], start: Tensor, k: in
         if residual <= _TOLERANCE * values[0]:
             break
     return values[:k], basis[:, :k]
-
-
-def _error(matrix: Tensor, u: Tensor, s: Tensor, v: Tensor) -> float:
-    """The larger of the two residuals of a singular triplet, over all triplets."""
-    residuals = torch.cat([(matrix @ v - u * s).norm(dim=0), (matrix.T @ u - v * s).norm(dim=0)])
-    return float(residuals.max()) if residuals.numel() else 0.0
 
 
 def _cache_file(weight: Tensor) -> Path:

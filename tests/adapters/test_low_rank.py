@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -51,3 +53,15 @@ def test_factors_that_do_not_fit_are_refused() -> None:
         LowRank(torch.zeros(3, 2), torch.zeros(3, 4))
     with pytest.raises(ShapeError, match=r"\(3, 4\) and \(4, 3\)"):
         LowRank(torch.zeros(3, 1), torch.zeros(1, 4)) + LowRank(torch.zeros(4, 1), torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize("smallest", [1e-2, 1e-6, 1e-12])
+def test_small_singular_values_keep_their_digits(smallest):
+    """Well conditioned factors take the quick way to their triangles, others the exact one."""
+    torch.manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(n, 8, dtype=torch.float64)).Q for n in (60, 50))
+    values = torch.logspace(0, math.log10(smallest), 8, dtype=torch.float64)
+    update = LowRank(left * values, right.T)
+    torch.testing.assert_close(update.singular_values, values, rtol=1e-15 / smallest, atol=1e-15)
+    for triangle, factor in zip(update.triangles, (update.up, update.down.T), strict=True):
+        torch.testing.assert_close(triangle.T @ triangle, factor.T @ factor, rtol=0, atol=1e-14)

@@ -134,3 +134,39 @@ def test_what_does_not_belong_together(tmp_path):
         inspect_adapter(a, base=write_base(tmp_path / "base", {path: torch.randn(41, 32) for path in PATHS}))
     with pytest.raises(CheckpointError, match=r"there is no weight of model\.layers\.0\.self_attn\.q_proj"):
         inspect_adapter(a, base=write_base(tmp_path / "base2", {"x": torch.randn(4, 4)}))
+
+
+def test_names_of_checkpoints_differ_and_heads_are_tied(tmp_path):
+    weights = {"layers.0.q_proj": torch.randn(40, 32), "model.embed_tokens": torch.randn(50, 32)}
+    base = write_base(tmp_path / "base", weights)
+    (base / "config.json").write_text('{"tie_word_embeddings": true}')
+    adapter = write_adapter(
+        tmp_path / "a", {"model.layers.0.q_proj": gaussian(40, 32, 4), "lm_head": gaussian(50, 32, 4, 1)}
+    )
+    layers = {layer.name: layer for layer in inspect_adapter(adapter, base=base).layers}
+    assert layers["model.layers.0.q_proj"].base.base_norm == pytest.approx(float(weights["layers.0.q_proj"].norm()))
+    assert layers["lm_head"].base.base_norm == pytest.approx(float(weights["model.embed_tokens"].norm()))
+
+
+@pytest.mark.parametrize("shape", [(1100, 1060), (1060, 1100)])
+def test_weights_too_large_for_all_singular_vectors(shape, tmp_path, monkeypatch):
+    """A planted spectrum: the leading vectors are found within the bound, and found again in the cache."""
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
+    u, v = orthonormal(shape[0], 1060), orthonormal(shape[1], 1060, 1)
+    s = torch.cat([torch.linspace(100, 40, 80), torch.linspace(2, 1, 980)]).double()
+    weight = ((u * s) @ v.T).float()
+    b, a = u[:, :4] * 30, v[:, :4].T
+    b[:, 0] = u[:, 1000] * 300  # takes the leading place: of the base's 64 leading directions it is none
+    base = write_base(tmp_path / "base", {"q_proj": weight})
+    (layer,) = inspect_adapter(write_adapter(tmp_path / "a", {"q_proj": (b.float(), a.float())}), base=base).layers
+    assert not layer.base.svd_complete and 0 <= layer.base.svd_error < 1e-4
+    assert layer.base.base_spectral_norm == pytest.approx(100, rel=1e-4)
+    assert layer.base.intruders == (0,)
+    assert layer.base.alignment_in == pytest.approx(1, abs=1e-4)
+    assert layer.base.alignment_out == pytest.approx(3 * 30**2 / (3 * 30**2 + 300**2), abs=1e-4)
+    (file,) = (tmp_path / "cache" / "singular-vectors").iterdir()
+    (again,) = inspect_adapter(tmp_path / "a", base=base).layers
+    assert again.base.alignment_out == pytest.approx(layer.base.alignment_out, abs=1e-6)
+    file.write_bytes(file.read_bytes()[:100])
+    (again,) = inspect_adapter(tmp_path / "a", base=base).layers
+    assert again.base == layer.base
