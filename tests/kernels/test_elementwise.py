@@ -326,5 +326,6 @@ def test_what_cpp_does_not_take_is_computed_by_the_definition() -> None:
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_the_registered_operation_is_computed_here(operation: str) -> None:
+def test_the_registered_operation_is_computed_here(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LORAKIT_BACKEND", raising=False)  # where nobody chose otherwise
     assert training_ops._computed_by(torch.empty(1), operation) is getattr(cpu, operation)

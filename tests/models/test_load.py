@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -211,7 +212,9 @@ def test_loading_never_holds_the_16_bit_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(small_config(**changes)))
     total = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors")) / 2**20
     command = [sys.executable, "-c", LOAD_AND_MEASURE, str(tmp_path)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    # The bound is that of the CPU's kernels: their definition in plain PyTorch, which may be chosen, needs more.
+    environment = {key: value for key, value in os.environ.items() if key != "LORAKIT_BACKEND"}
+    output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     peak, kept = map(float, output.split())
     largest = 2 * 1024 * 4096 / 2**20
     assert total > 12 * largest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -200,9 +201,10 @@ def test_memory_is_two_bands_besides_the_result(tmp_path: Path) -> None:
     """A tensor of 256 MiB becomes 66 MiB of codes and scales."""
     checkpoint = write(tmp_path, {"w": random(1 << 20).repeat(128).view(-1, 4096)})
     assert checkpoint.entry("w").end == 1 << 28
-    output = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=True
-    ).stdout
+    # The bound is that of the CPU's kernels: their definition in plain PyTorch, which may be chosen, needs more.
+    environment = {key: value for key, value in os.environ.items() if key != "LORAKIT_BACKEND"}
+    command = [sys.executable, "-c", MEASURE, str(tmp_path)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     peak, result = map(float, output.split())
     # Two bands; 8 MiB of fp32 scales before they are nested, three times at most, once in fp64; and the slack of
     # the allocator, which keeps memory for each thread.
