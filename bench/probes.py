@@ -3,10 +3,10 @@
     QLoRA of SmolLM2-135M, rank 16 on all linear layers, 2 x 512 tokens in two micro-batches, all trained
 
 Two models of the same start take the same steps, one of them with probes at their defaults, by turns the one and the
-other; this stops unless losses and adapters are equal to the bit. Each kind of step is measured by itself: one that looks at norms alone, one
-that looks at the gradient's noise too, one at spectra, one at drift. The overhead is that of a long run: of each kind,
-the median of (seconds with / seconds of the step without beside it), weighted by how often it comes. What is done once
-a run is a line of its own.
+other; this stops unless losses and adapters are equal to the bit. Each kind of step is measured by itself: one that
+looks at norms alone, one that looks at the gradient's noise too, one at spectra, one at drift. The overhead is that of
+a long run: of each kind, the median of (seconds with / seconds of the step without beside it), weighted by how often it
+comes. What is done once a run is a line of its own.
 
 Run as: python -m bench.probes [--model smollm2-135m-instruct] [--rounds 8] [--check] [--json FILE] [--plot FILE]
 """
