@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, hashes and the cache folder.
+"""Files that are whole or absent: atomic writes, strict JSON reading, hashes and the cache folder.
 
 Everything lorakit writes goes through `atomic_write` or `atomic_folder`: beside the target, flushed to disk, then
 renamed. A crash, a kill or a full disk leaves the old content or nothing, never half of the new.
@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
-from .errors import StorageError
+from .errors import CheckpointError, StorageError
 
 _WRITE_ERRORS = (OSError, SafetensorError)  # safetensors does not raise OSError when the disk is full
 
@@ -88,6 +90,25 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` as UTF-8 to `path`, whole or not at all."""
     with atomic_write(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Raises:
+        CheckpointError: the file is missing, is not UTF-8 or JSON (with line and column), or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent}: there is no {path.name} here") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds a JSON {type(value).__name__}, expected an object")
+    return value
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:

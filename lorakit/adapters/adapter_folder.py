@@ -6,7 +6,6 @@ of a layer are read when that layer is asked for, so that an adapter of any size
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from ..errors import AdapterError, CheckpointError, ShapeError
 from .low_rank import LowRank
-from .peft_config import CONFIG_FILE
+from .peft_config import CONFIG_FILE, read_lora_json
 from .peft_files import WEIGHTS_FILE
 from .targeting import pattern_value
 
@@ -184,15 +183,7 @@ def _find(path: Path) -> Path:
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"cannot read {file}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise AdapterError(f"{file}: expected an object with peft_type 'LORA', got {kind!r}")
+    config = read_lora_json(file)
     numbers = {"r": config.get("r", 8), "lora_alpha": config.get("lora_alpha", 8)}  # PEFT's defaults
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(key) or {}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ..errors import AdapterError, CheckpointError, ConfigError
+from ..errors import AdapterError, ConfigError
+from ..files import read_json_object
 from ..layers import LoRALinear
 from .attach import adapter_configs, lora_layers
 from .config import LoraConfig
@@ -33,15 +33,7 @@ def read_adapter_config(path: str | os.PathLike[str]) -> LoraConfig:
         AdapterError: it is not a LoRA adapter, or needs a feature we do not have.
     """
     file = Path(path) / CONFIG_FILE
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"cannot read {file}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from None
-    if not isinstance(values, dict) or values.get("peft_type") != "LORA":
-        kind = values.get("peft_type") if isinstance(values, dict) else type(values).__name__
-        raise AdapterError(f"{file}: expected an object with peft_type 'LORA', got {kind!r}")
+    values = read_lora_json(file)
     used = [key for key in _UNSUPPORTED if values.get(key)]
     if used:
         raise AdapterError(f"{file} needs {', '.join(used)}, which this version does not support")
@@ -59,6 +51,19 @@ def read_adapter_config(path: str | os.PathLike[str]) -> LoraConfig:
         return LoraConfig(**known)
     except ConfigError as error:
         raise AdapterError(f"{file}: {error}") from None
+
+
+def read_lora_json(file: Path) -> dict[str, Any]:
+    """Return the contents of an adapter_config.json.
+
+    Raises:
+        CheckpointError: it is missing or not a JSON object.
+        AdapterError: it is not a LoRA adapter.
+    """
+    values = read_json_object(file)
+    if values.get("peft_type") != "LORA":
+        raise AdapterError(f"{file}: expected an object with peft_type 'LORA', got {values.get('peft_type')!r}")
+    return values
 
 
 def peft_config(model: nn.Module, name: str) -> dict[str, Any]:

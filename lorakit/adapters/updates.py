@@ -6,23 +6,20 @@ meaning. A new adapter has a scaling of 1 in every layer.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import AdapterError
-from ..files import atomic_folder
 from .adapter_folder import AdapterLayer, read_adapter_folder
 from .attach import adapter_parts, add_adapter, check_adapter, lora_layers
 from .low_rank import LowRank
-from .peft_config import CONFIG_FILE, read_adapter_config
-from .peft_files import BASE_KEY, WEIGHTS_FILE
+from .peft_config import read_adapter_config
+from .peft_files import BASE_KEY, WEIGHTS_FILE, write_peft_folder
 from .peft_keys import PREFIX
 from .ranks import config_for_ranks, rank_pattern
 
@@ -132,9 +129,6 @@ def write_updates(
         AdapterError: nothing is left to write, or the folder holds something that is not an adapter.
         StorageError: writing failed; what stood there is untouched.
     """
-    folder = Path(path)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file()):
-        raise AdapterError(f"{folder} exists and is not an adapter folder; choose another path")
     ranks = ranks_of(updates)
     config = config_for_ranks(ranks).model_dump(mode="json")
     r, pattern = rank_pattern(ranks)
@@ -148,11 +142,7 @@ def write_updates(
             layers = next(source.adapter.layers for source in sources if module_path in source)
             tensors |= _tensors(update, layers[module_path], dtype)
     base = next((source.base for source in sources if source.base), None)
-    with atomic_folder(folder) as part:
-        save_file(tensors, part / WEIGHTS_FILE, metadata={"format": "pt"} | ({BASE_KEY: base} if base else {}))
-        text = json.dumps(dict(sorted(config.items())), indent=2)  # not within patterns, where the first match wins
-        (part / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-    return folder
+    return write_peft_folder(path, tensors, config, {BASE_KEY: base} if base else {})
 
 
 def check_one_base(sources: Sequence[FolderUpdates]) -> None:

@@ -7,7 +7,6 @@ way is refused before the first weight is read, not after the last.
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError, did_you_mean
+from ..files import read_json_object
 from .safetensors_header import TensorEntry, read_header
 
 WEIGHTS_FILE = "model.safetensors"
@@ -111,25 +111,6 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: the folder or the file is missing, or the file is not a JSON object.
     """
     return read_json_object(_existing_folder(folder) / "config.json")
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file.
-
-    Raises:
-        CheckpointError: the file is missing, is not UTF-8 or JSON (with line and column), or holds something else.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent}: there is no {path.name} here") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds a JSON {type(value).__name__}, expected an object")
-    return value
 
 
 def _existing_folder(folder: str | os.PathLike[str]) -> Path:

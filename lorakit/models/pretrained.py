@@ -19,8 +19,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from ..errors import CheckpointError, StorageError, did_you_mean
-from ..files import atomic_folder, cache_folder, sha256_file
-from .checkpoint import WEIGHTS_FILE, read_json_object
+from ..files import atomic_folder, cache_folder, read_json_object, sha256_file
+from .checkpoint import WEIGHTS_FILE
 from .gguf_import import convert_gguf
 
 MANIFEST_FILE = "lorakit-manifest.json"

@@ -21,11 +21,10 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import StorageError
-from ..files import write_text
+from ..files import read_json_object, write_text
 from ..quantization import QuantizedWeight
 from ..quantization.bnb_format import joined, to_tensors
 from ..quantization.policy import QuantConfig, WeightFormat
-from .checkpoint import read_json_object
 from .pretrained import resolve_model
 from .quantize_plan import QuantizePlan
 from .shards import PLAN_FILE, SHARD_BYTES, copy_small_files, write_index, write_shard

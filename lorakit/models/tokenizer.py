@@ -15,8 +15,8 @@ from typing import Any
 import tokenizers
 
 from ..errors import CheckpointError, DataError
+from ..files import read_json_object
 from .chat_template import ChatTemplate, find_chat_template
-from .checkpoint import read_json_object
 from .pretrained import resolve_model
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")

@@ -15,7 +15,8 @@ from torch import nn
 from ..adapters import LoraConfig
 from ..adapters.targeting import match_modules, pattern_value
 from ..errors import CheckpointError, did_you_mean
-from ..models.checkpoint import read_config, read_json_object
+from ..files import read_json_object
+from ..models.checkpoint import read_config
 from ..models.config import DecoderConfig
 from ..models.decoder import Decoder
 from ..models.load import meta_decoder, weight_formats

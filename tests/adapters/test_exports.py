@@ -221,7 +221,11 @@ def test_the_base_is_looked_up_where_the_adapter_says(tmp_path: Path) -> None:
     given = export_adapter(adapter, tmp_path / "given.gguf", "llama.cpp", tmp_path / "base")
     assert found.read_bytes() == given.read_bytes()
 
-    for place, message in ((None, "does not say what its base model is"), ("some/model", "cannot read some/model/con")):
+    places = {None: "does not say what its base model is", "some/model": "some/model: there is no config.json"}
+    for place, message in places.items():
+        (None, "does not say what its base model is"),
+        ("some/model", "some/model: there is no config.json"),
+    ):
         edited(adapter, base_model_name_or_path=place)
         for target in ("tgi", "llama.cpp"):
             with pytest.raises(CheckpointError, match=rf"{message}.*--base"):
@@ -230,8 +234,8 @@ def test_the_base_is_looked_up_where_the_adapter_says(tmp_path: Path) -> None:
     export_adapter(adapter, tmp_path / "out", "vllm")  # needs no base
 
     for text, message in (
-        ("[]", "holds a list"),
-        ("{", "is not JSON"),
+        ("[]", "holds a JSON list"),
+        ("{", "not valid JSON"),
         ('{"architectures": ["LlamaForCausalLM"]}', ""),
     ):
         (tmp_path / "base" / "config.json").write_text(text)

@@ -236,12 +236,17 @@ class TestBrokenFolders:
     @pytest.mark.parametrize("text", ["", "{", "{'r': 8}", "\xff", '{"r": 8,}', "[" * 100_000])
     def test_broken_json(self, folder: Path, text: str) -> None:
         (folder / "adapter_config.json").write_bytes(text.encode("latin-1"))
-        assert "adapter_config.json is not JSON" in refused(folder)
+        assert "adapter_config.json: not valid JSON" in refused(folder)
 
-    @pytest.mark.parametrize("text", ["[]", "null", "3", "{}", '{"peft_type": "LOHA"}', '{"peft_type": null}'])
+    @pytest.mark.parametrize("text", ["{}", '{"peft_type": "LOHA"}', '{"peft_type": null}'])
     def test_not_a_lora_adapter(self, folder: Path, text: str) -> None:
         (folder / "adapter_config.json").write_text(text)
         assert "peft_type 'LORA'" in refused(folder, AdapterError)
+
+    @pytest.mark.parametrize("text", ["[]", "null", "3"])
+    def test_no_object(self, folder: Path, text: str) -> None:
+        (folder / "adapter_config.json").write_text(text)
+        assert "expected an object" in refused(folder)
 
     @pytest.mark.parametrize(
         ("changes", "word"),

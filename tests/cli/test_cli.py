@@ -203,7 +203,7 @@ class TestErrors:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_ctrl_c_says_how_to_go_on_and_resume_goes_on(workshop: Path) -> None:
-    settings = ["--set", "train.max_steps=400", "--set", "train.checkpoint_every=5", "--set", "eval=null"]
+    settings = ["--set", "train.max_steps=100000", "--set", "train.checkpoint_every=5", "--set", "eval=null"]
     command = [*COMMAND, "train", "recipe.yaml", *settings]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ)
     log, deadline = Path("run/train.jsonl"), time.monotonic() + 60
@@ -214,7 +214,7 @@ def test_ctrl_c_says_how_to_go_on_and_resume_goes_on(workshop: Path) -> None:
     assert process.returncode == 130
     assert message == "interrupted; finished checkpoints are kept, see --resume\n"
     assert not Path("run/adapter").exists()
-    short = [part.replace("400", "12") for part in settings]
+    short = [part.replace("100000", "12") for part in settings]
     assert "other settings" in str(CliRunner().invoke(app, ["train", "recipe.yaml", *short, "--resume"]).exception)
 
 

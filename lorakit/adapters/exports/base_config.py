@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ...errors import CheckpointError
+from ...files import read_json_object
 
 _ADVICE = "name the base model's folder with base=..., on the command line with --base"
 
@@ -27,15 +27,9 @@ def read_base_config(place: str | os.PathLike[str] | Mapping[str, Any] | None) -
     if place is None:
         raise CheckpointError(f"the adapter does not say what its base model is; {_ADVICE}")
     file = Path(place) / "config.json"
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"cannot read {file}: {error.strerror or error}; {_ADVICE}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file} holds a {type(values).__name__}, expected an object")
-    return values
+    if not file.is_file():
+        raise CheckpointError(f"{file.parent}: there is no {file.name} here; {_ADVICE}")
+    return read_json_object(file)
 
 
 def base_size(base: Mapping[str, Any], key: str, default: int | None = None) -> int:
