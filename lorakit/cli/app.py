@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from ..errors import ConfigError, did_you_mean
 from .combine import combine, resize
+from .console import console, say
+from .generate import generate
 from .inspect import inspect
 from .merge import merge
 
@@ -23,9 +24,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Build and look at training data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-for command in (combine, resize, merge, inspect):
+for command in (generate, combine, resize, merge, inspect):
     app.command()(command)
-console = Console(highlight=False, emoji=False)  # text is shown as it is: ":key:" must not become a picture
 
 RunFolder = Annotated[Path, typer.Argument(help="folder of a finished run", show_default=False)]
 
@@ -43,7 +43,7 @@ def train(
     from ..runs.run import train_run
 
     settings = load_recipe(recipe, set_ or [])
-    _print_outcome(train_run(settings, _say, resume), settings.output)
+    _print_outcome(train_run(settings, say, resume), settings.output)
 
 
 @app.command("eval")
@@ -51,7 +51,7 @@ def evaluate(run: RunFolder) -> None:
     """Evaluate a finished run again and rewrite its report."""
     from ..runs.run import evaluate_run
 
-    _print_outcome(evaluate_run(run, _say), run)
+    _print_outcome(evaluate_run(run, say), run)
 
 
 @app.command()
@@ -63,16 +63,16 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
 ) -> None:
     """Talk to a run's tuned model, or with --base to the model it started from."""
-    from ..models import generate
+    from ..models import generate as answer_of
     from ..runs.chat import Chat
 
     session = Chat(run, adapted=not base, system=system)
     console.print(f"[dim]{escape(session.description)} - an empty line ends[/dim]", soft_wrap=True)
     while line := _ask():
         messages = session.ask(line)
-        answer = generate(session.model, session.tok, messages, max_new_tokens, temperature)
+        answer = answer_of(session.model, session.tok, messages, max_new_tokens, temperature)
         session.answer(str(answer))
-        _say(str(answer))
+        say(str(answer))
 
 
 @app.command()
@@ -102,10 +102,10 @@ def quantize(
     config = QuantConfig(**chosen)
     with byte_progress(console) as progress:
         written = quantize_checkpoint(source, target, config, parse_size(shard_size), progress)
-    _say(f"{target}: {written.quantized} weights in 4 bits, {written.kept} tensors as they were")
-    _say(f"{written.source_bytes / 1e9:,.2f} GB became {written.nbytes / 1e9:,.2f} GB")
+    say(f"{target}: {written.quantized} weights in 4 bits, {written.kept} tensors as they were")
+    say(f"{written.source_bytes / 1e9:,.2f} GB became {written.nbytes / 1e9:,.2f} GB")
     if written.misaligned:
-        _say(
+        say(
             f"note: the rows of {len(written.misaligned)} weights ({written.misaligned[0]}, ...) are not whole blocks: "
             f"lorakit computes them right, but bitsandbytes 0.50.2 does not on the CPU"
         )
@@ -130,7 +130,7 @@ def export(
     if dtype not in dtypes:
         raise ConfigError(f"--dtype {dtype}: expected float32, bfloat16 or float16")
     folder = None if base is None else resolve_model(base)
-    _say(f"{export_adapter(adapter, out, target, folder, dtypes[dtype], max_rank)}: the adapter, for {target}")
+    say(f"{export_adapter(adapter, out, target, folder, dtypes[dtype], max_rank)}: the adapter, for {target}")
 
 
 @app.command()
@@ -178,7 +178,7 @@ def build(
     builders = {"chatterbot": build_chatterbot}
     if name not in builders:
         raise ConfigError(f"no data set '{name}'{did_you_mean(name, builders)} (known: {', '.join(builders)})")
-    _say(str(builders[name](out, seed=seed)))
+    say(str(builders[name](out, seed=seed)))
 
 
 @data_app.command("show")
@@ -203,12 +203,7 @@ def show(
         f"{len(examples)} conversations, {sum(lengths):,} tokens, {trained:,} trained; "
         f"median {lengths[len(lengths) // 2]}, longest {lengths[-1]}"
     )
-    _say(str(check_records(records)))
-
-
-def _say(text: str) -> None:
-    """Print a text as it is: no markup in it, no line breaks added."""
-    console.print(text, markup=False, soft_wrap=True)
+    say(str(check_records(records)))
 
 
 def _ask() -> str:
@@ -225,11 +220,11 @@ def _print_outcome(metrics: dict[str, Any], folder: Path) -> None:
         console.print(f"\n[bold]{escape(metrics['verdict']['sentence'])}[/bold]\n", soft_wrap=True)
     seconds = metrics["seconds"]["total"]
     console.print(f"{seconds:.0f} s, peak memory {metrics['peak_rss_mb']:,.0f} MiB", end="")
-    _say(f"; report: {folder / 'report.html'}" if "tuned" in metrics else "")
-    _say("\nNext:")
-    _say(f"  lorakit chat {folder}                  talk to it (--base: to the model it started from)")
-    _say("  lorakit train RECIPE.yaml              your own data: docs/how-to/own-data.md")
-    _say(f"  rm -r {folder / 'adapter'}          roll back: the base model was never changed")
+    say(f"; report: {folder / 'report.html'}" if "tuned" in metrics else "")
+    say("\nNext:")
+    say(f"  lorakit chat {folder}                  talk to it (--base: to the model it started from)")
+    say("  lorakit train RECIPE.yaml              your own data: docs/how-to/own-data.md")
+    say(f"  rm -r {folder / 'adapter'}          roll back: the base model was never changed")
 
 
 def _table(metrics: dict[str, Any]) -> Table:

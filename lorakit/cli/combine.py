@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError
+from .console import say
 
 if TYPE_CHECKING:
     from ..adapters import UpdateReport
@@ -63,4 +64,4 @@ def _weight(text: str) -> tuple[str, float]:
 
 
 def _report(report: UpdateReport, target: Path) -> None:
-    typer.echo(f"{report}\nwritten to {target}")
+    say(f"{report}\n{target}: written")

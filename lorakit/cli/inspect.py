@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import ConfigError
+from .console import console, say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,7 +43,6 @@ def inspect(
     from ..files import write_text
     from ..inspection import inspect_adapter
 
-    console = Console(highlight=False, emoji=False)
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("")
@@ -64,7 +64,7 @@ def inspect(
 
             plot(info, file)
     for file in written:
-        console.print(f"written: {file}", markup=False, soft_wrap=True)
+        say(f"{file}: written")
 
 
 def _quantization(adapter: Path, base: str | None, quant_type: str) -> QuantizationView:

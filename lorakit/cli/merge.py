@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .console import console, say
+
 
 def merge(
     adapter: Annotated[Path, typer.Argument(help="folder of an adapter, or of a run", show_default=False)],
@@ -27,7 +29,6 @@ def merge(
     from ..adapters import merge_checkpoint
     from ..quantization.policy import QuantConfig
     from ..sizes import parse_size
-    from .app import console
     from .progress import byte_progress
 
     config = None
@@ -35,7 +36,7 @@ def merge(
         config = QuantConfig(quant_type=quantize, block_size=block_size, double_quant=double_quant)
     with byte_progress(console) as progress:
         report = merge_checkpoint(adapter, out, base, config, parse_size(shard_size), progress)
-    console.print(str(report), markup=False, soft_wrap=True)
+    say(str(report))
     if layers:
-        console.print(report.table(), markup=False, soft_wrap=True)
-    console.print(f"{out}: written", markup=False, soft_wrap=True)
+        say(report.table())
+    say(f"{out}: written")

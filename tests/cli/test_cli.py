@@ -65,6 +65,23 @@ def test_a_run_from_training_to_talking(workshop: Path) -> None:
     assert lorakit("chat", "run", typed="").count("> ") == 1
 
 
+def test_generate_answers_each_prompt_as_a_chat_would(workshop: Path) -> None:
+    lorakit("train", "recipe.yaml", "--set", "eval=null")
+    short = ["--max-new-tokens", "5"]
+    for options in ([], ["--base"]):
+        alone = [lorakit("generate", "run", prompt, *short, *options) for prompt in ("fox?", "dog?")]
+        assert all(
+            answer.strip("\n") in lorakit("chat", "run", *short, *options, typed=f"{prompt}\n\n")
+            for prompt, answer in zip(("fox?", "dog?"), alone, strict=True)
+        )
+        assert lorakit("generate", "run", "fox?", "dog?", *short, *options) == "".join(alone)
+    lines = lorakit("generate", "run", "fox?", "dog?", *short, "--json").splitlines()
+    assert [json.loads(line)["prompt"] for line in lines] == ["fox?", "dog?"]
+    assert [json.loads(line)["answer"] + "\n" for line in lines] == [
+        lorakit("generate", "run", prompt, *short) for prompt in ("fox?", "dog?")
+    ]
+
+
 def test_as_a_command_with_its_output_piped(workshop: Path) -> None:
     arguments = ["train", "recipe.yaml", "--set", "eval=null", "--set", "train.progress=true"]
     done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True)

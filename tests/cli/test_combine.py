@@ -37,7 +37,7 @@ def lorakit(*arguments: str) -> str:
 def test_combining(folders: Path) -> None:
     printed = lorakit("combine", "sum", "one=0.5", "two=-2", "lr=2")
     assert printed.startswith("linear: 0.5 x one + -2 x two + 1 x lr=2\n2 layers, ranks 9;")
-    assert printed.endswith("written to sum\n")
+    assert printed.endswith("sum: written\n")
     found = read_adapter_folder("sum").layers
     for path, weights in ((path, {"one": 0.5, "two": -2, "lr=2": 1}) for path in found):
         parts = [weight * read_adapter_folder(name).layers[path].update().dense() for name, weight in weights.items()]
