@@ -1,20 +1,19 @@
 """How much of an update survives a merge into 4-bit weights? PEFT's merge beside ours, on SmolLM2's real layers.
 
-First table: random updates of rank 16 whose norm is 1, 2, 5, 10 and 20% of that of the weight, in all linear layers of
-four decoder layers, NF4 in blocks of 64 with double quantization. The share that survived is the projection of the
-real change on the intended one, over all these layers. PEFT's is its own `merge` of a bitsandbytes layer: dequantize,
-add, quantize again. The 16-bit base is SmolLM2 as it was dequantized from a Q4_1 file.
+Random updates of rank 16 whose norm is 1, 2, 5, 10 and 20% of that of the weight, in all linear layers of four decoder
+layers, NF4 in blocks of 64 with double quantization. The share that survived is the projection of the real change on
+the intended one, over all these layers. PEFT's is its own `merge` of a bitsandbytes layer: dequantize, add, quantize
+again. The 16-bit base is SmolLM2 as it was dequantized from a Q4_1 file.
 
-Second table, with --adapter: a trained adapter's scores on held-out records, as it is, merged in each way, and merged
-by PEFT, whose merged weights are put into our decoder, so that all generate by the same code. "same answers" is the
-share of records that are answered exactly as by the adapter on its 4-bit base.
+With --adapter, a trained adapter's scores on held-out records instead: as it is, merged in each way, and merged by
+PEFT, whose merged weights are put into our decoder, so that all generate by the same code. "same answers" is the share
+of records that are answered exactly as by the adapter on its 4-bit base.
 
 Run as: python -m bench.merge [--adapter RUN] [--rows 100] [--check] [--json FILE] [--plot FILE]
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import sys
@@ -93,7 +92,7 @@ def peft_share(layers: Sequence[AdaptedLayer]) -> float:
     return share_of(torch.cat(real), torch.cat(intended))
 
 
-# ---- the second table: what a merge does to a trained adapter --------------------------------------------------------
+# ---- with --adapter: what a merge does to a trained adapter --------------------------------------------------------
 
 
 def task_rows(run: Path, count: int) -> tuple[list[str], list[list[object]]]:
@@ -169,19 +168,16 @@ def in_words(score: Score) -> str:
     return f"{score.value:.3g} [{score.low:.3g}, {score.high:.3g}]"
 
 
-# ---- both ------------------------------------------------------------------------------------------------------------
-
-
 def main() -> None:
     """Measure, print, compare with the targets."""
     parser = arguments(str(__doc__), plots=True)
-    parser.add_argument("--adapter", type=Path, metavar="RUN", help="folder of a run, for the second table")
-    parser.add_argument("--rows", type=int, default=100, help="held-out records that are answered for it")
+    parser.add_argument("--adapter", type=Path, metavar="RUN", help="folder of a run, for the scores")
+    parser.add_argument("--rows", type=int, default=100, help="held-out records that are answered for them")
     options = parser.parse_args()
     if options.adapter:
         columns, rows = task_rows(options.adapter.resolve(), options.rows)
-        task = argparse.Namespace(check=False, json=options.json and options.json.with_suffix(".task.json"), plot=None)
-        finish(task, f"{options.adapter.name}: {options.rows} held-out records", columns, rows)
+        finish(options, f"{options.adapter.name}: {options.rows} held-out records", columns, rows)
+        return
     shares = {size: survival(size) for size in SIZES}
     names = [PEFT, *WAYS]
     rows = [[f"{size:.0%}", *(found.get(name, NOT_INSTALLED) for name in names)] for size, found in shares.items()]

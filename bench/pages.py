@@ -2,7 +2,7 @@
 
 Each section is the measurement's own description, its command, the machine and versions, the table and the picture;
 nothing on a page is written by hand. `--run` takes the measurements of a page anew, one after another, each in a
-process of its own: the kernels' in about ten minutes on two cores that do nothing else, training's in half an hour.
+process of its own: the kernels' in about ten minutes on two cores that do nothing else, training's in an hour.
 
 Run as: python -m bench.pages [--run] [--page kernels] [--only decode,quantize] [--folder docs/benchmarks]
 """
@@ -37,6 +37,7 @@ class Section:
         name: of its JSON file and its picture; by default that of the module.
         arguments: of the command, where there are some.
         shown: of a long table, the values of a column whose rows are shown; the file has all.
+        draws: whether the measurement draws its picture itself, which is then not in its JSON file.
     """
 
     module: str
@@ -44,6 +45,7 @@ class Section:
     name: str = ""
     arguments: tuple[str, ...] = ()
     shown: tuple[str, tuple[str, ...]] | None = None
+    draws: bool = False
 
     @property
     def file(self) -> str:
@@ -84,10 +86,28 @@ PAGES = {
                 "train_step", "One step of a model with a billion weights", "train_step_1b",
                 ("--model", "llama-1b", "--rounds", "1", "--steps", "1"),
             ),
+            Section("sft", "A fine-tune beside TRL", arguments=("--data", "us_addresses.jsonl")),
             Section("step_7b", "Seven billion weights"),
+            Section("scaling", "Memory by length and by vocabulary", draws=True),
+            Section("plan", "Predicted and measured memory"),
             Section("plan_sizes", "Plans for large models, beside published figures"),
             Section("profile_step", "Where the time of a step goes"),
             Section("tricks", "What each trick is worth", arguments=("--rounds", "2", "--steps", "3")),
+        ),
+    ),
+    "adapters": Page(
+        "Adapters",
+        "What merging keeps, and what DoRA, switching, looking on and looking inside cost.",
+        (
+            Section("merge", "What survives a merge"),
+            Section(
+                "merge", "Scores of a merged adapter", "merge_task", ("--adapter", "runs/quickstart", "--rows", "50")
+            ),
+            Section("dora", "A step of DoRA"),
+            Section("swap", "Switching, and an adapter for each row"),
+            Section("probes", "Probes while training"),
+            Section("inspect", "Looking inside"),
+            Section("llama_cpp", "In llama.cpp"),
         ),
     ),
 }  # fmt: skip
@@ -128,6 +148,7 @@ def run(folder: Path, sections: Sequence[Section]) -> None:
     for section in sections:
         start, part = time.perf_counter(), folder / f"{section.file}.json.part"
         command = [sys.executable, "-m", f"bench.{section.module}", *section.arguments, "--json", str(part)]
+        command += ["--plot", str(folder / f"{section.file}.svg")] if section.draws else []
         status = subprocess.run(command).returncode
         if status:
             part.unlink(missing_ok=True)
@@ -174,7 +195,7 @@ def in_markdown(section: Section, figures: dict[str, Any]) -> str:
         rows = [row for row in rows if row[column] in values]
         note = f"The rows of {' and '.join(values)}; the file has the others.\n\n"
     name = section.file
-    drawn = f"![{figures['title']}]({name}.svg)\n\n" if figures["picture"] else ""
+    drawn = f"![{figures['title']}]({name}.svg)\n\n" if figures["picture"] or section.draws else ""
     what = "" if section.name else f"{description(section.module)}\n"  # the second section of a module is the same anew
     return (
         f"\n## {section.title}\n\n{what}    {figures['command']}\n\n"

@@ -24,6 +24,7 @@ from . import plot
 PEERS = ("bitsandbytes", "torchao", "peft", "transformers", "triton")
 NOT_INSTALLED = "not installed"
 INSTRUCTIONS = ("avx2", "avx512_f", "avx512_bw", "avx512_vbmi", "avx512_bf16", "amx_bf16")
+_PLACES = ("--json", "--plot", "--plots", "--folder", "--markdown")
 MANY = 30  # targets; more are not listed one by one where they are met
 
 
@@ -140,13 +141,13 @@ def ratio(seconds: Mapping[str, float], slow: str, fast: str) -> float | None:
 
 
 def command() -> str:
-    """Return the command line, without the options that only say where the result goes."""
+    """Return the command line, without the options that only say where things go; data by their names alone."""
     words, kept = iter(sys.argv[1:]), ["python", "-m", f"bench.{Path(sys.argv[0]).stem}"]
     for word in words:
-        if word in ("--json", "--plot", "--markdown"):
+        if word in _PLACES:
             next(words, None)
-        elif not word.startswith(("--json=", "--plot=", "--markdown=", "--check")):
-            kept.append(word)
+        elif not word.startswith((*(f"{place}=" for place in _PLACES), "--check")):
+            kept.append(Path(word).name if Path(word).is_absolute() and Path(word).suffix else word)
     return shlex.join(kept)
 
 

@@ -97,6 +97,13 @@ def read_addresses(path: Path) -> list[Record]:
     return records
 
 
+def existing(path: str) -> Path:
+    """Return the path of a file that is there."""
+    if not Path(path).is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {path}")
+    return Path(path)
+
+
 def write_files(files: Files, train: Sequence[Record], held_out: Sequence[Record], seeds: int) -> None:
     """Write the records for our side, which shuffles them itself, and for TRL's in that same order."""
     save_records(files.folder / "train.jsonl", train)
@@ -174,7 +181,7 @@ def rate(figures: Figures) -> float:
 def main() -> None:
     """Measure, print, compare with the targets."""
     parser = arguments(str(__doc__))
-    parser.add_argument("--data", type=Path, required=True, help='JSON Lines of {"text": ..., "fields": {...}}')
+    parser.add_argument("--data", type=existing, required=True, help='JSON Lines of {"text": ..., "fields": {...}}')
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--records", type=int, default=128, help="to train on")
     parser.add_argument("--held-out", type=int, default=64, help="to measure the loss on")

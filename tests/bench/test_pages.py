@@ -39,7 +39,7 @@ def test_a_section_has_description_command_table_picture_and_machine(folder: Pat
         assert "    python -m bench." in part and f"[{section.file}.json]({section.file}.json)" in part
         assert f"![of {section.file}]({section.file}.svg)" in part and "torch " in part
         assert "1 of 2 targets are met. Missed: small enough (5, not 2)." in part
-        assert (folder / f"{section.file}.svg").stat().st_size > 5_000
+        assert section.draws or (folder / f"{section.file}.svg").stat().st_size > 5_000
     kernels = (folder / "kernels.md").read_text()
     assert "| 4096 x 4096 | 1.5 |" in kernels
     assert "| sm_90 | 1.5 |" in kernels and "| sm_80 |" not in kernels  # of the long table only what is shown
