@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import AdapterError, ConfigError, StorageError, did_you_mean
+from ..errors import AdapterError, CheckpointError, ConfigError, StorageError, did_you_mean
 from ..files import atomic_folder, write_text
 from ..layers import VARIANTS, AdaptedLayer, LoRAEmbedding, LoRALinear
 from ..models.checkpoint import Checkpoint
@@ -72,7 +72,7 @@ def merge_checkpoint(
     if target.exists():
         raise StorageError(f"{target} exists already; name a new folder, or remove it first")
     folder = read_adapter_folder(adapter)
-    checkpoint = Checkpoint(resolve_model(_base_of(folder) if base is None else base))
+    checkpoint = Checkpoint(_base_of(folder) if base is None else resolve_model(base))
     if find_stored(checkpoint):
         raise ConfigError(f"{checkpoint.folder} is in 4 bits already; merge into the 16-bit model it was made from")
     plan = _Plan.make(folder, checkpoint, quantize)
@@ -80,11 +80,17 @@ def merge_checkpoint(
         return plan.write(part, shard_bytes, progress)
 
 
-def _base_of(folder: AdapterFolder) -> str:
+def _base_of(folder: AdapterFolder) -> Path:
+    """Return the folder of the base model that an adapter's config names."""
     named = folder.config.get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         raise ConfigError(f"{folder.folder}: its config names no base model; say which it is with base=")
-    return named
+    try:
+        return resolve_model(named)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{folder.folder}: the base model of its config is not here; name it with base=: {error}"
+        ) from None
 
 
 @dataclass

@@ -119,6 +119,8 @@ class TestRefusals:
         config = json.loads((adapter / "adapter_config.json").read_text())
         (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
         self.refused(ConfigError, "names no base model", adapter, target)
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "gone/model"}))
+        self.refused(CheckpointError, "base model of its config is not here.*gone/model", adapter, target)
 
     @pytest.mark.parametrize(
         ("key", "shape", "message"),
