@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -222,12 +221,18 @@ class TestErrors:
 def test_ctrl_c_says_how_to_go_on_and_resume_goes_on(workshop: Path) -> None:
     settings = ["--set", "train.max_steps=100000", "--set", "train.checkpoint_every=5", "--set", "eval=null"]
     command = [*COMMAND, "train", "recipe.yaml", *settings]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ)
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
     log, deadline = Path("run/train.jsonl"), time.monotonic() + 60
-    while (not log.is_file() or log.read_bytes().count(b"\n") < 6) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    _, message = process.communicate(timeout=30)
+    try:
+        while (not log.is_file() or log.read_bytes().count(b"\n") < 6) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)
+        _, message = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert message == "interrupted; finished checkpoints are kept, see --resume\n"
     assert not Path("run/adapter").exists()
