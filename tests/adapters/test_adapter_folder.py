@@ -165,5 +165,5 @@ def test_broken_files(tmp_path):
     with pytest.raises(CheckpointError, match="no LoRA matrix"):
         read_adapter_folder(folder)
     (folder / "adapter_config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="not JSON"):
+    with pytest.raises(CheckpointError, match="not valid JSON"):
         read_adapter_folder(folder)
