@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from .make_llama import SMOLLM2, make_llama
-from .processes import CHECKPOINTING, Figures, Side, step_seconds
+from .processes import CHECKPOINTING, Figures, Side
 from .report import Target, arguments, finish
 
 LAYERS = 10
@@ -103,7 +103,7 @@ def main() -> None:
         Target("memory by length, distance from a straight line", residual(by_length["lorakit"]), MAX_RESIDUAL),
         Target("memory by vocabulary, largest / smallest", growth(by_vocabulary["lorakit"]), MAX_GROWTH),
     ]
-    columns = ["tokens", "vocabulary", "who", "training GiB", "loaded GiB", "s a step"]
+    columns = ["tokens", "vocabulary", "who", "training GiB", "loaded GiB"]
     title = f"{LAYERS} layers, NF4, {', '.join(CHECKPOINTING) or 'no checkpointing'}; PEFT with gradient checkpointing"
     finish(options, title, columns, rows, checks)
 
@@ -122,7 +122,7 @@ def run(
             figures = side.measure()
             memory = training_mb(figures)
             panels[panel].setdefault(who, {})[size] = memory
-            rows.append([length, vocabulary, who, memory / 1024, figures["loaded_mb"] / 1024, step_seconds([figures])])
+            rows.append([length, vocabulary, who, memory / 1024, figures["loaded_mb"] / 1024])
     return rows, panels
 
 
