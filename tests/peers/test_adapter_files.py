@@ -130,7 +130,7 @@ def test_exports_in_peft(
 ) -> None:  # fmt: skip
     """PEFT reads the one scale as they do: 1 for every layer, and TGI's zeros where there was no adapter."""
     ours = fresh(our_model)
-    add_adapter(ours, LoraConfig(**case))
+    add_adapter(ours, LoraConfig(**case), is_strict=False)
     save_adapter(ours, tmp_path / "export", target=target)
     theirs = peft.PeftModel.from_pretrained(fresh(their_model), tmp_path / "export").eval()
     found, own = meaning(theirs), meaning(ours)
