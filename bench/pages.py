@@ -103,7 +103,7 @@ PAGES = {
             Section(
                 "merge", "Scores of a merged adapter", "merge_task", ("--adapter", "runs/quickstart", "--rows", "50")
             ),
-            Section("dora", "A step of DoRA"),
+            Section("dora", "A step of DoRA", arguments=("--rounds", "2", "--steps", "1")),
             Section("swap", "Switching, and an adapter for each row"),
             Section("probes", "Probes while training"),
             Section("inspect", "Looking inside"),

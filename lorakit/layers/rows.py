@@ -248,8 +248,11 @@ def _with_updates(
     us = dropped @ groups.of_block(stacks.down).transpose(1, 2)  # (blocks, length, ranks)
     widths = [up.shape[2] for up in stacks.ups]
     for layer, y, u, up, gain in zip(layers, results, us.split(widths, 2), stacks.ups, stacks.gains, strict=True):
-        update = u @ groups.of_block(up).transpose(1, 2)  # (blocks, length, out_features)
-        flat = y.reshape(-1, y.shape[-1])
+        flat, across = y.reshape(-1, y.shape[-1]), groups.of_block(up).transpose(1, 2)
+        if gain is None and groups.source is None and y.dtype == u.dtype:  # product and sum in one
+            yield torch.baddbmm(flat.view(groups.number, -1, y.shape[-1]), u, across).view(y.shape)
+            continue
+        update = u @ across  # (blocks, length, out_features)
         if gain is not None:
             product = groups.gather(flat) if dropped is given else layer.base_layer(dropped)
             bias = layer.base_layer.bias
@@ -279,8 +282,9 @@ def _stacked_layer(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     factors = [layer.factors(name) for name in adapters]
     widest = max(len(down) for _, down in factors)
-    down = torch.stack([_padded(down, 0, 0, 0, widest - len(down)) for _, down in factors]).to(dtype)
-    up = torch.stack([_padded(up, 0, widest - up.shape[1]) for up, _ in factors]).to(dtype)
+    # Cast one by one: a stack in fp32 would be one more pass over memory, and twice the memory.
+    down = torch.stack([_padded(down.to(dtype), 0, 0, 0, widest - len(down)) for _, down in factors])
+    up = torch.stack([_padded(up.to(dtype), 0, widest - up.shape[1]) for up, _ in factors])
     gains = [layer.variants[name].gain(layer, name, dtype) for name in adapters]
     if all(gain is None for gain in gains):
         return down, up, None
