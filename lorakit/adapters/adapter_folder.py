@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import AdapterError, CheckpointError, ShapeError
+from ..models.safetensors_header import TensorEntry, read_header, read_tensors
 from .low_rank import LowRank
 from .peft_config import CONFIG_FILE, read_lora_json
 from .peft_files import WEIGHTS_FILE
@@ -37,7 +37,7 @@ _ROLES = {  # how a tensor's key ends -> which of a layer's tensors it is
     ".lora_magnitude_vector": "magnitude",
     ".lora_magnitude_vector.weight": "magnitude",  # as PEFT before 0.11 wrote it
 }
-_FLOATS = ("F64", "F32", "F16", "BF16")
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -127,12 +127,22 @@ def read_adapter_folder(path: str | os.PathLike[str]) -> AdapterFolder:
     if not file.is_file():
         pickled = f"; {_PICKLE_FILE} is a pickle, which is never loaded: save it with PEFT as safetensors"
         raise CheckpointError(f"{file} is missing{pickled if (folder / _PICKLE_FILE).is_file() else ''}")
-    layers, extras = _sort_keys(file, config)
+    header = read_header(file)
+    layers, extras = _sort_keys(file, header, config)
+
+    def read(keys: Mapping[str, str]) -> dict[str, Tensor]:
+        tensors = read_tensors(file, {name: header[key] for name, key in keys.items()})
+        for name, tensor in tensors.items():
+            # The sum is not finite where any number is not, and takes a tenth of the time of looking at each.
+            if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+                raise CheckpointError(f"{file}: {keys[name]} holds inf or nan")
+        return tensors
+
     return AdapterFolder(
         folder,
         config,
-        _Lazy(tuple(layers), lambda path: _read_layer(file, layers[path])),
-        _Lazy(tuple(extras), lambda key: _read(file, {key: extras[key]})[key]),
+        _Lazy(tuple(layers), lambda path: _layer(layers[path], read(layers[path].keys))),
+        _Lazy(tuple(extras), lambda key: read({key: extras[key]})[key]),
     )
 
 
@@ -198,9 +208,16 @@ def _read_config(file: Path) -> dict[str, Any]:
     return config
 
 
-def _sort_keys(file: Path, config: dict[str, Any]) -> tuple[dict[str, _Entry], dict[str, str]]:
+def _sort_keys(
+    file: Path, header: Mapping[str, TensorEntry], config: dict[str, Any]
+) -> tuple[dict[str, _Entry], dict[str, str]]:
     """Return path -> layer entry and name -> key of the other tensors, all checked as far as the header allows."""
-    shapes, problems = _shapes(file)
+    shapes = {key: entry.shape for key, entry in header.items()}
+    problems = [
+        f"{key} holds {entry.dtype}, expected floating-point numbers"
+        for key, entry in header.items()
+        if entry.dtype not in _FLOATS
+    ]
     grouped: dict[str, dict[str, str]] = {}
     extras: dict[str, str] = {}
     for key in shapes:
@@ -256,38 +273,11 @@ def _entry(path: str, keys: dict[str, str], shapes: dict[str, tuple[int, ...]], 
     return _Entry(path, "experts" if experts > 1 else kind, keys, scaling, experts)
 
 
-def _shapes(file: Path) -> tuple[dict[str, tuple[int, ...]], list[str]]:
-    """Return key -> shape from the header, and the tensors that are not of floating point."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118 (it is not a dict)
-            shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
-            wrong = {key: part.get_dtype() for key, part in slices.items() if part.get_dtype() not in _FLOATS}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"cannot read {file}: {error}") from None
-    return shapes, [f"{key} holds {dtype}, expected floating-point numbers" for key, dtype in wrong.items()]
-
-
-def _read_layer(file: Path, entry: _Entry) -> AdapterLayer:
-    tensors = _read(file, entry.keys)
+def _layer(entry: _Entry, tensors: Mapping[str, Tensor]) -> AdapterLayer:
     return AdapterLayer(
         entry.path, entry.kind, tensors["lora_A"], tensors["lora_B"], entry.scaling,
         tensors.get("magnitude"), tensors.get("bias"), entry.experts,
     )  # fmt: skip
-
-
-def _read(file: Path, keys: Mapping[str, str]) -> dict[str, Tensor]:
-    """Read tensors, name -> key; the file is opened anew each time, so that no mapping of it outlives them."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            tensors = {name: opened.get_tensor(key) for name, key in keys.items()}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"cannot read {file}: {error}") from None
-    for name, tensor in tensors.items():
-        # The sum is not finite where any number is not, and takes a tenth of the time of looking at each.
-        if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{file}: {keys[name]} holds inf or nan")
-    return tensors
 
 
 def _natural(path: str) -> list[tuple[int, str]]:

@@ -1,4 +1,4 @@
-"""The header of a .safetensors file: checked before a byte of tensor data is mapped, and made when one is written.
+"""The header of a .safetensors file: checked before a byte of tensor data is read, and made when one is written.
 
     8 bytes    N, the header's length, little-endian
     N bytes    JSON: {"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}, ..., "__metadata__": {...}}
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import CheckpointError, did_you_mean
 
@@ -87,6 +88,29 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, TensorEntry]:
     entries = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)))
     _check_layout(path, entries, data_bytes=size - 8 - length)
     return entries
+
+
+def read_tensors(path: Path, entries: Mapping[str, TensorEntry]) -> dict[str, Tensor]:
+    """Read tensors whose entries came from `read_header` of the same file; nothing is mapped, so the file may go after.
+
+    Raises:
+        CheckpointError: the file is gone, or shorter than it was.
+    """
+    tensors = {}
+    try:
+        with path.open("rb", buffering=0) as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            for name, entry in entries.items():
+                tensors[name] = torch.empty(entry.shape, dtype=entry.dtype)
+                target = memoryview(tensors[name].view(-1).view(torch.uint8).numpy())
+                file.seek(start + entry.start)
+                while target and (read := file.readinto(target)):
+                    target = target[read:]
+                if target:
+                    raise CheckpointError(f"{path}: {name} cannot be read: the file became shorter")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return tensors
 
 
 def make_header(

@@ -114,7 +114,7 @@ def test_magnitudes_biases_and_whole_modules_are_there(tmp_path):
         ({"q.lora_B.weight": None}, {}, r"model\.q: lora_B is missing"),
         ({"q.lora_A.weight": torch.zeros(3, 5)}, {}, r"lora_A has shape \(3, 5\), but the config says rank 4"),
         ({"q.lora_B.weight": torch.zeros(6, 3)}, {}, r"\(4, 5\) and lora_B \(6, 3\) do not multiply"),
-        ({"q.lora_B.weight": torch.zeros(6, 4, dtype=torch.int8)}, {}, "q.lora_B.weight holds I8"),
+        ({"q.lora_B.weight": torch.zeros(6, 4, dtype=torch.int8)}, {}, "q.lora_B.weight holds torch.int8"),
         ({"q.lora_C.weight": torch.zeros(6, 4)}, {}, "q.lora_C.weight is not a tensor of a LoRA adapter"),
         ({"q.lora_bogus": torch.zeros(6, 4)}, {}, "q.lora_bogus is not a tensor of a LoRA adapter"),
         ({}, {"use_dora": True}, "lora_magnitude_vector is missing"),
@@ -152,7 +152,7 @@ def test_broken_files(tmp_path):
     folder = write(tmp_path, pair("q"))
     file = folder / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-3])
-    with pytest.raises(CheckpointError, match="cannot read"):
+    with pytest.raises(CheckpointError, match="adapter_model"):
         read_adapter_folder(folder)
     file.unlink()
     (folder / "adapter_model.bin").write_bytes(b"")
