@@ -106,7 +106,10 @@ PAGES = {
             Section("dora", "A step of DoRA", arguments=("--rounds", "2", "--steps", "1")),
             Section("swap", "Switching, and an adapter for each row"),
             Section("probes", "Probes while training"),
-            Section("inspect", "Looking inside"),
+            Section(
+                "inspect", "Looking inside",
+                arguments=("--gradience", "/tmp/gradience/bin/python", "--adapter", "runs/quickstart/adapter"),
+            ),
             Section("llama_cpp", "In llama.cpp"),
         ),
     ),
