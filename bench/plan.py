@@ -1,9 +1,9 @@
 """Peak memory of training on the CPU: what `lorakit.plan` predicts from config.json, and what processes take.
 
 Each configuration is a process of its own that loads the model and takes three steps (`bench.sides.lorakit_step`). They
-differ in shape, format of the weights, length, batch, checkpointing and optimizer. `runtime` is the memory of a process
-that trains next to nothing, which the prediction starts from; it is measured first, unless --constant asks for the
-library's own constant.
+differ in shape, format of the weights, length, batch, checkpointing, optimizer and adapter. `runtime` is the memory of
+a process that trains next to nothing, which the prediction starts from; it is measured first, unless --constant asks
+for the library's own constant.
 
 Run as: python -m bench.plan [--check] [--json FILE] [--folder DIR] [--constant] [--only TEXT]
 Checkpoints with random weights are made in DIR (default: a temporary folder, removed at the end).
@@ -36,23 +36,24 @@ SHAPES = {"smollm2-135m": SMOLLM2, "4 x 2048": WIDE, "10 x 1024, 128k": GROUPED}
 
 @dataclass(frozen=True)
 class Case:
-    """A configuration: a shape, sequences and their length, the weights' type, settings of TrainConfig."""
+    """A configuration: a shape, sequences and their length, the weights' type, settings of TrainConfig, DoRA."""
 
     shape: str
     batch: int
     length: int
     quant_type: str | None = "nf4"
     settings: tuple[tuple[str, str | int], ...] = ()
+    dora: bool = False
 
     def __str__(self) -> str:
-        settings = "".join(f", {name}={value}" for name, value in self.settings)
+        settings = "".join(f", {name}={value}" for name, value in self.settings) + ", DoRA" * self.dora
         return f"{self.quant_type or 'bf16'}, {self.batch} x {self.length}{settings}"
 
     def predicted(self, runtime_bytes: int | None) -> Plan:
         """Return the plan."""
         values: dict[str, Any] = {"batch_size": self.batch, "micro_batch_tokens": self.batch * self.length}
         train = TrainConfig(**values | dict(self.settings))
-        lora = LoraConfig(r=RANK, lora_alpha=ALPHA)
+        lora = LoraConfig(r=RANK, lora_alpha=ALPHA, use_dora=self.dora)
         config = DecoderConfig.from_dict(SHAPES[self.shape])
         return plan(
             config, lora, train, quant_type=self.quant_type, sequence_length=self.length, runtime_bytes=runtime_bytes
@@ -64,6 +65,7 @@ class Case:
         options += ["--batch", str(self.batch), "--length", str(self.length)]
         for name, value in self.settings:
             options += ["--set", f"{name}={value}"]
+        options += ["--dora"] * self.dora
         return float(Side(f"{self.shape}: {self}", "bench.sides.lorakit_step", tuple(options)).measure()["peak_mb"])
 
 
@@ -87,6 +89,8 @@ CASES = (
     Case("smollm2-135m", 3, 640, None, MLP),
     Case("4 x 2048", 1, 1536, settings=MLP),
     Case("10 x 1024, 128k", 1, 1024, None, (("optimizer", "lion"),)),
+    Case("smollm2-135m", 2, 512, dora=True),
+    Case("smollm2-135m", 2, 512, settings=(("lora_fa", "true"),)),
 )
 
 

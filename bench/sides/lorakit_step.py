@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from lorakit import LoraConfig, TrainConfig, add_adapter, load_model
 from lorakit.data import Example
 from lorakit.training.activations import saving_activations
+from lorakit.training.lora_fa import frozen_a
 from lorakit.training.optimizers import build_optimizer
 from lorakit.training.trainer import take_step
 
@@ -37,14 +38,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tokens = options.batch * options.length
     given = {"lr": LEARNING_RATE, "max_grad_norm": GRAD_NORM, "batch_size": options.batch}
     config = TrainConfig(**given | {"micro_batch_tokens": tokens} | settings)
-    optimizer = build_optimizer({name: p for name, p in model.named_parameters() if p.requires_grad}, config)
     examples = [
         Example(row.tolist(), [False] + [True] * (options.length - 1), "random")
         for row in random_tokens(model.config.vocab_size, options.batch, options.length)
     ]
     model.train()
     meter.loaded()
-    with saving_activations(model, config.checkpointing):
+    with frozen_a(model, config.lora_fa), saving_activations(model, config.checkpointing):
+        optimizer = build_optimizer({name: p for name, p in model.named_parameters() if p.requires_grad}, config)
         meter.take_steps(lambda: take_step(model, examples, optimizer, config.lr, config)["loss"], options.steps)
     alone = {} if options.products is None else {"products": product_seconds(model, tokens, options.products)}
     meter.print(**alone)

@@ -22,6 +22,7 @@ from ..layers import (
     TrainedTokens,
     adapted_kind,
 )
+from ..layers.quantized_module import QuantizedModule
 from .config import LoraConfig
 from .targeting import (
     MatchReport,
@@ -151,6 +152,8 @@ def _saved(model: nn.Module, paths: list[str], config: LoraConfig) -> list[Place
     placements = []
     for path in paths:
         part = _part(model, path, SavedModule)
+        if any(isinstance(module, QuantizedModule) for module in part.base_layer.modules()):
+            raise AdapterError(f"{path} of modules_to_save is in 4 bits, which cannot be trained; load it unquantized")
         attach = partial(_attach_saved, part, None)
         placements.append(Placement(path, part, part.shapes(), attach))
         tied = [other for other in _tied(model, part.base_layer) if other not in paths]

@@ -133,6 +133,14 @@ def export(
     say(f"{export_adapter(adapter, out, target, folder, dtypes[dtype], max_rank)}: the adapter, for {target}")
 
 
+def _pairs(option: str, values: list[str] | None, example: str) -> dict[str, Any]:
+    """Return the settings of an option that is given as KEY=VALUE, several times."""
+    pairs = [value.partition("=") for value in values or []]
+    if wrong := [name for name, equals, _ in pairs if not equals]:
+        raise ConfigError(f"{option} {wrong[0]}: expected KEY=VALUE, such as {example}")
+    return {name: value for name, _, value in pairs}
+
+
 @app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="folder, config.json or known name", show_default=False)],
@@ -142,6 +150,9 @@ def plan(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a training setting, e.g. batch_size=8")
     ] = None,
     r: Annotated[int, typer.Option("-r", help="rank of the adapter")] = 16,
+    lora: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="an adapter's setting in YAML, e.g. use_dora=true")
+    ] = None,
     quant_type: Annotated[str, typer.Option(help="nf4, fp4 or none")] = "nf4",
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     dataset_tokens: Annotated[int | None, typer.Option(help="tokens of the training data, for the time")] = None,
@@ -149,17 +160,19 @@ def plan(
     price_per_hour: Annotated[float | None, typer.Option(help="of the machine, for the price")] = None,
 ) -> None:
     """Say what training will take, from a model's config.json alone: memory by part, operations, cost."""
+    import yaml
+
     from .. import planning
     from ..adapters import LoraConfig
     from ..training import TrainConfig
     from .plan_table import print_plan
 
-    pairs = [setting.partition("=") for setting in set_ or []]
-    if wrong := [name for name, equals, _ in pairs if not equals]:
-        raise ConfigError(f"--set {wrong[0]}: expected KEY=VALUE, such as batch_size=8")
-    settings: dict[str, Any] = {name: value for name, _, value in pairs}
+    settings = _pairs("--set", set_, "batch_size=8")
+    adapter = {"r": r} | {
+        name: yaml.safe_load(value) for name, value in _pairs("--lora", lora, "use_dora=true").items()
+    }
     result = planning.plan(
-        model, LoraConfig(r=r), TrainConfig(**settings), quant_type=None if quant_type == "none" else quant_type,
+        model, LoraConfig(**adapter), TrainConfig(**settings), quant_type=None if quant_type == "none" else quant_type,
         sequence_length=length, device=device, memory=memory, dataset_tokens=dataset_tokens,
         flops_per_second=flops_per_second, price_per_hour=price_per_hour,
     )  # fmt: skip

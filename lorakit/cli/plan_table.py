@@ -19,7 +19,7 @@ def print_plan(console: Console, plan: Plan) -> None:
     table.add_row("[bold]together[/bold]", f"[bold]{format_size(plan.peak_bytes)}[/bold]")
     console.print(table)
     console.print(
-        f"\n{plan.trainable:,} of {plan.parameters + plan.trainable:,} parameters are trained; "
+        f"\n{plan.trainable:,} of {plan.parameters + plan.adapter_parameters:,} parameters are trained; "
         f"a step of {plan.step_tokens:,} tokens ({plan.micro_batches} x {plan.sequences} sequences of {plan.length}) "
         f"takes {plan.flops.total / 1e12:.3g} Tflop",
         soft_wrap=True,
@@ -31,6 +31,8 @@ def print_plan(console: Console, plan: Plan) -> None:
         for change in plan.suggestions:
             more = f", {change.more_flops:+.0%} operations" if change.more_flops else ""
             console.print(f"  {change}: {format_size(change.peak_bytes)}{more}", markup=False, soft_wrap=True)
+    for note in plan.notes:
+        console.print(f"Not counted: {note}.", markup=False, soft_wrap=True)
     if plan.cost is not None:
         price = "" if plan.cost.price is None else f", {plan.cost.price:,.2f} at that price"
         console.print(

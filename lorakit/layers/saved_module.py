@@ -77,13 +77,10 @@ class SavedModule(AdapterPart):
         current = self._current()
         if current is self.base_layer:
             return current(*args, **kwargs)
-        dtype = next(current.parameters()).dtype
-        own = next(self.base_layer.parameters()).dtype
-        if dtype == own:
-            return current(*args, **kwargs)
-        # A copy in fp32 for a model in bf16: it is trained in fp32 and computes in bf16.
-        cast_down = {key: p.to(own) for key, p in current.named_parameters()}
-        return torch.func.functional_call(current, cast_down, args, kwargs)
+        # A copy in fp32 for a model in bf16, or its bias alone: it is trained in fp32 and computes in bf16.
+        own = {key: p.dtype for key, p in self.base_layer.named_parameters()}
+        cast_down = {key: p.to(own[key]) for key, p in current.named_parameters() if p.dtype != own[key]}
+        return torch.func.functional_call(current, cast_down, args, kwargs) if cast_down else current(*args, **kwargs)
 
     def _current(self) -> nn.Module:
         if len(self.active) > 1:

@@ -8,10 +8,11 @@ takes 6.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from ..models.attention import query_blocks
-from .activations import Checkpointing, MicroBatch, is_adapted, layer_checkpointing
+from .activations import Checkpointing, is_trained, layer_checkpointing
+from .groups import MicroBatch, adapter_backward_flops, adapter_forward_flops, forward_flops
 from .shape import LayerShape, LinearShape, ModelShape
 
 
@@ -20,9 +21,9 @@ class Flops:
     """FLOPs of a training step by part.
 
     Attributes:
-        forward: y = x Wᵀ of the layers' frozen weights.
+        forward: y = x Wᵀ of the layers' weights.
         input_gradients: dx = dy W.
-        adapters: their products, forward and backward.
+        adapters: their products, forward and backward, and the gradients of weights that are trained in full.
         attention: scores and their products with values, forward and backward; half of the square, as causality allows.
         head: logits and the gradient of the hidden states.
         recomputed: what checkpointing computes a second time.
@@ -49,56 +50,47 @@ class Flops:
         return Flops(**{name: count * flops for name, flops in self.parts.items()})
 
 
-def step_flops(shape: ModelShape, batch: MicroBatch, checkpointing: Checkpointing) -> Flops:
-    """Return the FLOPs of the forward and backward pass of a micro-batch."""
-    forward = gradients = adapters = attention = recomputed = 0
+def step_flops(shape: ModelShape, batch: MicroBatch, checkpointing: Checkpointing, passes: int = 1) -> Flops:
+    """Return the FLOPs of the forward and backward pass of a batch, which may be cut up into several passes."""
+    forward = gradients = attention = recomputed = 0
+    adapters = _embedding(shape, batch, passes)
     products = _attention_product(shape, batch)
-    has_gradient = False
+    has_gradient = bool(shape.embedding.trained)
     for index, layer in enumerate(shape.layers):
         kind = layer_checkpointing(checkpointing, index)
-        before_mlp = _before_mlp(layer, has_gradient)
         groups = _groups(layer, has_gradient)
-        has_gradient, in_attention = before_mlp or is_adapted(*layer.gate_up, layer.down), groups[1][1]
+        has_gradient, attends = has_gradient or is_trained(*layer.linears), groups[1][1]
         for group, x_has_gradient in groups:
-            forward += _product(group, batch)
-            gradients += _product(group, batch) * x_has_gradient
-            adapters += _adapters(group, batch, x_has_gradient)
-        attention += (2 + 5 * in_attention) * products
+            forward += forward_flops(group, batch)
+            gradients += forward_flops(group, batch) * x_has_gradient
+            adapters += adapter_forward_flops(group, batch, passes)
+            adapters += adapter_backward_flops(group, batch, x_has_gradient)
+        attention += (2 + 5 * attends) * products
         if kind != "none" and has_gradient:
-            again = groups if kind == "layer" else groups[2:]
-            recomputed += sum(_forward(group, batch) for group, _ in again) + 2 * products * (kind == "layer")
-    trained = 2 * batch.trained
-    head = trained * shape.head.elements * (1 + (has_gradient or shape.head.rank > 0))
-    ranks = shape.head.rank * (3 * shape.head.in_features + 3 * shape.head.out_features)
-    return Flops(forward, gradients, adapters + trained * ranks, attention, head, recomputed)
+            again = [group for group, _ in (groups if kind == "layer" else groups[2:])]
+            recomputed += sum(forward_flops(group, batch) for group in again) + 2 * products * (kind == "layer")
+            recomputed += sum(adapter_forward_flops(group, batch, passes) for group in again)
+    has_gradient = has_gradient or bool(shape.norm.trained)
+    head, rows = (shape.head,), replace(batch, sequences=1, length=batch.trained)
+    adapters += adapter_forward_flops(head, rows, passes) + adapter_backward_flops(head, rows, has_gradient)
+    return Flops(forward, gradients, adapters, attention, forward_flops(head, rows) * (1 + has_gradient), recomputed)
 
 
 def _groups(layer: LayerShape, has_gradient: bool) -> list[tuple[Sequence[LinearShape], bool]]:
     """Return the layers that read the same x, and whether x has a gradient."""
-    mixed = has_gradient or is_adapted(*layer.qkv)
-    stream = _before_mlp(layer, has_gradient)
-    hidden = stream or is_adapted(*layer.gate_up)
+    mixed = has_gradient or is_trained(*layer.qkv)
+    stream = mixed or layer.output.is_trained
+    hidden = stream or is_trained(*layer.gate_up)
     return [(layer.qkv, has_gradient), ((layer.output,), mixed), (layer.gate_up, stream), ((layer.down,), hidden)]
 
 
-def _before_mlp(layer: LayerShape, has_gradient: bool) -> bool:
-    return has_gradient or is_adapted(*layer.qkv, layer.output)
-
-
-def _product(group: Sequence[LinearShape], batch: MicroBatch) -> int:
-    return 2 * batch.tokens * sum(linear.elements for linear in group)
-
-
-def _forward(group: Sequence[LinearShape], batch: MicroBatch) -> int:
-    return _product(group, batch) + 2 * batch.tokens * sum(sum(linear.adapter) for linear in group)
-
-
-def _adapters(group: Sequence[LinearShape], batch: MicroBatch, x_has_gradient: bool) -> int:
-    """Return u = x Aᵀ and u Bᵀ, then t = dy B, tᵀ x, dyᵀ u, and t A where x has a gradient."""
-    per_token = sum(
-        linear.rank * ((2 + x_has_gradient) * linear.in_features + 3 * linear.out_features) for linear in group
-    )
-    return 2 * batch.tokens * per_token
+def _embedding(shape: ModelShape, batch: MicroBatch, passes: int) -> int:
+    """Return the FLOPs of a low-rank update of the embedding: u Bᵀ, dy B and dyᵀ u; A is looked up, not multiplied."""
+    part, hidden, tokens = shape.embedding, shape.config.hidden_size, shape.config.vocab_size
+    if not part.rank:
+        return 0
+    norms = part.rank * (tokens * hidden + part.rank * (tokens + hidden)) if part.variant == "dora" else 0
+    return 2 * (3 * batch.tokens * part.used_rank * hidden + passes * norms)
 
 
 def _attention_product(shape: ModelShape, batch: MicroBatch) -> int:

@@ -1,13 +1,14 @@
 """The moments of a training step that can be its peak, and what is in memory at each.
 
 Memory is highest in one of four places: while the loss is computed, in the backward pass of an MLP or of an attention
-(of the last layer, or of a layer that computes its activations again), or at the optimizer's step. Each function below
-names the tensors that are alive there besides what was kept.
+(of the last layer, or of a layer that computes its activations again), or at the optimizer's step; where a table of the
+vocabulary is trained in full, also at its gradient. Each function below names the tensors that are alive there besides
+what was kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from lorakit_kernels.cpu.linear import bands
@@ -15,15 +16,18 @@ from lorakit_kernels.reference_training import STATE_BLOCK_SIZE
 
 from ..layers.linear_cross_entropy import CHUNK_ELEMENTS
 from ..models.attention import QUERY_BLOCK
+from ..training.activations import SMALLEST_OFFLOADED
 from ..training.optimizers import SMALLEST_8BIT
 from .activations import (
-    FP32,
     Checkpointing,
-    MicroBatch,
+    embedding_activations,
     head_activations,
     layer_activations,
     layer_checkpointing,
+    rotary_tables,
 )
+from .groups import MicroBatch, is_fused
+from .parts import FP32
 from .shape import LayerShape, LinearShape, ModelShape
 
 
@@ -62,43 +66,79 @@ class Moment:
         return self.activations + self.workspace + self.logits + self.gradients
 
 
-def moments(shape: ModelShape, batch: MicroBatch, checkpointing: Checkpointing, micro_batches: int) -> Iterator[Moment]:
-    """Yield the moments that can be the peak of a step of several equal micro-batches."""
+@dataclass(frozen=True)
+class Step:
+    """How a step is taken, as far as its memory goes.
+
+    Attributes:
+        checkpointing: what is computed again.
+        micro_batches: equal ones, whose gradients are added up.
+        optimizer: its name.
+        offloads: whether what the forward pass keeps leaves the GPU for as long.
+    """
+
+    checkpointing: Checkpointing
+    micro_batches: int
+    optimizer: str
+    offloads: bool
+
+
+def moments(shape: ModelShape, batch: MicroBatch, step: Step) -> Iterator[Moment]:
+    """Yield the moments that can be the peak of a step."""
     layers = layer_activations(shape, batch)
-    kinds = [layer_checkpointing(checkpointing, index) for index in range(len(layers))]
-    kept = [layer.kept(kind) for layer, kind in zip(layers, kinds, strict=True)]
-    gradients = [FP32 * sum(sum(linear.adapter) for linear in layer.linears) for layer in shape.layers]
-    of_head = FP32 * sum(shape.head.adapter)
-    every = sum(gradients) + of_head
-    earlier = every if micro_batches > 1 else 0  # of micro-batches before: they are added up
+    kinds = [layer_checkpointing(step.checkpointing, index) for index in range(len(layers))]
+    kept = [_staying(layer.kept(kind), step) for layer, kind in zip(layers, kinds, strict=True)]
+    gradients = [FP32 * sum(sum(linear.part.sizes) for linear in layer.linears) for layer in shape.layers]
+    of_table, of_head = (FP32 * sum(part.sizes) for part in (shape.embedding, shape.head.part))
+    of_head += FP32 * sum(shape.norm.sizes)
+    if shape.head.part.follows_embedding == "copy":
+        of_head += of_table  # the head's, to which the embedding's is added
+    every = FP32 * sum(shape.trained)
+    earlier = every if step.micro_batches > 1 else 0  # of micro-batches before: they are added up
     band = band_bytes(shape, batch)
     stays = band if batch.on_cpu else 0  # the buffer; a GPU's tensor is gone
-    at_loss = sum(kept) + head_activations(shape, batch)
+    below = _staying(embedding_activations(shape, batch), step)
+    if any(layer.attends for layer in layers):
+        below += _staying(rotary_tables(shape, batch), step)
+    of_loss = sum(head_activations(shape, batch, layers[-1].has_gradient))  # just made: none has left yet
+    at_loss = below + sum(kept) + of_loss
     yield Moment("the loss", at_loss, stays, _logits(shape, batch), earlier)
-    tables = 2 * batch.rows(shape.config.head_dim)
+    if shape.head.trains_weight:
+        workspace = stays + _head_backward(shape, batch)
+        yield Moment("backward of the head", at_loss, workspace, 0, max(earlier, of_head))
     for index, (layer, activations, kind) in enumerate(zip(shape.layers, layers, kinds, strict=True)):
         if not activations.has_gradient:
             continue
         stream = activations.stream
         # What was computed again has an output, and its input is there whether or not its operations keep it.
         again = 0 if kind == "none" else stream
-        first, second = activations.first_half, activations.second_half
+        first, second = sum(activations.first_half), sum(activations.second_half)
         if kind == "layer":
             first += 0 if activations.keeps_input else stream
         elif kind == "mlp":
             second += 0 if activations.keeps_middle else stream
-        below = sum(kept[:index]) + tables
+        others = below + sum(kept[:index])
         added = max(earlier, sum(gradients[index:]) + of_head)
         workspace = band + again + _mlp_backward(layer, batch)
-        yield Moment(f"backward of the MLP of layer {index}", below + first + second, workspace, 0, added)
+        yield Moment(f"backward of the MLP of layer {index}", others + first + second, workspace, 0, added)
         workspace = band + (again if kind == "layer" else 0) + _attention_backward(shape, layer, batch)
-        yield Moment(f"backward of the attention of layer {index}", below + first, workspace, 0, added)
-    yield Moment("the optimizer's step", 0, stays, 0, every)
+        yield Moment(f"backward of the attention of layer {index}", others + first, workspace, 0, added)
+    if shape.embedding.trained:
+        workspace = stays + _embedding_backward(shape, batch)
+        yield Moment("backward of the embedding", below, workspace, 0, every)
+    # Lion makes the direction of a step, of one parameter after another.
+    direction = FP32 * max(shape.trained) if step.optimizer == "lion" else 0
+    yield Moment("the optimizer's step", 0, stays + direction, 0, every)
+
+
+def _staying(tensors: Iterable[int], step: Step) -> int:
+    """Return the bytes of what the forward pass keeps and leaves where it is."""
+    return sum(size for size in tensors if not step.offloads or size < SMALLEST_OFFLOADED)
 
 
 def optimizer_bytes(shape: ModelShape, optimizer: str) -> int:
     """Return the bytes of the optimizer's state, over all trained matrices."""
-    return sum(_STATE[optimizer](size) for size in shape.adapter)
+    return sum(_STATE[optimizer](size) for size in shape.trained)
 
 
 def band_bytes(shape: ModelShape, batch: MicroBatch) -> int:
@@ -122,20 +162,41 @@ def _widest_band(linear: LinearShape, item: int) -> int:
 def _logits(shape: ModelShape, batch: MicroBatch) -> int:
     """A chunk of logits, which becomes its own gradient, and the trained rows of the hidden states.
 
-    An adapted head takes another path: all logits at once, in the dtype of the products and in fp32, besides the log
-    probabilities that are kept; backward the gradient in fp32, twice, and in the dtype of the products.
+    A head that the adapter changes takes another path: all logits at once, in the dtype of the products and in fp32,
+    besides the log probabilities that are kept; backward the gradient in fp32, twice, and in the dtype of the products.
     """
     vocabulary, item = shape.head.out_features, batch.dtype.itemsize
     hidden = batch.trained * shape.config.hidden_size * item
-    if shape.head.rank:
+    if shape.head.is_trained or shape.head.part.follows_embedding:
         return batch.trained * vocabulary * (item + (FP32 if item < FP32 else 0) + FP32)
     rows = min(batch.trained, max(1, CHUNK_ELEMENTS // vocabulary))
     return hidden + rows * (vocabulary + shape.config.hidden_size) * item
 
 
+def _head_backward(shape: ModelShape, batch: MicroBatch) -> int:
+    """At the gradient of the head's weight: those of logits and hidden states, and the weight's before it is cast."""
+    item = batch.dtype.itemsize
+    rows = batch.trained * (shape.head.out_features + shape.config.hidden_size) * item
+    return rows + shape.head.elements * item
+
+
+def _embedding_backward(shape: ModelShape, batch: MicroBatch) -> int:
+    """The stream's gradient and, of a table that is trained in full, its gradient before it is cast and added."""
+    config, stream = shape.config, batch.rows(shape.config.hidden_size)
+    if not shape.embedding.trains("weight"):
+        return stream
+    elements, item = config.vocab_size * config.hidden_size, batch.dtype.itemsize
+    is_added = shape.head.part.follows_embedding is not None
+    return stream + elements * ((item if item < FP32 else 0) + FP32 * is_added)
+
+
 def _mlp_backward(layer: LayerShape, batch: MicroBatch) -> int:
-    """At the gradient of SwiGLU: the stream's gradient, dh, dgate and dup."""
-    return batch.rows(layer.down.out_features, 3 * layer.down.in_features)
+    """At the gradient of SwiGLU: the stream's gradient, dh, dgate and dup. With DoRA, dgate and dup times the gains."""
+    wide, narrow = layer.down.in_features, layer.down.out_features
+    taken = batch.rows(narrow, 3 * wide)
+    if is_fused(layer.gate_up, batch) and any(linear.part.variant == "dora" for linear in layer.gate_up):
+        taken = max(taken, batch.rows(2 * narrow, 4 * wide))
+    return taken + _copied((*layer.gate_up, layer.down), batch)
 
 
 def _attention_backward(shape: ModelShape, layer: LayerShape, batch: MicroBatch) -> int:
@@ -145,12 +206,17 @@ def _attention_backward(shape: ModelShape, layer: LayerShape, batch: MicroBatch)
     has no scores in memory, and keeps its result.
     """
     queries, keys = layer.qkv[0].out_features, layer.qkv[1].out_features
-    stream_and_mixed = batch.rows(shape.config.hidden_size, 2 * queries)
+    stream_and_mixed = batch.rows(shape.config.hidden_size, 2 * queries) + _copied((*layer.qkv, layer.output), batch)
     if not batch.on_cpu:
         return stream_and_mixed + batch.rows(2 * keys)
-    if layer.output.rank:
+    if layer.output.part.rank:
         stream_and_mixed -= batch.rows(queries)
     wide = batch.tokens * FP32 * 2 * keys
     block = min(QUERY_BLOCK, batch.length)
     scores = batch.sequences * shape.config.num_attention_heads * block * batch.length * batch.dtype.itemsize
     return stream_and_mixed + wide + 3 * scores
+
+
+def _copied(linears: tuple[LinearShape, ...], batch: MicroBatch) -> int:
+    """The gradient of a weight that is trained in full, before it is cast."""
+    return max((linear.elements for linear in linears if linear.trains_weight), default=0) * batch.dtype.itemsize

@@ -56,13 +56,16 @@ def plan(
     Raises:
         CheckpointError: there is no such model, or no config.json in its folder.
         ConfigError: the architecture is not supported, a key or a setting is missing or wrong, a sequence exceeds the
-            context, or nothing fits the limit, with the least that can be reached.
-        AdapterError: a target of the adapter matches nothing.
+            context, the adapter has a part that cannot be planned, or nothing fits the limit, with the least that can
+            be reached.
+        AdapterError: `add_adapter` would raise it, as where a target matches nothing.
     """
     config = find_config(model)
     train = train or TrainConfig()
     if device not in ("cpu", "cuda"):
         raise ConfigError(f"device '{device}' cannot be planned for (known: cpu, cuda)")
+    if train.offload_activations and device == "cpu":
+        raise ConfigError("offload_activations relieves a GPU and is an error on the CPU; plan for device 'cuda'")
     length = sequence_length or min(train.max_length, config.context_length)
     if not 2 <= length <= config.context_length:
         raise ConfigError(f"sequence_length {length} must be from 2 to the model's context of {config.context_length}")

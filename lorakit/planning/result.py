@@ -57,11 +57,13 @@ class Plan:
             runtime, allocator.
         moment: when the peak is: "the loss", "backward of the MLP of layer 29", ...
         flops: of a step, by part.
-        parameters, trainable: of the frozen model; of the adapter.
+        parameters, adapter_parameters: of the model without the adapter; of the adapter.
+        trainable: of the adapter's those that are trained: not A under LoRA-FA, nor where PiSSA started.
         sequences, length: of a forward pass (a micro-batch).
         micro_batches: forward passes of a step.
         step_tokens: of a step.
         device: "cpu" or "cuda".
+        notes: what is not in these numbers.
         memory: the limit in bytes, or None.
         suggestions: where the limit does not hold the plan: changes that make it fit, the cheapest first.
         cost: of the data set, or None.
@@ -71,12 +73,14 @@ class Plan:
     moment: str
     flops: Flops
     parameters: int
+    adapter_parameters: int
     trainable: int
     sequences: int
     length: int
     micro_batches: int
     step_tokens: int
     device: str
+    notes: tuple[str, ...] = ()
     memory: int | None = None
     suggestions: tuple[Suggestion, ...] = ()
     cost: Cost | None = None

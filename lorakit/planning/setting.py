@@ -13,9 +13,10 @@ from ..adapters import LoraConfig
 from ..models.config import DecoderConfig
 from ..quantization.policy import QuantConfig
 from ..training import TrainConfig
-from .activations import FP32, MicroBatch
 from .flops import step_flops
-from .peak import Moment, moments, optimizer_bytes
+from .groups import MicroBatch
+from .notes import notes
+from .peak import Moment, Step, moments, optimizer_bytes
 from .result import Plan
 from .runtime import CPU_HEAP_GAPS, CPU_HEAP_LARGEST, CPU_HEAP_LIMIT
 from .shape import ModelShape, model_shape
@@ -46,7 +47,7 @@ class Setting:
     @cached_property
     def shape(self) -> ModelShape:
         """The shapes of the adapted model."""
-        return model_shape(self.config, self.lora, self.quant)
+        return model_shape(self.config, self.lora, self.quant, self.train.lora_fa)
 
     def with_train(self, train: TrainConfig) -> Setting:
         """Return the setting with other settings of training, and the same shapes."""
@@ -60,10 +61,11 @@ class Setting:
         sequences = min(train.batch_size, max(1, train.micro_batch_tokens // self.length))
         batch, whole = self._batch(sequences), self._batch(train.batch_size)
         micro_batches = math.ceil(train.batch_size / sequences)
-        peak = max(moments(shape, batch, train.checkpointing, micro_batches), key=lambda moment: moment.total)
+        step = Step(train.checkpointing, micro_batches, train.optimizer, train.offload_activations)
+        peak = max(moments(shape, batch, step), key=lambda moment: moment.total)
         parts = {
             "weights": shape.weight_bytes(self.dtype),
-            "adapters": FP32 * sum(shape.adapter),
+            "adapters": sum(part.nbytes for part in shape.parts),
             "gradients": peak.gradients,
             "optimizer": 0 if train.offload_optimizer and not batch.on_cpu else optimizer_bytes(shape, train.optimizer),
             "activations": peak.activations,
@@ -75,14 +77,16 @@ class Setting:
         return Plan(
             parts=MappingProxyType(parts),
             moment=peak.name,
-            flops=step_flops(shape, whole, train.checkpointing),
+            flops=step_flops(shape, whole, train.checkpointing, micro_batches),
             parameters=shape.parameters,
-            trainable=sum(shape.adapter),
+            adapter_parameters=shape.adapter,
+            trainable=sum(shape.trained),
             sequences=sequences,
             length=self.length,
             micro_batches=micro_batches,
             step_tokens=whole.tokens,
             device=self.device,
+            notes=notes(self.lora, train, shape),
         )
 
     def _heap_waste(self, batch: MicroBatch, peak: Moment) -> int:

@@ -1,4 +1,4 @@
-"""The shape of what will be trained, read from config.json alone: every linear layer, its format and its rank."""
+"""The shape of what will be trained, read from config.json alone: every linear layer, its format and its adapter."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from ..adapters import LoraConfig
-from ..adapters.targeting import match_modules, pattern_value
-from ..errors import CheckpointError, did_you_mean
+from ..errors import AdapterError, CheckpointError, did_you_mean
 from ..files import read_json_object
 from ..models.checkpoint import read_config
 from ..models.config import DecoderConfig
@@ -23,6 +22,7 @@ from ..models.load import meta_decoder, weight_formats
 from ..models.pretrained import KNOWN_MODELS, resolve_model
 from ..quantization.policy import QuantConfig, WeightFormat
 from ..quantization.scales import NESTED_BLOCK_SIZE
+from .parts import Part, parts
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,17 @@ class LinearShape:
     Attributes:
         path: of the module.
         in_features, out_features: of the weight.
+        has_bias: whether it has one.
         format: how the weight is quantized; None: it is not.
-        rank: of the adapter; 0: it has none.
+        part: what the adapter has here.
     """
 
     path: str
     in_features: int
     out_features: int
+    has_bias: bool
     format: WeightFormat | None
-    rank: int
+    part: Part
 
     @property
     def elements(self) -> int:
@@ -48,9 +50,19 @@ class LinearShape:
         return self.in_features * self.out_features
 
     @property
-    def adapter(self) -> tuple[int, ...]:
-        """Elements of A and of B; nothing without an adapter."""
-        return (self.rank * self.in_features, self.out_features * self.rank) if self.rank else ()
+    def is_trained(self) -> bool:
+        """Whether its output has a gradient even where its input has none."""
+        return bool(self.part.trained)
+
+    @property
+    def trains_a(self) -> bool:
+        """Whether A is trained, which takes x."""
+        return self.part.trains("lora_A")
+
+    @property
+    def trains_weight(self) -> bool:
+        """Whether a full copy of the weight is trained, or what is trained of the embedding is its weight."""
+        return self.part.trains("weight") or self.part.follows_embedding is not None
 
     def nbytes(self, dtype: torch.dtype) -> int:
         """Bytes of the weight: codes, scales and tables of `Linear4bit`, or values of `dtype`."""
@@ -87,18 +99,31 @@ class ModelShape:
         config: of the decoder.
         layers: from the first to the last.
         head: the output head.
+        embedding, norm: what the adapter has at the embedding and at the final norm.
         others: elements of all other parameters: embedding, norms, biases, and the head where it is not tied.
     """
 
     config: DecoderConfig
     layers: tuple[LayerShape, ...]
     head: LinearShape
+    embedding: Part
+    norm: Part
     others: int
 
     @property
-    def adapter(self) -> tuple[int, ...]:
-        """Elements of every trained matrix, in model order."""
-        return tuple(size for linear in (*self.linears, self.head) for size in linear.adapter)
+    def parts(self) -> tuple[Part, ...]:
+        """What the adapter has, in model order."""
+        return (self.embedding, *(linear.part for linear in self.linears), self.norm, self.head.part)
+
+    @property
+    def trained(self) -> tuple[int, ...]:
+        """Elements of every trained parameter."""
+        return tuple(size for part in self.parts for size in part.sizes)
+
+    @property
+    def adapter(self) -> int:
+        """Elements of all parameters of the adapter, those that are not trained included."""
+        return sum(self.trained) + sum(part.frozen for part in self.parts)
 
     @property
     def linears(self) -> tuple[LinearShape, ...]:
@@ -107,7 +132,7 @@ class ModelShape:
 
     @property
     def parameters(self) -> int:
-        """Elements of the frozen model, a tied head counted once."""
+        """Elements of the model without the adapter, a tied head counted once."""
         return self.others + sum(linear.elements for linear in self.linears)
 
     def weight_bytes(self, dtype: torch.dtype) -> int:
@@ -136,22 +161,30 @@ def find_config(model: str | os.PathLike[str] | DecoderConfig) -> DecoderConfig:
     return DecoderConfig.from_dict(read_config(resolve_model(model)))
 
 
-def model_shape(config: DecoderConfig, lora: LoraConfig, quant: QuantConfig) -> ModelShape:
+def model_shape(config: DecoderConfig, lora: LoraConfig, quant: QuantConfig, lora_fa: bool = False) -> ModelShape:
     """Return the shapes of a decoder that is quantized and adapted so.
 
+    Args:
+        lora_fa: whether the A of linear layers are frozen.
+
     Raises:
-        AdapterError: a target pattern matches nothing.
-        ConfigError: a quantization pattern matches nothing, or a tied head would be quantized.
+        AdapterError: something that the adapter names matches nothing, or cannot be trained.
+        ConfigError: a quantization pattern matches nothing, a tied head would be quantized, or what the adapter trains
+            cannot be planned.
     """
     model = _meta_decoder(config)
     formats = weight_formats(model, quant, list(model.state_dict()))
-    adapted = {path for paths in match_modules(model, lora).values() for path in paths}
+    found = parts(model, lora, lora_fa)
+    if saved := [path for path, part in found.items() if part.trains("weight") and formats[f"{path}.weight"]]:
+        raise AdapterError(
+            f"{', '.join(saved)} of modules_to_save: in 4 bits, which cannot be trained; plan for quant_type 'none'"
+        )
 
     def shape(path: str) -> LinearShape:
         linear = model.get_submodule(path)
         assert isinstance(linear, nn.Linear)
-        rank = pattern_value(lora.rank_pattern, path, lora.r) if path in adapted else 0
-        return LinearShape(path, linear.in_features, linear.out_features, formats[f"{path}.weight"], rank)
+        has_bias, form = linear.bias is not None, formats[f"{path}.weight"]
+        return LinearShape(path, linear.in_features, linear.out_features, has_bias, form, found.get(path, Part()))
 
     def shapes(prefix: str, names: Sequence[str]) -> tuple[LinearShape, ...]:
         return tuple(shape(f"{prefix}.{name}") for name in names)
@@ -169,7 +202,8 @@ def model_shape(config: DecoderConfig, lora: LoraConfig, quant: QuantConfig) -> 
     counted = sum(linear.elements for layer in layers for linear in layer.linears)
     counted += head.elements if head.format else 0
     others = sum(parameter.numel() for parameter in model.parameters()) - counted
-    return ModelShape(config, layers, head, others)
+    embedding, norm = (found.get(path, Part()) for path in ("model.embed_tokens", "model.norm"))
+    return ModelShape(config, layers, head, embedding, norm, others)
 
 
 @lru_cache(maxsize=4)

@@ -61,7 +61,9 @@ def _variants(setting: Setting) -> Iterator[Setting]:
     while sizes[-1] > setting.length:
         sizes.append(max(setting.length, sizes[-1] // 2))
     optimizers = dict.fromkeys([train.optimizer, "adamw_8bit"])
-    quants = [quant] if quant.quant_type else [quant, quant.model_copy(update={"quant_type": "nf4"})]
+    quants = [quant]
+    if not (quant.quant_type or any(linear.trains_weight for linear in setting.shape.linears)):
+        quants.append(quant.model_copy(update={"quant_type": "nf4"}))
     for chosen in quants:
         # Made anew for other weights alone: the shapes of all layers are what takes time.
         base = setting if chosen is quant else replace(setting, quant=chosen)

@@ -15,7 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..errors import TrainingError
 from ..models.decoder import Decoder
 
-_SMALLEST_OFFLOADED = 1 << 20  # bytes; a smaller copy costs more in waiting than it frees
+SMALLEST_OFFLOADED = 1 << 20  # bytes; a smaller copy costs more in waiting than it frees
 
 
 @contextlib.contextmanager
@@ -54,7 +54,7 @@ class HostActivations(saved_tensors_hooks):
     the backward pass computes again is needed at once and stays.
     """
 
-    def __init__(self, model: nn.Module, smallest: int = _SMALLEST_OFFLOADED) -> None:
+    def __init__(self, model: nn.Module, smallest: int = SMALLEST_OFFLOADED) -> None:
         own = {_storage(tensor) for tensor in itertools.chain(model.parameters(), model.buffers())}
         copies = WeakTensorKeyDictionary()  # tensor -> (its version then, its copy), while the tensor lives
 

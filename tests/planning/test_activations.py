@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from planned_adapters import ADAPTERS
 from small_models import ARCHITECTURES, small_config
 from torch import Tensor, nn
 
@@ -13,10 +14,18 @@ from lorakit import Decoder, LoraConfig, add_adapter
 from lorakit.layers import Linear4bit
 from lorakit.models import DecoderConfig
 from lorakit.models.loss import summed_loss
-from lorakit.planning.activations import MicroBatch, head_activations, layer_activations, layer_checkpointing
+from lorakit.planning.activations import (
+    embedding_activations,
+    head_activations,
+    layer_activations,
+    layer_checkpointing,
+    rotary_tables,
+)
+from lorakit.planning.groups import MicroBatch
 from lorakit.planning.shape import model_shape
 from lorakit.quantization.policy import QuantConfig
 from lorakit.training.activations import saving_activations
+from lorakit.training.lora_fa import frozen_a
 
 KINDS: list[Any] = ["none", "mlp", "layer", 2, 3]
 SEQUENCES, LENGTH, UNTRAINED = 3, 40, 7
@@ -43,7 +52,7 @@ def decoder(dtype: torch.dtype, quantized: bool, lora: LoraConfig, **changes: An
     return model.train()
 
 
-def kept_bytes(model: Decoder, checkpointing: Any) -> int:
+def kept_tensors(model: Decoder, checkpointing: Any) -> list[int]:
     """Return the bytes of the distinct tensors that autograd saves in a forward pass, parameters left out."""
     ids = torch.randint(model.config.vocab_size, (SEQUENCES * LENGTH,), generator=torch.Generator().manual_seed(0))
     targets = ids.roll(-1)
@@ -61,18 +70,22 @@ def kept_bytes(model: Decoder, checkpointing: Any) -> int:
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
         summed_loss(model, ids, targets, [LENGTH] * SEQUENCES)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values() if tensor.numel() > 1)
+    return sorted(tensor.untyped_storage().nbytes() for tensor in kept.values() if tensor.numel() > 1)
 
 
-def predicted_bytes(config: DecoderConfig, dtype: torch.dtype, lora: LoraConfig, checkpointing: Any) -> int:
-    shape = model_shape(config, lora, QuantConfig(quant_type=None))
+def predicted_tensors(
+    config: DecoderConfig, dtype: torch.dtype, lora: LoraConfig, checkpointing: Any, lora_fa: bool
+) -> list[int]:
+    shape = model_shape(config, lora, QuantConfig(quant_type=None), lora_fa)
     trained = SEQUENCES * LENGTH - UNTRAINED
     batch = MicroBatch(SEQUENCES, LENGTH, trained, dtype, lora.lora_dropout > 0, on_cpu=True)
-    layers = [
-        layer.kept(layer_checkpointing(checkpointing, index))
-        for index, layer in enumerate(layer_activations(shape, batch))
-    ]
-    return sum(layers) + head_activations(shape, batch)
+    layers = layer_activations(shape, batch)
+    tensors = embedding_activations(shape, batch)
+    if any(layer.attends for layer in layers) and checkpointing != "layer":
+        tensors += rotary_tables(shape, batch)  # else they are held by the checkpoints' closures, where no hook sees
+    for index, layer in enumerate(layers):
+        tensors += layer.kept(layer_checkpointing(checkpointing, index))
+    return sorted(tensors + head_activations(shape, batch, layers[-1].has_gradient))
 
 
 @pytest.mark.parametrize("checkpointing", KINDS)
@@ -95,10 +108,29 @@ def test_dropout(targets: Any, dtype: torch.dtype, quantized: bool) -> None:
     check(dtype, quantized, LoraConfig(r=4, lora_dropout=0.1, **targets), "none")
 
 
-def check(dtype: torch.dtype, quantized: bool, lora: LoraConfig, checkpointing: Any, **changes: Any) -> None:
+@pytest.mark.parametrize(("dropout", "checkpointing"), [(0.0, "none"), (0.0, "mlp"), (0.1, "none"), (0.1, "layer")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama-biases-tied"])
+def test_every_adapter(name: str, adapter: Any, dropout: float, dtype: torch.dtype, checkpointing: Any) -> None:
+    lora = LoraConfig(**{"r": 4, "lora_dropout": dropout, **adapter})
+    check(dtype, False, lora, checkpointing, **ARCHITECTURES[name])
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "mlp"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("variant", [{}, {"use_dora": True}, {"bias": "all"}, {"init_lora_weights": "olora"}])
+@pytest.mark.parametrize("targets", [{}, {"target_modules": ["q_proj", "down_proj", "embed_tokens", "lm_head"]}])
+def test_lora_fa(targets: Any, variant: Any, dropout: float, checkpointing: Any) -> None:
+    lora = LoraConfig(**{"r": 4, "lora_dropout": dropout, **variant, **targets})
+    for name in ("qwen2", "llama"):
+        check(torch.bfloat16, not variant.get("init_lora_weights"), lora, checkpointing, True, **ARCHITECTURES[name])
+
+
+def check(
+    dtype: torch.dtype, quantized: bool, lora: LoraConfig, checkpointing: Any, lora_fa: bool = False, **changes: Any
+) -> None:
     model = decoder(dtype, quantized, lora, **changes)
-    seen = kept_bytes(model, checkpointing)
-    predicted = predicted_bytes(model.config, dtype, lora, checkpointing)
-    if checkpointing == "layer":  # the rotary tables are held by the checkpoints' closures, where hooks see nothing
-        predicted -= 2 * SEQUENCES * LENGTH * model.config.head_dim * dtype.itemsize
-    assert predicted == seen
+    with frozen_a(model, lora_fa):
+        seen = kept_tensors(model, checkpointing)
+    assert predicted_tensors(model.config, dtype, lora, checkpointing, lora_fa) == seen

@@ -6,17 +6,19 @@ from typing import Any
 
 import pytest
 import torch
+from planned_adapters import ADAPTERS
 from small_models import ARCHITECTURES, small_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakit import Decoder, LoraConfig, add_adapter
 from lorakit.models import DecoderConfig
 from lorakit.models.loss import summed_loss
-from lorakit.planning.activations import MicroBatch
 from lorakit.planning.flops import step_flops
+from lorakit.planning.groups import MicroBatch
 from lorakit.planning.shape import model_shape
 from lorakit.quantization.policy import QuantConfig
 from lorakit.training.activations import saving_activations
+from lorakit.training.lora_fa import frozen_a
 
 SEQUENCES, LENGTH, UNTRAINED = 2, 150, 10  # two blocks of queries
 
@@ -50,16 +52,30 @@ class Products(TorchDispatchMode):
 )
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_counted(name: str, targets: Any, checkpointing: Any) -> None:
+    check(name, LoraConfig(r=4, **targets), checkpointing)
+
+
+@pytest.mark.parametrize("lora_fa", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", 2])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_every_adapter(adapter: Any, dropout: float, checkpointing: Any, lora_fa: bool) -> None:
+    has_a = adapter.get("target_modules") not in ([], ["embed_tokens"])
+    if has_a or not lora_fa:
+        check("llama-biases-tied", LoraConfig(**{"r": 4, "lora_dropout": dropout, **adapter}), checkpointing, lora_fa)
+
+
+def check(name: str, lora: LoraConfig, checkpointing: Any, lora_fa: bool = False) -> None:
     config = DecoderConfig.from_dict(small_config(num_hidden_layers=3, **ARCHITECTURES[name]))
-    lora = LoraConfig(r=4, **targets)
     model = Decoder(config)
     add_adapter(model, lora)
     ids = torch.randint(config.vocab_size, (SEQUENCES * LENGTH,))
     following = ids.roll(-1)
     following[:UNTRAINED] = -100
     counter = Products()
-    with saving_activations(model.train(), checkpointing), counter:
+    with saving_activations(model.train(), checkpointing), frozen_a(model, lora_fa), counter:
         summed_loss(model, ids, following, [LENGTH] * SEQUENCES).backward()
-    batch = MicroBatch(SEQUENCES, LENGTH, len(ids) - UNTRAINED, torch.float32, dropout=False, on_cpu=True)
-    flops = step_flops(model_shape(config, lora, QuantConfig(quant_type=None)), batch, checkpointing)
+    dropout = lora.lora_dropout > 0
+    batch = MicroBatch(SEQUENCES, LENGTH, len(ids) - UNTRAINED, torch.float32, dropout, on_cpu=True)
+    flops = step_flops(model_shape(config, lora, QuantConfig(quant_type=None), lora_fa), batch, checkpointing)
     assert flops.total == counter.flops
