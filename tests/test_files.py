@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import stat
@@ -20,15 +21,17 @@ from lorakit.files import atomic_folder, atomic_write, cache_folder, sha256_file
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="POSIX limits and modes")
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_disk() -> Iterator[None]:
-    """No file may grow beyond 4096 bytes: EFBIG instead of ENOSPC."""
+    """Within it no file may grow beyond 4096 bytes, that of the tests' own output included: EFBIG, not ENOSPC."""
     import resource
 
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, old[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
 class TestOneFile:
@@ -64,16 +67,17 @@ class TestOneFile:
         assert (tmp_path / "file").read_text() == "half"
 
     @POSIX
-    def test_a_full_disk_leaves_the_old(self, tmp_path: Path, small_disk: None) -> None:
+    def test_a_full_disk_leaves_the_old(self, tmp_path: Path) -> None:
         write_text(tmp_path / "file", "old")
-        with pytest.raises(StorageError, match=r"cannot write .*file: File too large; it is left as it was"):
+        with small_disk(), pytest.raises(StorageError, match=r"write .*file: File too large; it is left as it was"):
             write_text(tmp_path / "file", "x" * 5000)
         assert (tmp_path / "file").read_text() == "old"
         assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
     @POSIX
-    def test_also_when_safetensors_writes(self, tmp_path: Path, small_disk: None) -> None:
-        with pytest.raises(StorageError, match="left as it was"), atomic_write(tmp_path / "file") as part:
+    def test_also_when_safetensors_writes(self, tmp_path: Path) -> None:
+        refused = pytest.raises(StorageError, match="left as it was")
+        with small_disk(), refused, atomic_write(tmp_path / "file") as part:
             save_file({"x": torch.zeros(5000)}, part)
         assert list(tmp_path.iterdir()) == []
 
@@ -137,11 +141,12 @@ class TestOneFolder:
         assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
     @POSIX
-    def test_a_full_disk_leaves_the_old(self, tmp_path: Path, small_disk: None) -> None:
+    def test_a_full_disk_leaves_the_old(self, tmp_path: Path) -> None:
         self.fill(tmp_path / "x", a="1")
-        with pytest.raises(StorageError, match="left as it was"):
+        with small_disk(), pytest.raises(StorageError, match="left as it was"):
             self.fill(tmp_path / "x", a="2", b="x" * 5000)
-        with pytest.raises(StorageError, match="left as it was"), atomic_folder(tmp_path / "x") as part:
+        refused = pytest.raises(StorageError, match="left as it was")
+        with small_disk(), refused, atomic_folder(tmp_path / "x") as part:
             save_file({"x": torch.zeros(5000)}, part / "a")
         assert self.contents(tmp_path / "x") == {"a": "1"}
         assert [path.name for path in tmp_path.iterdir()] == ["x"]
