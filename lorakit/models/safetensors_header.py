@@ -102,7 +102,7 @@ def read_tensors(path: Path, entries: Mapping[str, TensorEntry]) -> dict[str, Te
             start = 8 + int.from_bytes(file.read(8), "little")
             for name, entry in entries.items():
                 tensors[name] = torch.empty(entry.shape, dtype=entry.dtype)
-                target = memoryview(tensors[name].view(-1).view(torch.uint8).numpy())
+                target = tensors[name].view(-1).view(torch.uint8).numpy().data
                 file.seek(start + entry.start)
                 while target and (read := file.readinto(target)):
                     target = target[read:]
