@@ -7,9 +7,9 @@
 
 gradience runs in the environment that it is installed in:
 
-    python -m venv /tmp/gradience && /tmp/gradience/bin/pip install gradience
+    python -m venv ../gradience && ../gradience/bin/pip install gradience
 
-Run as: python -m bench.inspect [--gradience /tmp/gradience/bin/python] [--adapter FOLDER] [--rounds 3] [--check]
+Run as: python -m bench.inspect [--gradience ../gradience/bin/python] [--adapter FOLDER] [--rounds 3] [--check]
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ PAGES = {
             Section("probes", "Probes while training"),
             Section(
                 "inspect", "Looking inside",
-                arguments=("--gradience", "/tmp/gradience/bin/python", "--adapter", "runs/quickstart/adapter"),
+                arguments=("--gradience", "../gradience/bin/python", "--adapter", "runs/quickstart/adapter"),
             ),
             Section("llama_cpp", "In llama.cpp"),
         ),
