@@ -24,6 +24,7 @@ OTHERS = (("#0072B2", ""), ("#E69F00", "|||"), ("#009E73", "\\\\\\"), ("#CC79A7"
 MARKS = ("-", (0, (2, 1.2)))  # how the lines of marks are dashed
 LOG_RANGE = 8.0  # longest bar / shortest, from which on the axis is logarithmic
 BAR_INCHES = 0.17
+LEGEND_LETTERS = 80  # that a row of the legend has room for
 STYLE = {
     "font.size": 9, "font.family": "DejaVu Sans", "svg.fonttype": "path", "svg.hashsalt": "lorakit",
     "hatch.linewidth": 0.5, "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False,
@@ -62,7 +63,8 @@ def draw(picture: Picture, title: str, file: Path) -> None:
         handles, labels = axes.get_legend_handles_labels()
         bars_first = sorted(zip(handles, labels, strict=True), key=lambda entry: isinstance(entry[0], Line2D))
         handles, labels = zip(*bars_first, strict=True)
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False)
+        columns = max(1, min(6, len(labels), LEGEND_LETTERS // max(map(len, labels))))
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
         stable = {"metadata": {"Date": None}} if file.suffix == ".svg" else {"dpi": 144}
         figure.savefig(file, **stable)
 
