@@ -84,9 +84,9 @@ class Meter:
         self.figures |= {"training_peak_mb": peak, "peak_mb": max(peak, self.figures["loading_peak_mb"])}
 
     def take_steps(self, step: Callable[[], float], count: int) -> None:
-        """Take a first step and `count` more; note the losses of all, and the seconds of those after the first.
+        """Take a first step and `count` more; note the losses of all, and the seconds, of the first one apart.
 
-        The first one allocates the optimizer's state and sets up the kernels.
+        The first one allocates the optimizer's state and sets up the kernels, or compiles.
         """
         losses, seconds = [], []
         for _ in range(1 + count):
@@ -94,7 +94,7 @@ class Meter:
             losses.append(step())
             seconds.append(time.perf_counter() - started)
         self.trained()
-        self.figures |= {"losses": losses, "seconds": seconds[1:]}
+        self.figures |= {"losses": losses, "seconds": seconds[1:], "first_seconds": seconds[0]}
 
     def print(self, **more: Any) -> None:
         """Print all figures, and more of them, as one line of JSON."""

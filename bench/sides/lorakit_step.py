@@ -7,11 +7,13 @@ It prints one line of JSON; bench.train_step and its relatives run it and the pe
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from lorakit import LoraConfig, TrainConfig, add_adapter, load_model
 from lorakit.data import Example
 from lorakit.training.activations import saving_activations
+from lorakit.training.compiling import compiled_layers
 from lorakit.training.lora_fa import frozen_a
 from lorakit.training.optimizers import build_optimizer
 from lorakit.training.trainer import take_step
@@ -42,9 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Example(row.tolist(), [False] + [True] * (options.length - 1), "random")
         for row in random_tokens(model.config.vocab_size, options.batch, options.length)
     ]
+    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # `compile` begins without what earlier processes compiled
     model.train()
     meter.loaded()
-    with frozen_a(model, config.lora_fa), saving_activations(model, config.checkpointing):
+    with (
+        frozen_a(model, config.lora_fa),
+        saving_activations(model, config.checkpointing),
+        compiled_layers(model, config.compile),
+    ):
         optimizer = build_optimizer({name: p for name, p in model.named_parameters() if p.requires_grad}, config)
         meter.take_steps(lambda: take_step(model, examples, optimizer, config.lr, config)["loss"], options.steps)
     alone = {} if options.products is None else {"products": product_seconds(model, tokens, options.products)}

@@ -80,7 +80,9 @@ class Linear4bit(QuantizedModule):
         given = x.dtype
         x = x if self.compute_dtype is None else x.to(self.compute_dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        is_differentiated = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+        # torch.compile (2.13) fails on the function, whose weight is no argument; the operation has the same gradients.
+        if is_differentiated and not torch.compiler.is_compiling():
             y: Tensor = _FrozenLinear.apply(x, bias, self)
         else:
             y = frozen_linear(self, x, bias)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +19,7 @@ from ..errors import ShapeError
 from ..layers import Again, RMSNorm, TakesRows, apply_rope, linear_together, rope_frequencies, rope_tables, swiglu
 from .attention import Layout
 from .cache import KVCache
+from .compiled import compiled
 from .config import DecoderConfig
 from .recompute import recomputed
 
@@ -45,14 +47,17 @@ class Attention(nn.Module):
         cache: KVCache | None = None,
         again: Again | None = None,
     ) -> Tensor:
-        projected = linear_together(x, self.q_proj, self.k_proj, self.v_proj, again=again)
-        q, k, v = (y.view(len(x), -1, self.head_dim) for y in projected)  # (tokens, heads, head_dim); kv_heads
-        if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, k, *rope)
-        mixed = layout.attend(q, k, v, self.index, cache)
+        mixed = layout.attend(*self.project(x, rope, again), self.index, cache)
         result: Tensor = self.o_proj(mixed)
         return result
+
+    def project(self, x: Tensor, rope: tuple[Tensor, Tensor], again: Again | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries (tokens, heads, head_dim), keys and values (tokens, kv_heads, head_dim), rotated."""
+        projected = linear_together(x, self.q_proj, self.k_proj, self.v_proj, again=again)
+        q, k, v = (y.view(len(x), -1, self.head_dim) for y in projected)
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        return *apply_rope(q, k, *rope), v
 
 
 class MLP(nn.Module):
@@ -80,6 +85,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.checkpointing: Literal["none", "mlp", "layer"] = "none"
+        self.is_compiled = False
 
     def forward(self, x: Tensor, layout: Layout, rope: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
         if self.checkpointing == "layer":
@@ -87,9 +93,25 @@ class DecoderLayer(nn.Module):
         return self._all(x, layout, rope, cache)
 
     def _all(self, x: Tensor, layout: Layout, rope: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
+        if self.is_compiled:
+            # Attention is left out: its blocks and groups follow the lengths, so that each would be compiled anew.
+            q, k, v = compiled(DecoderLayer._before_attention)(self, x, rope)
+            mixed = layout.attend(q, k, v, self.self_attn.index, cache)
+            if self.checkpointing == "mlp":
+                x = x + self.self_attn.o_proj(mixed)
+                return recomputed(partial(compiled(DecoderLayer._feed_forward), self), self.mlp, x)
+            result: Tensor = compiled(DecoderLayer._after_attention)(self, x, mixed)
+            return result
         # The norms keep their x, from which the layers after them compute theirs again.
         x = x + self.self_attn(self.input_layernorm(x), layout, rope, cache, again=(self.input_layernorm, (x,)))
         return recomputed(self._feed_forward, self.mlp, x) if self.checkpointing == "mlp" else self._feed_forward(x)
+
+    def _before_attention(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        norm = self.input_layernorm
+        return self.self_attn.project(norm(x), rope, again=(norm, (x,)))
+
+    def _after_attention(self, x: Tensor, mixed: Tensor) -> Tensor:
+        return self._feed_forward(x + self.self_attn.o_proj(mixed))
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         norm = self.post_attention_layernorm

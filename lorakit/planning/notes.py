@@ -25,4 +25,6 @@ def notes(lora: LoraConfig, train: TrainConfig, shape: ModelShape) -> tuple[str,
         found.append(f"'{start}' holds sums over all layers, {format_size(FP32 * sums)}, before the first step")
     if train.offload_activations:
         found.append("what offload_activations holds in host memory; a layer's at a time are counted on the GPU")
+    if train.compile:
+        found.append("what torch.compile takes for itself, some hundred MiB, and what it keeps otherwise than stated")
     return tuple(found)

@@ -33,6 +33,7 @@ from ..models.loss import summed_loss
 from ..models.tokenizer import Tokenizer
 from .activations import saving_activations
 from .checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
+from .compiling import compiled_layers
 from .config import TrainConfig
 from .lora_fa import frozen_a
 from .optimizers import build_optimizer, set_learning_rate, states_to_host, step_from_host
@@ -136,6 +137,7 @@ def _train(
     with (
         _mode(model, training=True),
         saving_activations(model, config.checkpointing, config.offload_activations),
+        compiled_layers(model, config.compile),
         RunLog(log_path, steps, result.history, config.progress) as log,
         contextlib.ExitStack() as looking_on,
     ):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lorakit import LoraConfig, add_adapter, disable_adapters, load_adapter, remove_adapter, save_adapter, set_adapter
 from lorakit.adapters import adapter_parameters, lora_layers
 from lorakit.errors import AdapterError, CheckpointError, ConfigError
+from lorakit.layers import Linear4bit
 from lorakit.models.loss import summed_loss
 
 IDS = torch.tensor([[1, 2, 3, 4, 1], [7, 8, 9, 2, 2]])
@@ -195,6 +196,28 @@ class TestRefusals:
         set_adapter(model, ["a", "b"])
         with pytest.raises(AdapterError, match="one of them can be active"):
             model(IDS)
+
+    def test_a_weight_in_4_bits_cannot_be_trained(self) -> None:
+        model = small_decoder()
+        mlp = model.get_submodule("model.layers.1.mlp")
+        mlp.down_proj = Linear4bit.from_linear(mlp.down_proj)
+        for name, path in (("mlp", "model.layers.1.mlp"), ("down_proj", "model.layers.1.mlp.down_proj")):
+            with pytest.raises(AdapterError, match=f"^{path} of modules_to_save is in 4 bits"):
+                add_adapter(model, config(modules_to_save=[name]))
+
+    @pytest.mark.parametrize("is_quantized", [False, True])
+    def test_biases_in_fp32_of_a_model_in_bf16(self, is_quantized: bool) -> None:
+        model = small_decoder(architectures=["Qwen2ForCausalLM"]).bfloat16()
+        if is_quantized:
+            attention = model.get_submodule("model.layers.0.self_attn")
+            attention.k_proj = Linear4bit.from_linear(attention.k_proj)
+        before = model(IDS)
+        add_adapter(model, config(bias="all", init_lora_weights=True))
+        assert torch.equal(model(IDS), before)
+        model(IDS).float().sum().backward()
+        for layer in range(2):
+            bias = model.get_parameter(f"model.layers.{layer}.self_attn.k_proj.copies.default.bias")
+            assert bias.dtype == torch.float32 and bias.grad is not None and bias.grad.dtype == torch.float32
 
     def test_a_module_that_another_adapter_holds_otherwise(self) -> None:
         model = small_decoder()
