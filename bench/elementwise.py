@@ -29,6 +29,7 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
         dy, gate, up = torch.randn(3, tokens, size).to(dtype)
         yield "swiglu", f"{tokens} x {size}", (gate, up)
         yield "swiglu_backward", f"{tokens} x {size}", (dy, gate, up)
+        yield "drop", f"{tokens} x {size}", (gate, torch.tensor(0), 0.05)
     for tokens in (1024, 1):
         q, k = (torch.randn(tokens, heads, 64).to(dtype) for heads in (9, 3))
         yield "rope", f"{tokens} x (9 + 3) x 64", (q, k, *torch.randn(2, tokens, 64).to(dtype))

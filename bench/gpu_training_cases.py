@@ -1,4 +1,4 @@
-"""What `bench.gpu` measures of a step's other operations: RMSNorm, RoPE, SwiGLU, the loss, AdamW with 8-bit moments.
+"""What `bench.gpu` measures of a step's other operations: from RMSNorm and dropout to AdamW with 8-bit moments.
 
 Their rivals are PyTorch's own operations, eager, with autograd's backward passes; for the optimizer PyTorch's fused one
 with fp32 moments and the peers' with 8-bit ones. PyTorch has no rotary embedding: there it is the usual formula.
@@ -15,7 +15,7 @@ import lorakit_kernels as kernels
 import torch
 from lorakit_kernels import reference_training as reference
 from torch import Tensor
-from torch.nn.functional import cross_entropy, rms_norm, silu
+from torch.nn.functional import cross_entropy, dropout, rms_norm, silu
 
 from lorakit.layers import rope_frequencies, rope_tables
 from lorakit.training.optimizers import AdamW8bit
@@ -30,6 +30,7 @@ def cases(setting: Setting) -> Iterator[Case]:
     yield from _rms_norm(setting)
     yield from _rope(setting)
     yield from _swiglu(setting)
+    yield _drop(setting)
     yield _cross_entropy(setting)
     yield _adamw(setting)
 
@@ -90,6 +91,16 @@ def _swiglu(setting: Setting) -> Iterator[Case]:
     backward = partial(_backward, lambda gate, up: silu(gate) * up, [gate, up], dy)
     ours = partial(kernels.swiglu_backward, dy, gate, up)
     yield _case("swiglu_backward", size, check_backward, ours, backward, 5 * moved)
+
+
+def _drop(setting: Setting) -> Case:
+    x, seed = setting.random(setting.rows, setting.hidden), torch.tensor(5)
+
+    def check() -> float:
+        return differing(kernels.drop(x, seed, 0.05), reference.drop(x, seed, 0.05))
+
+    rivals = {"lorakit": lambda: partial(kernels.drop, x, seed, 0.05), "PyTorch": lambda: partial(dropout, x, 0.05)}
+    return Case("drop", f"{setting.rows} x {setting.hidden}", check, True, rivals, 2 * x.nbytes)
 
 
 def _cross_entropy(setting: Setting) -> Case:

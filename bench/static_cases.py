@@ -35,6 +35,7 @@ MOVED_IN_TRAINING: dict[str, Callable[[Mapping[str, int]], dict[str, float]]] = 
     "rms_norm": lambda sizes: {"x": 1, "y": 1, "dy": 1, "dx": 1, "rstd": 1 / sizes["COLUMNS"]},
     "rope": lambda sizes: _rope_moves(sizes),
     "swiglu": lambda sizes: dict.fromkeys(("gate", "up", "y", "dy", "dgate", "dup"), 1),
+    "dropout": lambda sizes: {"x": 1, "y": 1},
     "cross_entropy": lambda sizes: {"logits": 3 if sizes["WITH_GRADIENT"] else 1},  # read twice, and written
     "adamw": lambda sizes: {
         "parameter": 2, "gradient": 1, "first": 2, "second": 2,
@@ -138,6 +139,7 @@ def _training() -> Iterator[Case]:
             elements = math.prod(size for key, size in sizes.items() if key != "WITH_GRADIENT")
             if name == "rope":
                 elements = _heads(sizes) * 2 * sizes["HALF"]
+            elements *= 4 if name == "dropout" else 1  # of a counter
             moves = _bytes(source, moved(sizes))
             yield Case(label, source, elements, moves, options, in_loops=name == "cross_entropy")
 

@@ -15,7 +15,7 @@ Peak memory is the process's peak resident size less that of a bare Python inter
 for who trains cannot do without them. "imports" and "loaded" say how much was resident after them and before the first
 step.
 
-Run as: python -m bench.train_step [--model llama-1b] [--rounds 2] [--steps 3] [--check] [--json FILE]
+Run as: python -m bench.train_step [--model llama-1b] [--rounds 2] [--steps 3] [--dropout 0.05] [--check] [--json FILE]
 """
 
 from __future__ import annotations
@@ -79,9 +79,10 @@ class Case:
         return [side for side in (self.ours, self.ours_lean, *self.peers, self.peer_lean) if side is not None]
 
 
-def cases(folder: str, size: Size, steps: int) -> list[Case]:
+def cases(folder: str, size: Size, steps: int, dropout: float) -> list[Case]:
     """Return the kinds of training that are measured on a model."""
     common = ("--model", folder, "--batch", str(size.batch), "--length", str(size.length), "--steps", str(steps))
+    common = (*common, "--dropout", str(dropout))
     found = []
     for name, quant_type in (("QLoRA", "nf4"), ("LoRA bf16", "none")):
         given = (*common, "--quant-type", quant_type)
@@ -172,9 +173,10 @@ def main() -> None:
     parser.add_argument("--model", choices=SIZES, default="smollm2-135m-instruct")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each process")
+    parser.add_argument("--dropout", type=float, default=0.0, help="lora_dropout of the adapters")
     options = parser.parse_args()
     size, interpreter = SIZES[options.model], interpreter_mb()
-    found = cases(str(model_folder(options.model)), size, options.steps)
+    found = cases(str(model_folder(options.model)), size, options.steps, options.dropout)
     seen = measure(found, options.rounds)
     check_losses(found, seen)
     columns = ["side", "runs", "s a step", "tokens/s", "peak GiB", "imports GiB", "loaded GiB", "first loss"]

@@ -1,4 +1,4 @@
-"""What each trick of lorakit's training step is worth: the step without it, next to the step with all, and compiled.
+"""What each trick of lorakit's training step is worth: the step without it beside the step with all, and two options.
 
     QLoRA of SmolLM2-135M, rank 16 on all linear layers, 2 x 512 tokens, all trained
 
@@ -6,8 +6,9 @@ Each is a process of its own, in turn; seconds are medians over all counted step
 that of a bare interpreter. Conversations with one system prompt have another trick, shared beginnings, which tokens
 drawn at random do not show.
 
-"compiled" is the step with all, with `TrainConfig(compile=True)`: an option, not one of the tricks. It compiles in the
-first step, which is listed apart; each process begins without code that another one compiled.
+Two more are options, not tricks: the step with all, with dropout on the adapters' inputs, and with
+`TrainConfig(compile=True)`, which compiles in the first step. That is listed apart; each process begins without code
+that another one compiled.
 
 Run as: python -m bench.tricks [--rounds 3] [--steps 4] [--only TEXT] [--json FILE]
 """
@@ -26,6 +27,7 @@ def sides(folder: str, steps: int) -> dict[str, Side]:
     found = {"all": Side("with all", "bench.sides.lorakit_step", common)}
     for trick in WITHOUT:
         found[trick] = Side(f"without {trick}", "bench.sides.lorakit_step", (*common, "--without", trick))
+    found["dropout"] = Side("with all, dropout 0.05", "bench.sides.lorakit_step", (*common, "--dropout", "0.05"))
     found["compiled"] = Side("with all, compiled", "bench.sides.lorakit_step", (*common, "--set", "compile=true"))
     return found
 

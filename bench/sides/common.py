@@ -28,6 +28,7 @@ def step_arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--quant-type", choices=("nf4", "none"), default="nf4", help="of the frozen weights")
     parser.add_argument("--batch", type=int, default=2, help="sequences")
     parser.add_argument("--length", type=int, default=512, help="tokens of each, all but the first of them trained")
+    parser.add_argument("--dropout", type=float, default=0.0, help="lora_dropout of the adapter")
     parser.add_argument("--steps", type=int, default=3, help="steps to time, after a first one that is not counted")
     return parser
 

@@ -1,7 +1,7 @@
 """lorakit's training step: load a checkpoint, attach an adapter to all linear layers, take steps as the trainer does.
 
 Run as: python -m bench.sides.lorakit_step --model FOLDER [--quant-type none] [--batch 2] [--length 512]
-                                           [--dora] [--set KEY=VALUE] [--products 1]
+                                           [--dora] [--dropout 0.05] [--set KEY=VALUE] [--products 1]
 It prints one line of JSON; bench.train_step and its relatives run it and the peers' scripts in turn.
 """
 
@@ -35,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         WITHOUT[options.without]()
     meter = Meter()
     model = load_model(options.model, None if options.quant_type == "none" else options.quant_type)
-    add_adapter(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", use_dora=options.dora))
+    adapter = {"target_modules": "all-linear", "lora_dropout": options.dropout, "use_dora": options.dora}
+    add_adapter(model, LoraConfig(r=RANK, lora_alpha=ALPHA, **adapter))
     settings = dict(setting.split("=", 1) for setting in options.set)
     tokens = options.batch * options.length
     given = {"lr": LEARNING_RATE, "max_grad_norm": GRAD_NORM, "batch_size": options.batch}

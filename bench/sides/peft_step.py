@@ -41,10 +41,10 @@ def load(
     )
 
 
-def add_adapter(model: PreTrainedModel, dtype: torch.dtype, use_dora: bool = False) -> nn.Module:
+def add_adapter(model: PreTrainedModel, dtype: torch.dtype, use_dora: bool = False, dropout: float = 0.0) -> nn.Module:
     """Attach LoRA matrices in a dtype to all linear layers but the head."""
     common = {"r": RANK, "lora_alpha": ALPHA, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    config = LoraConfig(use_dora=use_dora, **common)
+    config = LoraConfig(use_dora=use_dora, lora_dropout=dropout, **common)
     model = get_peft_model(model, config, autocast_adapter_dtype=dtype == torch.float32)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     if not options.full:
-        model = add_adapter(model, getattr(torch, options.adapter_dtype), options.dora)
+        model = add_adapter(model, getattr(torch, options.adapter_dtype), options.dora, options.dropout)
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)

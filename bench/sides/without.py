@@ -42,7 +42,7 @@ def _layers_one_by_one() -> None:
 
 
 def _pytorch_between_the_products() -> None:
-    for name in ("rms_norm", "rms_norm_backward", "rope", "swiglu", "swiglu_backward", "cross_entropy"):
+    for name in ("rms_norm", "rms_norm_backward", "rope", "swiglu", "swiglu_backward", "drop", "cross_entropy"):
         _replace(cpu, name, None)
 
 

@@ -23,6 +23,7 @@ from .dispatch import (
 from .training_ops import (
     adamw_8bit,
     cross_entropy,
+    drop,
     rms_norm,
     rms_norm_backward,
     rope,
@@ -38,6 +39,7 @@ __all__ = [
     "dequantize_4bit",
     "dequantize_4bit_out",
     "dequantize_8bit",
+    "drop",
     "gradients",
     "linear_4bit",
     "linear_4bit_dx",

@@ -5,9 +5,10 @@
     rms_norm          y = w·x̂, x̂ = x·rstd       g = w·dy,  dx = rstd·(g − x̂·mean(g·x̂)),  dw = Σ dy·x̂
     rope              a rotation                the rotation by the opposite angle
     swiglu            y = silu(g)·u, σ = σ(g)   du = dy·g·σ,  dg = dy·u·σ·(1 + g·(1 − σ))
+    drop              y = m(seed)∘x             dx = m(seed)∘dy
 
-What is saved are the inputs as they came, and rstd. Operations without an entry here (the codec, the loss with its
-gradient, the optimizer) are not differentiated.
+What is saved are the inputs as they came, and rstd; of `drop` the seed. Operations without an entry here (the codec,
+the loss with its gradient, the optimizer) are not differentiated.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.library import register_autograd
 
 from .dispatch import linear_4bit, linear_4bit_dx, operations
-from .training_ops import rms_norm_backward, rope, swiglu_backward
+from .training_ops import drop, rms_norm_backward, rope, swiglu_backward
 
 
 def _register(name: str, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
@@ -113,6 +114,16 @@ def _swiglu_backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
     return swiglu_backward(dy, *ctx.saved_tensors)
 
 
+def _save_seed(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
+    _, seed, ctx.p = inputs
+    ctx.save_for_backward(seed)
+
+
+def _drop_backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+    return drop(dy, ctx.saved_tensors[0], ctx.p), None, None
+
+
 _register("rms_norm", _norm_backward, _save_norm)
 _register("rope", _rope_backward, _save_rope)
 _register("swiglu", _swiglu_backward, _save_swiglu)
+_register("drop", _drop_backward, _save_seed)

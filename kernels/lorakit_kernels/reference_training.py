@@ -1,8 +1,9 @@
 """The definition, in plain PyTorch, of the operations of a training step that no 4-bit weight takes part in.
 
-RMSNorm, rotary embedding, SwiGLU, the loss of a chunk of logits, and AdamW with its moments in 8 bits: what
+RMSNorm, rotary embedding, SwiGLU, dropout, the loss of a chunk of logits, and AdamW with its moments in 8 bits: what
 `reference` is for the codec, this file is for them. Results of other backends agree to the rounding of a sum or of an
-exponential; those of AdamW on fp32 parameters agree bit for bit, since nothing there depends on an order.
+exponential; those of dropout, and of AdamW on fp32 parameters, agree bit for bit, since nothing there depends on an
+order.
 """
 
 from __future__ import annotations
@@ -83,6 +84,50 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Return dgate = dy·up·σ·(1 + gate·(1 − σ)) and dup = dy·gate·σ, with σ = sigmoid(gate) computed anew."""
     return torch.ops.aten.silu_backward(dy * up, gate), silu(gate).mul_(dy)
+
+
+# ---- dropout -------------------------------------------------------------------------------------------------------
+
+GROUP = 64  # elements that take the four words of 16 counters
+
+
+def drop(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    """Return x with each element zero with probability p, to 2^-32.
+
+    That is dropout (Srivastava et al. 2014) without its factor 1 / (1 − p). What is dropped follows from the seed and
+    the place alone, on every device: none of it need be kept for the backward pass. Element i is dropped where its word
+    of Philox4x32-10 (Salmon et al. 2011, doi:10.1145/2063384.2063405) with the key `seed` is below p·2^32: word
+    (i / 16) mod 4 of counter 16·(i / 64) + i mod 16.
+
+    Args:
+        x: any shape, elements counted row-major.
+        seed: () int64, on the CPU.
+        p: from 0 to below 1.
+    """
+    groups = -(-x.numel() // GROUP)
+    counters = torch.arange(GROUP // 4 * groups, device=x.device)
+    zero = torch.zeros_like(counters)
+    words = philox(torch.stack([counters & 2**32 - 1, counters >> 32, zero, zero]), int(seed))
+    place = words.view(4, groups, GROUP // 4).transpose(0, 1).reshape(-1)[: x.numel()].view(x.shape)
+    return x.masked_fill(place < round(p * 2**32), 0)
+
+
+def philox(counters: Tensor, key: int) -> Tensor:
+    """Return the four words of Philox4x32-10 of each counter, like these (4, ...) int64 in 0 .. 2^32 − 1.
+
+    Args:
+        counters: words of 32 bits, the lowest first.
+        key: of 64 bits.
+    """
+    low = 2**32 - 1
+    a, b, c, d = counters
+    first, second = key & low, key >> 32 & low
+    for _ in range(10):
+        left, right = a * 0xD2511F53, c * 0xCD9E8D57  # the bits of unsigned 64-bit products; int64 wraps around
+        a, b = (right >> 32 & low) ^ b ^ first, right & low
+        c, d = (left >> 32 & low) ^ d ^ second, left & low
+        first, second = first + 0x9E3779B9 & low, second + 0xBB67AE85 & low
+    return torch.stack([a, b, c, d])
 
 
 # ---- cross-entropy of a chunk of logits ----------------------------------------------------------------------------

@@ -80,6 +80,17 @@ def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tenso
     return dgate, dup
 
 
+def _empty_dropped(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@_operation(fake=_empty_dropped)
+def drop(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    """See `reference_training.drop`."""
+    y: Tensor = _computed_by(x, "drop")(x, seed, p)
+    return y
+
+
 def _empty_losses(logits: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:
     return logits.new_empty(len(logits), dtype=torch.float32)
 

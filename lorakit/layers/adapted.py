@@ -7,8 +7,8 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout
 
+from .dropout import dropout
 from .rows import TakesRows
 from .variants import VARIANTS, KeptGain, Variant
 
@@ -234,17 +234,22 @@ class AdaptedLayer(AdapterPart):
     def supports_rows(self, name: str) -> bool:
         return True
 
+    def drop_rate(self, name: str) -> float:
+        """Return the probability with which numbers of an adapter's input are dropped now: 0 but in training."""
+        return self.dropout_p[name] if self.training else 0.0
+
     # ---- forward, written out: what a fused function of a layer has to equal -----------------------------------------
 
     def with_updates(self, y: Tensor, x: Tensor) -> Tensor:
         """Return y = base_layer(x) with the updates of the active adapters added."""
         result = y
         for name in self.active:
-            dropped = x if not self.dropout_p[name] else dropout(x, self.dropout_p[name], self.training)
+            rate = self.drop_rate(name)
+            dropped = dropout(x, rate) if rate else x
             update = self.variants[name].update(self, name, dropped).to(y.dtype)
             gain = self.variants[name].gain(self, name, x.dtype)
             if gain is not None:  # and here dropout is on the whole product, not on the update alone
-                product = y if dropped is x or not self.training else self.base_layer(dropped)
+                product = self.base_layer(dropped) if rate else y
                 if self.base_bias is not None:
                     product = product - self.along_output(self.base_bias).to(y.dtype)
                 update = (

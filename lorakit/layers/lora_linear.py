@@ -6,16 +6,19 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
+from lorakit_kernels import drop
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..errors import ShapeError
 from .adapted import AdaptedLayer
+from .dropout import draw_seed
 from .linear4bit import Linear4bit, add_frozen_linear_dx, frozen_linear, frozen_linear_dx, is_conv1d
 from .rows import forward_by_rows, linear_with_rows
 
 _ROWS = 64  # of (rows, columns) that are cast up at a time, so that they stay in the cache
+_OTHERS = 5  # arguments of the function before the matrices
 
 
 class LoRALinear(AdaptedLayer):
@@ -96,8 +99,10 @@ class LoRALinear(AdaptedLayer):
         if getattr(self.base_layer, "compute_dtype", None) not in (None, x.dtype):
             return False
         own = self.base_layer._parameters.values()  # .parameters() would take 20 µs, a fifth of a small layer's time
-        is_frozen = not any(parameter is not None and parameter.requires_grad for parameter in own)
-        return is_frozen and not (self.training and self.dropout_p[self.active[0]])
+        if any(parameter is not None and parameter.requires_grad for parameter in own):
+            return False
+        # A gain is on the product of what is dropped out, too: another product of the whole weight.
+        return not self.drop_rate(self.active[0]) or not self.variants[self.active[0]].has_gain
 
 
 # How to compute x again, in the backward pass, from tensors that something else keeps anyway: function(*tensors).
@@ -109,13 +114,18 @@ def linear_together(x: Tensor, *layers: nn.Module, again: Again | None = None) -
 
     Where all are LoRA layers, their adapters' products with x, and with its gradient, are one product each. With
     `again` they do not keep x for the backward pass but compute it anew: cheap for what a norm or an activation gave.
+    Dropout drops the same numbers of x for all of them.
     """
     adapted = [layer for layer in layers if isinstance(layer, LoRALinear) and not _has_hooks(layer)]
-    if len(adapted) == len(layers) and all(layer.can_fuse(x) for layer in adapted):
+    if len(adapted) == len(layers) and all(layer.can_fuse(x) for layer in adapted) and _drop_alike(adapted):
         return _fused(x, *adapted, again=again)
     if len(adapted) == len(layers) and all(layer.can_batch_rows() for layer in adapted):
         return linear_with_rows(x, *adapted)
     return tuple(layer(x) for layer in layers)
+
+
+def _drop_alike(layers: Sequence[LoRALinear]) -> bool:
+    return len({layer.drop_rate(layer.active[0]) for layer in layers}) == 1
 
 
 def _has_hooks(layer: nn.Module) -> bool:
@@ -125,17 +135,20 @@ def _has_hooks(layer: nn.Module) -> bool:
 
 def _fused(x: Tensor, *layers: LoRALinear, again: Again | None = None) -> tuple[Tensor, ...]:
     names = [layer.active[0] for layer in layers]
+    rate = layers[0].drop_rate(names[0])
     pairs = list(zip(layers, names, strict=True))
     gains = [layer.variants[name].gain(layer, name, x.dtype) for layer, name in pairs]
     frozen = tuple(
-        _Frozen(layer.base_layer, layer.scaling[name], gain is not None)
+        _Frozen(layer.base_layer, layer.scaling[name] / (1 - rate), gain is not None)
         for (layer, name), gain in zip(pairs, gains, strict=True)
     )
     lora_a = (layer.lora_A[name] for layer, name in pairs)
     lora_b = (layer.lora_B[name] for layer, name in pairs)
     function, sources = again or (None, ())
     present = (gain for gain in gains if gain is not None)
-    result: tuple[Tensor, ...] = _LoRALinearFunction.apply(x, frozen, function, *lora_a, *lora_b, *present, *sources)
+    result: tuple[Tensor, ...] = _LoRALinearFunction.apply(
+        x, frozen, function, rate, draw_seed() if rate else None, *lora_a, *lora_b, *present, *sources
+    )
     return result
 
 
@@ -150,29 +163,36 @@ class _Frozen(NamedTuple):
 class _LoRALinearFunction(torch.autograd.Function):
     """Layers that read the same x, with their gradients by hand; each W is frozen, so dW is never formed.
 
-        u = x Aᵀ                 (tokens, r), saved; the A of all layers stacked
+        u = m∘x Aᵀ               (tokens, r), saved; the A of all layers stacked
         z = x Wᵀ + s·u Bᵀ        for each layer, with its own part of u
         y = g∘z + b              g (out,) is 1, or the gain of the variant, as DoRA's
 
         dg = Σ dy∘z, dz = g∘dy   over the tokens
         t  = s·dz B              (tokens, r), for each layer, then stacked
-        dx = Σ dz W + t A
-        dA = tᵀ x
+        dx = Σ dz W + m∘(t A)
+        dA = tᵀ (m∘x)
         dB = s·dzᵀ u             for each layer
 
     That is 4·tokens·r·(in + out) FLOPs for an adapter's backward. x is saved once, as it came, or not at all: where A
-    is frozen (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303), it is not needed. z is
-    y / g where there is no bias: y costs nothing to save where the next operation saves it too, as SwiGLU does.
+    is frozen (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303), it is not needed. z is y / g where there is no bias: y
+    costs nothing to save where the next operation saves it too, as SwiGLU does. m is 1, or with dropout 0 for what is
+    dropped, drawn from a seed whenever it is needed; s then has the factor 1 / (1 − p), which so rounds no x.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, frozen: tuple[_Frozen, ...], again: Callable[..., Tensor] | None, *tensors: Tensor
+        ctx: Any,
+        x: Tensor,
+        frozen: tuple[_Frozen, ...],
+        again: Callable[..., Tensor] | None,
+        rate: float,
+        seed: Tensor | None,
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         lora_a, lora_b, gains, sources = _parted(frozen, tensors)
-        of_a, _, of_gain, _ = _parted(frozen, ctx.needs_input_grad[3:])
+        of_a, _, of_gain, _ = _parted(frozen, ctx.needs_input_grad[_OTHERS:])
         flat = x.reshape(-1, x.shape[-1])
-        u = flat @ _stacked(lora_a, x.dtype).T
+        u = (flat if seed is None else drop(flat, seed, rate)) @ _stacked(lora_a, x.dtype).T
         parts = u.split([len(a) for a in lora_a], dim=1)
         results, products = [], []
         for (base, scaling, _), b, part, gain, is_trained in zip(frozen, lora_b, parts, gains, of_gain, strict=True):
@@ -186,19 +206,19 @@ class _LoRALinearFunction(torch.autograd.Function):
             results.append(y.view(*x.shape[:-1], y.shape[-1]))
         own = tensors[: len(tensors) - len(sources)]
         kept = () if not any(of_a) else sources if again else (x,)  # of which dA is made, where A is trained
-        ctx.save_for_backward(u, *own, *products, *kept)
-        ctx.frozen, ctx.again, ctx.shape, ctx.sources = frozen, again, x.shape, len(sources)
+        ctx.save_for_backward(seed, u, *own, *products, *kept)
+        ctx.frozen, ctx.again, ctx.rate, ctx.shape, ctx.sources = frozen, again, rate, x.shape, len(sources)
         return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        u, *tensors = ctx.saved_tensors
+        seed, u, *tensors = ctx.saved_tensors
         frozen: tuple[_Frozen, ...] = ctx.frozen
         lora_a, lora_b, gains, rest = _parted(frozen, tensors)
         count, dtype = len(grads), u.dtype
         gained = sum(layer.has_gain for layer in frozen)
         products, sources = iter(rest[:gained]), rest[gained:]
-        of_a, of_b, of_gain, _ = _parted(frozen, ctx.needs_input_grad[3:])
+        of_a, of_b, of_gain, _ = _parted(frozen, ctx.needs_input_grad[_OTHERS:])
         dzs, dgains = [], []
         for grad, (base, _, _), gain, is_needed in zip(grads, frozen, gains, of_gain, strict=True):
             dz = grad.reshape(-1, grad.shape[-1])
@@ -216,19 +236,23 @@ class _LoRALinearFunction(torch.autograd.Function):
         da: list[Tensor | None] = [None] * count
         db: list[Tensor | None] = [None] * count
         if ctx.needs_input_grad[0]:
-            dx = frozen_linear_dx(frozen[0].base, dzs[0], (t, _stacked(lora_a, dtype)))
+            update = t, _stacked(lora_a, dtype)
+            dx = frozen_linear_dx(frozen[0].base, dzs[0], update if seed is None else ())
+            if seed is not None:
+                dx += drop(update[0] @ update[1], seed, ctx.rate)
             for dz, layer in zip(dzs[1:], frozen[1:], strict=True):
                 add_frozen_linear_dx(dx, layer.base, dz)
             dx = dx.view(ctx.shape)
         ranks = [len(a) for a in lora_a]
         if any(of_a):
             x = ctx.again(*sources) if ctx.again else sources[0]
-            parts = (t.T @ x.reshape(-1, x.shape[-1])).split(ranks)
+            x = x.reshape(-1, x.shape[-1])
+            parts = (t.T @ (x if seed is None else drop(x, seed, ctx.rate))).split(ranks)
             da = [part.to(a.dtype) for part, a in zip(parts, lora_a, strict=True)]
         if any(of_b):
             layers = zip(frozen, dzs, u.split(ranks, dim=1), lora_b, strict=True)
             db = [(f.scaling * (dz.T @ part)).to(b.dtype) for f, dz, part, b in layers]
-        return dx, None, None, *da, *db, *dgains, *(None for _ in range(ctx.sources))
+        return dx, *(None for _ in range(_OTHERS - 1)), *da, *db, *dgains, *(None for _ in range(ctx.sources))
 
 
 def _parted(frozen: Sequence[_Frozen], values: Sequence[Any]) -> tuple[Any, Any, list[Any], Any]:

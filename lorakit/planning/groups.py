@@ -1,7 +1,7 @@
 """What linear layers that read the same x keep for the backward pass, and the products that they take.
 
 Written off `layers.lora_linear` (one function of base and adapter), `AdaptedLayer.with_updates` (the same in single
-operations, where dropout or a variant asks for it) and `layers.saved_module`.
+operations, where a variant asks for it) and `layers.saved_module`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class MicroBatch:
         sequences, length: their number and tokens.
         trained: tokens that count in the loss.
         dtype: of the products.
-        dropout: whether the adapters' inputs are dropped out, which takes a path of separate operations.
+        dropout: whether the adapters' inputs are dropped out.
         on_cpu: whether the CPU computes, whose attention differs.
     """
 
@@ -49,7 +49,7 @@ class MicroBatch:
 
 def is_fused(group: Sequence[LinearShape], batch: MicroBatch) -> bool:
     """Return whether `linear_together` makes one function of a group, which can compute its x again."""
-    return not batch.dropout and all(linear.part.is_fused for linear in group)
+    return all(linear.part.is_fused(batch.dropout) for linear in group)
 
 
 def recomputes_input(group: Sequence[LinearShape], batch: MicroBatch) -> bool:
@@ -102,7 +102,7 @@ def _unfused(linear: LinearShape, batch: MicroBatch, x_has_gradient: bool) -> li
     rank, item = linear.part.used_rank, batch.dtype.itemsize
     tensors = [batch.rows(rank)]  # u
     if batch.dropout:
-        tensors += [batch.rows(linear.in_features)] * (linear.trains_a + x_has_gradient)  # x · noise, and noise
+        tensors += [batch.rows(linear.in_features)] * linear.trains_a  # x dropped out
     if item < FP32 or linear.part.variant == "residual":  # A and B, cast, or beside those of the start
         tensors += [linear.in_features * rank * item] * x_has_gradient  # A to find the gradient of x
         tensors += [linear.out_features * rank * item] * (x_has_gradient or linear.trains_a)  # B that of u

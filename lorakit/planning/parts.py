@@ -53,10 +53,15 @@ class Part:
         """Rank of the products: twice the rank where the update that an adapter started as is taken off again."""
         return 2 * self.rank if self.variant == "residual" else self.rank
 
-    @property
-    def is_fused(self) -> bool:
-        """Whether a linear layer and this adapter are one function, unless there is dropout."""
-        return self.rank > 0 and VARIANTS[self.variant].is_fused and not self.trains("trained_bias")
+    def is_fused(self, dropout: bool) -> bool:
+        """Return whether a linear layer and this adapter are one function."""
+        variant = VARIANTS[self.variant]
+        return (
+            self.rank > 0
+            and variant.is_fused
+            and not (dropout and variant.has_gain)
+            and not self.trains("trained_bias")
+        )
 
     def trains(self, name: str) -> bool:
         """Return whether a table or parameter of this name is trained."""

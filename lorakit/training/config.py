@@ -54,7 +54,8 @@ class TrainConfig(Settings):
     compile: bool = Field(
         False,
         description="pass the decoder's layers, but for attention, through torch.compile, for GPUs: the first step "
-        "takes half a minute longer, later ones on the CPU no less time; results stay the same but for rounding",
+        "takes half a minute longer, later ones on the CPU no less time; results stay the same but for rounding and "
+        "what dropout draws",
     )
     max_length: int = Field(1024, ge=2, description="longest conversation in tokens; a longer one is an error")
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps over which lr rises from 0")

@@ -43,7 +43,7 @@ def test_every_case_is_right_and_every_rival_runs() -> None:
         operations.add(case.operation.partition(",")[0])
     assert operations == {
         "quantize", "dequantize", "linear_4bit", "linear_4bit_dx", "Linear4bit", "rms_norm", "rms_norm_backward",
-        "rope", "rope_backward", "swiglu", "swiglu_backward", "cross_entropy with gradient", "adamw_8bit",
+        "rope", "rope_backward", "swiglu", "swiglu_backward", "drop", "cross_entropy with gradient", "adamw_8bit",
     }  # fmt: skip
 
 
@@ -66,6 +66,7 @@ def test_the_triton_kernels_go_through_the_command(tmp_path: Path) -> None:
     assert [name for name, verdict in checked.items() if verdict == "bit-equal"] == [
         "quantize",
         "dequantize",
+        "drop",
         "adamw_8bit",
     ]
     assert all(float(verdict) <= 1 for verdict in checked.values() if verdict != "bit-equal")

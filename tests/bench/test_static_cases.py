@@ -40,6 +40,8 @@ def test_every_kernel_has_a_case() -> None:
         ("rope", 2 + 2 + 2 * 64 * 2 / (40 * 128)),
         ("swiglu", 3 * 2),
         ("swiglu_backward", 5 * 2),
+        ("drop bf16", 2 * 2),
+        ("drop fp32", 2 * 4),
         ("cross_entropy", 2),
         ("cross_entropy with gradient", 3 * 2),
         ("adamw_8bit fp32", 3 * 4 + 4 * 1 + 4 * 4 / 256),

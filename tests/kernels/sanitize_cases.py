@@ -32,7 +32,7 @@ NF4, TABLE, UNSIGNED = codebook("nf4"), dynamic_map(), dynamic_map(signed=False)
 COUNT_AT = {
     "quantize_4bit": 2, "quantize_8bit": 2, "dequantize_8bit": 3, "dequantize_4bit": 8, "dequantize_part": 10,
     "linear_4bit": 11, "adamw_8bit": 3, "rms_norm": 4, "rms_norm_backward": 6, "rope": 2, "swiglu": 3,
-    "swiglu_backward": 4, "cross_entropy": 2,
+    "swiglu_backward": 4, "cross_entropy": 2, "drop": 2,
 }  # fmt: skip
 
 Call = tuple[Callable[..., object], tuple[Any, ...]]
@@ -104,6 +104,7 @@ def around_products(rows: int, size: int, dtype: torch.dtype, weight_dtype: torc
     yield cpu.rms_norm, (x, weight, 1e-5)
     yield cpu.rms_norm_backward, (dy, x, weight, torch.rand(rows, 1))
     yield cpu.cross_entropy, (x.clone(), torch.arange(len(x)) % x.shape[1], True)
+    yield cpu.drop, (x, torch.tensor(rows), 0.4)
     yield cpu.swiglu, (x, x.clone())
     yield cpu.swiglu_backward, (x.clone(), x, x.clone())
     q, k = (torch.randn(rows, heads, 2 * size).to(dtype) for heads in (3, 1))

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ com
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HALF_UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # of the value
-OPERATIONS = ("rms_norm", "rms_norm_backward", "rope", "swiglu", "swiglu_backward", "cross_entropy")
+OPERATIONS = ("rms_norm", "rms_norm_backward", "rope", "swiglu", "swiglu_backward", "drop", "cross_entropy")
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 SIZES = (1, 2, 3, 15, 16, 17, 64, 100, 577, 2049)
 
@@ -209,6 +209,52 @@ def test_swiglu_in_fp32_of_what_is_not_finite_or_overflows() -> None:
         torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 
+# ---- dropout -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((2**32 - 1,) * 4, 2**64 - 1, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), 0x299F31D0_A4093822,
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)  # fmt: skip
+def test_philox_gives_the_known_answers_of_its_authors_library(
+    counter: tuple[int, ...], key: int, expected: tuple[int, ...]
+) -> None:
+    assert definition.philox(torch.tensor(counter), key).tolist() == list(expected)
+
+
+@every_dtype
+@given(
+    count=st.integers(0, 700),
+    seed=st.integers(-(2**63), 2**63 - 1),
+    p=st.floats(0, 0.999),
+    bits=st.booleans(),
+)
+@settings(deadline=None, max_examples=60)
+def test_drop_is_the_definition(dtype: torch.dtype, count: int, seed: int, p: float, bits: bool) -> None:
+    drawn = torch.tensor(seed)
+    x = any_bits(count, dtype=dtype) if bits else torch.randn(count).to(dtype)
+    assert_same(cpu.drop(x, drawn, p), definition.drop(x, drawn, p))
+    tail = count // 3  # what is dropped depends on the place alone
+    assert_same(cpu.drop(x[:tail], drawn, p), definition.drop(x, drawn, p)[:tail])
+
+
+@pytest.mark.parametrize("p", [0.0, 0.05, 0.5, 0.97])
+def test_drop_drops_that_share_of_independent_elements(p: float) -> None:
+    count = 1 << 20
+    one, other = (cpu.drop(torch.ones(count), torch.tensor(seed), p) == 0 for seed in (1, 2))
+    neighbours = one[1:] ^ one[:-1], one[16:] ^ one[:-16], one ^ other
+    for share, places in ((p, one), (p, other), *((2 * p * (1 - p), pair) for pair in neighbours)):
+        deviation = (share * (1 - share) / places.numel()) ** 0.5
+        assert abs(float(places.double().mean()) - share) <= 6 * deviation
+
+
 # ---- all of them ---------------------------------------------------------------------------------------------------
 
 
@@ -220,7 +266,7 @@ def results(tokens: int, dtype: torch.dtype, size: int = 64) -> list[Tensor]:
     heads = x.view(tokens, 3, size)
     return [
         y, rstd, cpu.rms_norm_backward(dy, x, weight, rstd), *cpu.rope(heads, heads[:, :1], cos, sin),
-        cpu.swiglu(x, z), *cpu.swiglu_backward(dy, x, z),
+        cpu.swiglu(x, z), *cpu.swiglu_backward(dy, x, z), cpu.drop(x, torch.tensor(tokens), 0.25),
     ]  # fmt: skip
 
 
@@ -288,7 +334,7 @@ def test_nothing_to_do(shape: tuple[int, ...]) -> None:
     for found, expected in zip(cpu.rms_norm(x, weight, 1e-5), definition.rms_norm(x, weight, 1e-5), strict=True):
         assert_same(found, expected)
     assert cpu.rms_norm_backward(x, x, weight, x.sum(-1, keepdim=True)).shape == shape
-    assert cpu.swiglu(x, x).shape == shape
+    assert cpu.swiglu(x, x).shape == cpu.drop(x, torch.tensor(1), 0.5).shape == shape
     assert cpu.swiglu_backward(x, x, x)[1].shape == shape
     empty = torch.empty(0, 8)
     assert cpu.rope(torch.empty(0, 2, 8), torch.empty(0, 1, 8), empty, empty)[0].shape == (0, 2, 8)
@@ -303,6 +349,7 @@ def test_views() -> None:
         cpu.rms_norm_backward(dy, x, weight, rstd),
         cpu.rms_norm_backward(dy.contiguous(), x.contiguous(), weight.contiguous(), rstd),
     )
+    assert_same(cpu.drop(x, torch.tensor(1), 0.5), cpu.drop(x.contiguous(), torch.tensor(1), 0.5))
     assert_same(cpu.swiglu(x, z[:]), cpu.swiglu(x.contiguous(), z.contiguous()))
     for found, expected in zip(
         cpu.swiglu_backward(dy, x, z), cpu.swiglu_backward(*(t.contiguous() for t in (dy, x, z))), strict=True

@@ -27,6 +27,7 @@ def arguments(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
         "rope": (x, dy[:, :2], *tables, True),
         "swiglu": (x, dy),
         "swiglu_backward": (dy, x, dy),
+        "drop": (x, torch.tensor(11), 0.3),
         "cross_entropy": (x.view(15, 8).clone(), torch.arange(15) % 8, True),
     }
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-MODULES = ("rms_norm", "rope", "swiglu", "cross_entropy", "adamw")
+MODULES = ("rms_norm", "rope", "swiglu", "dropout", "cross_entropy", "adamw")
 NVIDIA, AMD = (80, 86, 89, 90, 100), ("gfx942",)
 
 needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs triton")

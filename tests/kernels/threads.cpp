@@ -47,6 +47,7 @@ void rope(const void* x, int dtype, int64_t tokens, int64_t heads, int64_t size,
 void cross_entropy(void* logits, int dtype, int64_t rows, int64_t size, const int64_t* targets, int with_gradient,
                    float* losses, Fork, unsigned);
 void swiglu(const void* gate, const void* up, int dtype, int64_t count, void* y, Fork, unsigned);
+void drop(const void* x, int dtype, int64_t count, int64_t seed, unsigned threshold, void* y, Fork, unsigned);
 void swiglu_backward(const void* dy, const void* gate, const void* up, int dtype, int64_t count, void* dgate, void* dup,
                      Fork, unsigned);
 }
@@ -208,6 +209,12 @@ const Operation operations[] = {
      [](Fork fork, unsigned threads) {
          Numbers y(COUNT - 1);
          swiglu(numbers.data(), numbers.data() + 1, FLOAT32, COUNT - 1, y.data(), fork, threads);
+         return joined(y);
+     }},
+    {"drop",
+     [](Fork fork, unsigned threads) {
+         Numbers y(COUNT);
+         drop(numbers.data(), FLOAT32, COUNT, 7, 1u << 30, y.data(), fork, threads);
          return joined(y);
      }},
     {"swiglu_backward",

@@ -98,6 +98,16 @@ def test_swiglu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 @every_dtype
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (2, 1023), (1025,), (0, 4), (5, 64)])
+@pytest.mark.parametrize(("seed", "p"), [(0, 0.05), (2**63 - 1, 0.5), (-3, 0.9), (1, 0.0)])
+def test_drop_is_the_definition(shape: tuple[int, ...], seed: int, p: float, dtype: torch.dtype) -> None:
+    x, drawn = torch.randn(shape).to(dtype), torch.tensor(seed)
+    found, expected = triton.drop(x, drawn, p), reference.drop(x, drawn, p)
+    assert found.dtype == dtype and torch.equal(found, expected)
+    assert torch.equal(triton.drop(x.T, drawn, p), reference.drop(x.T, drawn, p))
+
+
+@every_dtype
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 @pytest.mark.parametrize(("rows", "vocabulary"), [(1, 1), (5, 3), (4, 100), (7, 130), (0, 5)])
 @pytest.mark.parametrize("tile", [64, 4096])

@@ -23,18 +23,20 @@ def linear4bit(out_features: int, in_features: int, bias: bool = True) -> Linear
     return Linear4bit(quantize(dense.weight), dense.bias.detach() if bias else None)
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("base", ["dense", "4bit"])
-def test_gradcheck_in_float64(base: str, bias: bool) -> None:
+def test_gradcheck_in_float64(base: str, bias: bool, dropout_p: float) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(6, 5, bias=bias).double() if base == "dense" else linear4bit(5, 6, bias)
-    layer = make_layer(linear, dtype=torch.float64)
+    layer = make_layer(linear, dtype=torch.float64, dropout_p=dropout_p)
     if linear.bias is not None:
         linear.bias.data = linear.bias.data.double()
     x = torch.randn(2, 4, 6, dtype=torch.float64, requires_grad=True)
     a, b = layer.lora_A["default"], layer.lora_B["default"]
 
     def forward(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(1)
         return torch.func.functional_call(layer, {"lora_A.default": a, "lora_B.default": b}, (x,))
 
     assert torch.autograd.gradcheck(forward, (x, a, b))
@@ -49,22 +51,26 @@ def test_forward_is_the_closed_form_for_any_leading_shape(shape: tuple[int, ...]
     torch.testing.assert_close(layer(x), expected)
 
 
-def test_fused_and_written_out_paths_agree() -> None:
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_fused_and_written_out_paths_agree(dropout_p: float) -> None:
     torch.manual_seed(2)
-    layer = make_layer(linear4bit(8, 6))
+    layer = make_layer(linear4bit(8, 6), dropout_p=dropout_p)
     x = torch.randn(5, 6, requires_grad=True)
     inputs = [x, layer.lora_A["default"], layer.lora_B["default"]]
+    torch.manual_seed(3)
     fused = torch.autograd.grad(layer(x).square().sum(), inputs)
     layer.add("zero", 2, 1.0)
     layer.active = ("default", "zero")  # two adapters take the written-out path; the second adds nothing
+    torch.manual_seed(3)
     written_out = torch.autograd.grad(layer(x).square().sum(), inputs)
     for ours, theirs in zip(fused, written_out, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_the_adapters_backward_takes_4_n_r_in_plus_out_flops() -> None:
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_the_adapters_backward_takes_4_n_r_in_plus_out_flops(dropout_p: float) -> None:
     tokens, r, in_features, out_features = 32, 4, 48, 80
-    layer = make_layer(nn.Linear(in_features, out_features, bias=False), r=r)
+    layer = make_layer(nn.Linear(in_features, out_features, bias=False), r=r, dropout_p=dropout_p)
     x = torch.randn(tokens, in_features, requires_grad=True)
     y = layer(x)
     in_place = {torch.ops.aten.addmm_: lambda c, a, b, **_: 2 * a[0] * a[1] * b[1]}  # torch's table has only addmm
@@ -130,13 +136,14 @@ def test_layers_with_hooks_or_without_adapter_are_called_as_they_are() -> None:
     assert torch.equal(linear_together(x, layers[2], dense)[1], dense(x))
 
 
-def test_x_is_saved_once_in_its_own_dtype() -> None:
-    layer = make_layer(nn.Linear(64, 32).bfloat16(), r=2)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_x_is_saved_once_in_its_own_dtype(dropout_p: float) -> None:
+    layer = make_layer(nn.Linear(64, 32).bfloat16(), r=2, dropout_p=dropout_p)
     x = torch.randn(16, 64, dtype=torch.bfloat16, requires_grad=True)
     saved: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         layer(x)
-    activations = {t.data_ptr(): t for t in saved if not isinstance(t, nn.Parameter)}
+    activations = {t.data_ptr(): t for t in saved if not isinstance(t, nn.Parameter) and t.numel() > 1}  # not the seed
     assert {(tuple(t.shape), t.dtype) for t in activations.values()} == {
         ((16, 64), torch.bfloat16),
         ((16, 2), torch.bfloat16),
@@ -160,6 +167,28 @@ def test_dropout_acts_on_the_adapter_only_and_only_in_training() -> None:
     )
     layer.lora_B["default"].data.zero_()
     torch.testing.assert_close(layer.train()(x), layer.base_layer(x))
+
+
+def test_layers_that_read_the_same_x_drop_the_same_of_it() -> None:
+    x, layers = torch.randn(9, 6), three_layers()
+    for layer in layers:
+        layer.dropout_p["default"] = 0.3
+    torch.manual_seed(4)
+    found = linear_together(x, *layers)
+    for y, layer in zip(found, layers, strict=True):
+        torch.manual_seed(4)
+        torch.testing.assert_close(y, layer(x))
+    layers[1].dropout_p["default"] = 0.0  # then each draws for itself
+    torch.testing.assert_close(linear_together(x, *layers)[1], layers[1](x))
+
+
+def test_dropout_keeps_the_mean() -> None:
+    layer = make_layer(nn.Linear(64, 8, bias=False).bfloat16(), dropout_p=0.1)
+    layer.base_layer.weight.data.zero_()
+    x = torch.randn(4, 64).bfloat16()
+    mean = torch.stack([layer(x).float() for _ in range(4000)]).mean(0).detach()
+    expected = (x.double() @ layer.delta_weight("default").detach().T.double()).float()
+    torch.testing.assert_close(mean, expected, rtol=0, atol=0.02 * float(expected.abs().max()))
 
 
 def test_a_fresh_adapter_changes_nothing() -> None:

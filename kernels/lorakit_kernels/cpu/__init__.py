@@ -16,7 +16,7 @@ from .. import reference
 from ..reference_training import STATE_BLOCK_SIZE, AdamWFactors
 from .arguments import DTYPES, at_most, block_count, readable, source, weight, writable
 from .build import BuildError
-from .elementwise import cross_entropy, rms_norm, rms_norm_backward, rope, swiglu, swiglu_backward
+from .elementwise import cross_entropy, drop, rms_norm, rms_norm_backward, rope, swiglu, swiglu_backward
 from .linear import add_linear_4bit_dx, linear_4bit, linear_4bit_dx
 from .loading import instruction_sets, is_available, library, one_thread, threads
 
@@ -27,6 +27,7 @@ __all__ = [
     "cross_entropy",
     "dequantize_4bit",
     "dequantize_8bit",
+    "drop",
     "instruction_sets",
     "is_available",
     "library",

@@ -1,9 +1,9 @@
 // What stands between the matrix products of a training step, as reference_training.py defines it: RMSNorm, rotary
-// embedding, SwiGLU and their gradients; and the loss.
+// embedding, SwiGLU and their gradients; dropout; and the loss.
 //
 // The definition goes over memory once for each product and sum that it writes; here every element is read once, worked
-// on in fp32 registers and written once. It is rounded to 16 bits wherever the definition rounds, so rotations agree with
-// it bit for bit. The others differ in two things: sums are taken in fp64, which leaves them right to half a unit, and
+// on in fp32 registers and written once. It is rounded to 16 bits wherever the definition rounds, so rotations, and dropout, agree
+// with it bit for bit. The others differ in two things: sums are taken in fp64, which leaves them right to half a unit, and
 // the exponential is the one below. The shapes of what the pointers point at are checked by the caller, in Python.
 
 #include "blocks.h"
@@ -133,6 +133,40 @@ void activate_backward(const Type* dy, const Type* gate, const Type* up, int64_t
     });
 }
 
+// ---- dropout -----------------------------------------------------------------------------------------------------
+
+// Philox4x32-10 of the counters `first` + lane; `first` is a multiple of the lanes, so that they share the higher word.
+inline void philox(int64_t first, uint64_t key, Words words[4]) {
+    constexpr uint32_t LANE[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    Words a = load_bits<Words>(LANE) + (uint32_t)first, b = Words{} + (uint32_t)(first >> 32), c{}, d{};
+    uint32_t one = (uint32_t)key, two = (uint32_t)(key >> 32);
+    for (int round = 0; round < 10; ++round, one += 0x9E3779B9, two += 0xBB67AE85) {
+        Words left, left_low, right, right_low;
+        multiply(a, 0xD2511F53, left, left_low);
+        multiply(c, 0xCD9E8D57, right, right_low);
+        a = right ^ b ^ one, b = right_low;
+        c = left ^ d ^ two, d = left_low;
+    }
+    words[0] = a, words[1] = b, words[2] = c, words[3] = d;
+}
+
+constexpr int64_t GROUP = 64;  // elements that take the four words of 16 counters
+
+// x and y are a whole group.
+template <class Type>
+void drop_group(const Type* x, int64_t group, uint64_t key, uint32_t threshold, Type* y) {
+    using Bits = std::conditional_t<sizeof(Type) == 4, Words, Halves>;
+    for (int64_t lane = 0; lane < 16; lane += LANES) {
+        Words words[4];
+        philox(16 * group + lane, key, words);
+        for (int64_t word = 0; word < 4; ++word) {
+            const Bits keep = __builtin_convertvector((Words)(words[word] >= threshold), Bits);
+            const Bits kept = load_bits<Bits>(x + 16 * word + lane) & keep;
+            memcpy(y + 16 * word + lane, &kept, sizeof kept);
+        }
+    }
+}
+
 // ---- cross-entropy -----------------------------------------------------------------------------------------------
 
 // Lanes without an element count for nothing: they become `other`.
@@ -231,6 +265,24 @@ void swiglu(const void* gate, const void* up, int dtype, int64_t count, void* y,
         for_blocks(count, SPAN, {fork, threads}, [&](int64_t first, int64_t last) {
             int64_t at = first * SPAN, size = std::min(last * SPAN, count) - at;
             activate((Type)gate + at, (Type)up + at, size, (Type)y + at);
+        });
+    });
+}
+
+void drop(const void* x, int dtype, int64_t count, int64_t seed, unsigned threshold, void* y, Fork fork,
+          unsigned threads) {
+    with_dtype(dtype, [&](auto* type) {
+        using Type = decltype(type);
+        for_blocks(count, GROUP, {fork, threads}, [&](int64_t first, int64_t last) {
+            const int64_t whole = std::min(last, count / GROUP);
+            for (int64_t group = first; group < whole; ++group)
+                drop_group((Type)x + group * GROUP, group, (uint64_t)seed, threshold, (Type)y + group * GROUP);
+            if (whole == last) return;
+            std::remove_pointer_t<Type> part[GROUP]{};  // the rest of the elements
+            const int64_t size = (count - whole * GROUP) * sizeof *part;
+            memcpy(part, (Type)x + whole * GROUP, size);
+            drop_group(part, whole, (uint64_t)seed, threshold, part);
+            memcpy((Type)y + whole * GROUP, part, size);
         });
     });
 }

@@ -1,5 +1,5 @@
 """The operations of `reference_training` around the matrix products, in C++: RMSNorm, rotary embedding, SwiGLU,
-and the loss.
+dropout and the loss.
 
 What C++ does not take (fp64, mixed dtypes, shapes that broadcast, nothing at all) is computed by the definition.
 """
@@ -98,6 +98,17 @@ def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tenso
         *threads(),
     )  # fmt: skip
     return dgate, dup
+
+
+def drop(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    """See `reference_training.drop`."""
+    count = x.numel()
+    if x.dtype not in DTYPES or not count:
+        return definition.drop(x, seed, p)
+    x = readable("x", x, x.dtype, count)
+    y = torch.empty_like(x)
+    library().drop(x.data_ptr(), DTYPES[x.dtype], count, int(seed), round(p * 2**32), y.data_ptr(), *threads())
+    return y
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:

@@ -164,6 +164,27 @@ static inline Floats rounded(Floats value) {
     return load(lanes);
 }
 
+// The halves of each lane's 64-bit product with a factor. Multiplications are of every other lane.
+static inline void multiply(Words x, uint32_t factor, Words& high, Words& low) {
+#if defined(__AVX512F__)
+    const __m512i by = _mm512_set1_epi32((int)factor);
+    const __m512 even = (__m512)_mm512_mul_epu32((__m512i)x, by);
+    const __m512 odd = (__m512)_mm512_mul_epu32(_mm512_srli_epi64((__m512i)x, 32), by);
+    high = (Words)_mm512_mask_movehdup_ps(odd, 0x5555, even);
+    low = (Words)_mm512_mask_moveldup_ps(even, 0xaaaa, odd);
+#elif defined(__AVX2__)
+    const __m256i by = _mm256_set1_epi32((int)factor);
+    const __m256i even = _mm256_mul_epu32((__m256i)x, by);
+    const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)x, 32), by);
+    high = (Words)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+    low = (Words)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+#else
+    const Pairs even = ((Pairs)x & 0xffffffff) * (uint64_t)factor, odd = ((Pairs)x >> 32) * (uint64_t)factor;
+    high = (Words)(even >> 32 | (odd >> 32) << 32);
+    low = (Words)((even & 0xffffffff) | odd << 32);
+#endif
+}
+
 // ---- look-up of 4-bit codes --------------------------------------------------------------------------------------
 
 // Write `count` entries of `table`, which has 16, the high nibble of each byte first. Entries are moved as bits: there

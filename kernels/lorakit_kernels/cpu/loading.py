@@ -35,6 +35,7 @@ SIGNATURES = {  # of every function of the library
     "rms_norm_backward": (_P, c_int, _P, c_int, _P, _P, _N, _N, _P, *_THREADS),
     "rope": (_P, c_int, *[_N] * 5, _P, _P, c_int, _P, *_THREADS),
     "swiglu": (_P, _P, c_int, _N, _P, *_THREADS),
+    "drop": (_P, c_int, _N, _N, c_uint, _P, *_THREADS),
     "swiglu_backward": (_P, _P, _P, c_int, _N, _P, _P, *_THREADS),
 }
 

@@ -8,6 +8,7 @@ for typical arguments, to compile where there is no GPU.
 from .adamw import adamw_8bit
 from .cross_entropy import cross_entropy
 from .dequantize import dequantize_4bit, dequantize_8bit
+from .dropout import drop
 from .linear import add_linear_4bit_dx, linear_4bit, linear_4bit_dx
 from .quantize import quantize_4bit, quantize_8bit
 from .rms_norm import rms_norm, rms_norm_backward
@@ -20,6 +21,7 @@ __all__ = [
     "cross_entropy",
     "dequantize_4bit",
     "dequantize_8bit",
+    "drop",
     "linear_4bit",
     "linear_4bit_dx",
     "quantize_4bit",

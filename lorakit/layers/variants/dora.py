@@ -28,6 +28,7 @@ class DoRA(Variant):
 
     name = "dora"
     trained = ("lora_magnitude_vector",)
+    has_gain = True
 
     def start(self, layer: AdaptedLayer, name: str) -> dict[str, Tensor]:
         dtype = layer.lora_A[name].dtype

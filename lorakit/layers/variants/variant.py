@@ -30,12 +30,14 @@ class Variant:
         trained: names of the tables of further trained parameters.
         kept: names of the tables of parameters that the adapter needs and nobody trains.
         is_fused: whether A, B, scaling and gain say it all, so that a layer's fused function may compute it.
+        has_gain: whether the gain may differ from 1.
     """
 
     name: str
     trained: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
     is_fused: bool = True
+    has_gain: bool = False
 
     def shapes(self, layer: AdaptedLayer) -> dict[str, tuple[int, ...]]:
         """Return the trained tables' shapes: name of the table -> shape of an adapter's parameter."""
