@@ -1,0 +1,194 @@
+"""What the study reads off its adapters, one function a question; every figure by lorakit.inspection's functions.
+
+Each returns JSON values: tables (columns and rows) and what only the pictures show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakit import AdapterInfo, inspect_adapter
+from lorakit.adapters.adapter_folder import AdapterLayer, read_adapter_folder
+from lorakit.adapters.low_rank import LowRank
+from lorakit.inspection import compare_updates, compare_with_base, singular_vectors, subspace_similarity
+from lorakit.inspection.base_weights import BaseWeights
+from lorakit.inspection.places import places
+from lorakit.inspection.studies import causal_map
+from lorakit.inspection.updates import Updates
+
+from .study_runs import ALL, BUDGET_RANK, NARROW, RANKS, RATES, WIDE, Lab, Run, budget_runs, module_shapes
+
+KINDS = ("q_proj", "v_proj")  # that the paper shows
+SHOWN = ((1, 1), (1, 8), (8, 8), (8, 64))  # (i, j), in the table
+STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # leading directions, in the heat maps
+EIGHT = Run("all-linear", BUDGET_RANK)
+RANDOM = "random"
+Figures = dict[str, Any]
+
+
+def budget(lab: Lab, seeds: int) -> Figures:
+    """Which modules deserve the budget (section 7.1), and does ablation say the same?"""
+    runs = budget_runs(module_shapes(lab.model), seeds)
+    rows = []
+    for first in runs[: len(runs) // seeds]:
+        same = [run for run in runs if run.modules == first.modules]
+        losses = [lab.finished(run) for run in same]
+        rows.append([first.modules, first.rank, losses[0].parameters, *(loss.held_out for loss in losses)])
+    columns = ["modules", "rank", "parameters", *(f"held-out loss, seed {seed}" for seed in range(seeds))]
+    model = lab.loaded(EIGHT)
+    without, alone = (causal_map(model, lab.metric, by="kind", keep=keep) for keep in (False, True))
+    causal = [
+        [a.what, a.value, a.share, b.value, None if b.share is None else 1 - b.share]
+        for a, b in zip(without.effects, alone.effects, strict=True)
+    ]
+    names = ["kind", "loss without it", "share lost", "loss with it alone", "share it has alone"]
+    return {
+        "budget": table(columns, rows), "causal": table(names, causal),
+        "whole": without.whole, "without adapter": without.other,
+    }  # fmt: skip
+
+
+def similarity(lab: Lab) -> Figures:
+    """Subspace similarity between ranks and between seeds (section 7.2), of A and of the update, layer by layer."""
+    for run in (EIGHT, *WIDE):
+        lab.finished(run)
+    eight, first, second = (read_adapter_folder(lab.adapter(run)).layers for run in (EIGHT, *WIDE))
+    pairs = {f"r={BUDGET_RANK} and 64": (eight, first), "two seeds, r=64": (first, second)}
+    place = places(first)
+    rows: list[list[Any]] = []
+    maps: Figures = {}
+    curves: Figures = {}
+    for kind in KINDS:
+        paths = [path for path in first if place[path].module == kind]
+        middle = paths[len(paths) // 2]
+        for which, directions in DIRECTIONS.items():
+            for pair, (a, b) in pairs.items():
+                found = {path: subspace_similarity(directions(a[path]), directions(b[path])) for path in paths}
+                cosines = [compare_updates(path, a[path].update(), b[path].update()).cosine for path in paths]
+                rows.append(
+                    [kind, which, pair, *_summary(found.values()), mean(cosines) if which == "update" else None]
+                )
+                curves[f"{kind}|{which}|{pair}"] = [_at(phi, 1, 8) for phi in found.values()]
+                maps[f"{kind}|{which}|{pair}"] = _grid(found[middle])
+        control = [_random_similarity(first[path].lora_A.shape[1], seed) for seed, path in enumerate(paths)]
+        rows.append([kind, RANDOM, "r=64", *_summary(control), None])
+        curves[f"{kind}|{RANDOM}"] = [_at(phi, 1, 8) for phi in control]
+        maps[f"{kind}|{RANDOM}"] = _grid(control[len(paths) // 2])
+    columns = ["module", "directions of", "adapters", *(f"φ({i}, {j})" for i, j in SHOWN), "cosine of the updates"]
+    width = first[middle].lora_A.shape[1]
+    return {"similarity": table(columns, rows), "maps": maps, "curves": curves, "middle": place[middle].index,
+            "width": width}  # fmt: skip
+
+
+def amplification(lab: Lab) -> Figures:
+    """‖Uᵀ W V‖F in the update's directions, the weight's own and random ones, and the amplification (section 7.3)."""
+    runs = [NARROW, EIGHT, WIDE[0]]
+    infos = {run.rank: _against_base(lab, run) for run in runs}
+    weights = BaseWeights(lab.model)
+    rows = []
+    for kind in KINDS:
+        layers = [layer.name for layer in infos[NARROW.rank].layers if layer.module == kind]
+        middle = layers[len(layers) // 2]
+        update = next(update for update in Updates(lab.adapter(NARROW)) if update.path == middle)
+        weight = weights.weight(update)
+        assert weight is not None
+        vectors = singular_vectors(weight)
+        for run in (NARROW, WIDE[0]):
+            layer = next(layer for layer in infos[run.rank].layers if layer.name == middle)
+            assert layer.base is not None and layer.base.amplification is not None
+            random = _random_update(layer.shape, run.rank)
+            control = compare_with_base(random, weight, vectors).amplification
+            assert control is not None
+            rows.append([
+                kind, run.rank, layer.norm / layer.base.amplification, float(vectors.s[: run.rank].norm()),
+                float(random.norm()) / control, layer.base.base_norm, layer.norm, layer.base.amplification,
+            ])  # fmt: skip
+    columns = ["module", "r", "‖UᵀWV‖ of Δ", "of W", "of random", "‖W‖", "‖Δ‖", "amplification"]
+    factors = {
+        f"{kind}|{rank}": [
+            layer.base.amplification for layer in info.layers if layer.module == kind and layer.base is not None
+        ]
+        for kind in KINDS
+        for rank, info in infos.items()
+    }
+    return {"amplification": table(columns, rows), "factors": factors}
+
+
+def intruders(lab: Lab) -> Figures:
+    """Intruder dimensions by learning rate and rank, beside the losses on the task and on general text."""
+    base = lab.finished(None)
+    rows: list[list[Any]] = [["", "", 0.0, 0, None, base.held_out, base.general]]
+    kinds: Figures = {}
+    for lr in RATES:
+        for rank in RANKS:
+            run = Run("all-linear", rank, lr)
+            info, losses = _against_base(lab, run), lab.finished(run)
+            found = {layer.name: len(layer.base.intruders) for layer in info.layers if layer.base is not None}
+            norms = [layer.base.relative_norm for layer in info.layers if layer.base is not None]
+            hit = sum(count > 0 for count in found.values())
+            rows.append([f"{lr:g}", str(rank), mean(found.values()), hit, mean(norms), losses.held_out, losses.general])
+            kinds[f"{lr:g}|{rank}"] = {
+                kind: mean(found[layer.name] for layer in info.layers if layer.module == kind) for kind in ALL
+            }
+    columns = ["lr", "r", "intruders a matrix", "matrices with one", "mean ‖Δ‖/‖W‖", "held-out loss", "general loss"]
+    return {"intruders": table(columns, rows), "kinds": kinds}
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Figures:
+    """Return a table as JSON has it."""
+    return {"columns": list(columns), "rows": [list(row) for row in rows]}
+
+
+# ---- what they are made of -------------------------------------------------------------------------------------------
+
+
+def _of_a(layer: AdapterLayer) -> Tensor:
+    """Right singular vectors of A, (in, r): what the paper compares."""
+    return LowRank(torch.eye(layer.rank, dtype=torch.float64), layer.lora_A.double()).svd[2].T
+
+
+def _of_update(layer: AdapterLayer) -> Tensor:
+    """Right singular vectors of the update, (in, r): A's, but weighted by what B makes of them."""
+    return layer.update().svd[2].T
+
+
+DIRECTIONS: dict[str, Callable[[AdapterLayer], Tensor]] = {"A": _of_a, "update": _of_update}
+
+
+def _at(phi: Tensor, i: int, j: int) -> float:
+    return round(float(phi[i - 1, j - 1]), 4)
+
+
+def _summary(found: Collection[Tensor]) -> list[float]:
+    """Return the mean over the layers of φ at the places of SHOWN."""
+    return [mean(_at(phi, i, j) for phi in found) for i, j in SHOWN]
+
+
+def _grid(phi: Tensor) -> list[list[float]]:
+    """Return φ at STEPS, as far as the two ranks go."""
+    rows, columns = ([step for step in STEPS if step <= size] for size in phi.shape)
+    return [[_at(phi, i, j) for j in columns] for i in rows]
+
+
+def _random_similarity(width: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    sides = (torch.randn(width, 64, generator=generator, dtype=torch.float64) for _ in range(2))
+    return subspace_similarity(*(torch.linalg.qr(side).Q for side in sides))
+
+
+def _random_update(shape: tuple[int, int], rank: int) -> LowRank:
+    generator = torch.Generator().manual_seed(0)
+    up, down = (torch.randn(size, rank, generator=generator, dtype=torch.float64) for size in shape)
+    return LowRank(up, down.T)
+
+
+def _against_base(lab: Lab, run: Run) -> AdapterInfo:
+    lab.finished(run)
+    print(f"inspecting {run.name} ...", flush=True)
+    return inspect_adapter(Path(lab.adapter(run)), base=lab.model)

@@ -1,0 +1,178 @@
+"""The runs of the study: which adapters it trains, with what ranks, and what it keeps of each.
+
+A run that is finished lies in its folder, adapter and losses, and is not trained again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from lorakit import (
+    Decoder,
+    LoraConfig,
+    Record,
+    TrainConfig,
+    add_adapter,
+    load_adapter,
+    load_model,
+    load_tokenizer,
+    save_adapter,
+    set_adapter,
+    train,
+)
+from lorakit.evaluation import general_text
+from lorakit.evaluation.perplexity import perplexity
+from lorakit.files import read_json_object, write_text
+from lorakit.inspection.studies import Metric, held_out_loss
+from lorakit.models import Checkpoint, resolve_model
+
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MODULES = {  # what one budget is spent on
+    "q": ("q_proj",), "k": ("k_proj",), "v": ("v_proj",), "o": ("o_proj",), "q+v": ("q_proj", "v_proj"),
+    "q+k+v+o": ALL[:4], "mlp": ALL[4:], "all-linear": ALL,
+}  # fmt: skip
+BUDGET_RANK = 8  # of all-linear; the other sets' ranks give as many parameters
+LR = 5e-4
+RATES, RANKS = (1e-4, 5e-4, 2e-3), (1, 8, 64)
+BATCH = 8
+SCALING = 2.0  # lora_alpha / r, in all runs: ranks differ in nothing else
+
+
+@dataclass(frozen=True)
+class Run:
+    """One adapter.
+
+    Attributes:
+        modules: a name in MODULES.
+    """
+
+    modules: str
+    rank: int
+    lr: float = LR
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.modules}-r{self.rank}-lr{self.lr:g}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What a run came to.
+
+    Attributes:
+        parameters: trained.
+        held_out: nats a trained token of the held-out addresses.
+        general: nats a token of lorakit's general text.
+    """
+
+    parameters: int
+    held_out: float
+    general: float
+
+
+def module_shapes(model: str) -> dict[str, tuple[int, int]]:
+    """Return the shape (out, in) of every layer of a checkpoint that may be adapted, from its header."""
+    checkpoint = Checkpoint(resolve_model(model))
+    names = [name.removesuffix(".weight") for name in checkpoint.names if name.endswith("_proj.weight")]
+    return {name: (shape[0], shape[1]) for name in names for shape in [checkpoint.shape(f"{name}.weight")]}
+
+
+def parameters_per_rank(shapes: Mapping[str, tuple[int, int]], modules: Sequence[str]) -> int:
+    """Return the parameters of A and B that one rank takes on all modules of these kinds."""
+    return sum(sum(shape) for name, shape in shapes.items() if name.rpartition(".")[2] in modules)
+
+
+def equal_ranks(shapes: Mapping[str, tuple[int, int]], rank: int = BUDGET_RANK) -> dict[str, int]:
+    """Return for each set of MODULES the rank at which it has nearly as many parameters as all-linear at `rank`."""
+    budget = rank * parameters_per_rank(shapes, ALL)
+    return {name: max(1, round(budget / parameters_per_rank(shapes, kinds))) for name, kinds in MODULES.items()}
+
+
+def budget_runs(shapes: Mapping[str, tuple[int, int]], seeds: int) -> list[Run]:
+    """Return the runs of section 7.1 of the LoRA paper."""
+    return [Run(name, rank, seed=seed) for seed in range(seeds) for name, rank in equal_ranks(shapes).items()]
+
+
+def grid_runs() -> list[Run]:
+    """Return the runs of the intruder study."""
+    return [Run("all-linear", rank, lr) for lr in RATES for rank in RANKS]
+
+
+WIDE = Run("all-linear", 64), Run("all-linear", 64, seed=1)  # of section 7.2
+NARROW = Run("all-linear", 4)  # of section 7.3
+
+
+@dataclass(frozen=True)
+class Lab:
+    """What all runs share: the model, the records, the folder.
+
+    Attributes:
+        model: a checkpoint folder or a known name; its weights stay in bf16.
+        train, held_out: conversations.
+        epochs: of each run.
+        folder: where finished runs are kept.
+    """
+
+    model: str
+    train: Sequence[Record]
+    held_out: Sequence[Record]
+    epochs: float
+    folder: Path
+
+    def adapter(self, run: Run) -> Path:
+        """Return the folder of a run's adapter."""
+        return self.folder / run.name / "adapter"
+
+    @cached_property
+    def metric(self) -> Metric:
+        """The held-out loss."""
+        return held_out_loss(load_tokenizer(self.model), self.held_out)
+
+    def base_model(self) -> Decoder:
+        """Load the model, in bf16: the papers' bases are not quantized, and an adapter of one that is also repairs."""
+        return load_model(self.model, quant_type=None)
+
+    def finished(self, run: Run | None) -> Losses:
+        """Return a run's losses, after training it where that has not been done; without a run the base model's."""
+        file = self.folder / (run.name if run else "base") / "losses.json"
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            print(f"{file.parent.name} ...", flush=True)
+            model = self._trained(run) if run else self.base_model()
+            count = sum(p.numel() for p in model.parameters() if p.requires_grad) if run else 0
+            losses = {"parameters": count, "held_out": self._loss(model), "general": self._general_loss(model)}
+            write_text(file, json.dumps(losses) + "\n")
+        return Losses(**read_json_object(file))
+
+    def loaded(self, run: Run) -> Decoder:
+        """Return the model with a finished run's adapter."""
+        model = self.base_model()
+        load_adapter(model, self.adapter(run))
+        set_adapter(model, "default")
+        return model
+
+    def _trained(self, run: Run) -> Decoder:
+        model = self.base_model()
+        torch.manual_seed(1000 * run.seed + run.rank)  # no two runs begin with rows in common
+        config = LoraConfig(r=run.rank, lora_alpha=SCALING * run.rank, target_modules=list(MODULES[run.modules]))
+        add_adapter(model, config)
+        settings = TrainConfig(lr=run.lr, batch_size=BATCH, epochs=self.epochs, seed=run.seed, progress=False)
+        train(model, load_tokenizer(self.model), self.train, settings)
+        save_adapter(model, self.adapter(run))
+        return model
+
+    @torch.no_grad()
+    def _loss(self, model: Decoder) -> float:
+        return float(self.metric(model))
+
+    def _general_loss(self, model: Decoder) -> float:
+        return math.log(perplexity(model, load_tokenizer(self.model), general_text()))
