@@ -1,7 +1,7 @@
 """What is inside an adapter: section 7 of the LoRA paper, and intruder dimensions, on a task of addresses.
 
-SmolLM2-135M-Instruct in bf16 learns to answer an address with its parts as JSON (`bench.sft` has the task). Some twenty
-adapters are trained with lorakit's own trainer, one after another, and read with `lorakit.inspection`:
+SmolLM2-135M-Instruct in bf16 learns to answer an address with its parts as JSON (`bench.sft` has the task). Some
+twenty adapters are trained with lorakit's own trainer, one after another, and read with `lorakit.inspection`:
 
 - one budget of parameters spent on q, k, v, o, q+v, all attention, the MLP or all of them, beside the causal map
   (Hu et al. 2021, arXiv:2106.09685, section 7.1);
@@ -24,7 +24,7 @@ from . import study_figures, study_plots
 from .plot import file_to_draw
 from .report import Target, arguments, finish
 from .sft import read_addresses
-from .study_runs import Lab
+from .study_runs import Lab, all_runs, module_shapes
 
 SAME_BUDGET = 1.03  # of the most parameters over the fewest
 CONTROL = 1.5  # φ(8, 64) of random matrices over what theory says
@@ -51,6 +51,10 @@ def main() -> None:
     folder = options.folder / f"{Path(options.model).name}-{options.records}x{options.epochs:g}-{options.held_out}"
     train, held_out = records[: options.records], records[options.records :][: options.held_out]
     lab = Lab(options.model, train, held_out, options.epochs, folder)
+    runs = all_runs(module_shapes(options.model), options.seeds)
+    for number, run in enumerate(runs, start=1):
+        print(f"{number} of {len(runs)}: {run.name}", flush=True)
+        lab.finished(run)
     figures = (
         study_figures.budget(lab, options.seeds)
         | study_figures.similarity(lab)

@@ -34,7 +34,7 @@ def budget(figures: Figures, file: Path) -> None:
         left.set_yticks(range(len(rows)), [f"{row[0]}, r={row[1]}" for row in rows])
         left.set_xlabel("held-out loss, nats a token")
         left.set_title("One budget of parameters", loc="left", fontweight="bold")
-        left.legend(frameon=False)
+        left.legend(frameon=False, loc="upper right")
         causal = list(reversed(figures["causal"]["rows"]))
         for offset, (column, words) in enumerate(((2, "lost without it"), (4, "left with it alone"))):
             places = [place + 0.2 - 0.4 * offset for place in range(len(causal))]
@@ -45,7 +45,7 @@ def budget(figures: Figures, file: Path) -> None:
         right.set_yticks(range(len(causal)), [row[0] for row in causal])
         right.set_xlabel("share of what the adapter gains")
         right.set_title("Ablation of the adapter of all-linear", loc="left", fontweight="bold")
-        right.legend(frameon=False)
+        right.legend(frameon=False, loc="lower right")
         for axes in (left, right):
             _grid(axes, "x")
 
@@ -111,7 +111,7 @@ def intruders(figures: Figures, file: Path) -> None:
         left.set_xticks(range(len(RANKS)), [str(rank) for rank in RANKS])
         left.set_xlabel("rank")
         left.set_ylabel("intruder dimensions a matrix, of 10")
-        left.legend(frameon=False)
+        left.legend(frameon=False, loc="upper right")
         kinds = figures["kinds"]
         image = middle.imshow(
             [[kinds[f"{RATES[-1]:g}|{rank}"][kind] for rank in RANKS] for kind in ALL],
@@ -126,7 +126,7 @@ def intruders(figures: Figures, file: Path) -> None:
         right.axhline(base[6], color="black", linewidth=0.8, linestyle=":", label="no adapter")
         right.set_xlabel("intruder dimensions a matrix")
         right.set_ylabel("loss on general text, nats a token")
-        right.legend(frameon=False)
+        right.legend(frameon=False, loc="upper left")
         for axes in (left, right):
             _grid(axes, "y")
 

@@ -111,6 +111,12 @@ WIDE = Run("all-linear", 64), Run("all-linear", 64, seed=1)  # of section 7.2
 NARROW = Run("all-linear", 4)  # of section 7.3
 
 
+def all_runs(shapes: Mapping[str, tuple[int, int]], seeds: int) -> list[Run]:
+    """Return every run of the study once; the later seeds of the budget, which only tell noise, last."""
+    runs = [*budget_runs(shapes, 1), *WIDE, NARROW, *grid_runs(), *budget_runs(shapes, seeds)]
+    return list(dict.fromkeys(runs))
+
+
 @dataclass(frozen=True)
 class Lab:
     """What all runs share: the model, the records, the folder.
@@ -146,7 +152,6 @@ class Lab:
         file = self.folder / (run.name if run else "base") / "losses.json"
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            print(f"{file.parent.name} ...", flush=True)
             model = self._trained(run) if run else self.base_model()
             count = sum(p.numel() for p in model.parameters() if p.requires_grad) if run else 0
             losses = {"parameters": count, "held_out": self._loss(model), "general": self._general_loss(model)}
