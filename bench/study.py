@@ -11,7 +11,7 @@ twenty adapters are trained with lorakit's own trainer, one after another, and r
 
 Finished runs are kept in --folder and are not trained again, so that the study can be stopped and taken up.
 
-Run as: python -m bench.study --data us_addresses.jsonl [--folder RUNS] [--records 384] [--held-out 128] [--seeds 2]
+Run as: python -m bench.study --data us_addresses.jsonl [--folder RUNS] [--records 192] [--held-out 64] [--seeds 2]
                               [--plots FOLDER] [--check] [--json FILE]
 """
 
@@ -35,8 +35,8 @@ def main() -> None:
     parser = arguments(str(__doc__))
     parser.add_argument("--data", type=Path, required=True, help='JSON Lines of {"text": ..., "fields": {...}}')
     parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--records", type=int, default=384, help="to train on")
-    parser.add_argument("--held-out", type=int, default=128, help="to measure the loss on")
+    parser.add_argument("--records", type=int, default=192, help="to train on")
+    parser.add_argument("--held-out", type=int, default=64, help="to measure the loss on")
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--seeds", type=int, default=2, help="of the runs of equal budget")
     parser.add_argument("--folder", type=Path, default=Path("runs/study"), help="where finished runs are kept")
