@@ -3,15 +3,15 @@
 SmolLM2-135M-Instruct in bf16 learns to answer an address with its parts as JSON (`bench.sft` has the task). Some
 twenty adapters are trained with lorakit's own trainer, one after another, and read with `lorakit.inspection`:
 
-- one budget of parameters spent on q, k, v, o, q+v, all attention, the MLP or all of them, beside the causal map
-  (Hu et al. 2021, arXiv:2106.09685, section 7.1);
+- one budget of parameters spent on q, k, v, o, q+v, all attention, the MLP or all of them, with one alpha for all
+  ranks and with alpha = 2r, beside the causal map (Hu et al. 2021, arXiv:2106.09685, section 7.1);
 - subspace similarity between ranks 8 and 64 and between two seeds, of layers' A and of their updates (7.2);
 - ‖Uᵀ W V‖F in the update's directions, the weight's own and random ones, and the amplification factor (7.3);
 - intruder dimensions for three learning rates and ranks (Shuttleworth et al. 2024, arXiv:2410.21228).
 
 Finished runs are kept in --folder and are not trained again, so that the study can be stopped and taken up.
 
-Run as: python -m bench.study --data us_addresses.jsonl [--folder RUNS] [--records 192] [--held-out 64] [--seeds 2]
+Run as: python -m bench.study --data us_addresses.jsonl [--folder RUNS] [--records 192] [--held-out 64] [--seeds 1]
                               [--plots FOLDER] [--check] [--json FILE]
 """
 
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=192, help="to train on")
     parser.add_argument("--held-out", type=int, default=64, help="to measure the loss on")
     parser.add_argument("--epochs", type=float, default=1.0)
-    parser.add_argument("--seeds", type=int, default=2, help="of the runs of equal budget")
+    parser.add_argument("--seeds", type=int, default=1, help="of the runs of equal budget")
     parser.add_argument("--folder", type=Path, default=Path("runs/study"), help="where finished runs are kept")
     parser.add_argument("--plots", type=Path, help="folder to draw the figures in, as SVG")
     options = parser.parse_args()

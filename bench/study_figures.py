@@ -22,7 +22,7 @@ from lorakit.inspection.places import places
 from lorakit.inspection.studies import causal_map
 from lorakit.inspection.updates import Updates
 
-from .study_runs import ALL, BUDGET_RANK, NARROW, RANKS, RATES, WIDE, Lab, Run, budget_runs, module_shapes
+from .study_runs import ALL, ALPHA, BUDGET_RANK, NARROW, RANKS, RATES, WIDE, Lab, Run, budget_runs, module_shapes
 
 KINDS = ("q_proj", "v_proj")  # that the paper shows
 SHOWN = ((1, 1), (1, 8), (8, 8), (8, 64))  # (i, j), in the table
@@ -34,13 +34,17 @@ Figures = dict[str, Any]
 
 def budget(lab: Lab, seeds: int) -> Figures:
     """Which modules deserve the budget (section 7.1), and does ablation say the same?"""
-    runs = budget_runs(module_shapes(lab.model), seeds)
-    rows = []
-    for first in runs[: len(runs) // seeds]:
-        same = [run for run in runs if run.modules == first.modules]
-        losses = [lab.finished(run) for run in same]
-        rows.append([first.modules, first.rank, losses[0].parameters, *(loss.held_out for loss in losses)])
-    columns = ["modules", "rank", "parameters", *(f"held-out loss, seed {seed}" for seed in range(seeds))]
+    shapes = module_shapes(lab.model)
+    ways = {
+        f"loss, alpha = {words}{f', seed {seed}' if seeds > 1 else ''}": budget_runs(shapes, seed, alpha)
+        for words, alpha in ((f"{ALPHA:g}", ALPHA), ("2r", None))
+        for seed in range(seeds)
+    }
+    rows = [
+        [runs[0].modules, runs[0].rank, lab.finished(runs[0]).parameters, *(lab.finished(run).held_out for run in runs)]
+        for runs in zip(*ways.values(), strict=True)
+    ]
+    columns = ["modules", "rank", "parameters", *ways]
     model = lab.loaded(EIGHT)
     without, alone = (causal_map(model, lab.metric, by="kind", keep=keep) for keep in (False, True))
     causal = [

@@ -25,11 +25,11 @@ def budget(figures: Figures, file: Path) -> None:
     """Held-out loss of each way to spend the budget; what each kind is worth in an adapter of all."""
     with canvas(file, 9.0, 3.4) as figure:
         left, right = figure.subplots(1, 2)
-        rows = sorted(figures["budget"]["rows"], key=lambda row: -sum(row[3:]))
-        for seed in range(len(rows[0]) - 3):
+        rows = sorted(figures["budget"]["rows"], key=lambda row: -row[3])
+        for number, words in enumerate(figures["budget"]["columns"][3:]):
             left.plot(
-                [row[3 + seed] for row in rows], range(len(rows)), MARKERS[seed], color=COLORS[seed],
-                label=f"seed {seed}", zorder=2,
+                [row[3 + number] for row in rows], range(len(rows)), MARKERS[number], color=COLORS[number],
+                label=words.removeprefix("loss, "), zorder=2,
             )  # fmt: skip
         left.set_yticks(range(len(rows)), [f"{row[0]}, r={row[1]}" for row in rows])
         left.set_xlabel("held-out loss, nats a token")

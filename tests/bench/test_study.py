@@ -58,7 +58,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     config = small_config(**SHAPE)
     model = write_checkpoint(folder / "model", small_decoder(**SHAPE), config)
     lab = Lab(str(model), conversations(8), conversations(4, start=8), 1, folder / "runs")
-    for run in {*study_runs.budget_runs(study_runs.module_shapes(str(model)), 1), *study_runs.grid_runs(), NARROW}:
+    for run in study_runs.all_runs(study_runs.module_shapes(str(model)), seeds=1):
         plant(lab, run, random_b(1e-3))
     for run in (EIGHT, *WIDE):
         plant(lab, run, one_direction)
