@@ -13,7 +13,7 @@ from small_models import conversations, small_config, small_decoder, write_check
 
 from bench import pages, study, study_figures, study_plots, study_runs
 from bench.study_figures import EIGHT
-from bench.study_runs import MODULES, NARROW, WIDE, Lab, Run
+from bench.study_runs import MODULES, WIDE, Lab, Run
 from lorakit import LoraConfig, add_adapter, save_adapter
 from lorakit.adapters import lora_layers
 from lorakit.layers.adapted import AdaptedLayer
