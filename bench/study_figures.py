@@ -6,14 +6,12 @@ Each returns JSON values: tables (columns and rows) and what only the pictures s
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorakit import AdapterInfo, inspect_adapter
 from lorakit.adapters.adapter_folder import AdapterLayer, read_adapter_folder
 from lorakit.adapters.low_rank import LowRank
 from lorakit.inspection import compare_updates, compare_with_base, singular_vectors, subspace_similarity
@@ -93,33 +91,30 @@ def similarity(lab: Lab) -> Figures:
 def amplification(lab: Lab) -> Figures:
     """‖Uᵀ W V‖F in the update's directions, the weight's own and random ones, and the amplification (section 7.3)."""
     runs = [NARROW, EIGHT, WIDE[0]]
-    infos = {run.rank: _against_base(lab, run) for run in runs}
+    inspected = {run.rank: lab.inspected(run) for run in runs}
     weights = BaseWeights(lab.model)
     rows = []
     for kind in KINDS:
-        layers = [layer.name for layer in infos[NARROW.rank].layers if layer.module == kind]
-        middle = layers[len(layers) // 2]
+        names = [layer["name"] for layer in inspected[NARROW.rank] if layer["module"] == kind]
+        middle = names[len(names) // 2]
         update = next(update for update in Updates(lab.adapter(NARROW)) if update.path == middle)
         weight = weights.weight(update)
         assert weight is not None
         vectors = singular_vectors(weight)
         for run in (NARROW, WIDE[0]):
-            layer = next(layer for layer in infos[run.rank].layers if layer.name == middle)
-            assert layer.base is not None and layer.base.amplification is not None
-            random = _random_update(layer.shape, run.rank)
+            layer = next(layer for layer in inspected[run.rank] if layer["name"] == middle)
+            random = _random_update(update.low_rank.shape, run.rank)
             control = compare_with_base(random, weight, vectors).amplification
             assert control is not None
             rows.append([
-                kind, run.rank, layer.norm / layer.base.amplification, float(vectors.s[: run.rank].norm()),
-                float(random.norm()) / control, layer.base.base_norm, layer.norm, layer.base.amplification,
+                kind, run.rank, layer["norm"] / layer["amplification"], float(vectors.s[: run.rank].norm()),
+                float(random.norm()) / control, layer["base_norm"], layer["norm"], layer["amplification"],
             ])  # fmt: skip
     columns = ["module", "r", "‖UᵀWV‖ of Δ", "of W", "of random", "‖W‖", "‖Δ‖", "amplification"]
     factors = {
-        f"{kind}|{rank}": [
-            layer.base.amplification for layer in info.layers if layer.module == kind and layer.base is not None
-        ]
+        f"{kind}|{rank}": [layer["amplification"] for layer in layers if layer["module"] == kind]
         for kind in KINDS
-        for rank, info in infos.items()
+        for rank, layers in inspected.items()
     }
     return {"amplification": table(columns, rows), "factors": factors}
 
@@ -132,13 +127,13 @@ def intruders(lab: Lab) -> Figures:
     for lr in RATES:
         for rank in RANKS:
             run = Run("all-linear", rank, lr)
-            info, losses = _against_base(lab, run), lab.finished(run)
-            found = {layer.name: len(layer.base.intruders) for layer in info.layers if layer.base is not None}
-            norms = [layer.base.relative_norm for layer in info.layers if layer.base is not None]
-            hit = sum(count > 0 for count in found.values())
-            rows.append([f"{lr:g}", str(rank), mean(found.values()), hit, mean(norms), losses.held_out, losses.general])
+            layers, losses = lab.inspected(run), lab.finished(run)
+            found = [layer["intruders"] for layer in layers]
+            norm = mean(layer["relative_norm"] for layer in layers)
+            hit = sum(count > 0 for count in found)
+            rows.append([f"{lr:g}", str(rank), mean(found), hit, norm, losses.held_out, losses.general])
             kinds[f"{lr:g}|{rank}"] = {
-                kind: mean(found[layer.name] for layer in info.layers if layer.module == kind) for kind in ALL
+                kind: mean(layer["intruders"] for layer in layers if layer["module"] == kind) for kind in ALL
             }
     columns = ["lr", "r", "intruders a matrix", "matrices with one", "mean ‖Δ‖/‖W‖", "held-out loss", "general loss"]
     return {"intruders": table(columns, rows), "kinds": kinds}
@@ -190,9 +185,3 @@ def _random_update(shape: tuple[int, int], rank: int) -> LowRank:
     generator = torch.Generator().manual_seed(0)
     up, down = (torch.randn(size, rank, generator=generator, dtype=torch.float64) for size in shape)
     return LowRank(up, down.T)
-
-
-def _against_base(lab: Lab, run: Run) -> AdapterInfo:
-    lab.finished(run)
-    print(f"inspecting {run.name} ...", flush=True)
-    return inspect_adapter(Path(lab.adapter(run)), base=lab.model)

@@ -1,6 +1,7 @@
 """The runs of the study: which adapters it trains, with what ranks, and what it keeps of each.
 
-A run that is finished lies in its folder, adapter and losses, and is not trained again.
+A run that is finished lies in its folder: adapter, losses, and its layers' figures once they are read. None of it is
+made again; who changes what is measured deletes the folder.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,6 +22,7 @@ from lorakit import (
     Record,
     TrainConfig,
     add_adapter,
+    inspect_adapter,
     load_adapter,
     load_model,
     load_tokenizer,
@@ -166,6 +169,16 @@ class Lab:
             losses = {"parameters": count, "held_out": self._loss(model), "general": self._general_loss(model)}
             write_text(file, json.dumps(losses) + "\n")
         return Losses(**read_json_object(file))
+
+    def inspected(self, run: Run) -> list[dict[str, Any]]:
+        """Return a finished run's layers as rows of figures, measured against the base; kept beside its losses."""
+        file = self.folder / run.name / "layers.json"
+        if not file.exists():
+            self.finished(run)
+            print(f"inspecting {run.name}", flush=True)
+            write_text(file, json.dumps({"layers": inspect_adapter(self.adapter(run), base=self.model).table()}) + "\n")
+        layers: list[dict[str, Any]] = read_json_object(file)["layers"]
+        return layers
 
     def loaded(self, run: Run) -> Decoder:
         """Return the model with a finished run's adapter."""
