@@ -95,7 +95,7 @@ PAGES = {
         ),
     ),
 }  # fmt: skip
-EXPLAINED = {"study": "inside-an-adapter"}  # measurement -> page of docs/explanation that quotes it
+EXPLAINED: dict[str, str] = {}  # measurement -> page of docs/explanation that quotes it
 MARKERS = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 WRITTEN = """
 <!-- Written by `python -m bench.pages`; change the measurements, not this page. -->

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from lorakit.layers.adapted import AdaptedLayer
 SHAPE = {"hidden_size": 128, "intermediate_size": 160, "num_key_value_heads": 4, "num_hidden_layers": 3}
 SMOLLM2 = {"q_proj": (576, 576), "k_proj": (192, 576), "v_proj": (192, 576), "o_proj": (576, 576),
            "gate_proj": (1536, 576), "up_proj": (1536, 576), "down_proj": (576, 1536)}  # fmt: skip
-DOCS = Path(pages.__file__).parents[1] / "docs"
 
 
 def plant(lab: Lab, run: Run, fill: Callable[[AdaptedLayer], None]) -> None:
@@ -95,38 +93,37 @@ def test_a_planted_direction_is_found_between_ranks_and_seeds(lab: Lab) -> None:
     assert found["maps"]["q_proj|update|r=8 and 64"][0][0] > 0.999 and found["middle"] == 1
 
 
-def test_all_figures_make_tables_targets_and_pictures(lab: Lab, tmp_path: Path) -> None:
-    (lab.folder / "base").mkdir(exist_ok=True)
+@pytest.fixture(scope="module")
+def figures(lab: Lab) -> study_figures.Figures:
+    """All of them, as the JSON file has them."""
+    (lab.folder / "base").mkdir()
     (lab.folder / "base" / "losses.json").write_text('{"parameters": 0, "held_out": 3.0, "general": 1.5}')
-    figures = study_figures.budget(lab, 1) | study_figures.similarity(lab)
-    figures |= study_figures.amplification(lab) | study_figures.intruders(lab)
-    figures = json.loads(json.dumps(figures))
+    found = study_figures.budget(lab, 1) | study_figures.similarity(lab)
+    found |= study_figures.amplification(lab) | study_figures.intruders(lab)
+    plain: study_figures.Figures = json.loads(json.dumps(found))
+    return plain
+
+
+def test_planted_intruders_are_counted_and_targets_met(figures: study_figures.Figures) -> None:
     rows = {(row[0], row[1]): row for row in figures["intruders"]["rows"]}
     assert rows["0.0005", "8"][3] == 21 and rows["0.0001", "8"][3] == 0  # planted in every matrix, and in none
     for row in figures["amplification"]["rows"]:
         assert row[-1] == pytest.approx(row[6] / row[2])
     assert all(target.met for target in study.targets(figures)[1:])
-    study_plots.draw(figures, tmp_path)
-    for name in study_plots.PICTURES:
-        assert (tmp_path / f"study_{name}.svg").stat().st_size > 5_000
 
 
-def test_tables_are_written_between_their_markers(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    shutil.copy(DOCS / "benchmarks" / "study.json", tmp_path)
+def test_tables_are_written_between_their_markers_and_pictures_drawn(
+    figures: study_figures.Figures, tmp_path: Path
+) -> None:
+    measured, page = tmp_path / "study.json", tmp_path / "page.md"
+    measured.write_text(json.dumps(figures))
     page.write_text("before\n<!-- table budget -->\nold\n<!-- end of table -->\nafter\n")
-    pages.fill(tmp_path / "study.json", page)
+    pages.fill(measured, page)
     before, _, rest = page.read_text().partition("<!-- table budget -->\n")
     assert before == "before\n" and rest.endswith("<!-- end of table -->\nafter\n")
     assert "| all-linear | 8 |" in rest and "old" not in rest
+    for name in study_plots.PICTURES:
+        assert (tmp_path / f"study_{name}.svg").stat().st_size > 5_000
     page.write_text("<!-- table bugdet -->\n<!-- end of table -->\n")
     with pytest.raises(KeyError, match="bugdet"):
-        pages.fill(tmp_path / "study.json", page)
-
-
-def test_the_page_in_the_docs_is_that_of_its_figures(tmp_path: Path) -> None:
-    original = DOCS / "explanation" / "inside-an-adapter.md"
-    shutil.copy(DOCS / "benchmarks" / "study.json", tmp_path)
-    shutil.copy(original, tmp_path)
-    pages.fill(tmp_path / "study.json", tmp_path / original.name)
-    assert (tmp_path / original.name).read_text() == original.read_text()
+        pages.fill(measured, page)
