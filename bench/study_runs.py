@@ -43,7 +43,7 @@ MODULES = {  # what one budget is spent on
 }  # fmt: skip
 BUDGET_RANK = 8  # of all-linear; the other sets' ranks give as many parameters
 LR = 5e-4
-RATES, RANKS = (1e-4, 5e-4, 2e-3), (1, 8, 64)
+RATES, RANKS = (1e-4, 5e-4, 2e-3, 1e-2), (1, 8, 64)
 BATCH = 8
 SCALING = 2.0  # lora_alpha / r, as in the paper on intruders; with it a higher rank also learns faster
 ALPHA = SCALING * BUDGET_RANK  # for all ranks, as in the LoRA paper: all learn at about one speed
