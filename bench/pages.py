@@ -1,8 +1,11 @@
 """Writes the pages docs/benchmarks/kernels.md and training.md, with pictures, from the measurements' JSON files there.
 
 Each section is the measurement's own description, its command, the machine and versions, the table and the picture;
-nothing on a page is written by hand. `--run` takes the measurements of a page anew, one after another, each in a
+nothing on these pages is written by hand. `--run` takes the measurements of a page anew, one after another, each in a
 process of its own: the kernels' in about ten minutes on two cores that do nothing else, training's in an hour.
+
+Pages of docs/explanation that quote a study are written by hand; the tables between their markers, and the pictures,
+are written here.
 
 Run as: python -m bench.pages [--run] [--page kernels] [--only decode,quantize] [--folder docs/benchmarks]
 """
@@ -12,6 +15,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -23,7 +27,7 @@ from typing import Any
 
 from lorakit.files import write_text
 
-from . import plot
+from . import plot, study_plots
 from .report import Picture, in_words, markdown
 
 
@@ -86,6 +90,7 @@ PAGES = {
                 "train_step", "One step of a model with a billion weights", "train_step_1b",
                 ("--model", "llama-1b", "--rounds", "1", "--steps", "1"),
             ),
+            Section("train_step", "One step with dropout", "train_step_dropout", ("--dropout", "0.05")),
             Section("sft", "A fine-tune beside TRL", arguments=("--data", "us_addresses.jsonl")),
             Section("step_7b", "Seven billion weights"),
             Section("scaling", "Memory by length and by vocabulary", draws=True),
@@ -114,6 +119,8 @@ PAGES = {
         ),
     ),
 }  # fmt: skip
+EXPLAINED = {"study": "inside-an-adapter"}  # measurement -> page of docs/explanation that quotes it
+MARKERS = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 WRITTEN = """
 <!-- Written by `python -m bench.pages`; change the measurements, not this page. -->
 
@@ -137,6 +144,8 @@ def main() -> None:
         run(options.folder, [sections[name] for name in chosen])
     try:
         write(options.folder)
+        for name, page in EXPLAINED.items():
+            fill(options.folder / f"{name}.json", options.folder.parent / "explanation" / f"{page}.md")
     except FileNotFoundError as error:
         sys.exit(str(error))
 
@@ -174,6 +183,30 @@ def write(folder: Path) -> None:
                 plot.draw(Picture(**figures["picture"]), figures["title"], folder / f"{section.file}.svg")
             parts.append(in_markdown(section, figures))
         write_text(folder / f"{name}.md", "".join(parts))
+
+
+def fill(measured: Path, page: Path) -> None:
+    """Write a study's tables anew into the page that quotes it, and its pictures beside its JSON file.
+
+    Raises:
+        FileNotFoundError: one of the two files is missing.
+        KeyError: the page asks for a table that was not measured; it is not touched.
+    """
+    figures = json.loads(measured.read_text(encoding="utf-8"))
+
+    def quoted(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{quotation(figures, match[2])}\n{match[3]}"
+
+    text = MARKERS.sub(quoted, page.read_text(encoding="utf-8"))
+    study_plots.draw(figures, measured.parent)
+    write_text(page, text)
+
+
+def quotation(figures: dict[str, Any], name: str) -> str:
+    """Return a table of a study; "taken": its command, conditions and machine."""
+    if name != "taken":
+        return markdown(figures[name]["columns"], figures[name]["rows"])
+    return f"    {figures['command']}\n\n{figures['title']}. *{in_words(figures['machine'])}.*\n"
 
 
 def read(folder: Path, section: Section) -> dict[str, Any]:

@@ -7,8 +7,10 @@ that a picture reads in grey. Only this module imports matplotlib, when it draws
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,13 +51,10 @@ def file_to_draw(name: str) -> Path:
 
 def draw(picture: Picture, title: str, file: Path) -> None:
     """Write the picture as PNG or SVG; the same figures give the same SVG, byte for byte."""
-    import matplotlib
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    with matplotlib.rc_context(STYLE):
-        height = sum(len(bars) + 1 for bars in picture.bars.values()) * BAR_INCHES + 1.3
-        figure = Figure(figsize=(8.4, height), facecolor="white", layout="constrained")
+    height = sum(len(bars) + 1 for bars in picture.bars.values()) * BAR_INCHES + 1.3
+    with canvas(file, 8.4, height) as figure:
         axes = figure.add_subplot()
         _bars(axes, picture)
         axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
@@ -65,7 +64,18 @@ def draw(picture: Picture, title: str, file: Path) -> None:
         handles, labels = zip(*bars_first, strict=True)
         columns = max(1, min(6, len(labels), LEGEND_LETTERS // max(map(len, labels))))
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
-        stable = {"metadata": {"Date": None}} if file.suffix == ".svg" else {"dpi": 144}
+
+
+@contextlib.contextmanager
+def canvas(file: Path, width: float, height: float) -> Iterator[Any]:
+    """Give an empty matplotlib figure of a size in inches, and write what is drawn on it as PNG or SVG."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), facecolor="white", layout="constrained")
+        yield figure
+        stable: dict[str, Any] = {"metadata": {"Date": None}} if file.suffix == ".svg" else {"dpi": 144}
         figure.savefig(file, **stable)
 
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,7 +25,7 @@ from . import plot
 PEERS = ("bitsandbytes", "torchao", "peft", "transformers", "triton")
 NOT_INSTALLED = "not installed"
 INSTRUCTIONS = ("avx2", "avx512_f", "avx512_bw", "avx512_vbmi", "avx512_bf16", "amx_bf16")
-_PLACES = ("--json", "--plot", "--plots", "--folder", "--markdown")
+_PLACES = ("--json", "--plot", "--plots", "--folder", "--markdown")  # options that say where things go
 MANY = 30  # targets; more are not listed one by one where they are met
 
 
@@ -82,8 +83,13 @@ def arguments(description: str, plots: bool = False) -> argparse.ArgumentParser:
 def finish(
     options: argparse.Namespace, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]],
     targets: Sequence[Target] = (), picture: Picture | None = None, device: torch.device | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
-    """Print the table and the targets, write the files, and exit 1 under --check where a target is missed."""
+    """Print the table and the targets, write the files, and exit 1 under --check where a target is missed.
+
+    Args:
+        more: what else the JSON file has.
+    """
     console = Console(width=120 if not sys.stdout.isatty() else None)
     table = Table(title=escape(title), title_justify="left")
     for place, column in enumerate(columns):
@@ -106,7 +112,7 @@ def finish(
         "rows": [dict(zip(columns, row, strict=True)) for row in rows],
         "targets": [asdict(target) | {"met": target.met} for target in targets],
         "picture": picture and asdict(picture),
-    }  # fmt: skip
+    } | dict(more or {})  # fmt: skip
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     if picture and getattr(options, "plot", None):

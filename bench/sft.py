@@ -97,8 +97,23 @@ def read_addresses(path: Path) -> list[Record]:
     return records
 
 
-def existing(path: str) -> Path:
-    """Return the path of a file that is there."""
+def add_data_options(parser: argparse.ArgumentParser, records: int) -> None:
+    """Add the options that say what to train on and what to measure the loss on; `records` is their default number."""
+    parser.add_argument("--data", type=_existing, required=True, help='JSON Lines of {"text": ..., "fields": {...}}')
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--records", type=int, default=records, help="to train on")
+    parser.add_argument("--held-out", type=int, default=64, help="to measure the loss on")
+
+
+def chosen_records(options: argparse.Namespace) -> tuple[list[Record], list[Record]]:
+    """Return the records to train on and those held out; exit where the data has too few."""
+    records = read_addresses(options.data)
+    if len(records) < options.records + options.held_out:
+        sys.exit(f"{options.data} has {len(records)} different texts; needed: --records + --held-out")
+    return records[: options.records], records[options.records :][: options.held_out]
+
+
+def _existing(path: str) -> Path:
     if not Path(path).is_file():
         raise argparse.ArgumentTypeError(f"there is no file {path}")
     return Path(path)
@@ -181,24 +196,18 @@ def rate(figures: Figures) -> float:
 def main() -> None:
     """Measure, print, compare with the targets."""
     parser = arguments(str(__doc__))
-    parser.add_argument("--data", type=existing, required=True, help='JSON Lines of {"text": ..., "fields": {...}}')
-    parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--records", type=int, default=128, help="to train on")
-    parser.add_argument("--held-out", type=int, default=64, help="to measure the loss on")
+    add_data_options(parser, records=128)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--lr", type=float, default=5e-4)
     options = parser.parse_args()
-    records = read_addresses(options.data)
-    if len(records) < options.records + options.held_out:
-        sys.exit(f"{options.data} has {len(records)} different texts; needed: --records + --held-out")
+    train, held_out = chosen_records(options)
     with tempfile.TemporaryDirectory() as folder:
-        run(options, records, Files(Path(folder), str(model_folder(options.model).resolve()), options.lr))
+        run(options, train, held_out, Files(Path(folder), str(model_folder(options.model).resolve()), options.lr))
 
 
-def run(options: argparse.Namespace, records: list[Record], files: Files) -> None:
+def run(options: argparse.Namespace, train: Sequence[Record], held_out: Sequence[Record], files: Files) -> None:
     """Measure all, print the table."""
     interpreter = interpreter_mb()
-    train, held_out = records[: options.records], records[options.records :][: options.held_out]
     write_files(files, train, held_out, options.seeds)
     seen = measure(files, options.seeds)
     check_alike(seen)

@@ -37,16 +37,19 @@ def save_checkpoint(
     Args:
         folder: of all checkpoints of the run.
         progress: what the run's log needs to go on, as JSON values.
+
+    A parameter that no gradient has reached yet has no optimizer state; the checkpoint says which those are.
     """
     tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
+    without_state = [name for name, parameter in parameters.items() if not optimizer.state.get(parameter)]
     for name, parameter in parameters.items():
         tensors[f"parameter/{name}"] = parameter.detach().cpu().contiguous()
-        for key in state_keys(optimizer, parameter):
+        for key in () if name in without_state else state_keys(optimizer, parameter):
             tensors[f"{key}/{name}"] = optimizer.state[parameter][key].cpu().contiguous()
     target = folder / f"step-{step:06d}"
     with atomic_folder(target) as part:
         save_file(tensors, part / "state.safetensors")
-        state = {"step": step, "fingerprint": fingerprint, "progress": dict(progress)}
+        state = {"step": step, "fingerprint": fingerprint, "progress": dict(progress), "without_state": without_state}
         (part / "state.json").write_text(json.dumps(state), encoding="utf-8")
     for old in list_checkpoints(folder):
         if old != target:
@@ -72,19 +75,26 @@ def load_checkpoint(
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         tensors = load_file(path / "state.safetensors")
         step, progress, written_by = int(state["step"]), dict(state["progress"]), state["fingerprint"]
+        without_state = set(state["without_state"])
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"cannot read the checkpoint {path}: {type(error).__name__}: {error}") from None
     if written_by != fingerprint:
         raise TrainingError(
             f"{path} was written with other settings, data or adapter; resume with those, or train into another folder"
         )
-    keys = {name: state_keys(optimizer, parameter) for name, parameter in parameters.items()}
+    keys = {
+        name: () if name in without_state else state_keys(optimizer, parameter)
+        for name, parameter in parameters.items()
+    }
     expected = {f"{kind}/{name}" for name in parameters for kind in ("parameter", *keys[name])}
     if wrong := sorted((expected | {"rng"}) ^ set(tensors)):
         raise CheckpointError(f"{path} does not fit the model: {', '.join(wrong[:5])} missing or unexpected")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"parameter/{name}"])
+            if name in without_state:
+                optimizer.state.pop(parameter, None)
+                continue
             optimizer.state[parameter] = {
                 key: tensors[f"{key}/{name}"].to(parameter.device if key != "step" else "cpu") for key in keys[name]
             }

@@ -54,7 +54,7 @@ class TrainConfig(Settings):
     compile: bool = Field(
         False,
         description="pass the decoder's layers, but for attention, through torch.compile, for GPUs: the first step "
-        "takes half a minute longer, later ones on the CPU no less time; results stay the same but for rounding and "
+        "takes some 15 s longer, later ones on the CPU no less time; results stay the same but for rounding and "
         "what dropout draws",
     )
     max_length: int = Field(1024, ge=2, description="longest conversation in tokens; a longer one is an error")

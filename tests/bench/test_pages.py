@@ -76,3 +76,13 @@ def test_the_pages_in_the_docs_are_those_of_their_figures(tmp_path: Path) -> Non
     pages.write(tmp_path)
     for page in pages.PAGES:
         assert (tmp_path / f"{page}.md").read_text() == (docs / f"{page}.md").read_text()
+
+
+def test_the_explanations_quote_the_figures(tmp_path: Path) -> None:
+    docs = Path(pages.__file__).parents[1] / "docs"
+    for name, explanation in pages.EXPLAINED.items():
+        measured, page = tmp_path / f"{name}.json", tmp_path / f"{explanation}.md"
+        shutil.copy(docs / "benchmarks" / measured.name, measured)
+        shutil.copy(docs / "explanation" / page.name, page)
+        pages.fill(measured, page)
+        assert page.read_text() == (docs / "explanation" / page.name).read_text()

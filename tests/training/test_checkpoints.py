@@ -68,6 +68,25 @@ def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
             assert torch.equal(value, theirs.state[others[name]][key])
 
 
+def test_a_parameter_that_no_gradient_has_reached(tmp_path: Path) -> None:
+    def with_another(seed: int) -> tuple[dict[str, nn.Parameter], torch.optim.AdamW]:
+        parameters, optimizer = trained(2, seed)
+        parameters["unused"] = nn.Parameter(torch.randn(3))
+        optimizer.add_param_group({"params": [parameters["unused"]]})
+        return parameters, optimizer
+
+    parameters, optimizer = with_another(seed=0)
+    path = save_checkpoint(tmp_path, 2, parameters, optimizer, "print", {})
+    others, theirs = with_another(seed=1)
+    others["unused"].grad = torch.ones(3)
+    theirs.step()  # here one did
+    load_checkpoint(path, others, theirs, "print")
+    assert torch.equal(others["unused"], parameters["unused"]) and not theirs.state.get(others["unused"])
+    advance(parameters, optimizer)  # which reaches it, too
+    advance(others, theirs)
+    assert all(torch.equal(parameter, others[name]) for name, parameter in parameters.items())
+
+
 def test_only_the_last_is_kept_and_the_order_is_that_of_the_steps(tmp_path: Path) -> None:
     assert list_checkpoints(tmp_path / "nowhere") == []
     for steps in (2, 10, 9):
