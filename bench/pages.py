@@ -85,7 +85,7 @@ PAGES = {
         "The peers' side of each comparison is a script of its own in `bench/sides/`, with their best settings. What "
         "bounds a step is said in [Where a training step spends its time and memory](../explanation/training-step.md).",
         (
-            Section("train_step", "One step", arguments=("--rounds", "2", "--steps", "3")),
+            Section("train_step", "One step", arguments=("--rounds", "4", "--steps", "3")),
             Section(
                 "train_step", "One step of a model with a billion weights", "train_step_1b",
                 ("--model", "llama-1b", "--rounds", "1", "--steps", "1"),

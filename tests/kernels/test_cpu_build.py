@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from lorakit_kernels.cpu.build import BuildError, library_path
+from lorakit_kernels.cpu import instruction_sets
+from lorakit_kernels.cpu.build import INSTRUCTION_SETS, BuildError, library_path
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 
@@ -82,6 +83,24 @@ def test_without_a_compiler_there_is_one_warning_and_the_same_result(
     assert name == "lorakit_kernels.reference", result.stderr
     assert warnings.count("slower path in plain PyTorch") == 1
     assert reason in warnings
+
+
+@needs_compiler
+@pytest.mark.skipif(len(instruction_sets()) == 1, reason="needs a processor with AVX2")
+def test_where_the_best_instructions_are_refused_smaller_ones_are_built(cache: Path, tmp_path: Path) -> None:
+    path, best = tmp_path / "old-cc", instruction_sets()[-1]
+    refused = INSTRUCTION_SETS[best][-1]
+    path.write_text(
+        f'#!/bin/sh\ncase "$*" in *{refused}*) echo "error: no {refused}" >&2; exit 1;; esac\nexec g++ "$@"\n'
+    )
+    path.chmod(0o755)
+    result = run(cache, CXX=str(path))
+    smaller = [name for name in instruction_sets() if refused not in INSTRUCTION_SETS[name]][-1]
+    assert result.stdout.startswith("lorakit_kernels.cpu "), result.stderr
+    assert f"computes with {smaller} instructions, not with {best}: " in result.stdout
+    assert f"failed with status 1: error: no {refused}" in result.stdout and result.stdout.count("computes with") == 1
+    asked = run(tmp_path / "other", CXX=str(path), LORAKIT_CPU_ISA=best, LORAKIT_BACKEND="cpu")
+    assert asked.returncode == 1 and f"BuildError: `{path}" in asked.stderr  # what was asked for is not replaced
 
 
 def test_a_backend_that_was_asked_for_is_not_replaced(tmp_path: Path) -> None:

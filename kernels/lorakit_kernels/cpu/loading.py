@@ -44,7 +44,10 @@ def is_available() -> bool:
     """Return whether the library is there, building it if need be; a failure is warned about, once."""
     result = _attempt(os.environ.get("LORAKIT_CPU_ISA"))
     if isinstance(result, BuildError):
-        _warn(str(result))
+        _warn(
+            f"the CPU takes the slower path in plain PyTorch, with the same 4-bit weights: {result}. "
+            "LORAKIT_BACKEND=reference chooses it without this warning."
+        )
         return False
     return True
 
@@ -64,8 +67,23 @@ def library() -> CDLL:
 
 @cache
 def _attempt(choice: str | None) -> CDLL | BuildError:
-    """Build and load once; a failure is remembered too, or every operation would try again."""
-    instruction_set = _instruction_set(choice)
+    """Build and load once; a failure is remembered too, or every operation would try again.
+
+    Where nobody chose and the compiler is too old for the processor's best instructions, the next smaller set is taken.
+    """
+    wanted = _instruction_set(choice)
+    failures: list[BuildError] = []
+    for instruction_set in [wanted] if choice else reversed(instruction_sets()):
+        result = _load(instruction_set)
+        if not isinstance(result, BuildError):
+            if failures:
+                _warn(f"the CPU computes with {instruction_set} instructions, not with {wanted}: {failures[0]}")
+            return result
+        failures.append(result)
+    return failures[0]
+
+
+def _load(instruction_set: str) -> CDLL | BuildError:
     try:
         path = library_path(instruction_set)
         try:
@@ -84,13 +102,8 @@ def _attempt(choice: str | None) -> CDLL | BuildError:
 
 
 @cache
-def _warn(reason: str) -> None:
-    warnings.warn(
-        f"the CPU takes the slower path in plain PyTorch, with the same 4-bit weights: {reason}. "
-        "LORAKIT_BACKEND=reference chooses it without this warning.",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def instruction_sets() -> list[str]:
