@@ -103,13 +103,24 @@ def drop(x: Tensor, seed: Tensor, p: float) -> Tensor:
         x: any shape, elements counted row-major.
         seed: () int64, on the CPU.
         p: from 0 to below 1.
+
+    Raises:
+        ValueError: p is outside of that.
     """
+    threshold = drop_threshold(p)
     groups = -(-x.numel() // GROUP)
     counters = torch.arange(GROUP // 4 * groups, device=x.device)
     zero = torch.zeros_like(counters)
     words = philox(torch.stack([counters & 2**32 - 1, counters >> 32, zero, zero]), int(seed))
     place = words.view(4, groups, GROUP // 4).transpose(0, 1).reshape(-1)[: x.numel()].view(x.shape)
-    return x.masked_fill(place < round(p * 2**32), 0)
+    return x.masked_fill(place < threshold, 0)
+
+
+def drop_threshold(p: float) -> int:
+    """Return p·2^32, rounded: the words below it drop their elements. At most 2^32 − 1, which a word can hold."""
+    if not 0 <= p < 1:
+        raise ValueError(f"the probability of dropping must be from 0 to below 1, got {p}")
+    return min(round(p * 2**32), 2**32 - 1)
 
 
 def philox(counters: Tensor, key: int) -> Tensor:

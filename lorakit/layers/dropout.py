@@ -9,7 +9,7 @@ from torch import Tensor
 
 def draw_seed() -> Tensor:
     """Return a seed () int64 for `lorakit_kernels.drop`, from PyTorch's generator of the CPU, whatever the device."""
-    return torch.randint(2**63 - 1, ())
+    return torch.randint(2**63 - 1, (), device="cpu")  # where a default device is set, too
 
 
 def dropout(x: Tensor, p: float) -> Tensor:

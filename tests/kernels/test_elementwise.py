@@ -233,7 +233,7 @@ def test_philox_gives_the_known_answers_of_its_authors_library(
 @given(
     count=st.integers(0, 700),
     seed=st.integers(-(2**63), 2**63 - 1),
-    p=st.floats(0, 0.999),
+    p=st.floats(0, 1, exclude_max=True),
     bits=st.booleans(),
 )
 @settings(deadline=None, max_examples=60)
@@ -243,6 +243,18 @@ def test_drop_is_the_definition(dtype: torch.dtype, count: int, seed: int, p: fl
     assert_same(cpu.drop(x, drawn, p), definition.drop(x, drawn, p))
     tail = count // 3  # what is dropped depends on the place alone
     assert_same(cpu.drop(x[:tail], drawn, p), definition.drop(x, drawn, p)[:tail])
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.0, float("nan")])
+def test_a_probability_of_dropping_must_be_one(p: float) -> None:
+    for x in (torch.ones(3), torch.ones(3, dtype=torch.float64)):
+        with pytest.raises(ValueError, match="must be from 0 to below 1, got"):
+            cpu.drop(x, torch.tensor(0), p)
+
+
+def test_all_but_one_in_billions_are_dropped_where_p_is_nearly_1() -> None:
+    x, p = torch.ones(1000), 1 - 2.0**-40  # of which p·2^32 would round to a number that no word can hold
+    assert_same(cpu.drop(x, torch.tensor(1), p), torch.zeros(1000))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.05, 0.5, 0.97])

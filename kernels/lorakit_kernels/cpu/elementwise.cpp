@@ -2,9 +2,10 @@
 // embedding, SwiGLU and their gradients; dropout; and the loss.
 //
 // The definition goes over memory once for each product and sum that it writes; here every element is read once, worked
-// on in fp32 registers and written once. It is rounded to 16 bits wherever the definition rounds, so rotations, and dropout, agree
-// with it bit for bit. The others differ in two things: sums are taken in fp64, which leaves them right to half a unit, and
-// the exponential is the one below. The shapes of what the pointers point at are checked by the caller, in Python.
+// on in fp32 registers and written once. It is rounded to 16 bits wherever the definition rounds, so rotations agree with
+// it bit for bit, and so does dropout. The others differ in two things: sums are taken in fp64, which leaves them right
+// to half a unit, and the exponential is the one below. The shapes of what the pointers point at are checked by the
+// caller, in Python.
 
 #include "blocks.h"
 

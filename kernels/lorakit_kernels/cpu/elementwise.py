@@ -107,7 +107,9 @@ def drop(x: Tensor, seed: Tensor, p: float) -> Tensor:
         return definition.drop(x, seed, p)
     x = readable("x", x, x.dtype, count)
     y = torch.empty_like(x)
-    library().drop(x.data_ptr(), DTYPES[x.dtype], count, int(seed), round(p * 2**32), y.data_ptr(), *threads())
+    library().drop(
+        x.data_ptr(), DTYPES[x.dtype], count, int(seed), definition.drop_threshold(p), y.data_ptr(), *threads()
+    )
     return y
 
 

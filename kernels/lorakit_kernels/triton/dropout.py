@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.compiler import ASTSource
 
+from ..reference_training import drop_threshold
 from .launch import on_device_of, source
 
 _TILE = 256  # counters a program, of four elements each
@@ -24,7 +25,7 @@ def drop(x: Tensor, seed: Tensor, p: float) -> Tensor:
     x = x.contiguous()
     y = torch.empty_like(x)
     if count := x.numel():
-        threshold = round(p * 2**32)
+        threshold = drop_threshold(p)
         with on_device_of(x):
             drop_kernel[(triton.cdiv(count, 4 * _TILE),)](x, y, int(seed), threshold, count, TILE=_TILE)
     return y
