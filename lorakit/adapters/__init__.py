@@ -1,6 +1,6 @@
 """Adapters: configuration, attaching and switching, PEFT's files."""
 
-from .adapter_folder import AdapterFolder, AdapterLayer, read_adapter_folder
+from .adapter_folder import AdapterFolder, AdapterLayer, find_adapter_folder, read_adapter_folder
 from .attach import (
     adapter_configs,
     adapter_parameters,
@@ -53,6 +53,7 @@ __all__ = [
     "count_parameters",
     "disable_adapters",
     "export_adapter",
+    "find_adapter_folder",
     "idle_adapters",
     "load_adapter",
     "lora_layers",

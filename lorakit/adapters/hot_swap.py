@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..layers import AdaptedLayer
 from .adapter_folder import AdapterLayer, read_adapter_folder
+from .peft_names import tensor_name
 from .state import check_adapter, lora_layers
 
-_PREFIX = "base_model.model."
 _SHOWN = 20  # problems in one message
 
 
@@ -68,11 +68,10 @@ def swap_adapter(model: nn.Module, name: str, source: str | os.PathLike[str] | M
 
 def _take(tensors: dict[str, Tensor], path: str, layer: AdaptedLayer, name: str) -> AdapterLayer | None:
     """Take a layer's tensors out of a dictionary; None where A or B is not among them."""
-    is_embedding = layer.matrices != ("lora_A", "lora_B")
-    a, b = (f"{_PREFIX}{path}.{table}{'' if is_embedding else '.weight'}" for table in layer.matrices)
+    a, b = (tensor_name(path, table) for table in layer.matrices)
     if a not in tensors or b not in tensors:
         return None
-    magnitude = tensors.pop(f"{_PREFIX}{path}.lora_magnitude_vector", None)
+    magnitude = tensors.pop(tensor_name(path, "lora_magnitude_vector"), None)
     return AdapterLayer(path, "linear", tensors.pop(a), tensors.pop(b), layer.scaling[name], magnitude)
 
 

@@ -20,16 +20,16 @@ from torch import Tensor, nn
 from ..errors import AdapterError, CheckpointError
 from ..files import atomic_folder
 from ..models.safetensors_header import make_header
+from .adapter_folder import weights_file
 from .attach import add_adapter, check_adapter, check_name
 from .fingerprint import base_fingerprint
-from .peft_config import CONFIG_FILE, peft_config, read_adapter_config
-from .peft_keys import PREFIX, file_shapes, file_tensors, write_tensors
+from .peft_config import peft_config, read_adapter_config
+from .peft_names import BASE_KEY, BASE_LAYER, CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from .peft_tensors import file_shapes, file_tensors, write_tensors
 from .placing import place
 from .targeting import MatchReport, unwrapped
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-_PICKLE_FILE = "adapter_model.bin"
-BASE_KEY = "lorakit.base"  # in the metadata: the fingerprint of the base model
+_TABLE = f".{BASE_LAYER}.weight"  # PEFT writes the whole table of an adapted embedding too
 
 
 def save_peft_folder(
@@ -94,6 +94,7 @@ def load_adapter(
     trained: bool = False,
     dtype: torch.dtype = torch.float32,
     max_rank: int | None = None,
+    *,
     check_base: bool = True,
 ) -> MatchReport:
     """Attach an adapter from a PEFT folder and make it active.
@@ -138,12 +139,7 @@ def load_adapter(
 
 def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and the metadata of a folder."""
-    file = folder / WEIGHTS_FILE
-    if not file.exists() and (folder / _PICKLE_FILE).exists():
-        raise CheckpointError(
-            f"{folder} has its weights in {_PICKLE_FILE}, a pickle, which can run any code when it is read; convert it "
-            f"to {WEIGHTS_FILE} where you trust its source"
-        )
+    file = weights_file(folder)
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (it is not a dict)
@@ -168,9 +164,6 @@ def _problems(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) 
         elif key in tensors and not torch.isfinite(tensors[key]).all():
             problems.append(f"{key} holds inf or nan")
     return problems
-
-
-_TABLE = ".base_layer.weight"  # PEFT writes the whole table of an adapted embedding too
 
 
 def _other_tables(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:

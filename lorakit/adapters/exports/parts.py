@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...errors import AdapterError
 from ..adapter_folder import AdapterLayer
+from ..peft_names import BASE_LAYER
 
 # Settings of adapter_config.json that mean more than A and B of existing layers. No consumer here has a place for them:
 # some are refused there too, the others would be dropped without a word.
@@ -69,7 +70,7 @@ def check_plain(export: Export, consumer: str, *problems: str) -> None:
         if layer.kind not in ("linear", "embedding")
     ]
     # A copy of the embedding beside its adapter is PEFT's way of being sure; it is the base's own.
-    copies = {f"{path}.base_layer.weight" for path, layer in export.layers.items() if layer.kind == "embedding"}
+    copies = {f"{path}.{BASE_LAYER}.weight" for path, layer in export.layers.items() if layer.kind == "embedding"}
     if not found:  # otherwise a setting above says where they come from
         found += [f"{name}: a tensor that is not of an adapter" for name in export.extras if name not in copies]
     if found := [*found, *problems]:
