@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..errors import AdapterError, CheckpointError, ShapeError
+from ..errors import AdapterError, CheckpointError, ShapeError, listing
 from ..models.safetensors_header import TensorEntry, read_header, read_tensors
 from .config import LoraConfig
 from .low_rank import LowRank
@@ -241,8 +241,7 @@ def _sort_names(
     if not problems and not layers:
         problems.append("it holds no LoRA matrix")
     if problems:
-        more = f"\n  (+{len(problems) - 20} more)" if len(problems) > 20 else ""
-        raise CheckpointError(f"{file} does not fit its {CONFIG_FILE}:\n  " + "\n  ".join(problems[:20]) + more)
+        raise CheckpointError(f"{file} does not fit its {CONFIG_FILE}:{listing(problems)}")
     return layers, extras
 
 

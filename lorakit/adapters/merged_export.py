@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import AdapterError, CheckpointError, ConfigError, StorageError, did_you_mean
+from ..errors import AdapterError, CheckpointError, ConfigError, StorageError, did_you_mean, listing
 from ..files import atomic_folder, write_text
 from ..layers import VARIANTS, AdaptedLayer, LoRAEmbedding, LoRALinear
 from ..models.checkpoint import Checkpoint
@@ -158,9 +158,9 @@ class _Plan:
                 problems.append(f"{key} has no place in a checkpoint: no tensor {name}")
             self.replaced[name] = key
         if problems:
-            more = f"\n  (+{len(problems) - 20} more)" if len(problems) > 20 else ""
-            listing = "\n  ".join(problems[:20]) + more
-            raise AdapterError(f"{self.folder.folder} cannot be merged into {self.checkpoint.folder}:\n  {listing}")
+            raise AdapterError(
+                f"{self.folder.folder} cannot be merged into {self.checkpoint.folder}:{listing(problems)}"
+            )
 
     def write(self, part: Path, shard_bytes: int, progress: Callable[[int, int], None] | None) -> MergeReport:
         """Write the whole folder."""

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..errors import AdapterError, CheckpointError
+from ..errors import AdapterError, CheckpointError, listing
 from ..files import atomic_folder
 from ..models.safetensors_header import make_header
 from .adapter_folder import weights_file
@@ -123,9 +123,7 @@ def load_adapter(
         raise AdapterError(f"{folder} has rank {highest} at {where}; the limit is {max_rank}")
     problems = _problems(tensors, file_shapes(placements)) + _other_tables(model, tensors)
     if problems:
-        more = f"\n  (+{len(problems) - 20} more)" if len(problems) > 20 else ""
-        listing = "\n  ".join(problems[:20])
-        raise CheckpointError(f"{folder / WEIGHTS_FILE} does not fit the model:\n  {listing}{more}")
+        raise CheckpointError(f"{folder / WEIGHTS_FILE} does not fit the model:{listing(problems)}")
     trained_on, here = metadata.get(BASE_KEY), base_fingerprint(model)
     if check_base and trained_on is not None and trained_on != here:
         raise CheckpointError(

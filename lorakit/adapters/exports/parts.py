@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import AdapterError
+from ...errors import AdapterError, listing
 from ..adapter_folder import AdapterLayer
 from ..peft_names import BASE_LAYER
 
@@ -74,9 +74,8 @@ def check_plain(export: Export, consumer: str, *problems: str) -> None:
     if not found:  # otherwise a setting above says where they come from
         found += [f"{name}: a tensor that is not of an adapter" for name in export.extras if name not in copies]
     if found := [*found, *problems]:
-        more = [f"(+{len(found) - 20} more)"] if len(found) > 20 else []
         raise AdapterError(
-            f"{consumer} cannot serve this adapter as it is:\n  " + "\n  ".join([*found[:20], *more]) + "\n"
+            f"{consumer} cannot serve this adapter as it is:{listing(found)}\n"
             "merge the adapter into its base model and serve that instead"
         )
 
