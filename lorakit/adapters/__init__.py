@@ -22,9 +22,8 @@ from .merge import merge_adapter, unmerge_adapter
 from .merge_report import LayerMerge, MergeReport
 from .merged_export import merge_checkpoint
 from .peft_config import read_adapter_config
-from .peft_files import load_adapter
+from .peft_files import load_adapter, save_adapter
 from .resize import ResizeConfig, resize_adapter, resize_folder
-from .saving import save_adapter
 from .status import AdapterStatus, AttachedAdapter, adapter_status
 from .switching import idle_adapters, use_rows
 from .targeting import MatchReport

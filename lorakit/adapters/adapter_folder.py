@@ -1,4 +1,4 @@
-"""An adapter from its files alone, without the model it belongs to: for inspection, export, resizing and comparison.
+"""An adapter's folder, read and written without the model: for inspection, export, resizing and comparison.
 
 `read_adapter_folder` checks names, shapes and dtypes of the whole folder at once, from the file's header; the tensors
 of a layer are read when that layer is asked for, so that an adapter of any size is walked in the memory of one layer.
@@ -6,11 +6,13 @@ of a layer are read when that layer is asked for, so that an adapter of any size
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -18,7 +20,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import AdapterError, CheckpointError, ShapeError, listing
-from ..models.safetensors_header import TensorEntry, read_header, read_tensors
+from ..files import atomic_folder
+from ..models.safetensors_header import TensorEntry, make_header, read_header, read_tensors
 from .config import LoraConfig
 from .low_rank import LowRank
 from .peft_config import matrix_config, read_config_file
@@ -176,6 +179,38 @@ def weights_file(folder: Path) -> Path:
         "trust its source"
     )
     raise CheckpointError(f"{file} is missing{pickled if (folder / PICKLE_FILE).is_file() else ''}")
+
+
+def write_adapter_folder(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> Path:
+    """Write the two files of an adapter folder, replacing an adapter that stands there, and nothing else.
+
+    Raises:
+        AdapterError: the folder holds something that is not an adapter.
+        StorageError: writing failed; what stood there is untouched.
+    """
+    folder = Path(path)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file()):
+        raise AdapterError(f"{folder} exists and is not an adapter folder; choose another path")
+    with atomic_folder(folder) as part:
+        _write_tensors(part / WEIGHTS_FILE, tensors, metadata)
+        # Sorted as PEFT does, but not within rank_pattern and alpha_pattern: there the first match wins.
+        text = json.dumps(dict(sorted(config.items())), indent=2)
+        (part / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+    return folder
+
+
+def _write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file; the package's own writer puts metadata in another order at every call."""
+    tensors = dict(sorted(tensors.items()))
+    with file.open("wb") as out:
+        out.write(make_header({key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()}, dict(metadata)))
+        for tensor in tensors.values():
+            out.write(tensor.view(-1).view(torch.uint8).numpy().tobytes())
 
 
 class _Lazy(Mapping[str, _Value]):

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError
-from .adapter_folder import AdapterLayer, read_adapter_folder
+from .adapter_folder import AdapterLayer, read_adapter_folder, write_adapter_folder
 from .attach import adapter_parts, add_adapter, check_adapter, lora_layers
 from .low_rank import LowRank
 from .peft_config import attachable_config
-from .peft_files import write_peft_folder
 from .peft_names import BASE_KEY, CONFIG_FILE, matrix_names
 from .ranks import config_for_ranks, rank_pattern
 
@@ -141,7 +140,7 @@ def write_updates(
             layers = next(source.adapter.layers for source in sources if module_path in source)
             tensors |= _tensors(update, layers[module_path], dtype)
     base = next((source.base for source in sources if source.base), None)
-    return write_peft_folder(path, tensors, config, {BASE_KEY: base} if base else {})
+    return write_adapter_folder(path, tensors, config, {BASE_KEY: base} if base else {})
 
 
 def check_one_base(sources: Sequence[FolderUpdates]) -> None:

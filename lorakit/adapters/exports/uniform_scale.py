@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..peft_files import write_peft_folder
+from ..adapter_folder import write_adapter_folder
 from ..peft_names import matrix_names
 from .parts import Export, folded
 
@@ -36,4 +36,4 @@ def write_uniform(path: Path, export: Export, matrices: Matrices, **changes: Any
             tensors[tensor_name] = matrix.contiguous()
     rank = len(next(iter(matrices.values()))[0])
     plain = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
-    write_peft_folder(path, tensors, {**export.config, **plain, **changes})
+    write_adapter_folder(path, tensors, {**export.config, **plain, **changes})
