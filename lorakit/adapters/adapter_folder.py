@@ -119,9 +119,9 @@ def read_adapter_folder(path: str | os.PathLike[str]) -> AdapterFolder:
     a layer checks that its numbers are finite.
 
     Raises:
-        AdapterError: no adapter there, or several; it is not a LoRA adapter; its weights are a pickle.
-        CheckpointError: a file is missing or broken, or a tensor is missing, unexpected, mis-shaped, not floating
-            point or, once its layer is read, not finite; every such tensor is named.
+        AdapterError: no adapter there, or several; it is not a LoRA adapter.
+        CheckpointError: a file is missing, broken or a pickle, or a tensor is missing, unexpected, mis-shaped, not
+            floating point or, once its layer is read, not finite; every such tensor is named.
     """
     folder = find_adapter_folder(path)
     config = read_config_file(folder / CONFIG_FILE)
