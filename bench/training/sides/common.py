@@ -1,7 +1,7 @@
 """What the scripts of both sides share: their options, the tokens, and what they note about time and memory.
 
-Nothing of lorakit is imported here: the peers' processes would carry it. Peak memory is the process's VmHWM. It is noted
-apart for loading and for training, by starting the maximum anew in between, and where the imports are done.
+Nothing of lorakit is imported here: the peers' processes would carry it. Peak memory is the process's VmHWM. It is
+noted apart for loading and for training, by starting the maximum anew in between, and where the imports are done.
 """
 
 from __future__ import annotations
