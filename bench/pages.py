@@ -83,8 +83,9 @@ PAGES = {
     ),
     "training": Page(
         "Training",
-        "The peers' side of each comparison is a script of its own in `bench/training/sides/`, with their best settings. "
-        "What bounds a step is said in [Where a training step spends its time and memory](../explanation/training-step.md).",
+        "The peers' side of each comparison is a script of its own in `bench/training/sides/`, with their best "
+        "settings. What bounds a step is said in [Where a training step spends its time and memory]"
+        "(../explanation/training-step.md).",
         (
             Section("train_step", "One step", arguments=("--rounds", "4", "--steps", "3")),
             Section(

@@ -3,8 +3,8 @@
 For a kernel and target: registers a thread, shared memory, spills, instructions a weight (of an operation without
 weights: an element), bytes of global memory moved a weight, the widest load and store of global memory, tensor-core
 instructions. Instructions a weight are those that each thread runs for a weight: of the whole kernel, or, of products
-and of cross-entropy, of its loops. `bench/gpu/static_cases.py` says how bytes are counted. bitsandbytes' own kernel is read
-from its library where it is installed.
+and of cross-entropy, of its loops. `bench/gpu/static_cases.py` says how bytes are counted. bitsandbytes' own kernel is
+read from its library where it is installed.
 
 None of this is a time: no GPU has run these kernels here.
 

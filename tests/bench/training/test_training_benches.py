@@ -14,7 +14,7 @@ from small_models import conversations, small_decoder, write_checkpoint
 from bench.adapters import dora
 from bench.harness.make_llama import SMOLLM2, make_llama
 from bench.harness.processes import ROOT, Figures, Side
-from bench.training import memory, scaling, sft, step_7b, train_step
+from bench.training import memory, sft, step_7b, train_step
 from bench.training.sides import lorakit_sft, lorakit_step
 from bench.training.sides.common import digest
 from lorakit import load_records, load_tokenizer, save_records
@@ -131,22 +131,47 @@ def test_targets_of_fine_tuning() -> None:
 
 def test_straight_lines_and_flat_ones() -> None:
     lengths = [512, 1024, 2048, 4096, 8192]
-    assert scaling.residual({n: 100 + 0.2 * n for n in lengths}) == pytest.approx(0, abs=1e-12)
-    assert scaling.residual({n: 1e-5 * n * n for n in lengths}) > 2 * scaling.MAX_RESIDUAL
-    assert scaling.growth({1: 4.0, 2: 9.0, 8: 5.0}) == 1.25
+    assert memory.residual({n: 100 + 0.2 * n for n in lengths}) == pytest.approx(0, abs=1e-12)
+    assert memory.residual({n: 1e-5 * n * n for n in lengths}) > 2 * memory.MAX_RESIDUAL
+    assert memory.growth({1: 4.0, 2: 9.0, 8: 5.0}) == 1.25
 
 
 def test_memory_of_each_configuration() -> None:
-    named = memory.sides("folder")
+    named = memory.sides(Path("folder"))
     assert len(named) == len(memory.CONFIGURATIONS) * (len(memory.OURS) + len(memory.PEERS))
     parts = memory.parts({"imports_mb": 1024.0, "loaded_mb": 1536.0, "peak_mb": 4096.0})
     assert parts == {"imports": 1.0, "model": 0.5, "training": 2.5}
 
 
+def test_a_step_is_planned_as_it_is_measured(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(memory.SHAPES, "tiny", TINY)
+    step = memory.Step(2, 16, None, ("checkpointing=2", "optimizer=adamw_8bit"), dora=True)
+    assert str(step) == "bf16, 2 x 16, checkpointing=2, optimizer=adamw_8bit, DoRA"
+    made = memory.predicted("tiny", step, runtime_bytes=0)
+    assert made.parts["runtime"] == 0 < made.peak_bytes
+    figures = step.ours("tiny", tiny, steps=2).measure()
+    assert len(figures["losses"]) == 3 and memory.training_mb(figures) > 0
+
+
+def test_the_planned_steps_are_those_of_the_stored_figures() -> None:
+    stored = json.loads((ROOT / "docs" / "benchmarks" / "plan.json").read_text())
+    assert [(row["shape"], row["configuration"]) for row in stored["rows"]] == [
+        (shape, str(step)) for shape, step in memory.PLANNED
+    ]
+
+
+def test_what_memory_is_made_of_and_how_it_grows_is_drawn(tmp_path: Path) -> None:
+    stacks = {("QLoRA", who): {"imports": 0.3, "model": 0.2, "training": 1.0} for who in ("lorakit", "PEFT")}
+    points = {who: {512: 100.0, 1024: 200.0} for who in ("lorakit", "PEFT")}
+    memory.draw_parts(stacks, tmp_path / "a.svg")
+    memory.draw_growth({"tokens": points, "vocabulary": points}, tmp_path / "b.svg")
+    assert "training" in (tmp_path / "a.svg").read_text() and "vocabulary" in (tmp_path / "b.svg").read_text()
+
+
 def test_sizes_are_made_once(tmp_path: Path) -> None:
     for length in (16, 32):
-        pair = scaling.sides(tmp_path, TINY, length)
-        assert pair["lorakit"].arguments[:2] == pair["PEFT"].arguments[:2]
+        both = memory.pair(tmp_path, TINY, length)
+        assert both["lorakit"].arguments[:2] == both["PEFT"].arguments[:2]
     (folder,) = tmp_path.iterdir()
     assert json.loads((folder / "config.json").read_text())["vocab_size"] == VOCABULARY
 
