@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from source_rules import Breach, Function, House, Sources
+from source_rules import Breach, Function, House, Sources, house_of
 
 # PyTorch defines what these do; the class says what is special.
 TORCH_METHODS = frozenset({"forward", "backward", "setup_context", "extra_repr", "step"})
@@ -15,8 +15,8 @@ TORCH_METHODS = frozenset({"forward", "backward", "setup_context", "extra_repr",
 DIMENSION = r"(?:\.\.\.|\*?[A-Za-z0-9_]+(?:[ ]?(?:[-+*/·×^]|//)[ ]?[A-Za-z0-9_]+)*)"
 SHAPE = re.compile(
     rf"""
-    \({DIMENSION}(?:,\s*{DIMENSION})*,\s*(?:{DIMENSION})?\)   # (tokens, r), (tokens,), (..., hidden)
-    | \(\)                                                    # of a single number
+    (?<!\w)\({DIMENSION}(?:,\s*{DIMENSION})*,\s*(?:{DIMENSION})?\)   # (tokens, r), (tokens,), (..., hidden)
+    | (?<!\w)\(\)                                                    # of a single number
     | \b(?:shapes?|shaped|scalars?)\b                         # any shape, a scalar, of x's shape
     """,
     re.VERBOSE,
@@ -93,7 +93,7 @@ def missing_breaches(sources: Sources) -> Iterator[Breach]:
 
     What PyTorch or a base class of ours defines and documents needs none where it is overridden.
     """
-    house = House(sources)
+    house = house_of(sources)
     for module, tree in house.trees.items():
         if not ast.get_docstring(tree):
             yield Breach(house.paths[module], 1, "the module has no docstring")
@@ -118,7 +118,7 @@ def shape_breaches(sources: Sources, with_dtypes: Sequence[str], definitions: Se
         definitions: beginnings of paths whose functions define operations. They document the backends' functions of the
             same name below the same folder.
     """
-    house = House(sources)
+    house = house_of(sources)
     methods, defined = documented_methods(house), set[tuple[str, str]]()
     found = list(public_definitions(house))
     for one in found:

@@ -65,7 +65,7 @@ class House:
     def __init__(self, sources: Sources) -> None:
         python = {path: text for path, text in sources.items() if path.endswith(".py")}
         self.paths = {module_name(path): path for path in python}
-        self.trees = {module_name(path): parsed(text) for path, text in python.items()}
+        self.trees = {module_name(path): ast.parse(text, path) for path, text in python.items()}
         self.imports = {module: list(self._imports_of(module)) for module in self.trees}
 
     def _imports_of(self, importer: str) -> Iterator[Import]:
@@ -91,10 +91,14 @@ class House:
                         yield Import(source, alias.name, bound, node.lineno, id(node) in late)
 
 
+def house_of(sources: Sources) -> House:
+    """Return the parsed sources; the same ones are parsed once for all rules, which only read the trees."""
+    return _house_of(tuple(sources.items()))
+
+
 @cache
-def parsed(text: str) -> ast.Module:
-    """Return the tree of a source; rules only read it."""
-    return ast.parse(text)
+def _house_of(sources: tuple[tuple[str, str], ...]) -> House:
+    return House(dict(sources))
 
 
 def module_name(path: str) -> str:
@@ -127,7 +131,7 @@ def place_in(module: str, order: Sequence[Sequence[str]]) -> int | None:
 
 def floor_breaches(sources: Sources, floors: Sequence[Sequence[str]]) -> Iterator[Breach]:
     """Yield the imports that go up, and the modules that are on no floor."""
-    house = House(sources)
+    house = house_of(sources)
     for importer, path in house.paths.items():
         own = place_in(importer, floors)
         if own is None:
@@ -145,7 +149,7 @@ def room_breaches(sources: Sources, rooms: Mapping[str, Sequence[Sequence[str]]]
     A room is a folder, or a file by its name. Files beside the rooms are not bound, and the package's `__init__` shows
     what is in them all: so a room takes what it needs from the file that has it.
     """
-    house = House(sources)
+    house = house_of(sources)
     for package, order in rooms.items():
         named = [[f"{package}.{room}" for room in group] for group in order]
         for importer, path in house.paths.items():
@@ -166,7 +170,7 @@ def circle_breaches(sources: Sources, late: Mapping[tuple[str, str], str]) -> It
     Imports for type checkers count. Those inside functions count too, but for the pairs (importer, imported) in `late`,
     each with its reason.
     """
-    house = House(sources)
+    house = house_of(sources)
     arrows = {
         module: {
             imported.module: imported.line
@@ -203,7 +207,7 @@ def shortest_way_back(start: str, arrows: Mapping[str, Mapping[str, int]]) -> li
 
 def private_breaches(sources: Sources) -> Iterator[Breach]:
     """Yield the imports of a private name, and the uses of a private attribute of a module, from another module."""
-    house = House(sources)
+    house = house_of(sources)
     for importer, path in house.paths.items():
         modules = {}
         for imported in house.imports[importer]:
@@ -262,7 +266,7 @@ def argument_breaches(sources: Sources, most: int, registration: str) -> Iterato
         registration: pattern of the calls and decorators that register an operation, whose schema has one argument for
             each tensor. Functions that they decorate, or are given by name, are left out.
     """
-    house = House(sources)
+    house = house_of(sources)
     for module, path in house.paths.items():
         tree = house.trees[module]
         methods = {id(node) for owner in ast.walk(tree) if isinstance(owner, ast.ClassDef) for node in owner.body}
@@ -289,7 +293,7 @@ def registered_names(tree: ast.AST, registration: str) -> Iterator[str]:
 
 def twice_defined_breaches(sources: Sources, allowed: Mapping[str, str]) -> Iterator[Breach]:
     """Yield the public classes whose name an earlier file has for another class, but for those `allowed`."""
-    house, first = House(sources), dict[str, str]()
+    house, first = house_of(sources), dict[str, str]()
     for module, path in sorted(house.paths.items()):
         for node in house.trees[module].body:
             if isinstance(node, ast.ClassDef) and not is_private(node.name) and node.name not in allowed:

@@ -57,7 +57,9 @@ class TestShapes:
     def test_what_states_a_shape(self, text: str) -> None:
         assert SHAPE.search(text)
 
-    @pytest.mark.parametrize("text", ["x", "Return the weight (see there)", "(Hu et al., 2021)", "(tokens r)", "f(x)"])
+    @pytest.mark.parametrize(
+        "text", ["x", "Return the weight (see there)", "(Hu et al., 2021)", "(tokens r)", "f(x, y)", "f()"]
+    )
     def test_what_states_none(self, text: str) -> None:
         assert not SHAPE.search(text)
 

@@ -93,8 +93,9 @@ class TestPrivateNames:
 
     def test_a_private_attribute_of_a_module(self) -> None:
         tree = {
-            "app/a.py": "", "app/b.py": "import torch\nfrom app import a as other\n\nother._x()\ntorch._dynamo\nself._x\n"
-        }  # fmt: skip
+            "app/a.py": "",
+            "app/b.py": "import torch\nfrom app import a as other\n\nother._x()\ntorch._dynamo\nself._x\n",
+        }
         assert [str(breach) for breach in private_breaches(tree)] == ["app/b.py:4: uses the private name _x of app.a"]
 
 
