@@ -80,30 +80,31 @@ def cases(lanes: int) -> Iterator[Case]:
 
 def _codecs() -> Iterator[Case]:
     kernel, size = dequantize.dequantize_4bit_kernel, {"BLOCK": BLOCK, "WORDS": dequantize.WORDS}
-    moved = {"packed": 1 / 8, "out": 1} | SCALES
-    weights, warps = dequantize.WORDS * 8, dequantize.WARPS
-    yield _codec("dequantize_4bit", kernel, {}, size | WITHOUT_NESTED, moved, weights, warps)
-    yield _codec("dequantize_4bit nested", kernel, {"absmax": "*u8"}, size | {"NESTED": 256}, moved, weights, warps)
+    shared: dict[str, Any] = {
+        "moved": {"packed": 1 / 8, "out": 1} | SCALES, "weights": dequantize.WORDS * 8, "warps": dequantize.WARPS
+    }  # fmt: skip
+    yield _codec("dequantize_4bit", kernel, {}, size | WITHOUT_NESTED, **shared)
+    yield _codec("dequantize_4bit nested", kernel, {"absmax": "*u8"}, size | {"NESTED": 256}, **shared)
     yield _codec(
         "dequantize_8bit", dequantize.dequantize_8bit_kernel, {"codes": "*u8", "out": "*fp32"},
-        {"BLOCK": 256, "VALUES": dequantize.VALUES_8BIT}, {"codes": 1, "absmax": 1 / 256, "out": 1},
-        dequantize.VALUES_8BIT, 4,
+        {"BLOCK": 256, "VALUES": dequantize.VALUES_8BIT},
+        moved={"codes": 1, "absmax": 1 / 256, "out": 1}, weights=dequantize.VALUES_8BIT, warps=4,
     )  # fmt: skip
     yield _codec(
         "quantize_4bit", quantize.quantize_kernel, {},
         {"BLOCK": BLOCK, "WIDTH": BLOCK, "ROWS": quantize.VALUES // BLOCK, "TABLE": 16},
-        {"x": 1, "codes": 1 / 8, "absmax": 1 / BLOCK}, quantize.VALUES, quantize.WARPS,
+        moved={"x": 1, "codes": 1 / 8, "absmax": 1 / BLOCK}, weights=quantize.VALUES, warps=quantize.WARPS,
     )  # fmt: skip
     yield _codec(
         "quantize_8bit", quantize.quantize_kernel, {"codes": "*u8", "x": "*fp32"},
         {"order": None, "BLOCK": 256, "WIDTH": 256, "ROWS": quantize.VALUES // 256, "TABLE": 256},
-        {"x": 1, "codes": 1, "absmax": 1 / 256}, quantize.VALUES, quantize.WARPS,
+        moved={"x": 1, "codes": 1, "absmax": 1 / 256}, weights=quantize.VALUES, warps=quantize.WARPS,
     )  # fmt: skip
 
 
 def _codec(
-    name: str, kernel: Any, types: Mapping[str, str], constants: Mapping[str, object], moved: Mapping[str, float],
-    weights: int, warps: int,
+    name: str, kernel: Any, types: Mapping[str, str], constants: Mapping[str, object], *,
+    moved: Mapping[str, float], weights: int, warps: int,
 ) -> Case:  # fmt: skip
     source = _source(kernel, CODEC_TYPES | types, constants)
     return Case(name, source, weights, _bytes(source, moved), {"num_warps": warps, "enable_fp_fusion": False})

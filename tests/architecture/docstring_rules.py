@@ -12,7 +12,8 @@ from source_rules import Breach, Function, House, Sources, house_of
 # PyTorch defines what these do; the class says what is special.
 TORCH_METHODS = frozenset({"forward", "backward", "setup_context", "extra_repr", "step"})
 
-DIMENSION = r"(?:\.\.\.|\*?[A-Za-z0-9_]+(?:[ ]?(?:[-+*/·×^]|//)[ ]?[A-Za-z0-9_]+)*)"
+WORD = r"[A-Za-z0-9_]+(?:[ ][a-z]+)?"  # "tokens", "trained tokens"
+DIMENSION = rf"(?:\.\.\.|\*?{WORD}(?:[ ]?(?:[-+*/·×^]|//)[ ]?{WORD})*)"
 SHAPE = re.compile(
     rf"""
     (?<!\w)\({DIMENSION}(?:,\s*{DIMENSION})*,\s*(?:{DIMENSION})?\)   # (tokens, r), (tokens,), (..., hidden)
