@@ -25,7 +25,7 @@ MARKS = ("-", (0, (2, 1.2)))  # how the lines of marks are dashed
 LOG_RANGE = 8.0  # longest bar / shortest, from which on the axis is logarithmic
 BAR_INCHES = 0.17
 LEGEND_LETTERS = 80  # that a row of the legend has room for
-STYLE = {
+STYLE: Any = {
     "font.size": 9, "font.family": "DejaVu Sans", "svg.fonttype": "path", "svg.hashsalt": "lorakit",
     "hatch.linewidth": 0.5, "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False,
 }  # fmt: skip

@@ -59,7 +59,7 @@ def alternate(sides: Sequence[Side], rounds: int) -> dict[Side, list[Figures]]:
 
 def step_seconds(runs: Sequence[Figures]) -> float:
     """Return the median of all timed steps of a side's runs."""
-    return median(seconds for run in runs for seconds in run["seconds"])
+    return float(median(seconds for run in runs for seconds in run["seconds"]))
 
 
 def middle(runs: Sequence[Figures], key: str) -> float:

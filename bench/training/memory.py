@@ -295,8 +295,8 @@ def beside_plan(description: str) -> None:
             for shape, step in PLANNED
             if options.only in f"{shape}: {step}"
         ]
-    columns = ("shape", "configuration", "measured MiB", "predicted MiB", "off by %")
-    columns += ("runtime", "weights", "adapter", "activations", "workspace", "allocator")
+    columns = ["shape", "configuration", "measured MiB", "predicted MiB", "off by %"]
+    columns += ["runtime", "weights", "adapter", "activations", "workspace", "allocator"]
     worst = max((abs(row[3] / row[2] - 1) for row in rows), default=0.0)
     targets = [Target("largest deviation of a predicted peak", worst, MOST_OFF)]
     title = f"Peak memory of training on the CPU, rank {RANK}: predicted and measured, MiB"

@@ -51,7 +51,8 @@ def public_definitions(house: House) -> Iterator[Definition]:
         for node in tree.body:
             if isinstance(node, Function | ast.ClassDef) and not node.name.startswith("_"):
                 yield Definition(node.name, node, house.paths[module])
-                for inner in node.body if isinstance(node, ast.ClassDef) else ():
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                for inner in node.body:
                     if isinstance(inner, Function) and not inner.name.startswith("_") and not is_stub(inner):
                         yield Definition(f"{node.name}.{inner.name}", inner, house.paths[module], node)
 
