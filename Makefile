@@ -65,9 +65,7 @@ bench: peers $(STAMPS)/bench  ## install what the measurements need, and say how
 	@echo "Statistics of the same calls: $(BIN)/python -m pytest bench --benchmark-only"
 	@echo "On a GPU, everything into one report: bench/gpu.sh"
 	@echo "Each measurement is a module that says at its top what it measures and how to run it:"
-	@for file in $$(grep -l '^Run as: python -m bench' bench/*.py); do \
-	  echo "  $(BIN)/python -m bench.$$(basename $$file .py)"; \
-	done
+	@grep -hoE '^Run as: python -m bench\.[a-z0-9_]+' bench/*.py bench/*/*.py | sort | sed 's|^Run as: |  $(BIN)/|'
 
 clean:  ## remove what building and testing left behind; .venv and runs stay
 	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

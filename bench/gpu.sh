@@ -23,7 +23,7 @@ if ! "$python" -c "import torch" 2> /dev/null; then
   exit 2
 fi
 if [[ " $* " != *" --device"* ]]; then
-  "$python" -c "from bench.gpu import current_gpu; current_gpu()" || exit 2
+  "$python" -c "from bench.gpu.measure import current_gpu; current_gpu()" || exit 2
 fi
 
 folder=$(mktemp -d)
@@ -46,7 +46,7 @@ section() {
 }
 
 environment() {
-  "$python" -c "import torch; from bench.report import *
+  "$python" -c "import torch; from bench.harness.report import machine
 device = torch.accelerator.current_accelerator()
 print(*(f'{name}: {value}' for name, value in machine(device).items()), sep='\n')"
   git log -1 --format='lorakit: %H' 2> /dev/null

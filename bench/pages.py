@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib.util
 import json
 import re
 import shlex
@@ -25,10 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.harness.plot import Picture, draw, file_to_draw
+from bench.harness.report import in_words, markdown
+from bench.studies import study_plots
 from lorakit.files import write_text
-
-from . import plot, study_plots
-from .report import Picture, in_words, markdown
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,9 @@ PAGES = {
     ),
     "training": Page(
         "Training",
-        "The peers' side of each comparison is a script of its own in `bench/sides/`, with their best settings. What "
-        "bounds a step is said in [Where a training step spends its time and memory](../explanation/training-step.md).",
+        "The peers' side of each comparison is a script of its own in `bench/training/sides/`, with their best "
+        "settings. What bounds a step is said in [Where a training step spends its time and memory]"
+        "(../explanation/training-step.md).",
         (
             Section("train_step", "One step", arguments=("--rounds", "4", "--steps", "3")),
             Section(
@@ -156,7 +158,7 @@ def run(folder: Path, sections: Sequence[Section]) -> None:
     Raises:
         SystemExit: one failed. The files of those before it are written.
     """
-    plot.file_to_draw(str(folder / "a.svg"))  # matplotlib is missed now rather than at the end
+    file_to_draw(str(folder / "a.svg"))  # matplotlib is missed now rather than at the end
     for section in sections:
         start, part = time.perf_counter(), folder / f"{section.file}.json.part"
         command = [sys.executable, "-m", f"bench.{section.module}", *section.arguments, "--json", str(part)]
@@ -180,7 +182,7 @@ def write(folder: Path) -> None:
         parts = [f"# {page.title}\n{WRITTEN}{page.opening}\n"]
         for section, figures in found[name]:
             if figures["picture"]:
-                plot.draw(Picture(**figures["picture"]), figures["title"], folder / f"{section.file}.svg")
+                draw(Picture(**figures["picture"]), figures["title"], folder / f"{section.file}.svg")
             parts.append(in_markdown(section, figures))
         write_text(folder / f"{name}.md", "".join(parts))
 
@@ -253,8 +255,10 @@ def verdict(targets: Sequence[dict[str, Any]]) -> str:
 
 def description(module: str) -> str:
     """Return what a measurement says of itself, without how to run it; read, as importing it may need a peer."""
-    source = (Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8")
-    text = ast.get_docstring(ast.parse(source)) or ""
+    found = importlib.util.find_spec(f"bench.{module}")
+    if found is None or found.origin is None:
+        raise ModuleNotFoundError(f"bench has no module {module}")
+    text = ast.get_docstring(ast.parse(Path(found.origin).read_text(encoding="utf-8"))) or ""
     return text.partition("Run as:")[0].rstrip() + "\n"
 
 

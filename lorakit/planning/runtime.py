@@ -19,7 +19,7 @@ CPU_RUNTIME = 304 << 20
 GPU_RUNTIME = 500 << 20
 # glibc serves tensors below 32 MiB from a heap, in which a gap is of no use to a tensor larger than it. By so much the
 # heap outgrows what is in it: a constant, and a multiple of the largest tensor that is served from it. Both were fitted
-# to the twelve configurations of bench/plan.py; its further ones were not part of the fit.
+# to the twelve configurations of bench/training/plan.py; its further ones were not part of the fit.
 CPU_HEAP_GAPS = 50 << 20
 CPU_HEAP_LARGEST = 5
 CPU_HEAP_LIMIT = 32 << 20

@@ -176,7 +176,7 @@ def check_state_layout(name: str, dtype: torch.dtype, shape: tuple[int, ...]) ->
 
 
 def read_state(name: str, suffix: str, tensor: Tensor) -> QuantState:
-    """Return the state that a weight's tensor of that suffix holds.
+    """Return the state that a weight's tensor of that suffix holds: uint8 (bytes,), JSON in UTF-8.
 
     Raises:
         CheckpointError: as `QuantState.parse`, or the type is another than that of the tensor's name.
@@ -192,7 +192,8 @@ def from_tensors(name: str, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
 
     Args:
         name: of the weight.
-        tensors: suffix -> tensor, "" for the packed bytes; all on one device. They are shared where they can be.
+        tensors: suffix -> tensor, of the shapes and dtypes at the top of this file, "" for the packed bytes; all on one
+            device. They are shared where they can be.
 
     Raises:
         CheckpointError: naming the tensor that is missing, malformed, of a wrong dtype or size, or has inf or nan.
@@ -220,6 +221,8 @@ def from_tensors(name: str, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
 
 def to_tensors(weight: QuantizedWeight, storage_dtype: torch.dtype = torch.uint8) -> dict[str, Tensor]:
     """Return a weight's tensors, suffix -> tensor, as bitsandbytes would save them; "" is the packed bytes.
+
+    Their shapes and dtypes are those at the top of this file.
 
     Raises:
         ShapeError: the packed bytes do not divide into elements of the storage dtype.

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from bench import pages
-from bench.report import Picture, Target, finish
+from bench.harness.plot import Picture
+from bench.harness.report import Target, finish
 
 SHAPES = ("2048 x 2048", "4096 x 4096")
 

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from small_models import conversations, small_config, small_decoder, write_checkpoint
 
-from bench.make_llama import SMOLLM2, make_llama
-from bench.sft import SETTINGS, Files, write_files
-from bench.sides import lorakit_sft, lorakit_step
+from bench.harness.make_llama import SMOLLM2, make_llama
+from bench.training.sft import SETTINGS, Files, write_files
+from bench.training.sides import lorakit_sft, lorakit_step
 
-peft_step = importlib.import_module("bench.sides.peft_step")
-trl_sft = importlib.import_module("bench.sides.trl_sft")
-held_out = importlib.import_module("bench.sides.held_out")
+peft_step = importlib.import_module("bench.training.sides.peft_step")
+trl_sft = importlib.import_module("bench.training.sides.trl_sft")
+held_out = importlib.import_module("bench.training.sides.held_out")
 
 TINY = SMOLLM2 | {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,

@@ -67,7 +67,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def state_keys(optimizer: torch.optim.Optimizer, parameter: Tensor) -> tuple[str, ...]:
-    """Return the names of the tensors that the optimizer keeps for a parameter, whether or not it took a step."""
+    """Return the names of the tensors that the optimizer keeps for a parameter of any shape, stepped or not."""
     if isinstance(optimizer, AdamW8bit | Lion):
         return optimizer.state_keys(parameter)
     return ("exp_avg", "exp_avg_sq", "step")

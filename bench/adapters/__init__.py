@@ -1,0 +1,1 @@
+"""What is done with adapters: merging, switching, DoRA, probes, inspection, exports."""

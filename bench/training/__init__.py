@@ -1,0 +1,1 @@
+"""Training steps and whole runs: time, memory, and plans beside what was measured."""

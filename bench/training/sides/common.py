@@ -1,0 +1,102 @@
+"""What the scripts of both sides share: their options, the tokens, and what they note about time and memory.
+
+Nothing of lorakit is imported here: the peers' processes would carry it. Peak memory is the process's VmHWM. It is
+noted apart for loading and for training, by starting the maximum anew in between, and where the imports are done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+RANK, ALPHA, LEARNING_RATE = 16, 32, 2e-4
+GRAD_NORM = 1.0  # to which both sides clip
+
+
+def step_arguments(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options of a script that takes training steps."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="checkpoint folder")
+    parser.add_argument("--quant-type", choices=("nf4", "none"), default="nf4", help="of the frozen weights")
+    parser.add_argument("--batch", type=int, default=2, help="sequences")
+    parser.add_argument("--length", type=int, default=512, help="tokens of each, all but the first of them trained")
+    parser.add_argument("--dropout", type=float, default=0.0, help="lora_dropout of the adapter")
+    parser.add_argument("--steps", type=int, default=3, help="steps to time, after a first one that is not counted")
+    return parser
+
+
+def sft_arguments(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options of a script that trains on conversations."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="checkpoint folder")
+    parser.add_argument("--records", type=Path, required=True, help="conversations, one JSON object a line")
+    parser.add_argument("--start", type=Path, required=True, help="folder of the adapter before training")
+    parser.add_argument("--adapter", type=Path, required=True, help="folder to save the trained adapter to")
+    parser.add_argument("--batch", type=int, default=8, help="conversations a step")
+    parser.add_argument("--max-length", type=int, default=1024, help="of a conversation, in tokens")
+    parser.add_argument("--lr", type=float, default=LEARNING_RATE)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def random_tokens(vocabulary: int, batch: int, length: int) -> Tensor:
+    """Return the same token ids to both sides, (batch, length)."""
+    return torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(0))
+
+
+def digest(examples: Iterable[tuple[Sequence[int], Sequence[bool]]]) -> str:
+    """Return a hash of (token ids, which of them are trained), whatever their order: equal where the sides' are."""
+    lines = sorted(json.dumps([list(ids), [bool(is_trained) for is_trained in trained]]) for ids, trained in examples)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def memory_mb(which: Literal["VmRSS", "VmHWM"]) -> float:
+    """Return the process's resident memory, now (VmRSS) or at its peak (VmHWM), in MiB."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{which}:")[1].split()[0]) / 1024
+
+
+class Meter:
+    """Notes what a process uses, stage by stage; made where its imports are done.
+
+    Attributes:
+        figures: imports_mb and threads; loading_peak_mb and loaded_mb; training_peak_mb and peak_mb (of both peaks).
+    """
+
+    def __init__(self) -> None:
+        self.figures: dict[str, Any] = {"imports_mb": memory_mb("VmRSS"), "threads": torch.get_num_threads()}
+
+    def loaded(self) -> None:
+        """Note that the model is ready to train; the peak starts anew."""
+        self.figures |= {"loaded_mb": memory_mb("VmRSS"), "loading_peak_mb": memory_mb("VmHWM")}
+        Path("/proc/self/clear_refs").write_text("5")
+
+    def trained(self) -> None:
+        """Note that training is done."""
+        peak = memory_mb("VmHWM")
+        self.figures |= {"training_peak_mb": peak, "peak_mb": max(peak, self.figures["loading_peak_mb"])}
+
+    def take_steps(self, step: Callable[[], float], count: int) -> None:
+        """Take a first step and `count` more; note the losses of all, and the seconds, of the first one apart.
+
+        The first one allocates the optimizer's state and sets up the kernels, or compiles.
+        """
+        losses, seconds = [], []
+        for _ in range(1 + count):
+            started = time.perf_counter()
+            losses.append(step())
+            seconds.append(time.perf_counter() - started)
+        self.trained()
+        self.figures |= {"losses": losses, "seconds": seconds[1:], "first_seconds": seconds[0]}
+
+    def print(self, **more: Any) -> None:
+        """Print all figures, and more of them, as one line of JSON."""
+        print(json.dumps(self.figures | more))

@@ -1,0 +1,61 @@
+"""What a training step of lorakit does to be fast and lean, and how to take each out again, for `bench.tricks`.
+
+Every entry replaces one thing by what it replaced, for the process that asks for it. Results stay the same but for
+rounding. A name that is no longer there is an error: nothing would be taken out, and the
+difference would be noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from lorakit_kernels import cpu
+from torch import nn
+
+from lorakit.layers import lora_linear
+from lorakit.models import attention, decoder
+from lorakit.training import optimizers
+
+
+def _replace(module: ModuleType, name: str, value: object) -> None:
+    if not hasattr(module, name):
+        raise AttributeError(f"{module.__name__} has no {name} to take out")
+    setattr(module, name, value)
+
+
+def _whole_attention() -> None:
+    _replace(attention, "QUERY_BLOCK", 1 << 30)
+
+
+def _keep_what_norms_and_activations_give() -> None:
+    together = lora_linear.linear_together
+    _replace(decoder, "linear_together", lambda x, *layers, again=None: together(x, *layers))
+
+
+def _layers_one_by_one() -> None:
+    def one_by_one(x: torch.Tensor, *layers: nn.Module, again: Any = None) -> tuple[torch.Tensor, ...]:
+        return tuple(lora_linear.linear_together(x, layer, again=again)[0] for layer in layers)
+
+    _replace(decoder, "linear_together", one_by_one)
+
+
+def _pytorch_between_the_products() -> None:
+    for name in ("rms_norm", "rms_norm_backward", "rope", "swiglu", "swiglu_backward", "drop", "cross_entropy"):
+        _replace(cpu, name, None)
+
+
+def _torch_adamw() -> None:
+    _, settings = optimizers.OPTIMIZERS["adamw"]
+    optimizers.OPTIMIZERS["adamw"] = (torch.optim.AdamW, settings)
+
+
+WITHOUT: dict[str, Callable[[], None]] = {
+    "attention in blocks of queries": _whole_attention,
+    "computing again what norms and SwiGLU gave": _keep_what_norms_and_activations_give,
+    "q, k, v and gate, up together": _layers_one_by_one,
+    "C++ between the products": _pytorch_between_the_products,
+    "AdamW without the compiler": _torch_adamw,
+}
