@@ -107,7 +107,7 @@ def remove_adapter(model: nn.Module, name: str = "default") -> None:
     check_adapter(model, name)
     check_not_in_a_row(model, name)
     for layer in adapter_parts(model, name).values():
-        layer.remove(name)
+        layer.detach(name)
         if not layer.names():
             replace_module(model, layer, layer.base_layer)
     forget_adapter(model, name)

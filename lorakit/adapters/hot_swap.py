@@ -80,7 +80,7 @@ def _fitted(layer: AdaptedLayer, name: str, given: AdapterLayer) -> list[tuple[n
     """Return each parameter with its new value, or what does not fit."""
     own = layer.parameters_of(name)
     (a, b), magnitude = (own[table] for table in layer.matrices), own.get("lora_magnitude_vector")
-    if layer.variants[name].kept:
+    if layer.adapters[name].variant.kept:
         return "the adapter in place started away from the base, so that its matrices alone are not its update"
     if given.bias is not None:
         return "it has a bias on lora_B, which the adapter in place has not"

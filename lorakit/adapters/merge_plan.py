@@ -140,7 +140,7 @@ class _Plan:
     def _check(self, path: str, layer: AdaptedLayer) -> None:
         """Refuse what cannot be right, whatever the numbers."""
         for name in layer.names():
-            if name not in self.names and layer.variants[name].gain(layer, name, torch.float32) is not None:
+            if name not in self.names and layer.adapters[name].variant.has_gain:
                 raise AdapterError(
                     f"{path}: the adapter '{name}' scales the rows of the weight, and would scale the merged update "
                     f"too; merge it together with {', '.join(self.names)}, or remove it first"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError, CheckpointError, ConfigError, StorageError, did_you_mean
 from ..files import atomic_folder, write_text
-from ..layers import VARIANTS, AdaptedLayer, LoRAEmbedding, LoRALinear
+from ..layers import VARIANTS, AdaptedLayer, AttachedAdapter, LoRAEmbedding, LoRALinear
 from ..models.checkpoint import Checkpoint
 from ..models.load import empty_decoder, weight_formats
 from ..models.prequantized import find_stored
@@ -295,10 +295,10 @@ def _adapted(layer: AdapterLayer, weight: Tensor) -> AdaptedLayer:
     else:
         adapted = LoRALinear(dense_linear(weight, None))
     # Copied, as tensors in a mapped file are not aligned, and the last bit of a product depends on that.
-    for table, factor in ((adapted.lora_A, layer.lora_A), (adapted.lora_B, layer.lora_B)):
-        table[_NAME] = nn.Parameter(factor.to(torch.float32, copy=True))
-    adapted.scaling[_NAME], adapted.dropout_p[_NAME] = layer.scaling, 0.0
-    adapted.variants[_NAME] = VARIANTS["plain" if layer.magnitude is None else "dora"]
+    pair = zip(adapted.matrices, (layer.lora_A, layer.lora_B), strict=True)
+    parameters = {table: nn.Parameter(factor.to(torch.float32, copy=True)) for table, factor in pair}
     if layer.magnitude is not None:
-        adapted.table("lora_magnitude_vector")[_NAME] = nn.Parameter(layer.magnitude.float())
+        parameters["lora_magnitude_vector"] = nn.Parameter(layer.magnitude.float())
+    variant = VARIANTS["plain" if layer.magnitude is None else "dora"]
+    adapted.attach(_NAME, AttachedAdapter(parameters, layer.scaling, variant, matrices=adapted.matrices))
     return adapted

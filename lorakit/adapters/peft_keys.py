@@ -45,7 +45,7 @@ def file_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
         for table, parameter in part.parameters_of(name).items():
             shape = _shape(part, table, tuple(parameter.shape))
             found[f"{prefix}.{_KEYS.get(table, table)}"] = parameter.detach().view(shape)
-        if isinstance(part, LoRALinear) and part.variants[name].kept:  # a start inside the base: twice the rank
+        if isinstance(part, LoRALinear) and part.adapters[name].variant.kept:  # a start inside the base: twice the rank
             up, down = part.factors(name)
             found[f"{prefix}.lora_A.weight"] = down.detach()
             found[f"{prefix}.lora_B.weight"] = up.detach() / part.scaling[name]

@@ -4,9 +4,9 @@ from .dora import DoRA
 from .lora_bias import LoRABias
 from .plain import Plain
 from .residual import Residual
-from .variant import KeptGain, Variant
+from .variant import AttachedAdapter, FrozenWeight, Variant
 
-__all__ = ["VARIANTS", "KeptGain", "Variant"]
+__all__ = ["VARIANTS", "AttachedAdapter", "FrozenWeight", "Variant"]
 
 VARIANTS: dict[str, Variant] = {
     "plain": Plain(),

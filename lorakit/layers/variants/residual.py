@@ -10,15 +10,10 @@ which is plain LoRA of rank 2 r, [B, -B₀] and [A; A₀], of which one half is 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from .variant import Variant
-
-if TYPE_CHECKING:
-    from ..adapted import AdaptedLayer
+from .variant import AttachedAdapter, FrozenWeight, Variant
 
 
 class Residual(Variant):
@@ -28,16 +23,18 @@ class Residual(Variant):
     kept = ("start_A", "start_B")
     is_fused = False
 
-    def start(self, layer: AdaptedLayer, name: str) -> dict[str, Tensor]:
-        return {"start_A": layer.lora_A[name].detach().clone(), "start_B": layer.lora_B[name].detach().clone()}
+    def start(self, layer: FrozenWeight, adapter: AttachedAdapter) -> dict[str, Tensor]:
+        return {"start_A": adapter.lora_A.detach().clone(), "start_B": adapter.lora_B.detach().clone()}
 
-    def update(self, layer: AdaptedLayer, name: str, x: Tensor) -> Tensor:
-        return layer.scaling[name] * layer.low_rank(*self._doubled(layer, name), x)
+    def update(self, layer: FrozenWeight, adapter: AttachedAdapter, x: Tensor) -> Tensor:
+        return adapter.scaling * layer.low_rank(*_doubled(adapter), x)
 
-    def factors(self, layer: AdaptedLayer, name: str) -> tuple[Tensor, Tensor]:
-        lora_a, lora_b = self._doubled(layer, name)
-        return layer.scaling[name] * lora_b.flatten(1), lora_a.flatten(1)
+    def factors(self, adapter: AttachedAdapter) -> tuple[Tensor, Tensor]:
+        lora_a, lora_b = _doubled(adapter)
+        return adapter.scaling * lora_b.flatten(1), lora_a.flatten(1)
 
-    def _doubled(self, layer: AdaptedLayer, name: str) -> tuple[Tensor, Tensor]:
-        lora_a = torch.cat([layer.lora_A[name], layer.table("start_A")[name]], dim=0)
-        return lora_a, torch.cat([layer.lora_B[name], -layer.table("start_B")[name]], dim=1)
+
+def _doubled(adapter: AttachedAdapter) -> tuple[Tensor, Tensor]:
+    """Return [A; A₀] and [B, -B₀]."""
+    lora_a = torch.cat([adapter.lora_A, adapter.parameters["start_A"]], dim=0)
+    return lora_a, torch.cat([adapter.lora_B, -adapter.parameters["start_B"]], dim=1)

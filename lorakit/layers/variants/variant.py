@@ -1,14 +1,13 @@
-"""What a variant has to say: its parameters beyond A and B, the gain on the adapted weight, the update as a matrix."""
+"""What a variant of LoRA has to say, and what it is told: the record of one adapter on one layer, and the layer."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from ..adapted import AdaptedLayer
+from torch import Tensor, nn
 
 
 class KeptGain(NamedTuple):
@@ -20,10 +19,80 @@ class KeptGain(NamedTuple):
     sources: tuple[Tensor, ...]
 
 
+@dataclass(eq=False)
+class AttachedAdapter:
+    """One adapter on one layer.
+
+    Attributes:
+        parameters: A, B, what else the variant trains or keeps, a copy of the bias: table -> parameter. While the
+            adapter is attached they are read from the layer's own tables.
+        scaling: the factor on B @ A.
+        variant: how the update enters the layer.
+        dropout_p: probability with which numbers of the adapter's input are dropped in training.
+        matrices: what A and B are called in `parameters`.
+        kept_gain: the variant's gain, between forward passes without gradient.
+    """
+
+    parameters: Mapping[str, nn.Parameter]
+    scaling: float
+    variant: Variant
+    dropout_p: float = 0.0
+    matrices: tuple[str, str] = ("lora_A", "lora_B")
+    kept_gain: KeptGain | None = None
+
+    @property
+    def lora_A(self) -> nn.Parameter:
+        """A, (r, in_features), as the kind of layer shapes it."""
+        return self.parameters[self.matrices[0]]
+
+    @property
+    def lora_B(self) -> nn.Parameter:
+        """B, (out_features, r), as the kind of layer shapes it."""
+        return self.parameters[self.matrices[1]]
+
+
+class FrozenWeight(Protocol):
+    """What a variant may ask of the layer: all of it is about the frozen weight, a matrix (out_features, in_features).
+
+    Attributes:
+        kept_of_base: what variants have computed from the frozen weight and keep, by names of theirs.
+    """
+
+    in_features: int
+    out_features: int
+    kept_of_base: dict[str, Tensor]
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the base layer has a place for a bias, empty or not."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base weight is."""
+
+    def base_weight(self, dtype: torch.dtype) -> Tensor:
+        """Return the base weight in the shape the layer keeps it in, dense."""
+
+    def base_rows(self, rows: slice) -> Tensor:
+        """Return some rows of the base weight, (rows, in_features), in any dtype."""
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """Return a tensor of the base weight's shape as the matrix (out_features, in_features)."""
+
+    def project(self, matrix: Tensor) -> Tensor:
+        """Return matrix @ Wᵀ: (rows, in_features) -> (rows, out_features)."""
+
+    def low_rank(self, lora_a: Tensor, lora_b: Tensor, x: Tensor) -> Tensor:
+        """Return what the layer would with B @ A in the place of its weight and no bias."""
+
+    def apply_matrix(self, matrix: Tensor, x: Tensor) -> Tensor:
+        """Return what the layer would with a matrix (out_features, in_features) in the place of its weight, no bias."""
+
+
 class Variant:
     """How the update of one adapter enters a layer: W becomes gain * (W + update), row by row.
 
-    One object serves all layers; whatever belongs to an adapter is in the layer's tables.
+    One object serves all layers; whatever belongs to an adapter is in its `AttachedAdapter`.
 
     Attributes:
         name: its key in `VARIANTS`.
@@ -31,6 +100,8 @@ class Variant:
         kept: names of the tables of parameters that the adapter needs and nobody trains.
         is_fused: whether A, B, scaling and gain say it all, so that a layer's fused function may compute it.
         has_gain: whether the gain may differ from 1.
+        has_offset: whether the layer's bias is changed.
+        is_factored: whether the update is the low-rank matrix of `factors`.
     """
 
     name: str
@@ -38,41 +109,51 @@ class Variant:
     kept: tuple[str, ...] = ()
     is_fused: bool = True
     has_gain: bool = False
+    has_offset: bool = False
+    is_factored: bool = True
 
-    def shapes(self, layer: AdaptedLayer) -> dict[str, tuple[int, ...]]:
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether the change of the weight is the low-rank matrix of `factors`, and there is no other change."""
+        return self.is_factored and not self.has_gain and not self.has_offset
+
+    def shapes(self, layer: FrozenWeight) -> dict[str, tuple[int, ...]]:
         """Return the trained tables' shapes: name of the table -> shape of an adapter's parameter."""
         return dict.fromkeys(self.trained, (layer.out_features,))
 
-    def start(self, layer: AdaptedLayer, name: str) -> dict[str, Tensor]:
-        """Return the first values of all tables, for the A and B that the layer has by now."""
+    def problem(self, layer: FrozenWeight) -> str | None:
+        """Say why a layer cannot be adapted so, or None: it can."""
+        return None
+
+    def start(self, layer: FrozenWeight, adapter: AttachedAdapter) -> dict[str, Tensor]:
+        """Return the first values of all tables, for the A and B that the adapter has by now."""
         return {}
 
-    def gain(self, layer: AdaptedLayer, name: str, dtype: torch.dtype) -> Tensor | None:
-        """Return the factor on each row of the adapted weight, (out_features,), or None for 1.
+    def gain(self, layer: FrozenWeight, adapter: AttachedAdapter, dtype: torch.dtype) -> Tensor | None:
+        """Return the factor on each row of the adapted weight, (out_features,), fp32 or better, or None for 1.
 
         Args:
             dtype: of the layer's products.
         """
         return None
 
-    def offset(self, layer: AdaptedLayer, name: str) -> Tensor | None:
+    def offset(self, adapter: AttachedAdapter) -> Tensor | None:
         """Return what is added to the layer's bias, (out_features,), or None."""
         return None
 
-    def update(self, layer: AdaptedLayer, name: str, x: Tensor) -> Tensor:
-        """Return what the low-rank update adds to the layer's output for x, before the gain."""
-        return layer.scaling[name] * layer.low_rank(layer.lora_A[name], layer.lora_B[name], x)
+    def update(self, layer: FrozenWeight, adapter: AttachedAdapter, x: Tensor) -> Tensor:
+        """Return what the update adds to the layer's output for x, before the gain."""
+        return adapter.scaling * layer.low_rank(adapter.lora_A, adapter.lora_B, x)
 
-    def factors(self, layer: AdaptedLayer, name: str) -> tuple[Tensor, Tensor]:
-        """Return the update as (up, down): (out_features, k), with the scaling, and (k, in_features)."""
-        lora_a, lora_b = layer.lora_A[name], layer.lora_B[name]
-        return layer.scaling[name] * lora_b.flatten(1), lora_a.flatten(1)
+    def factors(self, adapter: AttachedAdapter) -> tuple[Tensor, Tensor]:
+        """Return the low-rank matrix as (up, down): (out_features, k), with the scaling, and (k, in_features)."""
+        return adapter.scaling * adapter.lora_B.flatten(1), adapter.lora_A.flatten(1)
 
-    def delta(self, layer: AdaptedLayer, name: str) -> Tensor:
+    def delta(self, layer: FrozenWeight, adapter: AttachedAdapter) -> Tensor:
         """Return the change of the base weight, gain * (W + update) - W, as a matrix (out_features, in_features)."""
-        up, down = self.factors(layer, name)
+        up, down = self.factors(adapter)
         update = up @ down
-        gain = self.gain(layer, name, update.dtype)
+        gain = self.gain(layer, adapter, update.dtype)
         if gain is None:
             return update
         weight = layer.as_matrix(layer.base_weight(update.dtype))
