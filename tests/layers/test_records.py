@@ -27,7 +27,7 @@ def lora(variant: str) -> LoRALinear:
     for name, r in (("a", 2), ("b", 3)):
         spec = AdapterSpec(r, 0.5, 0.25, VARIANTS[variant], bias=True, neutral_start=False)
         layer.add(name, spec)
-    return layer
+    return layer.eval()
 
 
 def embedding() -> LoRAEmbedding:
@@ -71,7 +71,7 @@ def test_what_comes_off_can_be_put_on_again(kind: str) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_record_goes_to_another_layer_with_all_that_it_means(variant: str) -> None:
-    layer, other = lora(variant), LoRALinear(nn.Linear(6, 5))
+    layer, other = lora(variant), LoRALinear(nn.Linear(6, 5)).eval()
     other.load_state_dict({key: tensor for key, tensor in layer.state_dict().items() if "base_layer" in key})
     layer.active, x = ("a",), torch.randn(3, 6)
     expected = layer(x)
