@@ -263,7 +263,7 @@ class _LoRALinearFunction(torch.autograd.Function):
 
 
 def _split_by_kind(frozen: Sequence[_FrozenLayer], values: Sequence[Any]) -> tuple[Any, Any, list[Any], Any]:
-    """Split values in the order of the function's tensors: for each A, each B, each gain (None: it has none), others."""
+    """Split values in the order of the function's tensors: each A, each B, each gain (None: it has none), others."""
     count, gained = len(frozen), sum(layer.has_gain for layer in frozen)
     present = iter(values[2 * count : 2 * count + gained])
     gains = [next(present) if layer.has_gain else None for layer in frozen]

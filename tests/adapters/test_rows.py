@@ -161,12 +161,12 @@ class TestPlainModels:
             saved.append((tensor.shape, tensor.dtype))
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            with use_rows(model, ["a", "b", "none"] * 20):
-                torch.manual_seed(3)
-                y = model(x)
-                torch.manual_seed(3)
-                assert torch.equal(model(x), y)
+        saving = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with saving, use_rows(model, ["a", "b", "none"] * 20):
+            torch.manual_seed(3)
+            y = model(x)
+            torch.manual_seed(3)
+            assert torch.equal(model(x), y)
         assert not any(dtype == torch.bool for _, dtype in saved)  # a mask as large as x
         assert ((), torch.int64) in {(tuple(shape), dtype) for shape, dtype in saved}
         set_adapter(model, "none")
