@@ -102,10 +102,10 @@ def _layer(model: nn.Module, path: str, config: LoraConfig, report: MatchReport)
     if config.lora_bias and not hasattr(part.base_layer, "bias"):
         raise AdapterError(f"{path} is a {type(part.base_layer).__name__}, which has no bias for lora_bias to change")
     shapes = part.shapes(rank, variant, bias)
-    is_neutral = config.init_lora_weights is not False
+    neutral_start = config.start.is_neutral
 
     def attach(name: str, dtype: torch.dtype) -> None:
-        part.add(name, rank, scaling, config.lora_dropout, is_neutral, dtype, variant, bias)
+        part.add(name, rank, scaling, config.lora_dropout, neutral_start, dtype, variant, bias)
 
     return Placement(path, part, shapes, attach)
 
@@ -128,16 +128,15 @@ def _parameters(model: nn.Module, paths: Iterable[str], config: LoraConfig, repo
                     raise AdapterError(f"{path} is adapted as a whole; its parameter '{name}' cannot be as well")
                 part = outermost[path] = LoRAParameter(found, name)
             rank, scaling = _rank_and_scaling(f"{path}.{name}", config, report)
-            init = config.init_lora_weights is not False
-            attach = partial(_attach_parameter, part, rank, scaling, init)
+            attach = partial(_attach_parameter, part, rank, scaling, config.start.is_neutral)
             placements.append(Placement(path, part, part.shapes(rank, VARIANTS["plain"]), attach))
     return placements
 
 
 def _attach_parameter(
-    part: LoRAParameter, rank: int, scaling: float, init: bool, name: str, dtype: torch.dtype
+    part: LoRAParameter, rank: int, scaling: float, neutral_start: bool, name: str, dtype: torch.dtype
 ) -> None:
-    part.add(name, rank, scaling, init=init, dtype=dtype)
+    part.add(name, rank, scaling, init=neutral_start, dtype=dtype)
 
 
 def _parameter_part(module: nn.Module, parameter: str) -> LoRAParameter | None:
