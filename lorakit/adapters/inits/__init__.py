@@ -16,6 +16,7 @@ from .gaussian import Gaussian
 from .kaiming import Kaiming, RandomKaiming
 from .loftq import LoftQ
 from .lora_ga import LoRAGA
+from .milora import MiLoRA
 from .olora import OLoRA
 from .orthogonal import Orthogonal
 from .pissa import Pissa, RandomizedPissa
@@ -30,6 +31,7 @@ STARTS: list[Start] = [
     Orthogonal(),
     Pissa(),
     RandomizedPissa(),
+    MiLoRA(),
     OLoRA(),
     LoftQ(),
     EVA(),
