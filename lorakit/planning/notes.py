@@ -5,14 +5,14 @@ from __future__ import annotations
 from ..adapters import LoraConfig
 from ..sizes import format_size
 from ..training import TrainConfig
-from .parts import FP32
+from .adapter_size import FP32
 from .shape import ModelShape
 
 
 def notes(lora: LoraConfig, train: TrainConfig, shape: ModelShape) -> tuple[str, ...]:
     """Return what is not in the numbers of a plan with these settings."""
     found, start = [], lora.start
-    adapted = [linear for linear in shape.linears if linear.part.rank]
+    adapted = [linear for linear in shape.linears if linear.adapter.rank]
     if start.decomposes_weight and adapted:
         widest = format_size(FP32 * max(linear.elements for linear in adapted))
         found.append(
