@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from ..settings import Settings
+from .inits import Start, find_start, start_names
 
-STARTS_IN_BASE = ("pissa", "olora", "lora_ga")  # starts that their papers take out of the base weight
 Token = Annotated[int, Field(ge=0)]
-
-_INITS = r"gaussian|orthogonal|pissa|pissa_niter_[1-9]\d*|olora|loftq|eva|lora_ga"
 
 
 class LoraConfig(Settings):
@@ -53,8 +50,8 @@ class LoraConfig(Settings):
     use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r)")
     init_lora_weights: bool | str = Field(
         True,
-        description="true: A Kaiming-uniform and B zero; false: B random too; 'gaussian', 'orthogonal', 'pissa', "
-        "'pissa_niter_4', 'olora', 'loftq', and with data 'eva' and 'lora_ga'",
+        description="true: A Kaiming-uniform and B zero; false: B random too; or the name of another start: "
+        + ", ".join(f"'{name}'" for name in start_names() if name not in ("true", "false")),
     )
     use_dora: bool = Field(False, description="weight-decomposed LoRA: train the length of each row of a weight apart")
     lora_bias: bool = Field(False, description="give B a bias")
@@ -71,27 +68,31 @@ class LoraConfig(Settings):
     @field_validator("init_lora_weights")
     @classmethod
     def _known_init(cls, value: bool | str) -> bool | str:
-        if isinstance(value, str) and not re.fullmatch(_INITS, value.lower()):
-            raise ValueError(f"'{value}' is not a start; known are true, false, {_INITS.replace('|', ', ')}")
-        return value.lower() if isinstance(value, str) else value
+        return find_start(value).name
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        changes_base = isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(STARTS_IN_BASE)
-        if sum([self.use_dora, self.lora_bias, changes_base]) > 1:
+        is_in_base = self.start.in_base
+        if sum([self.use_dora, self.lora_bias, is_in_base]) > 1:
             raise ValueError(
-                "use_dora, lora_bias and the starts inside the base weight (pissa, olora, lora_ga) exclude each other"
+                "use_dora, lora_bias and the starts inside the base weight "
+                f"({', '.join(start_names(in_base=True))}) exclude each other"
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform")
-        if self.target_parameters and (self.use_dora or self.lora_bias or self.lora_dropout or changes_base):
+        if self.target_parameters and (self.use_dora or self.lora_bias or self.lora_dropout or is_in_base):
             raise ValueError("target_parameters takes plain LoRA without dropout")
         return self
 
     @property
+    def start(self) -> Start:
+        """What A and B start from: the entry of `lorakit.adapters.inits.STARTS` that `init_lora_weights` names."""
+        return find_start(self.init_lora_weights)
+
+    @property
     def variant(self) -> str:
         """Name of the variant in `lorakit.layers.VARIANTS`."""
-        if isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(STARTS_IN_BASE):
+        if self.start.in_base:
             return "residual"
         return "dora" if self.use_dora else "lora_bias" if self.lora_bias else "plain"
 

@@ -37,8 +37,12 @@ def plan_merge(
     """Compute the merged layers; arguments and errors as `merge_adapter`."""
     parts = {path: part for path, part in adapter_parts(model).items() if set(names) & set(part.names())}
     notes: list[str] = []
-    if base is None and any(adapter_configs(model)[name].init_lora_weights == "loftq" for name in names):
-        notes.append("not merged onto a 16-bit checkpoint: what LoftQ starts at is what quantization took from it")
+    starts = (adapter_configs(model)[name].start for name in names)
+    repairing = next((start for start in starts if start.repairs_quantization), None)
+    if base is None and repairing is not None:
+        notes.append(
+            f"not merged onto a 16-bit checkpoint: '{repairing.name}' starts at what quantization took from it"
+        )
         base = False
     source = None
     if base or any(isinstance(part.base_layer, QuantizedModule) for part in parts.values()):

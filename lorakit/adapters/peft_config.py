@@ -13,6 +13,7 @@ from ..files import read_json_object
 from ..layers import LoRALinear
 from .attach import adapter_configs, lora_layers
 from .config import LoraConfig
+from .inits import changed_base_in_peft
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -21,8 +22,6 @@ _UNSUPPORTED = (
     "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config", "use_bdlora",
     "use_qalora", "velora_config",
 )  # fmt: skip
-# Starts that take the adapter's first value out of the base: their files fit a base that nobody has any more.
-_BASE_CHANGING_INITS = ("corda", "loftq", "lora_ga", "olora", "pissa")
 
 
 def read_adapter_config(path: str | os.PathLike[str]) -> LoraConfig:
@@ -38,7 +37,7 @@ def read_adapter_config(path: str | os.PathLike[str]) -> LoraConfig:
     if used:
         raise AdapterError(f"{file} needs {', '.join(used)}, which this version does not support")
     init = values.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
+    if changed_base_in_peft(init):
         raise AdapterError(
             f"{file} has init_lora_weights '{init}', which changed the base model; convert the adapter to plain "
             "LoRA with PEFT first (save_pretrained with path_initial_model_for_weight_conversion)"

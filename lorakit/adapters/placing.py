@@ -99,7 +99,7 @@ def _layer(model: nn.Module, path: str, config: LoraConfig, report: MatchReport)
         part = kind(module)  # type: ignore[call-arg] # each kind asks its base for its features
     assert isinstance(part, AdaptedLayer)
     rank, scaling = _rank_and_scaling(path, config, report)
-    variant, neutral_start = VARIANTS[config.variant], config.init_lora_weights is not False
+    variant, neutral_start = VARIANTS[config.variant], config.start.is_neutral
     if problem := variant.problem(part):
         raise AdapterError(f"{path} is a {type(part.base_layer).__name__}, {problem}")
     spec = AdapterSpec(rank, scaling, config.lora_dropout, variant, config.bias != "none", neutral_start)
@@ -128,7 +128,7 @@ def _parameters(model: nn.Module, paths: Iterable[str], config: LoraConfig, repo
                     raise AdapterError(f"{path} is adapted as a whole; its parameter '{name}' cannot be as well")
                 part = outermost[path] = LoRAParameter(found, name)
             rank, scaling = _rank_and_scaling(f"{path}.{name}", config, report)
-            spec = AdapterSpec(rank, scaling, neutral_start=config.init_lora_weights is not False)
+            spec = AdapterSpec(rank, scaling, neutral_start=config.start.is_neutral)
             placements.append(Placement(path, part, part.shapes(spec), partial(_attach_new, part, spec)))
     return placements
 

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from ..adapters import lora_layers
 from ..adapters.adapter_folder import AdapterFolder, read_adapter_folder
 from ..adapters.attach import adapter_configs, check_adapter
+from ..adapters.inits import changed_base_in_peft
 from ..adapters.low_rank import LowRank
 from ..layers.adapted import AdaptedLayer
 from .places import in_model_order
-
-_BASE_CHANGING = ("corda", "loftq", "lora_ga", "olora", "pissa")  # starts that take their first value out of the base
 
 
 @dataclass(frozen=True)
@@ -71,8 +70,7 @@ class Updates:
     def changed_base(self) -> str | None:
         """The start that took its first value out of the base, where B·A is then not the whole change: "pissa", ..."""
         start = self.config.get("init_lora_weights")
-        is_other = isinstance(start, str) and start.lower().startswith(_BASE_CHANGING)
-        return start if is_other and self.folder is not None else None
+        return start if changed_base_in_peft(start) and self.folder is not None else None
 
     def __getitem__(self, path: str) -> list[Update]:
         """Return the updates of one module: one, or one for each expert."""

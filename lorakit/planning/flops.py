@@ -71,9 +71,10 @@ def step_flops(shape: ModelShape, batch: MicroBatch, checkpointing: Checkpointin
             recomputed += sum(forward_flops(group, batch) for group in again) + 2 * products * (kind == "layer")
             recomputed += sum(adapter_forward_flops(group, batch, passes) for group in again)
     has_gradient = has_gradient or bool(shape.norm.trained)
-    head, rows = (shape.head,), replace(batch, sequences=1, length=batch.trained)
-    adapters += adapter_forward_flops(head, rows, passes) + adapter_backward_flops(head, rows, has_gradient)
-    return Flops(forward, gradients, adapters, attention, forward_flops(head, rows) * (1 + has_gradient), recomputed)
+    head, trained = (shape.head,), replace(batch, sequences=1, length=batch.trained)
+    adapters += adapter_forward_flops(head, trained, passes) + adapter_backward_flops(head, trained, has_gradient)
+    of_head = forward_flops(head, trained) * (1 + has_gradient)
+    return Flops(forward, gradients, adapters, attention, of_head, recomputed)
 
 
 def _groups(layer: LayerShape, has_gradient: bool) -> list[tuple[Sequence[LinearShape], bool]]:
@@ -86,11 +87,9 @@ def _groups(layer: LayerShape, has_gradient: bool) -> list[tuple[Sequence[Linear
 
 def _embedding(shape: ModelShape, batch: MicroBatch, passes: int) -> int:
     """Return the FLOPs of a low-rank update of the embedding: u Bᵀ, dy B and dyᵀ u; A is looked up, not multiplied."""
-    part, hidden, tokens = shape.embedding, shape.config.hidden_size, shape.config.vocab_size
-    if not part.rank:
-        return 0
-    norms = part.rank * (tokens * hidden + part.rank * (tokens + hidden)) if part.variant == "dora" else 0
-    return 2 * (3 * batch.tokens * part.used_rank * hidden + passes * norms)
+    size, hidden = shape.embedding, shape.config.hidden_size
+    norms = size.cost.norm_flops(size.rank, shape.config.vocab_size, hidden)
+    return 2 * 3 * batch.tokens * size.product_rank * hidden + passes * norms
 
 
 def _attention_product(shape: ModelShape, batch: MicroBatch) -> int:

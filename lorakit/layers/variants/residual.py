@@ -1,4 +1,4 @@
-"""Adapters that start inside the base weight (PiSSA, OLoRA, LoRA-GA), without writing to it.
+"""Adapters that start inside the base weight (PiSSA, MiLoRA, OLoRA, LoRA-GA), without writing to it.
 
 Their papers take the start out of the base, W_res = W - s B₀ A₀, and train W_res + s B A. The same function, with the
 bytes of W as they were:
