@@ -1,4 +1,4 @@
-"""Every error lorakit raises on purpose, and the helper that names the nearest right thing.
+"""Every error lorakit raises on purpose, and the helpers that word them: the nearest right thing, a list of problems.
 
 All derive from `LorakitError`, so `except LorakitError` catches whatever the library means to say; the second base
 class of some keeps `except ValueError` and `except OSError` working for people who write those.
@@ -7,7 +7,9 @@ class of some keeps `except ValueError` and `except OSError` working for people 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+MOST_LISTED = 20  # problems that one message spells out
 
 
 class LorakitError(Exception):
@@ -54,3 +56,18 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for the option nearest to `word`, or "" when none is near."""
     near = difflib.get_close_matches(word, list(options), n=1, cutoff=0.6)
     return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def first_few(problems: Sequence[str], most: int = MOST_LISTED, count: int | None = None) -> list[str]:
+    """Return the first `most` problems, one a line, and "(+N more)" where there are others.
+
+    Args:
+        count: how many problems there are, where `problems` does not hold all of them.
+    """
+    hidden = (len(problems) if count is None else count) - most
+    return [*problems[:most], *([f"(+{hidden} more)"] if hidden > 0 else [])]
+
+
+def listing(problems: Sequence[str], most: int = MOST_LISTED) -> str:
+    """Return the lines of `first_few`, each on a line of its own and indented: what a message has after its colon."""
+    return "".join(f"\n  {line}" for line in first_few(problems, most))

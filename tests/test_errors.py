@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorakit import errors
-from lorakit.errors import ConfigError, LorakitError, StorageError, did_you_mean
+from lorakit.errors import ConfigError, LorakitError, StorageError, did_you_mean, first_few, listing
 
 CLASSES = [item for _, item in inspect.getmembers(errors, inspect.isclass) if issubclass(item, Exception)]
 
@@ -46,3 +46,13 @@ def test_did_you_mean(word: str, expected: str) -> None:
 def test_a_suggestion_is_always_one_of_the_options(word: str, options: list[str]) -> None:
     hint = did_you_mean(word, options)
     assert hint == "" or any(hint == f"; did you mean '{option}'?" for option in options)
+
+
+def test_a_listing_spells_out_the_first_problems_and_counts_the_others() -> None:
+    problems = [f"problem {number}" for number in range(25)]
+    assert first_few(problems[:20]) == problems[:20]
+    assert first_few(problems) == [*problems[:20], "(+5 more)"]
+    assert first_few(problems, 3) == ["problem 0", "problem 1", "problem 2", "(+22 more)"]
+    assert first_few(problems[:20], count=1020)[-1] == "(+1000 more)"
+    assert f"it does not fit:{listing(problems[:3], 2)}" == "it does not fit:\n  problem 0\n  problem 1\n  (+1 more)"
+    assert listing([]) == ""

@@ -1,6 +1,6 @@
 """Adapters: configuration, attaching and switching, PEFT's files."""
 
-from .adapter_folder import AdapterFolder, AdapterLayer, read_adapter_folder
+from .adapter_folder import AdapterFolder, AdapterLayer, find_adapter_folder, read_adapter_folder
 from .attach import (
     adapter_configs,
     adapter_parameters,
@@ -22,9 +22,8 @@ from .merge import merge_adapter, unmerge_adapter
 from .merge_report import LayerMerge, MergeReport
 from .merged_export import merge_checkpoint
 from .peft_config import read_adapter_config
-from .peft_files import load_adapter
+from .peft_files import load_adapter, save_adapter
 from .resize import ResizeConfig, resize_adapter, resize_folder
-from .saving import save_adapter
 from .status import AdapterStatus, AdapterSummary, adapter_status
 from .switching import idle_adapters, use_rows
 from .targeting import MatchReport
@@ -53,6 +52,7 @@ __all__ = [
     "count_parameters",
     "disable_adapters",
     "export_adapter",
+    "find_adapter_folder",
     "idle_adapters",
     "load_adapter",
     "lora_layers",

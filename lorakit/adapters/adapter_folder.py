@@ -1,4 +1,4 @@
-"""An adapter from its files alone, without the model it belongs to: for inspection, export, resizing and comparison.
+"""An adapter's folder, read and written without the model: for inspection, export, resizing and comparison.
 
 `read_adapter_folder` checks names, shapes and dtypes of the whole folder at once, from the file's header; the tensors
 of a layer are read when that layer is asked for, so that an adapter of any size is walked in the memory of one layer.
@@ -6,37 +6,33 @@ of a layer are read when that layer is asked for, so that an adapter of any size
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
-from ..errors import AdapterError, CheckpointError, ShapeError
-from ..models.safetensors_header import TensorEntry, read_header, read_tensors
+from ..errors import AdapterError, CheckpointError, ShapeError, listing
+from ..files import atomic_folder
+from ..models.safetensors_header import TensorEntry, make_header, read_header, read_tensors
+from .config import LoraConfig
 from .low_rank import LowRank
-from .peft_config import CONFIG_FILE, read_lora_json
-from .peft_files import WEIGHTS_FILE
-from .targeting import pattern_value
+from .peft_config import matrix_config, read_config_file
+from .peft_names import BASE_KEY, CONFIG_FILE, PICKLE_FILE, PREFIX, WEIGHTS_FILE, Role, matrix_names, path_and_role
+from .targeting import rank_and_scaling
 
 Kind = Literal["linear", "embedding", "conv", "experts"]
 _Value = TypeVar("_Value")
 
-_PREFIX = "base_model.model."
-_PICKLE_FILE = "adapter_model.bin"
-_ROLES = {  # how a tensor's key ends -> which of a layer's tensors it is
-    ".lora_A.weight": "lora_A",
-    ".lora_B.weight": "lora_B",
-    ".lora_B.bias": "bias",
-    ".lora_embedding_A": "lora_A",
-    ".lora_embedding_B": "lora_B",
-    ".lora_magnitude_vector": "magnitude",
-    ".lora_magnitude_vector.weight": "magnitude",  # as PEFT before 0.11 wrote it
-}
+_MATRICES: tuple[Role, Role] = ("lora_A", "lora_B")
+_VECTORS: tuple[Role, Role] = ("magnitude", "bias")
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -109,6 +105,12 @@ class AdapterFolder:
     layers: Mapping[str, AdapterLayer]
     extras: Mapping[str, Tensor]
 
+    @property
+    def base(self) -> str | None:
+        """Fingerprint of the base model that the adapter was trained on, where the file has it."""
+        with safe_open(self.folder / WEIGHTS_FILE, framework="pt") as opened:
+            return (opened.metadata() or {}).get(BASE_KEY)
+
 
 def read_adapter_folder(path: str | os.PathLike[str]) -> AdapterFolder:
     """Open a PEFT LoRA adapter: its folder, a folder with one adapter in a subfolder, or a run folder of ours.
@@ -121,29 +123,94 @@ def read_adapter_folder(path: str | os.PathLike[str]) -> AdapterFolder:
         CheckpointError: a file is missing or broken, or a tensor is missing, unexpected, mis-shaped, not floating
             point or, once its layer is read, not finite; every such tensor is named.
     """
-    folder = _find(Path(path).expanduser())
-    config = _read_config(folder / CONFIG_FILE)
-    file = folder / WEIGHTS_FILE
-    if not file.is_file():
-        pickled = f"; {_PICKLE_FILE} is a pickle, which is never loaded: save it with PEFT as safetensors"
-        raise CheckpointError(f"{file} is missing{pickled if (folder / _PICKLE_FILE).is_file() else ''}")
+    folder = find_adapter_folder(path)
+    config = read_config_file(folder / CONFIG_FILE)
+    file = weights_file(folder)
     header = read_header(file)
-    layers, extras = _sort_keys(file, header, config)
+    layers, extras = _sort_names(file, header, config)
 
-    def read(keys: Mapping[str, str]) -> dict[str, Tensor]:
-        tensors = read_tensors(file, {name: header[key] for name, key in keys.items()})
-        for name, tensor in tensors.items():
+    def read(names: Mapping[str, str]) -> dict[str, Tensor]:
+        tensors = read_tensors(file, {key: header[name] for key, name in names.items()})
+        for key, tensor in tensors.items():
             # The sum is not finite where any number is not, and takes a tenth of the time of looking at each.
             if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
-                raise CheckpointError(f"{file}: {keys[name]} holds inf or nan")
+                raise CheckpointError(f"{file}: {names[key]} holds inf or nan")
         return tensors
 
     return AdapterFolder(
         folder,
         config,
-        _Lazy(tuple(layers), lambda path: _layer(layers[path], read(layers[path].keys))),
+        _Lazy(tuple(layers), lambda path: _layer(layers[path], read(layers[path].names))),
         _Lazy(tuple(extras), lambda key: read({key: extras[key]})[key]),
     )
+
+
+def find_adapter_folder(path: str | os.PathLike[str]) -> Path:
+    """Return the folder of the adapter at `path`: `path` itself, or the one folder in it that holds an adapter.
+
+    Raises:
+        AdapterError: no adapter is there, or several are.
+    """
+    path = Path(path).expanduser()
+    if (path / CONFIG_FILE).is_file():
+        return path
+    if not path.is_dir():
+        raise AdapterError(f"{path} is not a folder; expected one that holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+    found = sorted(folder for folder in path.iterdir() if (folder / CONFIG_FILE).is_file())
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = ", ".join(folder.name for folder in found)
+        raise AdapterError(f"{path} holds several adapters ({names}); name one of these folders")
+    raise AdapterError(f"{path} holds no adapter: neither it nor a folder in it has an {CONFIG_FILE}")
+
+
+def weights_file(folder: Path) -> Path:
+    """Return the path of the tensors in an adapter's folder.
+
+    Raises:
+        CheckpointError: it is not there; where a pickle is there instead, the message says so.
+    """
+    file = folder / WEIGHTS_FILE
+    if file.is_file():
+        return file
+    pickled = (
+        f"; {PICKLE_FILE} is a pickle, which can run any code when it is read: convert it to {WEIGHTS_FILE} where you "
+        "trust its source"
+    )
+    raise CheckpointError(f"{file} is missing{pickled if (folder / PICKLE_FILE).is_file() else ''}")
+
+
+def write_adapter_folder(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> Path:
+    """Write the two files of an adapter folder, replacing an adapter that stands there, and nothing else.
+
+    Raises:
+        AdapterError: the folder holds something that is not an adapter.
+        StorageError: writing failed; what stood there is untouched.
+    """
+    folder = Path(path)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file()):
+        raise AdapterError(f"{folder} exists and is not an adapter folder; choose another path")
+    with atomic_folder(folder) as part:
+        _write_tensors(part / WEIGHTS_FILE, tensors, metadata)
+        # Sorted as PEFT does, but not within rank_pattern and alpha_pattern: there the first match wins.
+        text = json.dumps(dict(sorted(config.items())), indent=2)
+        (part / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+    return folder
+
+
+def _write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file; the package's own writer puts metadata in another order at every call."""
+    tensors = dict(sorted(tensors.items()))
+    with file.open("wb") as out:
+        out.write(make_header({key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()}, dict(metadata)))
+        for tensor in tensors.values():
+            out.write(tensor.view(-1).view(torch.uint8).numpy().tobytes())
 
 
 class _Lazy(Mapping[str, _Value]):
@@ -169,88 +236,64 @@ class _Lazy(Mapping[str, _Value]):
 
 @dataclass(frozen=True)
 class _Entry:
-    """What the header says of one layer: role -> key, and what the config adds."""
+    """What the header says of one layer: role -> name of the tensor, and what the config adds."""
 
     path: str
     kind: Kind
-    keys: dict[str, str]
+    names: dict[str, str]
     scaling: float
     experts: int
 
 
-def _find(path: Path) -> Path:
-    if (path / CONFIG_FILE).is_file():
-        return path
-    if not path.is_dir():
-        raise AdapterError(f"{path} is not a folder; expected one that holds {CONFIG_FILE} and {WEIGHTS_FILE}")
-    found = sorted(folder for folder in path.iterdir() if (folder / CONFIG_FILE).is_file())
-    if len(found) == 1:
-        return found[0]
-    if found:
-        names = ", ".join(folder.name for folder in found)
-        raise AdapterError(f"{path} holds several adapters ({names}); name one of these folders")
-    raise AdapterError(f"{path} holds no adapter: neither it nor a folder in it has an {CONFIG_FILE}")
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    config = read_lora_json(file)
-    numbers = {"r": config.get("r", 8), "lora_alpha": config.get("lora_alpha", 8)}  # PEFT's defaults
-    for key in ("rank_pattern", "alpha_pattern"):
-        patterns = config.get(key) or {}
-        if not isinstance(patterns, dict):
-            raise CheckpointError(f"{file}: {key} is {patterns!r}, expected an object")
-        numbers |= {f"{key}.{pattern}": value for pattern, value in patterns.items()}
-    for key, value in numbers.items():
-        is_rank = key == "r" or key.startswith("rank_pattern")
-        if type(value) not in ((int,) if is_rank else (int, float)) or not 0 < value < 1e9:
-            expected = "a whole number from 1" if is_rank else "a number above 0"
-            raise CheckpointError(f"{file}: {key} is {value!r}, expected {expected}")
-    return config
-
-
-def _sort_keys(
+def _sort_names(
     file: Path, header: Mapping[str, TensorEntry], config: dict[str, Any]
 ) -> tuple[dict[str, _Entry], dict[str, str]]:
-    """Return path -> layer entry and name -> key of the other tensors, all checked as far as the header allows."""
-    shapes = {key: entry.shape for key, entry in header.items()}
+    """Return path -> layer entry and path -> name of the other tensors, all checked as far as the header allows."""
+    matrices = matrix_config(config, file.with_name(CONFIG_FILE))
+    shapes = {name: entry.shape for name, entry in header.items()}
     problems = [
-        f"{key} holds {entry.dtype}, expected floating-point numbers"
-        for key, entry in header.items()
+        f"{name} holds {entry.dtype}, expected floating-point numbers"
+        for name, entry in header.items()
         if entry.dtype not in _FLOATS
     ]
     grouped: dict[str, dict[str, str]] = {}
     extras: dict[str, str] = {}
-    for key in shapes:
-        suffix = next((suffix for suffix in _ROLES if key.endswith(suffix)), None)
-        if not key.startswith(_PREFIX) or (".lora_" in key and suffix is None):
-            problems.append(f"{key} is not a tensor of a LoRA adapter: expected {_PREFIX}<module path>.lora_A.weight")
-        elif suffix is None:
-            extras[key.removeprefix(_PREFIX)] = key
+    for name in shapes:
+        if (found := path_and_role(name)) is not None:
+            path, role = found
+            grouped.setdefault(path, {})[role] = name
+        elif not name.startswith(PREFIX) or ".lora_" in name:
+            expected = matrix_names("<module path>", is_embedding=False)[0]
+            problems.append(f"{name} is not a tensor of a LoRA adapter: expected {expected}")
         else:
-            grouped.setdefault(key[len(_PREFIX) : -len(suffix)], {})[_ROLES[suffix]] = key
+            extras[name.removeprefix(PREFIX)] = name
     layers = {}
     for path in sorted(grouped, key=_natural):
-        entry = _entry(path, grouped[path], shapes, config)
-        problems += [f"{_PREFIX}{path}: {problem}" for problem in ([entry] if isinstance(entry, str) else [])]
+        entry = _entry(path, grouped[path], shapes, config, matrices)
+        problems += [f"{PREFIX}{path}: {problem}" for problem in ([entry] if isinstance(entry, str) else [])]
         if isinstance(entry, _Entry):
             layers[path] = entry
     if not problems and not layers:
         problems.append("it holds no LoRA matrix")
     if problems:
-        more = f"\n  (+{len(problems) - 20} more)" if len(problems) > 20 else ""
-        raise CheckpointError(f"{file} does not fit its {CONFIG_FILE}:\n  " + "\n  ".join(problems[:20]) + more)
+        raise CheckpointError(f"{file} does not fit its {CONFIG_FILE}:{listing(problems)}")
     return layers, extras
 
 
-def _entry(path: str, keys: dict[str, str], shapes: dict[str, tuple[int, ...]], config: dict[str, Any]) -> _Entry | str:
+def _entry(
+    path: str,
+    names: dict[str, str],
+    shapes: dict[str, tuple[int, ...]],
+    config: dict[str, Any],
+    matrices: LoraConfig,
+) -> _Entry | str:
     """Check one layer's shapes against each other and the config; return its entry, or what is wrong."""
-    for role in ("lora_A", "lora_B"):
-        if role not in keys:
-            return f"{role} is missing (there is {', '.join(keys)})"
-    a, b = shapes[keys["lora_A"]], shapes[keys["lora_B"]]
-    rank: int = pattern_value(config.get("rank_pattern") or {}, path, config.get("r", 8))
-    alpha: float = pattern_value(config.get("alpha_pattern") or {}, path, config.get("lora_alpha", 8))
-    kind: Kind = "embedding" if "lora_embedding" in keys["lora_A"] else "conv" if len(a) > 2 else "linear"
+    if missing := [role for role in _MATRICES if role not in names]:
+        return f"{missing[0]} is missing (there is {', '.join(names)})"
+    a, b = shapes[names["lora_A"]], shapes[names["lora_B"]]
+    rank, scaling = rank_and_scaling(matrices, path)
+    is_embedding = names["lora_A"] == matrix_names(path, is_embedding=True)[0]
+    kind: Kind = "embedding" if is_embedding else "conv" if len(a) > 2 else "linear"
     is_experts = kind == "linear" and bool(config.get("target_parameters")) and len(a) == 2 and a[0] > rank
     experts = a[0] // rank if is_experts else 1
     if len(a) < 2 or len(b) != len(a) or (kind != "conv" and len(a) != 2):
@@ -259,18 +302,17 @@ def _entry(path: str, keys: dict[str, str], shapes: dict[str, tuple[int, ...]], 
         return f"lora_A has shape {a}, but the config says rank {rank}"
     if b[1] != a[0] and not (kind == "conv" and b[1] and a[0] % b[1] == 0 and b[0] % (a[0] // b[1]) == 0):
         return f"lora_A {a} and lora_B {b} do not multiply"
-    if bool(config.get("use_dora")) != ("magnitude" in keys):
+    if bool(config.get("use_dora")) != ("magnitude" in names):
         said = (
             "use_dora, but lora_magnitude_vector is missing"
             if config.get("use_dora")
             else "no use_dora, but it is here"
         )
         return f"the config says {said}"
-    for role in ("magnitude", "bias"):
-        if role in keys and max(shapes[keys[role]], default=0) != b[0]:
-            return f"{role} has shape {shapes[keys[role]]}, expected ({b[0]},)"
-    scaling = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
-    return _Entry(path, "experts" if experts > 1 else kind, keys, scaling, experts)
+    for role in _VECTORS:
+        if role in names and max(shapes[names[role]], default=0) != b[0]:
+            return f"{role} has shape {shapes[names[role]]}, expected ({b[0]},)"
+    return _Entry(path, "experts" if experts > 1 else kind, names, scaling, experts)
 
 
 def _layer(entry: _Entry, tensors: Mapping[str, Tensor]) -> AdapterLayer:

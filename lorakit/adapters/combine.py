@@ -99,7 +99,7 @@ def combine_updates(
         _check(path, found)
         present = [(update, weights[index], f"{config.seed}/{path}/{index}") for index, update in found.items()]
         result, norm, error = _combine_layer(present, config)
-        combined[path] = LowRank(result.up.to(dtype), result.down.to(dtype))
+        combined[path] = result.to(dtype)
         ranks = tuple(found[index].rank if index in found else 0 for index in range(len(sources)))
         layers.append(LayerUpdate(path, result.shape, ranks, result.rank, norm, error / norm if norm else 0.0))
     return combined, UpdateReport(f"{config.method} of {len(sources)} adapters", layers)
@@ -112,18 +112,17 @@ def _combine_layer(
     updates, weights = [update for update, _, _ in present], [weight for _, weight, _ in present]
     largest = max(update.rank for update in updates)
     if not config.by_entries or (config.density == 1 and config.method in ("dare_linear", "magnitude_prune")):
-        exact = rules.linear([_cast(update, torch.float64) for update in updates], weights)
+        exact = rules.linear([update.to(torch.float64) for update in updates], weights)
         default = None if config.method in ("linear", "cat") else largest
         return truncate(exact, config.rank or default)
     rows, columns = updates[0].shape
-    if tall := rows >= columns:
-        parts = [_cast(update, _entry_dtype(updates)) for update in updates]
-    else:  # `project` wants its matrices tall; transposed, the entries are the same
-        parts = [_transposed(_cast(update, _entry_dtype(updates))) for update in updates]
+    parts = [update.to(_entry_dtype(updates)) for update in updates]
+    if is_wide := rows < columns:  # `project` wants its matrices tall; transposed, the entries are the same
+        parts = [part.T for part in parts]
     combined = _rows([(part, weight, seed) for part, (_, weight, seed) in zip(parts, present, strict=True)], config)
     matrix = RowBlocks(parts[0].shape, combined, _block_entries(len(parts)))
     found = project(matrix, min(config.rank or largest, rows, columns))
-    return found.update if tall else _transposed(found.update), found.norm, found.error
+    return found.update.T if is_wide else found.update, found.norm, found.error
 
 
 def truncate(update: LowRank, rank: int | None) -> tuple[LowRank, float, float]:
@@ -158,14 +157,6 @@ def _block_entries(count: int) -> int:
 
 def _entry_dtype(updates: Sequence[LowRank]) -> torch.dtype:
     return torch.float64 if all(update.up.dtype == torch.float64 for update in updates) else torch.float32
-
-
-def _cast(update: LowRank, dtype: torch.dtype) -> LowRank:
-    return LowRank(update.up.to(dtype), update.down.to(dtype))
-
-
-def _transposed(update: LowRank) -> LowRank:
-    return LowRank(update.down.T, update.up.T)
 
 
 def _check(path: str, found: Mapping[int, LowRank]) -> None:

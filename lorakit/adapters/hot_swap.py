@@ -12,13 +12,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, listing
 from ..layers import AdaptedLayer
 from .adapter_folder import AdapterLayer, read_adapter_folder
+from .peft_names import tensor_name
 from .state import check_adapter, lora_layers
-
-_PREFIX = "base_model.model."
-_SHOWN = 20  # problems in one message
 
 
 def swap_adapter(model: nn.Module, name: str, source: str | os.PathLike[str] | Mapping[str, Tensor]) -> None:
@@ -58,9 +56,7 @@ def swap_adapter(model: nn.Module, name: str, source: str | os.PathLike[str] | M
         else:
             values += fitted
     if problems:
-        more = f"\n  (+{len(problems) - _SHOWN} more)" if len(problems) > _SHOWN else ""
-        lines = "\n  ".join(problems[:_SHOWN])
-        raise CheckpointError(f"{where} cannot take the place of adapter '{name}':\n  {lines}{more}")
+        raise CheckpointError(f"{where} cannot take the place of adapter '{name}':{listing(problems)}")
     with torch.no_grad():
         for parameter, value in values:
             parameter.copy_(value)
@@ -68,11 +64,10 @@ def swap_adapter(model: nn.Module, name: str, source: str | os.PathLike[str] | M
 
 def _take(tensors: dict[str, Tensor], path: str, layer: AdaptedLayer, name: str) -> AdapterLayer | None:
     """Take a layer's tensors out of a dictionary; None where A or B is not among them."""
-    is_embedding = layer.matrices != ("lora_A", "lora_B")
-    a, b = (f"{_PREFIX}{path}.{table}{'' if is_embedding else '.weight'}" for table in layer.matrices)
+    a, b = (tensor_name(path, table) for table in layer.matrices)
     if a not in tensors or b not in tensors:
         return None
-    magnitude = tensors.pop(f"{_PREFIX}{path}.lora_magnitude_vector", None)
+    magnitude = tensors.pop(tensor_name(path, "lora_magnitude_vector"), None)
     return AdapterLayer(path, "linear", tensors.pop(a), tensors.pop(b), layer.scaling[name], magnitude)
 
 

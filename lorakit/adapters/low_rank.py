@@ -83,6 +83,16 @@ class LowRank:
         self._check(other)
         return ((other.up.T @ self.up) * (other.down @ self.down.T)).sum()
 
+    @property
+    def T(self) -> LowRank:
+        """The transpose, (in, out)."""
+        return LowRank(self.down.T, self.up.T)
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> LowRank:
+        """Return the update with its factors in another dtype, on another device; itself where both are these."""
+        up, down = self.up.to(device, dtype), self.down.to(device, dtype)
+        return self if up is self.up and down is self.down else LowRank(up, down)
+
     def scaled(self, factor: float) -> LowRank:
         """Return factor * self."""
         return LowRank(self.up * factor, self.down)

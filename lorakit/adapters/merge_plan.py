@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..errors import AdapterError
+from ..errors import AdapterError, listing
 from ..layers import AdaptedLayer, AdapterPart, LoRAParameter, ResidualLinear4bit, SavedModule, TiedHead, TrainedTokens
 from ..layers.quantized_module import QuantizedModule, frozen
 from ..models.checkpoint import Checkpoint
@@ -85,11 +85,9 @@ class _Plan:
             swaps.append(swap)
             report.layers += [_entry(path, exchange) for exchange in swap.exchanges if not holds_weight(part, exchange)]
         if refused:
-            more = f"\n  (+{len(refused) - 10} more)" if len(refused) > 10 else ""
             raise AdapterError(
                 f"at residual_rank={self.residual_rank} less than {LEAST_SHARE} of the update would survive in 4 bits:"
-                "\n  " + "\n  ".join(refused[:10]) + more + "\nGive a 16-bit base, a higher residual_rank, or "
-                "quantize=False"
+                f"{listing(refused, 10)}\nGive a 16-bit base, a higher residual_rank, or quantize=False"
             )
         _tie_heads(swaps)
         return swaps, report

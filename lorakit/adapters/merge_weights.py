@@ -156,10 +156,8 @@ def _with_residual(
     codes: QuantizedWeight, base: Tensor, residual: LowRank, rank: int | None, dtype: torch.dtype, how: str
 ) -> MergedWeight:
     rank = residual.rank if rank is None else min(rank, residual.rank)
-    part = LowRank(residual.up.double(), residual.down.double()).truncated(rank)
-    part = LowRank(part.up.to(dtype), part.down.to(dtype))
-    change = LowRank(part.up.to(base.dtype), part.down.to(base.dtype)).dense()
-    real = codes.dequantize(base.dtype) - base + change
+    part = residual.to(torch.float64).truncated(rank).to(dtype)
+    real = codes.dequantize(base.dtype) - base + part.to(base.dtype).dense()
     return MergedWeight(codes, real, f"{how} + rank {rank}" if rank else how, part if rank else None)
 
 

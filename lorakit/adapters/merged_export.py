@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import AdapterError, CheckpointError, ConfigError, StorageError, did_you_mean
+from ..errors import AdapterError, CheckpointError, ConfigError, StorageError, did_you_mean, listing
 from ..files import atomic_folder, write_text
 from ..layers import VARIANTS, AdaptedLayer, AttachedAdapter, LoRAEmbedding, LoRALinear
 from ..models.checkpoint import Checkpoint
@@ -37,6 +37,7 @@ from .adapter_folder import AdapterFolder, AdapterLayer, read_adapter_folder
 from .merge_modules import dense_linear
 from .merge_report import LayerMerge, MergeReport
 from .merge_weights import MergedWeight, Update, merged_4bit, merged_dense, quantized
+from .peft_names import BASE_LAYER
 
 _HEAD = "lm_head.weight"
 _EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight", "embed_tokens.weight", "wte.weight")
@@ -152,14 +153,14 @@ class _Plan:
                     self.biases[bias] = path
                     problems += [] if bias in names else [f"{bias} is not in the base, and the adapter adds to it"]
         for key in self.folder.extras:
-            name = key if key in names else key.replace(".base_layer.", ".")
+            name = key if key in names else key.replace(f".{BASE_LAYER}.", ".")
             if name not in names:
                 problems.append(f"{key} has no place in a checkpoint: no tensor {name}")
             self.replaced[name] = key
         if problems:
-            more = f"\n  (+{len(problems) - 20} more)" if len(problems) > 20 else ""
-            listing = "\n  ".join(problems[:20]) + more
-            raise AdapterError(f"{self.folder.folder} cannot be merged into {self.checkpoint.folder}:\n  {listing}")
+            raise AdapterError(
+                f"{self.folder.folder} cannot be merged into {self.checkpoint.folder}:{listing(problems)}"
+            )
 
     def write(self, part: Path, shard_bytes: int, progress: Callable[[int, int], None] | None) -> MergeReport:
         """Write the whole folder."""

@@ -1,21 +1,24 @@
-"""PEFT's adapter_config.json: read strictly into a `LoraConfig`, written with the keys that its readers look for."""
+"""PEFT's adapter_config.json: read into a `LoraConfig`, written with the keys that its readers look for.
+
+A setting that the file lacks has the default of `LoraConfig`, which is PEFT's.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ..errors import AdapterError, ConfigError
+from ..errors import AdapterError, CheckpointError, ConfigError
 from ..files import read_json_object
 from ..layers import LoRALinear
 from .attach import adapter_configs, lora_layers
 from .config import LoraConfig
 from .inits import changed_base_in_peft
-
-CONFIG_FILE = "adapter_config.json"
+from .peft_names import CONFIG_FILE
 
 # Keys of PEFT's config that change the result and that we do not have: they must hold a neutral value.
 _UNSUPPORTED = (
@@ -32,7 +35,15 @@ def read_adapter_config(path: str | os.PathLike[str]) -> LoraConfig:
         AdapterError: it is not a LoRA adapter, or needs a feature we do not have.
     """
     file = Path(path) / CONFIG_FILE
-    values = read_lora_json(file)
+    return attachable_config(read_config_file(file), file)
+
+
+def attachable_config(values: Mapping[str, Any], file: Path) -> LoraConfig:
+    """Return the settings with which the adapter of a file's config is attached; everything in them is checked.
+
+    Raises:
+        AdapterError: a setting is not valid, or needs a feature we do not have.
+    """
     used = [key for key in _UNSUPPORTED if values.get(key)]
     if used:
         raise AdapterError(f"{file} needs {', '.join(used)}, which this version does not support")
@@ -52,8 +63,31 @@ def read_adapter_config(path: str | os.PathLike[str]) -> LoraConfig:
         raise AdapterError(f"{file}: {error}") from None
 
 
-def read_lora_json(file: Path) -> dict[str, Any]:
-    """Return the contents of an adapter_config.json.
+def matrix_config(values: Mapping[str, Any], file: Path) -> LoraConfig:
+    """Return what a file's config says of its matrices alone: ranks, alphas and rsLoRA; the rest may be of any kind.
+
+    So an adapter that cannot be attached here can still be inspected, exported and compared.
+
+    Raises:
+        CheckpointError: one of these settings is not valid.
+    """
+    said = {key: values[key] for key in ("r", "lora_alpha") if key in values}
+    patterns: dict[str, dict[str, Any]] = {key: values.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
+    numbers = dict(said)
+    for key, pattern in patterns.items():
+        if not isinstance(pattern, dict):
+            raise CheckpointError(f"{file}: {key} is {pattern!r}, expected an object")
+        numbers |= {f"{key}.{module}": value for module, value in pattern.items()}
+    for key, value in numbers.items():
+        is_rank = key == "r" or key.startswith("rank_pattern")
+        if type(value) not in ((int,) if is_rank else (int, float)) or not 0 < value < 1e9:
+            expected = "a whole number from 1" if is_rank else "a number above 0"
+            raise CheckpointError(f"{file}: {key} is {value!r}, expected {expected}")
+    return LoraConfig(**said, **patterns, use_rslora=bool(values.get("use_rslora")))
+
+
+def read_config_file(file: Path) -> dict[str, Any]:
+    """Return the contents of an adapter_config.json as they stand.
 
     Raises:
         CheckpointError: it is missing or not a JSON object.

@@ -1,90 +1,74 @@
-"""PEFT's adapter folder, adapter_config.json and adapter_model.safetensors, written and read, strictly.
+"""`save_adapter` and `load_adapter`: one adapter of a model to PEFT's files, or an export, and from PEFT's files back.
 
-Reading raises on every missing, unexpected or mis-shaped tensor, where PEFT is silent, and leaves the model as it was.
+Loading raises on every missing, unexpected or mis-shaped tensor, where PEFT is silent, and leaves the model as it was.
 The file's metadata says which base model the adapter was trained on; another one is refused.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
+import tempfile
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..errors import AdapterError, CheckpointError
-from ..files import atomic_folder
-from ..models.safetensors_header import make_header
+from ..errors import AdapterError, CheckpointError, listing
+from .adapter_folder import read_adapter_folder, weights_file, write_adapter_folder
 from .attach import add_adapter, check_adapter, check_name
+from .exports import base_of, check_ranks, export_adapter
 from .fingerprint import base_fingerprint
-from .peft_config import CONFIG_FILE, peft_config, read_adapter_config
-from .peft_keys import PREFIX, file_shapes, file_tensors, write_tensors
+from .peft_config import peft_config, read_adapter_config
+from .peft_names import BASE_KEY, BASE_LAYER, PREFIX, WEIGHTS_FILE
+from .peft_tensors import file_shapes, file_tensors, write_tensors
 from .placing import place
 from .targeting import MatchReport, unwrapped
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-_PICKLE_FILE = "adapter_model.bin"
-BASE_KEY = "lorakit.base"  # in the metadata: the fingerprint of the base model
+_TABLE = f".{BASE_LAYER}.weight"  # PEFT writes the whole table of an adapted embedding too
 
 
-def save_peft_folder(
-    model: nn.Module, path: str | os.PathLike[str], name: str = "default", dtype: torch.dtype | None = None
+def save_adapter(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    name: str = "default",
+    target: str = "peft",
+    dtype: torch.dtype | None = None,
+    max_rank: int | None = None,
 ) -> Path:
-    """Write one adapter as a folder that PEFT loads; whole, or not at all. `save_adapter` without a target is this.
+    """Write one adapter for a consumer; whole, or not at all.
 
     Args:
-        path: the folder; an adapter that stands there is replaced.
-        dtype: of the written tensors; None keeps that of the adapter.
+        path: an adapter folder, for "llama.cpp" a GGUF file; one that stands there is replaced.
+        target: "peft" (which lorakit and most libraries read), "vllm", "tgi" or "llama.cpp". These three apply one
+            setting of the scale to all layers, so that scales go into B; what they cannot serve is refused.
+        dtype: of the written tensors; None keeps the adapter's, or takes float32 where an export would round.
+        max_rank: refuse ranks above this, such as the --max-lora-rank that vLLM is started with.
 
     Returns:
-        The folder.
+        `path`.
 
     Raises:
-        AdapterError: no adapter of that name, or the folder holds something that is not an adapter.
+        AdapterError: no adapter of that name, an unknown target, something that the target cannot serve, or the path
+            holds something that is not an adapter.
         StorageError: writing failed; what stood there is untouched.
     """
     check_adapter(model, name)
-    tensors = {key: tensor.to("cpu", dtype).contiguous() for key, tensor in file_tensors(model, name).items()}
-    fingerprint = base_fingerprint(model)
+    tensors, config, fingerprint = file_tensors(model, name), peft_config(model, name), base_fingerprint(model)
     metadata = {} if fingerprint is None else {BASE_KEY: fingerprint}
-    return write_peft_folder(path, tensors, peft_config(model, name), metadata)
 
+    def write(folder: str | os.PathLike[str], dtype: torch.dtype | None) -> Path:
+        on_cpu = {key: tensor.to("cpu", dtype).contiguous() for key, tensor in tensors.items()}
+        return write_adapter_folder(folder, on_cpu, config, metadata)
 
-def write_peft_folder(
-    path: str | os.PathLike[str],
-    tensors: Mapping[str, Tensor],
-    config: Mapping[str, Any],
-    metadata: Mapping[str, str] = MappingProxyType({}),
-) -> Path:
-    """Write the two files of an adapter folder, replacing an adapter that stands there, and nothing else.
-
-    Raises:
-        AdapterError: the folder holds something that is not an adapter.
-        StorageError: writing failed; what stood there is untouched.
-    """
-    folder = Path(path)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file()):
-        raise AdapterError(f"{folder} exists and is not an adapter folder; choose another path")
-    with atomic_folder(folder) as part:
-        _write_tensors(part / WEIGHTS_FILE, tensors, metadata)
-        # Sorted as PEFT does, but not within rank_pattern and alpha_pattern: there the first match wins.
-        text = json.dumps(dict(sorted(config.items())), indent=2)
-        (part / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-    return folder
-
-
-def _write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file; the package's own writer puts metadata in another order at every call."""
-    tensors = dict(sorted(tensors.items()))
-    with file.open("wb") as out:
-        out.write(make_header({key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()}, dict(metadata)))
-        for tensor in tensors.values():
-            out.write(tensor.view(-1).view(torch.uint8).numpy().tobytes())
+    if target == "peft" and max_rank is None:
+        return write(path, dtype)
+    with tempfile.TemporaryDirectory() as folder:  # the exports read a folder, so that there is one way for both
+        written = write(Path(folder) / "adapter", None)
+        if target != "peft":
+            return export_adapter(written, path, target, base_of(model), dtype, max_rank)
+        check_ranks({module: layer.rank for module, layer in read_adapter_folder(written).layers.items()}, max_rank)
+    return write(path, dtype)
 
 
 def load_adapter(
@@ -94,6 +78,7 @@ def load_adapter(
     trained: bool = False,
     dtype: torch.dtype = torch.float32,
     max_rank: int | None = None,
+    *,
     check_base: bool = True,
 ) -> MatchReport:
     """Attach an adapter from a PEFT folder and make it active.
@@ -122,9 +107,7 @@ def load_adapter(
         raise AdapterError(f"{folder} has rank {highest} at {where}; the limit is {max_rank}")
     problems = _problems(tensors, file_shapes(placements)) + _other_tables(model, tensors)
     if problems:
-        more = f"\n  (+{len(problems) - 20} more)" if len(problems) > 20 else ""
-        listing = "\n  ".join(problems[:20])
-        raise CheckpointError(f"{folder / WEIGHTS_FILE} does not fit the model:\n  {listing}{more}")
+        raise CheckpointError(f"{folder / WEIGHTS_FILE} does not fit the model:{listing(problems)}")
     trained_on, here = metadata.get(BASE_KEY), base_fingerprint(model)
     if check_base and trained_on is not None and trained_on != here:
         raise CheckpointError(
@@ -138,12 +121,7 @@ def load_adapter(
 
 def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and the metadata of a folder."""
-    file = folder / WEIGHTS_FILE
-    if not file.exists() and (folder / _PICKLE_FILE).exists():
-        raise CheckpointError(
-            f"{folder} has its weights in {_PICKLE_FILE}, a pickle, which can run any code when it is read; convert it "
-            f"to {WEIGHTS_FILE} where you trust its source"
-        )
+    file = weights_file(folder)
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (it is not a dict)
@@ -168,9 +146,6 @@ def _problems(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) 
         elif key in tensors and not torch.isfinite(tensors[key]).all():
             problems.append(f"{key} holds inf or nan")
     return problems
-
-
-_TABLE = ".base_layer.weight"  # PEFT writes the whole table of an adapted embedding too
 
 
 def _other_tables(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:

@@ -33,7 +33,7 @@ from .targeting import (
     match_parameters,
     match_saved,
     match_targets,
-    pattern_value,
+    rank_and_scaling,
     unwrapped,
 )
 
@@ -241,9 +241,9 @@ def _tied(model: nn.Module, module: nn.Module) -> list[str]:
 
 
 def _rank_and_scaling(path: str, config: LoraConfig, report: MatchReport) -> tuple[int, float]:
-    rank = pattern_value(config.rank_pattern, path, config.r)
+    rank, scaling = rank_and_scaling(config, path)
     report.ranks[path] = rank
-    return rank, config.scaling(rank, pattern_value(config.alpha_pattern, path, config.lora_alpha))
+    return rank, scaling
 
 
 def _check_apart(adapted: list[str], placements: list[Placement]) -> None:

@@ -58,7 +58,7 @@ def plan_ranks(updates: Mapping[str, LowRank], config: ResizeConfig) -> UpdateRe
     shapes: dict[str, tuple[int, int]] = {}
     before: dict[str, int] = {}
     for path, update in updates.items():  # one at a time, where they are on disk
-        values[path] = _float64(update).singular_values
+        values[path] = update.to(torch.float64).singular_values
         shapes[path], before[path] = update.shape, update.rank
     ranks = chosen_ranks(values, {path: sum(shape) for path, shape in shapes.items()}, config)
     layers = []
@@ -79,8 +79,7 @@ def resize_updates(
     report = plan_ranks(updates, config)
     resized = {}
     for path, rank in report.ranks.items():
-        result = truncate(_float64(updates[path]), rank)[0]
-        resized[path] = LowRank(result.up.to(dtype), result.down.to(dtype))
+        resized[path] = truncate(updates[path].to(torch.float64), rank)[0].to(dtype)
     return resized, report
 
 
@@ -134,7 +133,3 @@ def resize_folder(
     updates, report = resize_updates(adapter, config, dtype)
     write_updates(path, updates, [adapter], dtype)
     return report
-
-
-def _float64(update: LowRank) -> LowRank:
-    return LowRank(update.up.double(), update.down.double())

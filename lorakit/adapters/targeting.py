@@ -224,6 +224,16 @@ def pattern_value(patterns: Mapping[str, _Value], path: str, default: _Value) ->
     return default
 
 
+def rank_and_scaling(config: LoraConfig, path: str) -> tuple[int, float]:
+    """Return the rank of the layer at a path, and the factor on its B @ A, as a config and its patterns say.
+
+    Raises:
+        AdapterError: a pattern is not a regular expression.
+    """
+    rank = pattern_value(config.rank_pattern, path, config.r)
+    return rank, config.scaling(rank, pattern_value(config.alpha_pattern, path, config.lora_alpha))
+
+
 def _matcher(patterns: list[str] | str) -> Callable[[str], bool]:
     """A list holds names or dotted suffixes; a lone string is a regular expression on the whole path."""
     if isinstance(patterns, str):

@@ -11,16 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..errors import AdapterError
-from .adapter_folder import AdapterLayer, read_adapter_folder
+from .adapter_folder import AdapterLayer, read_adapter_folder, write_adapter_folder
 from .attach import adapter_parts, add_adapter, check_adapter, lora_layers
 from .low_rank import LowRank
-from .peft_config import read_adapter_config
-from .peft_files import BASE_KEY, WEIGHTS_FILE, write_peft_folder
-from .peft_keys import PREFIX
+from .peft_config import attachable_config
+from .peft_names import BASE_KEY, CONFIG_FILE, matrix_names
 from .ranks import config_for_ranks, rank_pattern
 
 _DORA = (
@@ -87,7 +85,8 @@ class FolderUpdates(Mapping[str, LowRank]):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.adapter = read_adapter_folder(path)
         where = self.adapter.folder
-        config = read_adapter_config(where)  # which refuses starts that changed the base
+        # This refuses starts that changed the base.
+        config = attachable_config(self.adapter.config, where / CONFIG_FILE)
         if config.use_dora:
             raise AdapterError(f"{where} {_DORA}")
         if self.adapter.extras:
@@ -95,8 +94,7 @@ class FolderUpdates(Mapping[str, LowRank]):
             raise AdapterError(f"{where} holds more than low-rank updates: {names}")
         if config.target_parameters:
             raise AdapterError(f"{where} adapts parameters that hold several matrices: these are not combined")
-        with safe_open(where / WEIGHTS_FILE, framework="pt") as opened:
-            self.base: str | None = (opened.metadata() or {}).get(BASE_KEY)
+        self.base = self.adapter.base
 
     def __getitem__(self, path: str) -> LowRank:
         layer = self.adapter.layers[path]
@@ -142,7 +140,7 @@ def write_updates(
             layers = next(source.adapter.layers for source in sources if module_path in source)
             tensors |= _tensors(update, layers[module_path], dtype)
     base = next((source.base for source in sources if source.base), None)
-    return write_peft_folder(path, tensors, config, {BASE_KEY: base} if base else {})
+    return write_adapter_folder(path, tensors, config, {BASE_KEY: base} if base else {})
 
 
 def check_one_base(sources: Sequence[FolderUpdates]) -> None:
@@ -159,9 +157,8 @@ def ranks_of(updates: Mapping[str, LowRank]) -> dict[str, int]:
 
 
 def _tensors(update: LowRank, like: AdapterLayer, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return a layer's tensors under PEFT's keys, in the shapes that `like` has at its rank."""
+    """Return a layer's tensors under PEFT's names, in the shapes that `like` has at its rank."""
     down = update.down.reshape(update.rank, *like.lora_A.shape[1:])
     up = update.up.reshape(like.lora_B.shape[0], update.rank, *like.lora_B.shape[2:])
-    keys = ("lora_embedding_A", "lora_embedding_B") if like.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
-    pair = zip(keys, (down, up), strict=True)
-    return {f"{PREFIX}{like.path}.{key}": matrix.to("cpu", dtype).contiguous() for key, matrix in pair}
+    names = matrix_names(like.path, like.kind == "embedding")
+    return {name: matrix.to("cpu", dtype).contiguous() for name, matrix in zip(names, (down, up), strict=True)}

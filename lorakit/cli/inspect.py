@@ -68,14 +68,14 @@ def inspect(
 
 
 def _quantization(adapter: Path, base: str | None, quant_type: str) -> QuantizationView:
-    from ..adapters import load_adapter, read_adapter_folder
+    from ..adapters import find_adapter_folder, load_adapter
     from ..inspection.quantization_view import quantization_view
     from ..models import load_model, resolve_model
 
     if base is None:
         raise ConfigError("--quant-type compares with the weights before they were quantized: give them as --base")
     model = load_model(resolve_model(base), quant_type=quant_type)
-    load_adapter(model, read_adapter_folder(adapter).folder)
+    load_adapter(model, find_adapter_folder(adapter))
     return quantization_view(model)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..errors import DataError, did_you_mean
+from ..errors import MOST_LISTED, DataError, did_you_mean, first_few
 from ..files import atomic_write
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -69,8 +69,6 @@ class Record:
 class Problems:
     """Collects what is wrong with a data set to raise it as one `DataError`: 20 problems in full, the rest counted."""
 
-    SHOWN = 20
-
     def __init__(self) -> None:
         self.shown: list[str] = []
         self.count = 0
@@ -78,7 +76,7 @@ class Problems:
     def add(self, problem: DataError) -> None:
         """Note one problem; its text carries its own "file:line: "."""
         self.count += 1
-        if self.count <= self.SHOWN:
+        if self.count <= MOST_LISTED:
             self.shown.append(str(problem))
 
     def raise_if_any(self) -> None:
@@ -88,8 +86,7 @@ class Problems:
             DataError: at least one problem was added.
         """
         if self.count:
-            more = [f"(+{self.count - self.SHOWN} more)"] if self.count > self.SHOWN else []
-            raise DataError("\n".join(self.shown + more))
+            raise DataError("\n".join(first_few(self.shown, count=self.count)))
 
 
 def load_records(path: str | os.PathLike[str]) -> list[Record]:

@@ -172,7 +172,7 @@ def layer_meeting(path: str, first: LowRank, second: LowRank) -> LayerMeeting:
     """
     if first.shape != second.shape:
         raise AdapterError(f"{path} has updates of shapes {first.shape} and {second.shape}: not of one base model?")
-    pair = [LowRank(update.up.double(), update.down.double()) for update in (first, second)]
+    pair = [update.to(torch.float64) for update in (first, second)]
     ranks = [rank_for_energy(update.singular_values, LEADING) for update in pair]
     columns = [update.svd[0][:, :rank] for update, rank in zip(pair, ranks, strict=True)]
     rows = [update.svd[2][:rank].T for update, rank in zip(pair, ranks, strict=True)]

@@ -293,7 +293,8 @@ def _update(layer: AdaptedLayer, adapter: str, shape: torch.Size) -> LowRank:
     """Return the low-rank update in the orientation that the layer stores its weight in."""
     up, down = (factor.detach().double().cpu() for factor in layer.factors(adapter))
     is_turned = not layer.as_matrix(torch.empty(shape, device="meta")).is_contiguous()
-    return LowRank(down.T, up.T) if is_turned else LowRank(up, down)
+    update = LowRank(up, down)
+    return update.T if is_turned else update
 
 
 def _repair(error: Tensor, leading: Tensor, update: LowRank | None) -> Repair | None:

@@ -1,9 +1,9 @@
 """Turning a llama-family GGUF file into an ordinary Hugging Face checkpoint folder.
 
-What has to be undone: the tensors' names, the block quantization (`gguf.quants`), the order of the q and k rows, and
-the tokenizer's packing into metadata (`gguf_tokenizer`). Weights are stored as bfloat16, rounded to nearest even: one
-moves by at most 2**-8 of its size, where Q4_1 had moved it by up to 1/30 of its block's range. Every tensor of the file
-is consumed; one we do not know is an error, because a model without it would be another model.
+What has to be undone: the tensors' names, the block quantization (`gguf.quants`), the order of the q and k rows
+(`gguf_rows`), and the tokenizer's packing into metadata (`gguf_tokenizer`). Weights are stored as bfloat16, rounded to
+nearest even: one moves by at most 2**-8 of its size, where Q4_1 had moved it by up to 1/30 of its block's range. Every
+tensor of the file is consumed; one we do not know is an error, because a model without it would be another model.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from ..errors import CheckpointError, did_you_mean
 from ..files import atomic_folder, sha256_file
 from .gguf_file import GGUFFile, open_gguf
+from .gguf_rows import from_gguf_rows
 from .gguf_tokenizer import special_token_ids, tokenizer_files
 from .safetensors_header import make_header
 
@@ -64,21 +65,6 @@ def convert_gguf(gguf_path: str | os.PathLike[str], folder: Path, origin: str = 
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
     _write_weights(source, config, folder / "model.safetensors")
-
-
-def undo_permutation(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Put the rows of a q or k projection back from GGUF's order into Hugging Face's.
-
-    Rotary embeddings turn pairs of a head's components. GGUF's llama pairs neighbors (2i, 2i+1); Hugging Face pairs
-    halves (i, i + head_dim/2). Row 2i + s of a head in GGUF is row i + s * head_dim/2 of it in Hugging Face.
-
-    Args:
-        weight: (heads * head_dim, in_features).
-        heads: query heads for q, key-value heads for k.
-    """
-    rows, columns = weight.shape
-    pairs = weight.reshape(heads, rows // heads // 2, 2, columns)  # (head, i, s, column)
-    return pairs.transpose(1, 2).reshape(rows, columns)
 
 
 def _config(source: GGUFFile) -> dict[str, Any]:
@@ -172,7 +158,7 @@ def _write_weights(source: GGUFFile, config: Mapping[str, Any], path: Path) -> N
             tensor = source.read(gguf_names[name])
             module = name.split(".")[-2]
             if module in heads:
-                tensor = undo_permutation(tensor, heads[module])
+                tensor = from_gguf_rows(tensor, heads[module])
             file.write(tensor.to(DTYPE).contiguous().view(torch.uint8).numpy().data)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..errors import CheckpointError, ConfigError, ShapeError, did_you_mean
+from ..errors import MOST_LISTED, CheckpointError, ConfigError, ShapeError, did_you_mean, listing
 from ..layers import Linear4bit
 from ..quantization import QuantizedWeight, bnb_format
 from ..quantization.policy import QuantConfig, WeightFormat
@@ -26,7 +26,6 @@ from .stream import stream_tensors
 
 _DERIVED = ("rotary_emb.inv_freq",)  # buffers that old checkpoints carry and every implementation recomputes
 _TIED = "lm_head.weight"
-_SHOWN = 20  # problems in one error
 
 
 def load_model(
@@ -127,10 +126,9 @@ def check_tensors(checkpoint: Checkpoint, model: Decoder, stored: Mapping[str, S
     linear = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     unexpected = [name for name in found if name not in expected]
     missing = [name for name in expected if name not in found]
-    problems = [  # hints for those that will be shown alone: they take longer to find than all the rest
-        f"{name} is missing{did_you_mean(name, unexpected) if i < _SHOWN else ''} (expected shape {expected[name]})"
-        for i, name in enumerate(missing)
-    ]
+    # Only those that will be shown get a hint: hints take longer to find than all the rest.
+    hints = {name: did_you_mean(name, unexpected) for name in missing[:MOST_LISTED]}
+    problems = [f"{name} is missing{hints.get(name, '')} (expected shape {expected[name]})" for name in missing]
     problems += [f"{name} is not a tensor of {model.config.architecture}" for name in unexpected]
     problems += [
         f"{name} has shape {found[name]}, expected {shape}"
@@ -143,9 +141,7 @@ def check_tensors(checkpoint: Checkpoint, model: Decoder, stored: Mapping[str, S
         if name in expected and name not in linear
     ]
     if problems:
-        shown = "".join(f"\n  {problem}" for problem in problems[:_SHOWN])
-        more = f"\n  (+{len(problems) - _SHOWN} more)" if len(problems) > _SHOWN else ""
-        raise CheckpointError(f"{checkpoint.folder} does not fit its config.json:{shown}{more}")
+        raise CheckpointError(f"{checkpoint.folder} does not fit its config.json:{listing(problems)}")
     return list(expected)
 
 

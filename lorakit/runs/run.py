@@ -64,6 +64,22 @@ class RunRecords:
     notes: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class LoadedRun:
+    """A recipe and what it names, in memory.
+
+    Attributes:
+        recipe: the settings.
+        records: both sides of its data.
+        model, tok: the base model, which carries the run's adapter, and its tokenizer.
+    """
+
+    recipe: Recipe
+    records: RunRecords
+    model: Decoder
+    tok: Tokenizer
+
+
 def train_run(recipe: Recipe, say: Say = print, resume: bool = False) -> dict[str, Any]:
     """Carry out a recipe; return what metrics.json holds (without `eval` in the recipe: only counts and times).
 
@@ -90,12 +106,12 @@ def train_run(recipe: Recipe, say: Say = print, resume: bool = False) -> dict[st
     recipe.output.mkdir(parents=True, exist_ok=True)
     save_recipe(recipe, recipe.output / "recipe.yaml")
     probes = [Probes(recipe.probes, say)] if recipe.probes else []
-    trained = train(model, tok, records.train, recipe.train, records.held_out, resume, probes)
+    trained = train(model, tok, records.train, recipe.train, records.held_out, resume=resume, probes=probes)
     save_adapter(model, recipe.output / "adapter")
     clock.lap("train")
     facts = _facts(recipe, records, attached, trained)
     if recipe.eval and records.held_out:
-        return evaluate(recipe, recipe.eval, model, tok, records, facts, clock, say)
+        return evaluate(LoadedRun(recipe, records, model, tok), recipe.eval, facts, clock, say)
     return _write_metrics(recipe.output, facts | {"seconds": clock.total(), "peak_rss_mb": peak_rss_mb()})
 
 
@@ -120,7 +136,7 @@ def evaluate_run(folder: Path, say: Say = print) -> dict[str, Any]:
     attached = load_adapter(model, folder / "adapter")
     clock.lap("load")
     facts = _facts(recipe, records, attached, _earlier_training(folder))
-    return evaluate(recipe, config, model, tok, records, facts, clock, say)
+    return evaluate(LoadedRun(recipe, records, model, tok), config, facts, clock, say)
 
 
 def load_run(folder: Path, adapted: bool = True) -> tuple[Decoder, Tokenizer, Recipe]:
@@ -170,17 +186,18 @@ def read_records(recipe: Recipe) -> RunRecords:
     return RunRecords(train_records, held_out, notes)
 
 
-def evaluate(
-    recipe: Recipe,
-    config: EvalConfig,
-    model: Decoder,
-    tok: Tokenizer,
-    records: RunRecords,
-    facts: dict[str, Any],
-    clock: _Clock,
-    say: Say,
-) -> dict[str, Any]:
-    """Measure base (strong prompt) and tuned model (short prompt); write predictions, metrics and report."""
+def evaluate(run: LoadedRun, config: EvalConfig, facts: dict[str, Any], clock: _Clock, say: Say) -> dict[str, Any]:
+    """Measure base (strong prompt) and tuned model (short prompt); write predictions, metrics and report.
+
+    Args:
+        facts: what metrics.json says beside the scores.
+        clock: books the time of each side.
+        say: receives one line a side.
+
+    Returns:
+        What metrics.json holds.
+    """
+    recipe, records, model, tok = run.recipe, run.records, run.model, run.tok
     held_out = records.held_out[: config.limit]
     short, references = map(list, zip(*(split_record(record) for record in held_out), strict=True))
     examples = choose_examples(records.train, config.base_prompt.examples, key_for_metrics(config.metrics))

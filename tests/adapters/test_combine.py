@@ -91,7 +91,7 @@ def test_cat_and_svd_are_the_sum_with_and_without_all_of_its_rank(
 
 def test_equal_ranks_and_a_scaling_of_one_keep_the_bits_of_A() -> None:
     a, b = random_update(5, 7, 2, 0), random_update(5, 7, 3, 1)
-    a, b = (LowRank(u.up.float(), u.down.float()) for u in (a, b))
+    a, b = (update.to(torch.float32) for update in (a, b))
     result, _ = combine_updates([{"x": a}, {"x": b}], [1.0, 1.0])
     assert torch.equal(result["x"].down, torch.cat([a.down, b.down]))
     assert torch.equal(result["x"].up, torch.cat([a.up, b.up], dim=1))

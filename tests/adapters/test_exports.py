@@ -23,7 +23,7 @@ from lorakit import LoraConfig, add_adapter, load_adapter, save_adapter
 from lorakit.adapters import export_adapter, lora_layers, read_adapter_folder
 from lorakit.errors import AdapterError, CheckpointError, LorakitError
 from lorakit.models.gguf_file import open_gguf
-from lorakit.models.gguf_import import undo_permutation
+from lorakit.models.gguf_rows import from_gguf_rows
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {"lora_alpha": 3},
@@ -107,7 +107,7 @@ def in_llama_cpp(file: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
         if f"{stem}.lora_a" in source.tensors:
             a, b = source.read(f"{stem}.lora_a"), source.read(f"{stem}.lora_b")
             if source.value("general.architecture", str) == "llama" and module in ("q_proj", "k_proj"):
-                b = undo_permutation(b, 4 if module == "q_proj" else 2)
+                b = from_gguf_rows(b, 4 if module == "q_proj" else 2)
             read[path] = (a, b, alpha / b.shape[1])
     assert len(source.tensors) == 2 * len(read)
     return read
@@ -188,7 +188,7 @@ def test_gguf_types(tmp_path: Path) -> None:
         a, b = source.read("blk.1.attn_q.weight.lora_a"), source.read("blk.1.attn_q.weight.lora_b")
         layer = lora_layers(model)["model.layers.1.self_attn.q_proj"]
         assert torch.equal(a, layer.lora_A["default"].to(dtype).float())
-        assert torch.equal(undo_permutation(b, 4), layer.lora_B["default"].to(dtype).float())
+        assert torch.equal(from_gguf_rows(b, 4), layer.lora_B["default"].to(dtype).float())
 
 
 @pytest.mark.parametrize("architecture", ["mistral", "qwen2", "qwen3"])
@@ -198,7 +198,7 @@ def test_architectures_of_llama_cpp(architecture: str, tmp_path: Path) -> None:
     source = open_gguf(save_adapter(model, tmp_path / "a.gguf", target="llama.cpp"))
     assert source.value("general.architecture", str) == ("llama" if architecture == "mistral" else architecture)
     b, ours = source.read("blk.0.attn_q.weight.lora_b"), lora_layers(model)["model.layers.0.self_attn.q_proj"].lora_B
-    assert torch.equal(undo_permutation(b, 4) if architecture == "mistral" else b, ours["default"])
+    assert torch.equal(from_gguf_rows(b, 4) if architecture == "mistral" else b, ours["default"])
     assert torch.equal(b, ours["default"]) == (architecture != "mistral")
 
 

@@ -65,3 +65,13 @@ def test_small_singular_values_keep_their_digits(smallest):
     torch.testing.assert_close(update.singular_values, values, rtol=1e-15 / smallest, atol=1e-15)
     for triangle, factor in zip(update.triangles, (update.up, update.down.T), strict=True):
         torch.testing.assert_close(triangle.T @ triangle, factor.T @ factor, rtol=0, atol=1e-14)
+
+
+def test_transposed_and_in_another_dtype() -> None:
+    update = LowRank(torch.randn(5, 3, dtype=torch.float64), torch.randn(3, 7, dtype=torch.float64))
+    assert torch.equal(update.T.dense(), update.dense().T)
+    assert update.T.shape == (7, 5)
+    single = update.to(torch.float32)
+    assert torch.equal(single.up, update.up.float()) and torch.equal(single.down, update.down.float())
+    assert update.to(torch.float64) is update and update.to(device="cpu") is update
+    assert update.to(device="meta").up.is_meta and update.to(device="meta").up.dtype == torch.float64

@@ -235,7 +235,7 @@ class TestFiles:
     def test_a_pickle_is_refused_with_the_reason(self, tmp_path: Path) -> None:
         folder = self.saved(tmp_path / "adapter")
         (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-        with pytest.raises(CheckpointError, match=r"adapter_model.bin, a pickle, which can run any code"):
+        with pytest.raises(CheckpointError, match=r"adapter_model.bin is a pickle, which can run any code"):
             load_adapter(small_decoder(), folder)
 
     def test_ranks_over_a_limit(self, tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from lorakit.errors import CheckpointError, LorakitError
-from lorakit.models.gguf_import import import_gguf, undo_permutation
+from lorakit.models.gguf_import import import_gguf
+from lorakit.models.gguf_rows import from_gguf_rows, to_gguf_rows
 from lorakit.models.tokenizer import load_tokenizer
 
 from .conftest import HEAD_DIM, HEADS, HIDDEN, MERGES, VOCABULARY, permute, tiny_weights, write_gguf
@@ -36,9 +37,11 @@ def only(folder: Path, *names: str) -> bool:
 
 
 @pytest.mark.parametrize("heads", [1, 2, 9])
-def test_permutation_is_undone(heads: int) -> None:
+def test_permutation_and_its_inverse(heads: int) -> None:
     weight = torch.randn(heads * 8, 5)
-    assert torch.equal(undo_permutation(torch.from_numpy(permute(weight.numpy(), heads)), heads), weight)
+    permuted = torch.from_numpy(permute(weight.numpy(), heads))
+    assert torch.equal(to_gguf_rows(weight, heads), permuted)
+    assert torch.equal(from_gguf_rows(permuted, heads), weight)
 
 
 def test_permutation_turns_neighboring_pairs_into_halves() -> None:
@@ -49,7 +52,7 @@ def test_permutation_turns_neighboring_pairs_into_halves() -> None:
         torch.ones(()).double(), angles
     )
 
-    q = (undo_permutation(stored, HEADS) @ x).reshape(HEADS, HEAD_DIM)
+    q = (from_gguf_rows(stored, HEADS) @ x).reshape(HEADS, HEAD_DIM)
     first, second = q.chunk(2, dim=-1)
     rotated = first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...errors import AdapterError, CheckpointError, LorakitError
 from ...files import atomic_write
+from ...models.gguf_rows import to_gguf_rows
 from .base_config import base_size
 from .parts import Export, check_plain, folded
 
@@ -53,7 +54,7 @@ def export_llama_cpp(export: Export, path: Path) -> None:
     for name, (a, b) in folded(export, {name: own / alpha for name, own in alphas.items()}).items():
         if permuted and name.endswith((".q_proj", ".k_proj")):
             heads = base_size(base, "num_attention_heads")
-            b = _permuted(b, heads if name.endswith(".q_proj") else base_size(base, "num_key_value_heads", heads))
+            b = _in_gguf_rows(b, heads if name.endswith(".q_proj") else base_size(base, "num_key_value_heads", heads))
         tensors[f"{names[name]}.weight.lora_a"] = a.T if export.layers[name].kind == "embedding" else a
         tensors[f"{names[name]}.weight.lora_b"] = b
     _write(path, architecture, alpha, tensors)
@@ -85,16 +86,11 @@ def _problems(export: Export, names: Mapping[str, str | None], is_tied: bool) ->
             yield f"{path}: an adapter of kind '{layer.kind}' on the tensor {names[path]}"
 
 
-def _permuted(weight: Tensor, heads: int) -> Tensor:
-    """Put rows of a q or k projection into GGUF's order: of each head, row i + s * head_dim/2 becomes row 2i + s.
-
-    Rotary embeddings turn pairs of a head's components: halves in Hugging Face's order, neighbors in GGUF's llama.
-    """
-    rows, columns = weight.shape
-    if rows % (2 * heads):
-        raise CheckpointError(f"lora_B of a q or k projection has {rows} rows, which {heads} heads do not divide")
-    halves = weight.reshape(heads, 2, rows // heads // 2, columns)  # (head, s, i, column)
-    return halves.transpose(1, 2).reshape(rows, columns)
+def _in_gguf_rows(b: Tensor, heads: int) -> Tensor:
+    """Put the rows of a q or k projection's B into GGUF's order."""
+    if len(b) % (2 * heads):
+        raise CheckpointError(f"lora_B of a q or k projection has {len(b)} rows, which {heads} heads do not divide")
+    return to_gguf_rows(b, heads)
 
 
 def _write(path: Path, architecture: str, alpha: float, tensors: Mapping[str, Tensor]) -> None:

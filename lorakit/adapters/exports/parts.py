@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import AdapterError
+from ...errors import AdapterError, listing
 from ..adapter_folder import AdapterLayer
+from ..peft_names import BASE_LAYER
 
 # Settings of adapter_config.json that mean more than A and B of existing layers. No consumer here has a place for them:
 # some are refused there too, the others would be dropped without a word.
@@ -69,13 +70,12 @@ def check_plain(export: Export, consumer: str, *problems: str) -> None:
         if layer.kind not in ("linear", "embedding")
     ]
     # A copy of the embedding beside its adapter is PEFT's way of being sure; it is the base's own.
-    copies = {f"{path}.base_layer.weight" for path, layer in export.layers.items() if layer.kind == "embedding"}
+    copies = {f"{path}.{BASE_LAYER}.weight" for path, layer in export.layers.items() if layer.kind == "embedding"}
     if not found:  # otherwise a setting above says where they come from
         found += [f"{name}: a tensor that is not of an adapter" for name in export.extras if name not in copies]
     if found := [*found, *problems]:
-        more = [f"(+{len(found) - 20} more)"] if len(found) > 20 else []
         raise AdapterError(
-            f"{consumer} cannot serve this adapter as it is:\n  " + "\n  ".join([*found[:20], *more]) + "\n"
+            f"{consumer} cannot serve this adapter as it is:{listing(found)}\n"
             "merge the adapter into its base model and serve that instead"
         )
 

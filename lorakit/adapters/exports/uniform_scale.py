@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..peft_files import write_peft_folder
+from ..adapter_folder import write_adapter_folder
+from ..peft_names import matrix_names
 from .parts import Export, folded
 
 Matrices = dict[str, tuple[Tensor, Tensor]]  # module path -> A (R, in), B (out, R)
@@ -31,9 +32,8 @@ def write_uniform(path: Path, export: Export, matrices: Matrices, **changes: Any
     tensors = {}
     for name, (a, b) in matrices.items():
         is_embedding = name in export.layers and export.layers[name].kind == "embedding"
-        keys = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
-        for key, matrix in zip(keys, (a, b), strict=True):
-            tensors[f"base_model.model.{name}.{key}"] = matrix.contiguous()
+        for tensor_name, matrix in zip(matrix_names(name, is_embedding), (a, b), strict=True):
+            tensors[tensor_name] = matrix.contiguous()
     rank = len(next(iter(matrices.values()))[0])
     plain = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
-    write_peft_folder(path, tensors, {**export.config, **plain, **changes})
+    write_adapter_folder(path, tensors, {**export.config, **plain, **changes})

@@ -1,17 +1,4 @@
-"""Names and shapes of an adapter's tensors in PEFT's files.
-
-    lora_A.weight           (r, in_features)
-    lora_B.weight           (out_features, r)
-    lora_B.bias             (out_features,)                                     lora_bias
-    lora_magnitude_vector   (out_features,), of a convolution (1, out, 1, 1)    DoRA
-    lora_embedding_A, _B    (r, vocabulary), (dim, r)
-    base_layer.bias         (out_features,)                                     bias of an adapted layer
-    <parameter>             as it is                                            modules_to_save, bias of other modules
-    token_adapter.trainable_tokens_delta    (tokens, dim), rows, not differences
-
-each after base_model.model.<path of the module>. The adapter's name is in none of them. Of several adapted parameters
-of one module the last is at the module's path, the one before at <path of the module>.base_layer, and so on.
-"""
+"""An adapter's tensors as PEFT's files hold them: out of a model, into a model, and the shapes expected."""
 
 from __future__ import annotations
 
@@ -22,43 +9,33 @@ from torch import Tensor, nn
 
 from ..layers import AdapterPart, LoRAConv, LoRALinear, LoRAParameter
 from .attach import adapter_parts
+from .peft_names import BASE_LAYER, tensor_name
 from .placing import Placement
 from .targeting import unwrapped
 
-PREFIX = "base_model.model."
-
-# Where the file's name of a table is not ours.
-_KEYS = {
-    "lora_A": "lora_A.weight",
-    "lora_B": "lora_B.weight",
-    "lora_bias": "lora_B.bias",
-    "trained_bias": "base_layer.bias",
-    "trainable_tokens_delta": "token_adapter.trainable_tokens_delta",
-}
-
 
 def file_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """Return an adapter's tensors as a file has them, key -> tensor; they share memory with the parameters."""
+    """Return an adapter's tensors as a file has them, name in the file -> tensor; they share the parameters' memory."""
     found: dict[str, Tensor] = {}
     parts = [(_logical(path, part), part) for path, part in adapter_parts(model, name).items()]
-    for prefix, part in _with_prefixes(parts):
+    for path, part in _with_file_paths(parts):
         for table, parameter in part.parameters_of(name).items():
             shape = _shape(part, table, tuple(parameter.shape))
-            found[f"{prefix}.{_KEYS.get(table, table)}"] = parameter.detach().view(shape)
+            found[tensor_name(path, table)] = parameter.detach().view(shape)
         if isinstance(part, LoRALinear) and part.adapters[name].variant.kept:  # a start inside the base: twice the rank
             up, down = part.factors(name)
-            found[f"{prefix}.lora_A.weight"] = down.detach()
-            found[f"{prefix}.lora_B.weight"] = up.detach() / part.scaling[name]
+            found[tensor_name(path, "lora_A")] = down.detach()
+            found[tensor_name(path, "lora_B")] = up.detach() / part.scaling[name]
     return found
 
 
 def file_shapes(placements: Iterable[Placement]) -> dict[str, tuple[int, ...]]:
-    """Return what a file of an adapter has to hold, key -> shape."""
+    """Return what a file of an adapter has to hold, name in the file -> shape."""
     placements = list(placements)
-    prefixes = [prefix for prefix, _ in _with_prefixes([(p.path, p.part) for p in placements])]
+    paths = [path for path, _ in _with_file_paths([(p.path, p.part) for p in placements])]
     return {
-        f"{prefix}.{_KEYS.get(table, table)}": _shape(placement.part, table, shape)
-        for prefix, placement in zip(prefixes, placements, strict=True)
+        tensor_name(path, table): _shape(placement.part, table, shape)
+        for path, placement in zip(paths, placements, strict=True)
         for table, shape in placement.shapes.items()
     }
 
@@ -76,8 +53,8 @@ def _shape(part: AdapterPart, table: str, shape: tuple[int, ...]) -> tuple[int, 
     return shape
 
 
-def _with_prefixes(parts: list[tuple[str, AdapterPart]]) -> Iterator[tuple[str, AdapterPart]]:
-    """Give each part of an adapter, by the path of its module, the beginning of its keys."""
+def _with_file_paths(parts: list[tuple[str, AdapterPart]]) -> Iterator[tuple[str, AdapterPart]]:
+    """Give each part of an adapter, by the path of its module, the path that its tensors have in the file."""
     adapted: dict[str, list[str]] = {}
     for path, part in parts:
         if isinstance(part, LoRAParameter):
@@ -87,7 +64,7 @@ def _with_prefixes(parts: list[tuple[str, AdapterPart]]) -> Iterator[tuple[str, 
         if isinstance(part, LoRAParameter):
             order = [name for name, _ in unwrapped(part).named_parameters(recurse=False) if name in adapted[path]]
             depth = len(order) - 1 - order.index(part.parameter)
-        yield f"{PREFIX}{path}{'.base_layer' * depth}", part
+        yield f"{path}{f'.{BASE_LAYER}' * depth}", part
 
 
 def _logical(path: str, part: AdapterPart) -> str:
