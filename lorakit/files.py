@@ -32,23 +32,18 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         StorageError: the target's folder cannot be written or the disk is full; `path` is as it was.
     """
     target = Path(path)
-    try:
+    with _storage_error(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
         os.close(handle)
-    except OSError as error:
-        raise StorageError(f"cannot write {target}: {_reason(error)}") from error
     part = Path(name)
     try:
-        yield part
-        _fsync(part)
-        os.chmod(part, 0o666 & ~_umask())  # mkstemp made it private; give it the mode an ordinary open() would
-        os.replace(part, target)
-        _fsync(target.parent)
-    except StorageError:
-        raise
-    except _WRITE_ERRORS as error:
-        raise StorageError(f"cannot write {target}: {_reason(error)}; it is left as it was") from error
+        with _storage_error(target, "; it is left as it was"):
+            yield part
+            _fsync(part)
+            os.chmod(part, 0o666 & ~_umask())  # mkstemp made it private; give it the mode an ordinary open() would
+            os.replace(part, target)
+            _fsync(target.parent)
     finally:
         part.unlink(missing_ok=True)
 
@@ -61,27 +56,22 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         StorageError: as `atomic_write`.
     """
     target = Path(path)
-    try:
+    with _storage_error(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
-    except OSError as error:
-        raise StorageError(f"cannot write {target}: {_reason(error)}") from error
     try:
-        yield part
-        for file in part.rglob("*"):
-            if file.is_file():
-                os.chmod(file, 0o666 & ~_umask())  # safetensors makes private ones, which a server may not read
-                _fsync(file)
-        os.chmod(part, 0o777 & ~_umask())
-        if target.exists():
-            _swap(part, target)
-        else:
-            os.replace(part, target)
-        _fsync(target.parent)
-    except StorageError:
-        raise
-    except _WRITE_ERRORS as error:
-        raise StorageError(f"cannot write {target}: {_reason(error)}; it is left as it was") from error
+        with _storage_error(target, "; it is left as it was"):
+            yield part
+            for file in part.rglob("*"):
+                if file.is_file():
+                    os.chmod(file, 0o666 & ~_umask())  # safetensors makes private ones, which a server may not read
+                    _fsync(file)
+            os.chmod(part, 0o777 & ~_umask())
+            if target.exists():
+                _swap(part, target)
+            else:
+                os.replace(part, target)
+            _fsync(target.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -142,6 +132,17 @@ def _swap(part: Path, target: Path) -> None:
         os.replace(old, target)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _storage_error(target: Path, state: str = "") -> Iterator[None]:
+    """Within the context, what fails to write `target` is a StorageError, which ends with what became of it."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except _WRITE_ERRORS as error:
+        raise StorageError(f"cannot write {target}: {_reason(error)}{state}") from error
 
 
 def _reason(error: Exception) -> str:

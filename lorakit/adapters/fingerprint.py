@@ -1,4 +1,4 @@
-"""Which base model an adapter belongs to, in 64 hex digits that survive quantization and a change of dtype."""
+"""Which base model an adapter belongs to: by name, and in 64 hex digits that survive quantization and another dtype."""
 
 from __future__ import annotations
 
@@ -9,6 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from .targeting import unwrapped
+
+
+def base_names(model: nn.Module) -> Iterator[str]:
+    """Yield the folder or name that a model, ours or of transformers, remembers it was loaded from; it may be ""."""
+    for name in (getattr(model, "folder", None), getattr(getattr(model, "config", None), "_name_or_path", None)):
+        if name is not None:
+            yield str(name)
 
 
 def base_fingerprint(model: nn.Module) -> str | None:

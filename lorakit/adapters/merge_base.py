@@ -16,6 +16,7 @@ from ..models.checkpoint import Checkpoint
 from ..models.pretrained import resolve_model
 from ..quantization import QuantizedWeight
 from ..quantization.weight import SOURCE_DTYPES
+from .fingerprint import base_names
 from .merge_weights import quantized_like
 
 Base = str | os.PathLike[str] | Literal[False] | None
@@ -48,8 +49,7 @@ def open_base(model: nn.Module, base: Base) -> Checkpoint | None:
 
 def loaded_from(model: nn.Module) -> Path | None:
     """Return the folder that our or transformers' model remembers, if it is there."""
-    names = (getattr(model, "folder", None), getattr(getattr(model, "config", None), "_name_or_path", None))
-    return next((Path(name) for name in names if name and Path(name).is_dir()), None)
+    return next((Path(name) for name in base_names(model) if name and Path(name).is_dir()), None)
 
 
 def weight_from(checkpoint: Checkpoint, path: str, layer: AdaptedLayer) -> Tensor | None:

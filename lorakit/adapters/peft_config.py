@@ -17,8 +17,10 @@ from ..files import read_json_object
 from ..layers import LoRALinear
 from .attach import adapter_configs, lora_layers
 from .config import LoraConfig
+from .fingerprint import base_names
 from .inits import changed_base_in_peft
 from .peft_names import CONFIG_FILE
+from .targeting import last_name
 
 # Keys of PEFT's config that change the result and that we do not have: they must hold a neutral value.
 _UNSUPPORTED = (
@@ -112,13 +114,12 @@ def peft_config(model: nn.Module, name: str) -> dict[str, Any]:
     is_narrowed = isinstance(targets, str) and values["layers_to_transform"] is not None  # which PEFT refuses
     if is_word or is_narrowed:
         values["target_modules"] = _target_names(model, name)
-    folder = getattr(model, "folder", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     layers = lora_layers(model, name).values()
     return values | {
         "peft_type": "LORA",
         "task_type": None if head is None else "CAUSAL_LM",
-        "base_model_name_or_path": None if folder is None else str(folder),
+        "base_model_name_or_path": next(base_names(model), None),
         "fan_in_fan_out": any(isinstance(layer, LoRALinear) and layer.is_conv1d for layer in layers),
         "inference_mode": True,
         "init_lora_weights": True,
@@ -140,9 +141,9 @@ def _doubled(config: LoraConfig) -> dict[str, Any]:
 def _target_names(model: nn.Module, name: str) -> list[str]:
     """Return the last names of the adapted layers, or full paths where a last name would match other layers too."""
     adapted = set(lora_layers(model, name))
-    names = {path.rsplit(".", 1)[-1] for path in adapted}
+    names = {last_name(path) for path in adapted}
     others = [path for path, _ in model.named_modules() if path not in adapted]  # a container's name counts in PEFT
-    extra = [path for path in others if path.rsplit(".", 1)[-1] in names]
+    extra = [path for path in others if last_name(path) in names]
     return sorted(adapted if extra else names)
 
 

@@ -30,6 +30,7 @@ from .targeting import (
     adaptable_layers,
     check_numbers,
     check_patterns,
+    match_names,
     match_parameters,
     match_saved,
     match_targets,
@@ -176,7 +177,7 @@ def _tokens(model: nn.Module, config: LoraConfig) -> list[Placement]:
         names = [path for path, table in tables.items() if table is embedding or path.endswith("embed_tokens")]
         chosen = {names[0]: wanted} if names else {}
     else:
-        found = {key: [p for p in tables if p == key or p.endswith(f".{key}")] for key in wanted}
+        found = match_names(wanted, tables)
         chosen = {path: wanted[key] for key, paths in found.items() for path in paths if found[key]}
         if not all(found.values()):
             chosen = {}

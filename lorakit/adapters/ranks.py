@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import AdapterError
 from .config import LoraConfig
+from .targeting import last_name
 
 
 @dataclass(frozen=True)
@@ -99,12 +100,12 @@ def rank_pattern(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
     r = Counter(present.values()).most_common(1)[0][0] if present else 1
     by_name: dict[str, set[int]] = {}
     for path, rank in present.items():
-        by_name.setdefault(_last(path), set()).add(rank)
+        by_name.setdefault(last_name(path), set()).add(rank)
     pattern = {}
     for path, rank in present.items():
-        uniform = len(by_name[_last(path)]) == 1
+        uniform = len(by_name[last_name(path)]) == 1
         if rank != r:
-            pattern[_last(path) if uniform else _exactly(path, present)] = rank
+            pattern[last_name(path) if uniform else _exactly(path, present)] = rank
     return r, pattern
 
 
@@ -112,10 +113,6 @@ def _real(values: Tensor) -> Iterable[float]:
     """Singular values that are not rounding noise about zero."""
     noise = values.max() * torch.finfo(values.dtype).eps * len(values) if len(values) else 0
     return [value for value in values.tolist() if value > noise]
-
-
-def _last(path: str) -> str:
-    return path.rsplit(".", 1)[-1]
 
 
 def _exactly(path: str, others: Iterable[str]) -> str:

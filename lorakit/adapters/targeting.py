@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -115,7 +115,7 @@ def match_targets(model: nn.Module, config: LoraConfig, report: MatchReport) -> 
         matched = {targets: list(filter(_matcher(targets), candidates))}
     else:
         candidates = [path for path in free if path in targets or path in candidates]
-        matched = {pattern: list(filter(_matcher([pattern]), candidates)) for pattern in targets}
+        matched = match_names(targets, candidates)
     missed = [pattern for pattern, paths in matched.items() if not paths]
     is_other_work = config.target_parameters or config.modules_to_save or config.trainable_token_indices
     if missed or not (matched or is_other_work):
@@ -154,7 +154,7 @@ def check_patterns(paths: Iterable[str], config: LoraConfig) -> dict[str, list[s
     matched = {key: [path for path in paths if pattern_value({key: True}, path, False)] for key in keys}
     missed = [key for key, found in matched.items() if not found]
     if missed:
-        names = list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in paths))
+        names = _last_names(paths)
         lines = [f"no adapted layer matches the pattern '{key}'{did_you_mean(key, names)}" for key in missed]
         raise AdapterError("\n".join(lines))
     return matched
@@ -166,15 +166,12 @@ def match_saved(model: nn.Module, config: LoraConfig) -> dict[str, list[str]]:
     Raises:
         AdapterError: a name matches nothing.
     """
-    modules = dict(_plain_modules(model))
-    matched = {
-        name: [path for path in modules if path == name or path.endswith(f".{name}")]
-        for name in config.modules_to_save or ()
-    }
+    modules = [path for path, _ in _plain_modules(model)]
+    matched = match_names(config.modules_to_save or (), modules)
     for name, paths in matched.items():
         if not paths:
-            names = list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in modules))
-            raise AdapterError(f"no module matches '{name}' of modules_to_save{did_you_mean(name, names)}")
+            hint = did_you_mean(name, _last_names(modules))
+            raise AdapterError(f"no module matches '{name}' of modules_to_save{hint}")
     return matched
 
 
@@ -190,10 +187,7 @@ def match_parameters(model: nn.Module, config: LoraConfig) -> dict[str, list[str
         if path
         for name, _ in module.named_parameters(recurse=False)
     ]
-    matched = {
-        target: [path for path in own if path == target or path.endswith(f".{target}")]
-        for target in config.target_parameters or ()
-    }
+    matched = match_names(config.target_parameters or (), own)
     for target, paths in matched.items():
         if not paths:
             raise AdapterError(f"no parameter matches '{target}' of target_parameters{did_you_mean(target, own)}")
@@ -210,6 +204,20 @@ def _plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             inside.append(f"{path}.")
             module = unwrapped(module)
         yield path, module
+
+
+def match_names(names: Iterable[str], paths: Collection[str]) -> dict[str, list[str]]:
+    """Return what each name, a module's own or a dotted suffix of its path, matches of the paths, in their order."""
+    return {name: list(filter(_matcher([name]), paths)) for name in names}
+
+
+def last_name(path: str) -> str:
+    """Return the module's own name, "q_proj" of "layers.0.q_proj"."""
+    return path.rsplit(".", 1)[-1]
+
+
+def _last_names(paths: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(map(last_name, paths)))
 
 
 def pattern_value(patterns: Mapping[str, _Value], path: str, default: _Value) -> _Value:
@@ -285,7 +293,7 @@ def _unwrapped(module: object) -> object:
 
 
 def _nothing_matched(missed: list[str], layers: Iterable[str], numbers: list[int] | int | None) -> str:
-    names = list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in layers))
+    names = _last_names(layers)
     if not names:
         return "the model has no linear layer to adapt"
     if not missed:
