@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
+from ..errors import did_you_mean
+from ..layers import VARIANTS, Variant
 from ..settings import Settings
 from .inits import Start, find_start, start_names
 
@@ -55,6 +57,11 @@ class LoraConfig(Settings):
     )
     use_dora: bool = Field(False, description="weight-decomposed LoRA: train the length of each row of a weight apart")
     lora_bias: bool = Field(False, description="give B a bias")
+    variant: str = Field(
+        "plain",
+        description="how the update enters a layer, where PEFT's LoraConfig has no switch for it: "
+        + ", ".join(f"'{one.name}'" for one in VARIANTS.values() if not one.switch and not one.is_of_starts),
+    )
     modules_to_save: list[str] | None = Field(
         None, description="names of modules of which a full copy is trained and saved"
     )
@@ -70,19 +77,43 @@ class LoraConfig(Settings):
     def _known_init(cls, value: bool | str) -> bool | str:
         return find_start(value).name
 
+    @field_validator("variant")
+    @classmethod
+    def _known_variant(cls, value: str) -> str:
+        variant, known = VARIANTS.get(value), [name for name, one in VARIANTS.items() if not one.is_of_starts]
+        if variant is None or variant.is_of_starts:
+            raise ValueError(f"'{value}' is not a variant{did_you_mean(value, known)}; known are {', '.join(known)}")
+        if variant.switch:
+            raise ValueError(f"PEFT has a setting of its own for '{value}': {variant.switch}=true")
+        return value
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        is_in_base = self.start.in_base
-        if sum([self.use_dora, self.lora_bias, is_in_base]) > 1:
-            raise ValueError(
-                "use_dora, lora_bias and the starts inside the base weight "
-                f"({', '.join(start_names(in_base=True))}) exclude each other"
-            )
+        chosen = self._chosen_variants()
+        if len(set(chosen.values())) > 1:
+            raise ValueError(f"{' and '.join(chosen)} exclude each other")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform")
-        if self.target_parameters and (self.use_dora or self.lora_bias or self.lora_dropout or is_in_base):
+        if self.target_parameters and (self.update_variant.name != "plain" or self.lora_dropout):
             raise ValueError("target_parameters takes plain LoRA without dropout")
         return self
+
+    @model_serializer(mode="wrap")
+    def _in_peft_words(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """PEFT's files have no `variant`, so that it is written where it says something."""
+        values: dict[str, Any] = dump(self)
+        if values.get("variant") == "plain":
+            del values["variant"]
+        return values
+
+    def _chosen_variants(self) -> dict[str, Variant]:
+        """Return what was chosen other than plain LoRA: how it was chosen -> variant."""
+        chosen = {one.setting: one for one in VARIANTS.values() if one.switch and getattr(self, one.switch)}
+        if self.variant != "plain":
+            chosen[f"variant '{self.variant}'"] = VARIANTS[self.variant]
+        if self.start.in_base:
+            chosen[f"a start inside the base weight ('{self.start.name}')"] = VARIANTS["residual"]
+        return chosen
 
     @property
     def start(self) -> Start:
@@ -90,11 +121,9 @@ class LoraConfig(Settings):
         return find_start(self.init_lora_weights)
 
     @property
-    def variant(self) -> str:
-        """Name of the variant in `lorakit.layers.VARIANTS`."""
-        if self.start.in_base:
-            return "residual"
-        return "dora" if self.use_dora else "lora_bias" if self.lora_bias else "plain"
+    def update_variant(self) -> Variant:
+        """How the update enters a layer: by a switch of PEFT's, by `variant`, or by the start."""
+        return next(iter(self._chosen_variants().values()), VARIANTS["plain"])
 
     def scaling(self, rank: int, alpha: float) -> float:
         """Return the factor on B @ A for a layer of this rank and alpha."""

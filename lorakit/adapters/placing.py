@@ -21,6 +21,7 @@ from ..layers import (
     SavedModule,
     TiedHead,
     TrainedTokens,
+    Variant,
     adapted_kind,
 )
 from ..layers.quantized_module import QuantizedModule
@@ -51,12 +52,14 @@ class Placement:
         part: the part that stands there already, for other adapters, or a new one that nothing holds yet.
         shapes: what the adapter will train there, table or parameter name -> shape.
         attach: adds the adapter to the part: attach(name, dtype).
+        variant: of the update, where the part has one.
     """
 
     path: str
     part: AdapterPart
     shapes: dict[str, tuple[int, ...]]
     attach: Attach
+    variant: Variant = VARIANTS["plain"]
 
 
 def place(model: nn.Module, config: LoraConfig, report: MatchReport, is_strict: bool = True) -> list[Placement]:
@@ -100,11 +103,11 @@ def _layer(model: nn.Module, path: str, config: LoraConfig, report: MatchReport)
         part = kind(module)  # type: ignore[call-arg] # each kind asks its base for its features
     assert isinstance(part, AdaptedLayer)
     rank, scaling = _rank_and_scaling(path, config, report)
-    variant, neutral_start = VARIANTS[config.variant], config.start.is_neutral
+    variant, neutral_start = config.update_variant, config.start.is_neutral
     if problem := variant.problem(part):
         raise AdapterError(f"{path} is a {type(part.base_layer).__name__}, {problem}")
     spec = AdapterSpec(rank, scaling, config.lora_dropout, variant, config.bias != "none", neutral_start)
-    return Placement(path, part, part.shapes(spec), partial(_attach_new, part, spec))
+    return Placement(path, part, part.shapes(spec), partial(_attach_new, part, spec), variant)
 
 
 def _attach_new(part: AdaptedLayer, spec: AdapterSpec, name: str, dtype: torch.dtype) -> None:

@@ -28,7 +28,8 @@ class Update:
         kind: linear, embedding, conv or experts.
         rank, scaling, parameters: as allotted; parameters of A and B.
         low_rank: scaling·B·A.
-        magnitude: DoRA's, (out,), or None.
+        magnitude: the lengths of the tuned weight's rows, where the variant trains them as DoRA does, (out,), or None.
+        is_whole: whether low_rank, with the magnitude, is all of the change of the weight.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Update:
     parameters: int
     low_rank: LowRank
     magnitude: Tensor | None
+    is_whole: bool
 
 
 class Updates:
@@ -78,10 +80,13 @@ class Updates:
             return _live_updates(path, self._layers[path], self._name)
         layer = self.folder.layers[path]
         parameters = (layer.lora_A.numel() + layer.lora_B.numel()) // layer.experts
-        magnitude = None if layer.magnitude is None else layer.magnitude.flatten().double()
+        lengths, is_whole = layer.further.get(layer.variant.row_lengths or ""), layer.variant.is_factored
+        magnitude = None if lengths is None else lengths.flatten().double()
         names = [path] if layer.experts == 1 else [f"{path}[{number}]" for number in range(layer.experts)]
         return [
-            Update(name, path, layer.kind, layer.rank, layer.scaling, parameters, layer.update(number), magnitude)
+            Update(
+                name, path, layer.kind, layer.rank, layer.scaling, parameters, layer.update(number), magnitude, is_whole
+            )
             for number, name in enumerate(names)
         ]
 
@@ -93,8 +98,9 @@ class Updates:
 def _live_updates(path: str, layer: AdaptedLayer, name: str) -> list[Update]:
     a, b = layer.lora_A[name], layer.lora_B[name]
     up, down = (factor.detach().cpu().double() for factor in layer.factors(name))
-    parameter = layer.parameters_of(name).get("lora_magnitude_vector")
-    magnitude = None if parameter is None else parameter.detach().cpu().flatten().double()
+    variant = layer.adapters[name].variant
+    lengths = layer.parameters_of(name).get(variant.row_lengths or "")
+    magnitude = None if lengths is None else lengths.detach().cpu().flatten().double()
     kind = "embedding" if "embedding" in layer.matrices[0] else "conv" if a.ndim > 2 else "linear"
     if up.ndim == 2:
         parts = {path: LowRank(up, down)}
@@ -103,6 +109,6 @@ def _live_updates(path: str, layer: AdaptedLayer, name: str) -> list[Update]:
     parameters = (a.numel() + b.numel()) // len(parts)
     rank = a.shape[0] // len(parts)
     return [
-        Update(part, path, kind, rank, layer.scaling[name], parameters, update, magnitude)
+        Update(part, path, kind, rank, layer.scaling[name], parameters, update, magnitude, variant.is_factored)
         for part, update in parts.items()
     ]

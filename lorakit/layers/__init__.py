@@ -18,7 +18,7 @@ from .row_adapters import BASE, RowAdapters, RowAware
 from .saved_module import SavedModule
 from .swiglu import swiglu
 from .trained_tokens import TiedHead, TrainedTokens
-from .variants import VARIANTS, AttachedAdapter, FrozenWeight, Variant
+from .variants import VARIANTS, AttachedAdapter, FrozenWeight, Variant, variants_read
 
 # Which class adapts which module: the first that fits. A new kind of layer is a file and a name here.
 LAYER_KINDS: tuple[type[AdaptedLayer], ...] = (LoRALinear, LoRAEmbedding, LoRAConv)
@@ -62,4 +62,5 @@ __all__ = [
     "rope_tables",
     "swiglu",
     "token_losses",
+    "variants_read",
 ]

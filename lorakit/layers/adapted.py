@@ -333,7 +333,7 @@ class AdaptedLayer(AdapterPart):
     def delta_bias(self, name: str) -> Tensor | None:
         """Return the change of the bias that an adapter means, (out_features,), or None."""
         adapter = self.adapters[name]
-        change = adapter.variant.offset(adapter)
+        change = adapter.offset
         if "trained_bias" in adapter.parameters:
             own = adapter.parameters["trained_bias"] - cast(Tensor, self.base_bias)
             change = own if change is None else change + own

@@ -80,9 +80,9 @@ def embedding_activations(shape: ModelShape, batch: MicroBatch) -> list[int]:
     if not size.rank:
         return [ids] if size.trained else []
     tensors = [ids, FP32 * batch.tokens * size.product_rank]  # in fp32, as A and B are
-    if size.cost.joins_matrices:
+    if size.variant.joins_matrices:
         tensors.append(FP32 * hidden * size.product_rank)  # [B, -B0]
-    if size.cost.has_gain:
+    if size.variant.has_gain:
         vectors = [FP32 * hidden, item * hidden]  # the norms, and the gain
         tensors += [*vectors, *[batch.nbytes(hidden)] * 2]  # what the table gave, and the update
     return tensors

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
@@ -11,9 +11,8 @@ from torch import nn
 from ..adapters import LoraConfig, MatchReport
 from ..adapters.placing import Placement, place
 from ..errors import ConfigError
-from ..layers import VARIANTS, AdaptedLayer, SavedModule, TiedHead
+from ..layers import VARIANTS, AdaptedLayer, SavedModule, TiedHead, Variant
 from ..models.decoder import Decoder
-from .variant_cost import VariantCost, variant_cost
 
 FP32 = 4  # bytes of an element
 
@@ -26,7 +25,7 @@ class AdapterSize:
         trained: name of the table or parameter, and its elements.
         frozen: elements of fp32 matrices that are held and not trained: A under LoRA-FA, the start of PiSSA.
         rank: of the low-rank update; 0: there is none.
-        cost: of the update's variant.
+        variant: of the update.
         held: bytes that the variant keeps of the base weight.
         follows_embedding: what of the adapter's embedding is the weight of this output head: a copy, or trained rows.
     """
@@ -34,7 +33,7 @@ class AdapterSize:
     trained: tuple[tuple[str, int], ...] = ()
     frozen: int = 0
     rank: int = 0
-    cost: VariantCost = field(default_factory=VariantCost)
+    variant: Variant = VARIANTS["plain"]
     held: int = 0
     follows_embedding: Literal["copy", "rows"] | None = None
 
@@ -51,14 +50,14 @@ class AdapterSize:
     @property
     def product_rank(self) -> int:
         """Rank of the products of the update."""
-        return self.cost.rank_factor * self.rank
+        return self.variant.rank_factor * self.rank
 
     def is_fused(self, dropout: bool) -> bool:
         """Return whether a linear layer and this adapter are one function."""
         return (
             self.rank > 0
-            and self.cost.is_fused
-            and not (dropout and self.cost.has_gain)
+            and self.variant.is_fused
+            and not (dropout and self.variant.has_gain)
             and not self.trains("trained_bias")
         )
 
@@ -98,12 +97,12 @@ def _size(placement: Placement, lora: LoraConfig, report: MatchReport, lora_fa: 
         _check_saved(placement.path, layer.base_layer)
     if not isinstance(layer, AdaptedLayer):
         return AdapterSize(tuple(elements.items()))
-    cost = variant_cost(VARIANTS[lora.variant])
-    frozen = cost.frozen_copies * sum(elements[name] for name in layer.matrices)
+    variant = lora.update_variant
+    frozen = variant.frozen_copies * sum(elements[name] for name in layer.matrices)
     if lora_fa:  # which leaves alone the A of embeddings, as that has another name
         frozen += elements.pop("lora_A", 0)
-    held = cost.held_bytes(layer.out_features)
-    return AdapterSize(tuple(elements.items()), frozen, report.ranks[placement.path], cost, held)
+    held = variant.held_bytes(layer.out_features)
+    return AdapterSize(tuple(elements.items()), frozen, report.ranks[placement.path], variant, held)
 
 
 def _check_saved(path: str, module: nn.Module) -> None:

@@ -88,7 +88,7 @@ def _groups(layer: LayerShape, has_gradient: bool) -> list[tuple[Sequence[Linear
 def _embedding(shape: ModelShape, batch: MicroBatch, passes: int) -> int:
     """Return the FLOPs of a low-rank update of the embedding: u Bᵀ, dy B and dyᵀ u; A is looked up, not multiplied."""
     size, hidden = shape.embedding, shape.config.hidden_size
-    norms = size.cost.norm_flops(size.rank, shape.config.vocab_size, hidden)
+    norms = size.variant.flops(size.rank, shape.config.vocab_size, hidden)
     return 2 * 3 * batch.tokens * size.product_rank * hidden + passes * norms
 
 

@@ -91,7 +91,7 @@ def saved_by_group(
 
 def _fused_gain(linear: LinearShape, batch: MicroBatch, output_is_kept: bool) -> list[int]:
     """DoRA's norms and gains, and the product that the gain multiplies: the output itself where there is no bias."""
-    if not linear.adapter.cost.has_gain:
+    if not linear.adapter.variant.has_gain:
         return []
     product = [] if output_is_kept and not linear.has_bias else [batch.nbytes(linear.out_features)]
     return [FP32 * linear.out_features] * 2 + product
@@ -103,10 +103,10 @@ def _unfused(linear: LinearShape, batch: MicroBatch, x_has_gradient: bool) -> li
     tensors = [batch.nbytes(rank)]  # u
     if batch.dropout:
         tensors += [batch.nbytes(linear.in_features)] * linear.trains_a  # x dropped out
-    if item < FP32 or linear.adapter.cost.joins_matrices:  # A and B, cast, or beside those of the start
+    if item < FP32 or linear.adapter.variant.joins_matrices:  # A and B, cast, or beside those of the start
         tensors += [linear.in_features * rank * item] * x_has_gradient  # A to find the gradient of x
         tensors += [linear.out_features * rank * item] * (x_has_gradient or linear.trains_a)  # B that of u
-    if linear.adapter.cost.has_gain:
+    if linear.adapter.variant.has_gain:
         # The norms; the gain, and that less one; the product and the update that these multiply.
         gains = [item * linear.out_features] * (1 + x_has_gradient)
         tensors += [FP32 * linear.out_features, *gains, *[batch.nbytes(linear.out_features)] * 2]
@@ -125,7 +125,7 @@ def adapter_forward_flops(group: Sequence[LinearShape], batch: MicroBatch, passe
     """Return those of u = x Aᵀ and u Bᵀ, and of the norms of DoRA, which each of several passes computes."""
     per_token = sum(linear.adapter.product_rank * (linear.in_features + linear.out_features) for linear in group)
     norms = sum(
-        linear.adapter.cost.norm_flops(linear.adapter.rank, linear.in_features, linear.out_features) for linear in group
+        linear.adapter.variant.flops(linear.adapter.rank, linear.in_features, linear.out_features) for linear in group
     )
     return 2 * batch.tokens * per_token + passes * norms
 
@@ -143,4 +143,4 @@ def adapter_backward_flops(group: Sequence[LinearShape], batch: MicroBatch, x_ha
 
 def _times(linear: LinearShape, batch: MicroBatch) -> int:
     """The gain of DoRA is on the whole product: of x dropped out, which takes a product of its own."""
-    return 2 if batch.dropout and linear.adapter.cost.has_gain else 1
+    return 2 if batch.dropout and linear.adapter.variant.has_gain else 1

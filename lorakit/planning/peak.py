@@ -194,7 +194,7 @@ def _mlp_backward(layer: LayerShape, batch: MicroBatch) -> int:
     """At the gradient of SwiGLU: the stream's gradient, dh, dgate and dup. With DoRA, dgate and dup times the gains."""
     wide, narrow = layer.down.in_features, layer.down.out_features
     taken = batch.nbytes(narrow, 3 * wide)
-    if is_fused(layer.gate_up, batch) and any(linear.adapter.cost.has_gain for linear in layer.gate_up):
+    if is_fused(layer.gate_up, batch) and any(linear.adapter.variant.has_gain for linear in layer.gate_up):
         taken = max(taken, batch.nbytes(2 * narrow, 4 * wide))
     return taken + _copied((*layer.gate_up, layer.down), batch)
 

@@ -10,6 +10,8 @@ columns; PyTorch's weight has them as rows. The norms come from W, A and B witho
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,19 @@ class DoRA(Variant):
     name = "dora"
     trained = ("lora_magnitude_vector",)
     has_gain = True
+    row_lengths = "lora_magnitude_vector"
+
+    title = "DoRA"
+    meaning = "DoRA, which scales each row of base and update together"
+    scales = "scales the rows"
+    not_low_rank = (
+        "is a DoRA adapter: its change of the base, m (W + s BA) / |W + s BA| - W, is not of low rank; merge it into "
+        "the base model, or train plain LoRA"
+    )
+    further = "magnitudes (DoRA)"
+    switch = "use_dora"
+    peft_type = "LORA"
+    old_endings = MappingProxyType({"lora_magnitude_vector.weight": "lora_magnitude_vector"})  # of PEFT before 0.11
 
     def start(self, layer: FrozenWeight, adapter: AttachedAdapter) -> dict[str, Tensor]:
         norms = row_norms(layer, *self.factors(adapter), torch.float32)
@@ -43,6 +58,19 @@ class DoRA(Variant):
             kept = KeptGain(dtype, adapter.scaling, gain, tuple(source.detach().clone() for source in sources))
             adapter.kept_gain = kept
         return kept.gain
+
+    def file_shape(self, layer: FrozenWeight, table: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """A convolution's magnitudes are (1, out_features, 1, ...)."""
+        kernel = layer.matrix_shapes(1)[0][2:]
+        return (1, *shape, *(1 for _ in kernel)) if kernel and table in self.trained else shape
+
+    def held_bytes(self, out_features: int) -> int:
+        """||w_i||² of the rows, in fp64."""
+        return 8 * out_features
+
+    def flops(self, rank: int, in_features: int, out_features: int) -> int:
+        """The norms of the rows of W + s B A: A Wᵀ, A Aᵀ and B (A Aᵀ)."""
+        return 2 * rank * (out_features * in_features + rank * in_features + rank * out_features)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

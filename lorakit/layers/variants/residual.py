@@ -10,6 +10,8 @@ which is plain LoRA of rank 2 r, [B, -B₀] and [A; A₀], of which one half is 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,14 @@ class Residual(Variant):
     kept = ("start_A", "start_B")
     is_fused = False
 
+    title = "LoRA that started inside the base weight"
+    is_of_starts = True
+    peft_type = "LORA"
+
+    rank_factor = 2
+    frozen_copies = 1
+    joins_matrices = True
+
     def start(self, layer: FrozenWeight, adapter: AttachedAdapter) -> dict[str, Tensor]:
         return {"start_A": adapter.lora_A.detach().clone(), "start_B": adapter.lora_B.detach().clone()}
 
@@ -32,6 +42,19 @@ class Residual(Variant):
     def factors(self, adapter: AttachedAdapter) -> tuple[Tensor, Tensor]:
         lora_a, lora_b = _doubled(adapter)
         return adapter.scaling * lora_b.flatten(1), lora_a.flatten(1)
+
+    def to_file(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Plain LoRA of twice the rank, with the same scaling."""
+        factor = 2**0.5 if values["use_rslora"] else 2
+        return values | {
+            "r": 2 * values["r"],
+            "lora_alpha": factor * values["lora_alpha"],
+            "rank_pattern": {key: 2 * rank for key, rank in values["rank_pattern"].items()},
+            "alpha_pattern": {key: factor * alpha for key, alpha in values["alpha_pattern"].items()},
+        }
+
+    def file_tensors(self, adapter: AttachedAdapter) -> dict[str, Tensor]:
+        return {table: matrix.detach() for table, matrix in zip(adapter.matrices, _doubled(adapter), strict=True)}
 
 
 def _doubled(adapter: AttachedAdapter) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,11 @@ class AttachedAdapter:
         """B, (out_features, r), as the kind of layer shapes it."""
         return self.parameters[self.matrices[1]]
 
+    @property
+    def offset(self) -> Tensor | None:
+        """What is added to the layer's bias, (out_features,), or None."""
+        return self.variant.offset(self)
+
 
 class FrozenWeight(Protocol):
     """What a variant may ask of the layer: all of it is about the frozen weight, a matrix (out_features, in_features).
@@ -61,6 +67,9 @@ class FrozenWeight(Protocol):
     in_features: int
     out_features: int
     kept_of_base: dict[str, Tensor]
+
+    def matrix_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of A and B at rank r, those of a convolution with the dimensions of its kernel."""
 
     @property
     def has_bias(self) -> bool:
@@ -89,12 +98,17 @@ class FrozenWeight(Protocol):
         """Return what the layer would with a matrix (out_features, in_features) in the place of its weight, no bias."""
 
 
+# A table of a layer -> how the name of its tensor ends in PEFT's files, where the two differ.
+PLAIN_ENDINGS = MappingProxyType({"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"})
+
+
 class Variant:
     """How the update of one adapter enters a layer: W becomes gain * (W + update), row by row.
 
-    One object serves all layers; whatever belongs to an adapter is in its `AttachedAdapter`.
+    One object serves all layers; whatever belongs to an adapter is in its `AttachedAdapter`. The settings, files,
+    merges, exports, inspection and the planner ask a variant what they have to know, and none asks for a name.
 
-    Attributes:
+    Attributes of the update:
         name: its key in `VARIANTS`.
         trained: names of the tables of further trained parameters.
         kept: names of the tables of parameters that the adapter needs and nobody trains.
@@ -102,6 +116,24 @@ class Variant:
         has_gain: whether the gain may differ from 1.
         has_offset: whether the layer's bias is changed.
         is_factored: whether the update is the low-rank matrix of `factors`.
+        row_lengths: the table, if there is one, that holds the length of each row of the adapted weight.
+
+    Attributes for users and files:
+        title, meaning, scales: what messages call it, what they say of it, and of what it does to the base weight.
+        not_low_rank: what messages say of an adapter where one that `is_low_rank` is needed.
+        further: what messages call its further trained parameters.
+        may_lack_further: whether a file without them means something: an adapter that has none.
+        switch: PEFT's setting that chooses it, true or false; None: `LoraConfig(variant=name)` does.
+        is_of_starts: whether the start of an adapter chooses it, and no setting.
+        peft_type: of its adapter_config.json. PEFT refuses a file of the default, which it would misread.
+        endings: table -> how the name of its tensor ends in a file, where the two differ.
+        old_endings: how the names of tensors ended in older files -> table.
+
+    Attributes for the planner:
+        rank_factor: the rank of the products, in ranks of the adapter.
+        frozen_copies: of A and B, that are held and not trained.
+        joins_matrices: whether A and B are joined with others for each product, and so are new tensors in any dtype.
+        dense_products: of A and B to a matrix of the weight's size, which the backward pass keeps.
     """
 
     name: str
@@ -111,11 +143,41 @@ class Variant:
     has_gain: bool = False
     has_offset: bool = False
     is_factored: bool = True
+    row_lengths: str | None = None
+
+    title: str
+    meaning: str = "an update of another kind"
+    scales: str = "scales the entries"
+    not_low_rank: str = "has updates that are not of low rank; merge it into the base model, or train plain LoRA"
+    further: str = "further parameters"
+    may_lack_further: bool = False
+    switch: str | None = None
+    is_of_starts: bool = False
+    peft_type: str = "LORAKIT"
+    endings: Mapping[str, str] = PLAIN_ENDINGS
+    old_endings: Mapping[str, str] = MappingProxyType({})
+
+    rank_factor: int = 1
+    frozen_copies: int = 0
+    joins_matrices: bool = False
+    dense_products: int = 0
 
     @property
     def is_low_rank(self) -> bool:
         """Whether the change of the weight is the low-rank matrix of `factors`, and there is no other change."""
         return self.is_factored and not self.has_gain and not self.has_offset
+
+    @property
+    def multiplies_base(self) -> bool:
+        """Whether the change of the weight depends on the weight, so that another adapter's merge would change it."""
+        return self.has_gain or not self.is_factored
+
+    @property
+    def setting(self) -> str:
+        """How a user chooses it."""
+        return self.switch or f"variant '{self.name}'"
+
+    # ---- the update --------------------------------------------------------------------------------------------------
 
     def shapes(self, layer: FrozenWeight) -> dict[str, tuple[int, ...]]:
         """Return the trained tables' shapes: name of the table -> shape of an adapter's parameter."""
@@ -158,3 +220,37 @@ class Variant:
             return update
         weight = layer.as_matrix(layer.base_weight(update.dtype))
         return gain[:, None] * (weight + update) - weight
+
+    # ---- files -------------------------------------------------------------------------------------------------------
+
+    def reads(self, values: Mapping[str, Any]) -> bool:
+        """Return whether the settings in an adapter_config.json are those of an adapter of this variant."""
+        if self.is_of_starts or values.get("peft_type") != self.peft_type:
+            return False
+        return bool(values.get(self.switch)) if self.switch else values.get("variant", "plain") == self.name
+
+    def to_file(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Return the contents of adapter_config.json for the settings of `LoraConfig` and those that PEFT adds."""
+        return values
+
+    def from_file(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings of `LoraConfig` for the contents of an adapter_config.json; it may have others too."""
+        return values
+
+    def file_tensors(self, adapter: AttachedAdapter) -> dict[str, Tensor]:
+        """Return the tensors that a file has of an adapter, but for a trained bias: table -> tensor."""
+        return {table: adapter.parameters[table].detach() for table in (*adapter.matrices, *self.trained)}
+
+    def file_shape(self, layer: FrozenWeight, table: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape that a file has of a table's parameter."""
+        return shape
+
+    # ---- costs -------------------------------------------------------------------------------------------------------
+
+    def held_bytes(self, out_features: int) -> int:
+        """Return the bytes that a layer keeps of its base weight."""
+        return 0
+
+    def flops(self, rank: int, in_features: int, out_features: int) -> int:
+        """Return the FLOPs of a forward pass that do not depend on the number of tokens."""
+        return 0
