@@ -79,6 +79,8 @@ def embedding_activations(shape: ModelShape, batch: MicroBatch) -> list[int]:
         return [ids, batch.tokens]  # which row, and whether one of them
     if not size.rank:
         return [ids] if size.trained else []
+    if size.variant.is_dense:
+        return [ids, FP32 * hidden * size.rank]  # s B
     tensors = [ids, FP32 * batch.tokens * size.product_rank]  # in fp32, as A and B are
     if size.variant.joins_matrices:
         tensors.append(FP32 * hidden * size.product_rank)  # [B, -B0]

@@ -64,7 +64,7 @@ def step_flops(shape: ModelShape, batch: MicroBatch, checkpointing: Checkpointin
             forward += forward_flops(group, batch)
             gradients += forward_flops(group, batch) * x_has_gradient
             adapters += adapter_forward_flops(group, batch, passes)
-            adapters += adapter_backward_flops(group, batch, x_has_gradient)
+            adapters += adapter_backward_flops(group, batch, x_has_gradient, passes)
         attention += (2 + 5 * attends) * products
         if kind != "none" and has_gradient:
             again = [group for group, _ in (groups if kind == "layer" else groups[2:])]
@@ -72,7 +72,8 @@ def step_flops(shape: ModelShape, batch: MicroBatch, checkpointing: Checkpointin
             recomputed += sum(adapter_forward_flops(group, batch, passes) for group in again)
     has_gradient = has_gradient or bool(shape.norm.trained)
     head, trained = (shape.head,), replace(batch, sequences=1, length=batch.trained)
-    adapters += adapter_forward_flops(head, trained, passes) + adapter_backward_flops(head, trained, has_gradient)
+    adapters += adapter_forward_flops(head, trained, passes)
+    adapters += adapter_backward_flops(head, trained, has_gradient, passes)
     of_head = forward_flops(head, trained) * (1 + has_gradient)
     return Flops(forward, gradients, adapters, attention, of_head, recomputed)
 
@@ -88,8 +89,10 @@ def _groups(layer: LayerShape, has_gradient: bool) -> list[tuple[Sequence[Linear
 def _embedding(shape: ModelShape, batch: MicroBatch, passes: int) -> int:
     """Return the FLOPs of a low-rank update of the embedding: u Bᵀ, dy B and dyᵀ u; A is looked up, not multiplied."""
     size, hidden = shape.embedding, shape.config.hidden_size
-    norms = size.variant.flops(size.rank, shape.config.vocab_size, hidden)
-    return 2 * 3 * batch.tokens * size.product_rank * hidden + passes * norms
+    per_pass = size.variant.flops(size.rank, shape.config.vocab_size, hidden)
+    if size.variant.is_dense:  # B A, and the gradients of both; the lookup multiplies nothing
+        return passes * 3 * per_pass
+    return 2 * 3 * batch.tokens * size.product_rank * hidden + passes * per_pass
 
 
 def _attention_product(shape: ModelShape, batch: MicroBatch) -> int:

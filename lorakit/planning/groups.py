@@ -76,6 +76,9 @@ def saved_by_group(
             keeps_x = keeps_x or (linear.trains_a and not (together and again))
             tensors += [] if together else [batch.nbytes(linear.adapter.rank)]
             tensors += _fused_gain(linear, batch, is_kept)
+        elif linear.adapter.rank and linear.adapter.variant.is_dense:
+            keeps_x = keeps_x or not batch.dropout
+            tensors += _dense(linear, batch, x_has_gradient)
         elif linear.adapter.rank:
             keeps_x = keeps_x or (linear.trains_a and not batch.dropout)
             tensors += _unfused(linear, batch, x_has_gradient)
@@ -113,6 +116,14 @@ def _unfused(linear: LinearShape, batch: MicroBatch, x_has_gradient: bool) -> li
     return tensors
 
 
+def _dense(linear: LinearShape, batch: MicroBatch, x_has_gradient: bool) -> list[int]:
+    """What a product with a matrix of the weight's size keeps, x left out where it is not dropped out."""
+    rank, item = linear.adapter.rank, batch.dtype.itemsize
+    tensors = [linear.elements * item] * x_has_gradient + [linear.out_features * rank * item]  # the matrix, s B
+    tensors += [linear.in_features * rank * item] * (item < FP32)  # A, cast
+    return tensors + [batch.nbytes(linear.in_features)] * batch.dropout
+
+
 # ---- products --------------------------------------------------------------------------------------------------------
 
 
@@ -122,23 +133,34 @@ def forward_flops(group: Sequence[LinearShape], batch: MicroBatch) -> int:
 
 
 def adapter_forward_flops(group: Sequence[LinearShape], batch: MicroBatch, passes: int) -> int:
-    """Return those of u = x Aᵀ and u Bᵀ, and of the norms of DoRA, which each of several passes computes."""
-    per_token = sum(linear.adapter.product_rank * (linear.in_features + linear.out_features) for linear in group)
-    norms = sum(
-        linear.adapter.variant.flops(linear.adapter.rank, linear.in_features, linear.out_features) for linear in group
-    )
-    return 2 * batch.tokens * per_token + passes * norms
-
-
-def adapter_backward_flops(group: Sequence[LinearShape], batch: MicroBatch, x_has_gradient: bool) -> int:
-    """Return those of t = dy B, tᵀ x, dyᵀ u, of t A where x has a gradient, and of dW where a copy is trained."""
-    per_token = 0
+    """Return those of u = x Aᵀ and u Bᵀ, and of what each of several passes computes, such as the norms of DoRA."""
+    per_token = per_pass = 0
     for linear in group:
+        rank, variant = linear.adapter.product_rank, linear.adapter.variant
+        is_dense = variant.is_dense and rank > 0
+        per_token += linear.elements if is_dense else rank * (linear.in_features + linear.out_features)
+        per_pass += variant.flops(linear.adapter.rank, linear.in_features, linear.out_features)
+    return 2 * batch.tokens * per_token + passes * per_pass
+
+
+def adapter_backward_flops(
+    group: Sequence[LinearShape], batch: MicroBatch, x_has_gradient: bool, passes: int = 1
+) -> int:
+    """Return those of t = dy B, tᵀ x, dyᵀ u, of t A where x has a gradient, and of dW where a copy is trained.
+
+    A matrix M of the weight's size has dM = dyᵀ x, and in each of several passes the gradients of B and A.
+    """
+    per_token = per_pass = 0
+    for linear in group:
+        if linear.adapter.variant.is_dense and linear.adapter.rank:
+            per_token += linear.elements * (1 + x_has_gradient)
+            per_pass += 2 * linear.adapter.rank * linear.elements * (1 + linear.trains_a)
+            continue
         takes_t = is_fused((linear,), batch) or x_has_gradient or linear.trains_a
         per_token += linear.adapter.product_rank * linear.in_features * (linear.trains_a + x_has_gradient)
         per_token += linear.adapter.product_rank * linear.out_features * (1 + takes_t)
         per_token += linear.elements * linear.trains_weight
-    return 2 * batch.tokens * per_token
+    return 2 * batch.tokens * per_token + passes * per_pass
 
 
 def _times(linear: LinearShape, batch: MicroBatch) -> int:

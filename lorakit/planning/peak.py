@@ -218,5 +218,8 @@ def _attention_backward(shape: ModelShape, layer: LayerShape, batch: MicroBatch)
 
 
 def _copied(linears: tuple[LinearShape, ...], batch: MicroBatch) -> int:
-    """The gradient of a weight that is trained in full, before it is cast."""
-    return max((linear.elements for linear in linears if linear.trains_weight), default=0) * batch.dtype.itemsize
+    """The gradient of a weight that is trained in full, before it is cast; or that of a matrix of its size, the base
+    weight and their product."""
+    whole = [linear.elements for linear in linears if linear.trains_weight]
+    whole += [3 * linear.elements for linear in linears if linear.adapter.rank and linear.adapter.variant.is_dense]
+    return max(whole, default=0) * batch.dtype.itemsize

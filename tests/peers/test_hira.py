@@ -38,8 +38,7 @@ TARGETS = {
     "a name": r".*first",
 }
 SETTINGS: dict[str, dict[str, Any]] = {
-    "one rank": {},
-    "ranks": {"rank_pattern": {"last": 2}},
+    "matrices": {},
     "a module in full": {"modules_to_save": ["conv"]},
 }
 
@@ -103,7 +102,7 @@ def test_peft_reads_our_files(tmp_path: Path, targets: str, settings: str, alpha
 
 
 def test_the_same_bytes_come_back(tmp_path: Path) -> None:
-    other = theirs(target_modules=TARGETS["all"], **SETTINGS["ranks"])
+    other = theirs(target_modules=TARGETS["all"])
     other.save_pretrained(tmp_path / "theirs")
     model = net()
     load_adapter(model, tmp_path / "theirs", dtype=torch.float64)
@@ -114,6 +113,20 @@ def test_the_same_bytes_come_back(tmp_path: Path) -> None:
         assert layer.variant is VARIANTS["hira"] and layer.scaling == 1
         assert torch.equal(layer.lora_A, ours_file.layers[path].lora_A)
         assert torch.equal(layer.lora_B, ours_file.layers[path].lora_B)
+
+
+def test_ranks_of_layers_are_lost_in_peft(tmp_path: Path) -> None:
+    """PEFT's `dispatch_default` takes r from the config, whatever rank_pattern says: it reads no file with several."""
+    ranks = {"target_modules": TARGETS["linear"], "rank_pattern": {"last": 2}}
+    assert len(theirs(**ranks).base_model.model.last.hira_A["default"]) == 3
+    model = net()
+    add_adapter(model, LoraConfig(r=3, lora_alpha=3, variant="hira", init_lora_weights=False, **ranks))
+    save_adapter(model, tmp_path)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        peft.PeftModel.from_pretrained(net(), tmp_path)
+    again = net()
+    load_adapter(again, tmp_path)
+    torch.testing.assert_close(again(IDS), model(IDS), rtol=1e-6, atol=1e-6)  # B is scaled, once, in fp32
 
 
 @pytest.mark.parametrize("targets", TARGETS)

@@ -2,9 +2,9 @@
 
     W' = W + s W ∘ (B A)
 
-so that the change of the weight has up to the rank of W times r, where LoRA's has r. PEFT has it as a method of its own,
-whose files have no alpha: s is 1 there, and goes into B. The product with x is that of a matrix of the weight's size,
-which is made for each forward pass; its own gradient needs W and not the product, so that B A is not kept:
+The change of the weight has up to r times the rank of W, where LoRA's has rank r. PEFT has it as a method of its own,
+whose files have no alpha: s is 1 there, and goes into B. Each forward pass makes a matrix M of the weight's size. Its
+gradient needs W, which the layer has, and not the product B A, which is not kept:
 
     M = W ∘ (s B A),  dP = W ∘ dM,  dA = s Bᵀ dP,  dB = s dP Aᵀ
 """
@@ -49,7 +49,7 @@ class HiRA(Variant):
             "lora_embedding_B": "hira_embedding_B",
         }
     )
-    dense_products = 1
+    is_dense = True
 
     def update(self, layer: FrozenWeight, adapter: AttachedAdapter, x: Tensor) -> Tensor:
         dtype = x.dtype if x.is_floating_point() else adapter.lora_A.dtype  # ids have none of their own

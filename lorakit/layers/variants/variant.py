@@ -133,7 +133,8 @@ class Variant:
         rank_factor: the rank of the products, in ranks of the adapter.
         frozen_copies: of A and B, that are held and not trained.
         joins_matrices: whether A and B are joined with others for each product, and so are new tensors in any dtype.
-        dense_products: of A and B to a matrix of the weight's size, which the backward pass keeps.
+        is_dense: whether x is multiplied with a matrix of the weight's size that A and B make, which the backward pass
+            keeps.
     """
 
     name: str
@@ -160,7 +161,7 @@ class Variant:
     rank_factor: int = 1
     frozen_copies: int = 0
     joins_matrices: bool = False
-    dense_products: int = 0
+    is_dense: bool = False
 
     @property
     def is_low_rank(self) -> bool:
