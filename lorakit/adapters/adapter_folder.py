@@ -17,11 +17,11 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import AdapterError, CheckpointError, ShapeError, listing
 from ..files import atomic_folder
-from ..layers import VARIANTS, LoRAEmbedding, LoRALinear, Variant
+from ..layers import VARIANTS, AttachedAdapter, LoRAEmbedding, LoRALinear, Variant
 from ..models.safetensors_header import TensorEntry, make_header, read_header, read_tensors
 from .config import LoraConfig
 from .low_rank import LowRank
@@ -77,6 +77,8 @@ class AdapterLayer:
         """
         if not 0 <= expert < self.experts:
             raise ShapeError(f"{self.path} has {self.experts} matrices; there is no number {expert}")
+        if self.kind in ("linear", "embedding"):
+            return LowRank(*self.variant.factors(self.attached(dtype)))
         a, b = self.lora_A.to(dtype), self.lora_B.to(dtype, copy=True).mul_(self.scaling)
         if self.kind == "experts":
             a = a.reshape(self.experts, self.rank, -1)[expert]
@@ -86,6 +88,14 @@ class AdapterLayer:
             groups = a.shape[0] // b.shape[1]
             b = torch.block_diag(*b.chunk(groups)) if groups > 1 else b
         return LowRank(b, a)
+
+    def attached(self, dtype: torch.dtype) -> AttachedAdapter:
+        """Return the record that a layer of this kind would hold, of frozen copies of the tensors."""
+        matrices = (LoRAEmbedding if self.kind == "embedding" else LoRALinear).matrices
+        tensors = dict(zip(matrices, (self.lora_A, self.lora_B), strict=True)) | dict(self.further)
+        # Copied, as tensors in a mapped file are not aligned, and the last bit of a product depends on that.
+        frozen = {table: nn.Parameter(tensor.to(dtype, copy=True), False) for table, tensor in tensors.items()}
+        return AttachedAdapter(frozen, self.scaling, self.variant, matrices=matrices)
 
 
 @dataclass(frozen=True)
@@ -251,7 +261,8 @@ def _sort_names(
     file: Path, header: Mapping[str, TensorEntry], config: dict[str, Any]
 ) -> tuple[dict[str, _Entry], dict[str, str]]:
     """Return path -> layer entry and path -> name of the other tensors, all checked as far as the header allows."""
-    settings, variant = (read(config, file.with_name(CONFIG_FILE)) for read in (matrix_config, file_variant))
+    config_file = file.with_name(CONFIG_FILE)
+    settings, variant = matrix_config(config, config_file), file_variant(config, config_file)
     shapes = {name: entry.shape for name, entry in header.items()}
     problems = [
         f"{name} holds {entry.dtype}, expected floating-point numbers"

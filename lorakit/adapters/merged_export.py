@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError, CheckpointError, ConfigError, StorageError, did_you_mean, listing
 from ..files import atomic_folder, write_text
-from ..layers import AdaptedLayer, AttachedAdapter, LoRAEmbedding, LoRALinear
+from ..layers import AdaptedLayer, LoRAEmbedding, LoRALinear
 from ..models.checkpoint import Checkpoint
 from ..models.load import empty_decoder, weight_formats
 from ..models.prequantized import find_stored
@@ -149,7 +149,7 @@ class _Plan:
                 problems.append(f"{weight} is not in the base{did_you_mean(weight, names)}")
             else:
                 self.layers[weight] = path
-                if _attached(layer, LoRALinear.matrices).offset is not None:
+                if layer.attached(torch.float32).offset is not None:
                     self.biases[bias] = path
                     problems += [] if bias in names else [f"{bias} is not in the base, and the adapter adds to it"]
         for key in self.folder.extras:
@@ -214,9 +214,9 @@ class _Plan:
             tensor = new.to(tensor.dtype)
         if name in self.biases:
             layer = self.folder.layers[self.biases[name]]
-            offset = _attached(layer, LoRALinear.matrices).offset
+            offset = layer.attached(torch.float32).offset
             assert offset is not None  # that is why it is among the biases
-            tensor = (tensor.float() + offset.detach()).to(tensor.dtype)
+            tensor = (tensor.float() + offset).to(tensor.dtype)
         if name in self.layers:
             merged, entry = merge_tensor(self.folder.layers[self.layers[name]], tensor, form)
             report.layers.append(entry)
@@ -296,13 +296,5 @@ def _adapted(layer: AdapterLayer, weight: Tensor) -> AdaptedLayer:
         adapted = LoRAEmbedding(nn.Embedding.from_pretrained(weight))
     else:
         adapted = LoRALinear(dense_linear(weight, None))
-    adapted.attach(_NAME, _attached(layer, adapted.matrices))
+    adapted.attach(_NAME, layer.attached(torch.float32))
     return adapted
-
-
-def _attached(layer: AdapterLayer, matrices: tuple[str, str]) -> AttachedAdapter:
-    """Return the record of a layer from the files."""
-    tensors = dict(zip(matrices, (layer.lora_A, layer.lora_B), strict=True)) | dict(layer.further)
-    # Copied, as tensors in a mapped file are not aligned, and the last bit of a product depends on that.
-    parameters = {table: nn.Parameter(tensor.to(torch.float32, copy=True)) for table, tensor in tensors.items()}
-    return AttachedAdapter(parameters, layer.scaling, layer.variant, matrices=matrices)

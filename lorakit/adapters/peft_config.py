@@ -75,7 +75,7 @@ def matrix_config(values: Mapping[str, Any], file: Path) -> LoraConfig:
         CheckpointError: one of these settings is not valid.
     """
     values = file_variant(values, file).from_file(dict(values))
-    said = {key: values[key] for key in ("r", "lora_alpha") if key in values}
+    said: dict[str, Any] = {key: values[key] for key in ("r", "lora_alpha") if key in values}
     patterns: dict[str, dict[str, Any]] = {key: values.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
     numbers = dict(said)
     for key, pattern in patterns.items():

@@ -37,9 +37,10 @@ def model_updates(model: nn.Module, name: str) -> dict[str, LowRank]:
         raise AdapterError(f"{where} holds more than low-rank updates: {', '.join(others[:5])}")
     updates = {}
     for path, layer in layers.items():
-        extras = sorted(layer.parameters_of(name).keys() - set(layer.matrices))
-        if layer.adapters[name].variant.multiplies_base:
-            raise AdapterError(f"{where} {layer.adapters[name].variant.not_low_rank}")
+        variant = layer.adapters[name].variant
+        if variant.multiplies_base:
+            raise AdapterError(f"{where} {variant.not_low_rank}")
+        extras = sorted(layer.parameters_of(name).keys() - {*layer.matrices, *(variant.trained * variant.is_low_rank)})
         if extras:
             raise AdapterError(f"{where} holds more than low-rank updates: {', '.join(extras)} of {path}")
         up, down = (factor.detach() for factor in layer.factors(name))

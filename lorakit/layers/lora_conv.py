@@ -50,7 +50,8 @@ class LoRAConv(AdaptedLayer):
 
     def apply_matrix(self, matrix: Tensor, x: Tensor) -> Tensor:
         base = cast(nn.Conv2d, self.base_layer)
-        return base._conv_forward(x, self.as_weight(matrix).to(x.dtype), None)
+        y: Tensor = base._conv_forward(x, self.as_weight(matrix).to(x.dtype), None)
+        return y
 
     def along_output(self, vector: Tensor) -> Tensor:
         return vector.view(-1, *(1 for _ in self.kernel[1:]))

@@ -62,7 +62,7 @@ def check_plain(export: Export, consumer: str, *problems: str) -> None:
         AdapterError: with every reason, and the way out.
     """
     settings = {key for key, value in export.config.items() if value and value != "none"}
-    variants = [variant for variant in variants_read(export.config) if not variant.is_low_rank]
+    variants = [one for one in variants_read(export.config) if one.trained or not one.is_low_rank]
     found = [f"{variant.setting}: {variant.meaning}" for variant in variants]
     found += [f"{key}: {meaning}" for key, meaning in _MORE_THAN_MATRICES.items() if key in settings]
     found += [
