@@ -24,7 +24,7 @@ from .merged_export import merge_checkpoint
 from .peft_config import read_adapter_config
 from .peft_files import load_adapter, save_adapter
 from .resize import ResizeConfig, resize_adapter, resize_folder
-from .status import AdapterStatus, AttachedAdapter, adapter_status
+from .status import AdapterStatus, AdapterSummary, adapter_status
 from .switching import idle_adapters, use_rows
 from .targeting import MatchReport
 from .update_report import LayerUpdate, UpdateReport
@@ -33,7 +33,7 @@ __all__ = [
     "AdapterFolder",
     "AdapterLayer",
     "AdapterStatus",
-    "AttachedAdapter",
+    "AdapterSummary",
     "CombineConfig",
     "LayerMerge",
     "LayerUpdate",

@@ -10,29 +10,28 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import AdapterError, CheckpointError, ShapeError, listing
 from ..files import atomic_folder
+from ..layers import VARIANTS, AttachedAdapter, LoRAEmbedding, LoRALinear, Variant
 from ..models.safetensors_header import TensorEntry, make_header, read_header, read_tensors
 from .config import LoraConfig
 from .low_rank import LowRank
-from .peft_config import matrix_config, read_config_file
-from .peft_names import BASE_KEY, CONFIG_FILE, PICKLE_FILE, PREFIX, WEIGHTS_FILE, Role, matrix_names, path_and_role
+from .peft_config import file_variant, matrix_config, read_config_file
+from .peft_names import BASE_KEY, CONFIG_FILE, PICKLE_FILE, PREFIX, WEIGHTS_FILE, matrix_names, path_and_table
 from .targeting import rank_and_scaling
 
 Kind = Literal["linear", "embedding", "conv", "experts"]
 _Value = TypeVar("_Value")
 
-_MATRICES: tuple[Role, Role] = ("lora_A", "lora_B")
-_VECTORS: tuple[Role, Role] = ("magnitude", "bias")
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -46,9 +45,10 @@ class AdapterLayer:
         lora_A, lora_B: linear (r, in), (out, r); embedding (r, vocab), (dim, r); conv (r, in, *kernel), (out, r, 1..);
             experts (experts·r, in), (out, r·experts).
         scaling: the factor on B @ A.
-        magnitude: DoRA's, (out,), embedding (dim,), conv (1, out, 1..), or None.
-        bias: on lora_B, (out,), or None.
         experts: number of matrices; 1 unless kind is experts.
+        variant: how the update enters the layer.
+        further: what the variant trains beside A and B, table -> tensor, as DoRA's lora_magnitude_vector: (out,),
+            embedding (dim,), conv (1, out, 1..).
     """
 
     path: str
@@ -56,9 +56,9 @@ class AdapterLayer:
     lora_A: Tensor
     lora_B: Tensor
     scaling: float
-    magnitude: Tensor | None = None
-    bias: Tensor | None = None
     experts: int = 1
+    variant: Variant = VARIANTS["plain"]
+    further: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -68,8 +68,8 @@ class AdapterLayer:
     def update(self, expert: int = 0, dtype: torch.dtype = torch.float64) -> LowRank:
         """Return scaling * B @ A, (out, in); of a convolution (out, in·kernel), of an embedding (dim, vocab).
 
-        An embedding's and a Conv1D's weight is the transpose of that. DoRA's magnitude is not in it: that part of the
-        change needs the base weight. The grouped second convolution that PEFT makes for a grouped base layer becomes
+        An embedding's and a Conv1D's weight is the transpose of that. It is the whole change of the weight where the
+        variant `is_low_rank`. The grouped second convolution that PEFT makes for a grouped base layer becomes
         the block-diagonal matrix that it is.
 
         Raises:
@@ -77,6 +77,8 @@ class AdapterLayer:
         """
         if not 0 <= expert < self.experts:
             raise ShapeError(f"{self.path} has {self.experts} matrices; there is no number {expert}")
+        if self.kind in ("linear", "embedding"):
+            return LowRank(*self.variant.factors(self.attached(dtype)))
         a, b = self.lora_A.to(dtype), self.lora_B.to(dtype, copy=True).mul_(self.scaling)
         if self.kind == "experts":
             a = a.reshape(self.experts, self.rank, -1)[expert]
@@ -86,6 +88,14 @@ class AdapterLayer:
             groups = a.shape[0] // b.shape[1]
             b = torch.block_diag(*b.chunk(groups)) if groups > 1 else b
         return LowRank(b, a)
+
+    def attached(self, dtype: torch.dtype) -> AttachedAdapter:
+        """Return the record that a layer of this kind would hold, of frozen copies of the tensors."""
+        matrices = (LoRAEmbedding if self.kind == "embedding" else LoRALinear).matrices
+        tensors = dict(zip(matrices, (self.lora_A, self.lora_B), strict=True)) | dict(self.further)
+        # Copied, as tensors in a mapped file are not aligned, and the last bit of a product depends on that.
+        frozen = {table: nn.Parameter(tensor.to(dtype, copy=True), False) for table, tensor in tensors.items()}
+        return AttachedAdapter(frozen, self.scaling, self.variant, matrices=matrices)
 
 
 @dataclass(frozen=True)
@@ -236,20 +246,23 @@ class _Lazy(Mapping[str, _Value]):
 
 @dataclass(frozen=True)
 class _Entry:
-    """What the header says of one layer: role -> name of the tensor, and what the config adds."""
+    """What the header says of one layer: table -> name of the tensor, and what the config adds."""
 
     path: str
     kind: Kind
     names: dict[str, str]
+    matrices: tuple[str, str]
     scaling: float
     experts: int
+    variant: Variant
 
 
 def _sort_names(
     file: Path, header: Mapping[str, TensorEntry], config: dict[str, Any]
 ) -> tuple[dict[str, _Entry], dict[str, str]]:
     """Return path -> layer entry and path -> name of the other tensors, all checked as far as the header allows."""
-    matrices = matrix_config(config, file.with_name(CONFIG_FILE))
+    config_file = file.with_name(CONFIG_FILE)
+    settings, variant = matrix_config(config, config_file), file_variant(config, config_file)
     shapes = {name: entry.shape for name, entry in header.items()}
     problems = [
         f"{name} holds {entry.dtype}, expected floating-point numbers"
@@ -259,9 +272,9 @@ def _sort_names(
     grouped: dict[str, dict[str, str]] = {}
     extras: dict[str, str] = {}
     for name in shapes:
-        if (found := path_and_role(name)) is not None:
-            path, role = found
-            grouped.setdefault(path, {})[role] = name
+        if (found := path_and_table(name, variant)) is not None:
+            path, table = found
+            grouped.setdefault(path, {})[table] = name
         elif not name.startswith(PREFIX) or ".lora_" in name:
             expected = matrix_names("<module path>", is_embedding=False)[0]
             problems.append(f"{name} is not a tensor of a LoRA adapter: expected {expected}")
@@ -269,7 +282,7 @@ def _sort_names(
             extras[name.removeprefix(PREFIX)] = name
     layers = {}
     for path in sorted(grouped, key=_natural):
-        entry = _entry(path, grouped[path], shapes, config, matrices)
+        entry = _entry(path, grouped[path], shapes, config, settings, variant)
         problems += [f"{PREFIX}{path}: {problem}" for problem in ([entry] if isinstance(entry, str) else [])]
         if isinstance(entry, _Entry):
             layers[path] = entry
@@ -284,15 +297,17 @@ def _entry(
     path: str,
     names: dict[str, str],
     shapes: dict[str, tuple[int, ...]],
-    config: dict[str, Any],
-    matrices: LoraConfig,
+    config: Mapping[str, Any],
+    settings: LoraConfig,
+    variant: Variant,
 ) -> _Entry | str:
     """Check one layer's shapes against each other and the config; return its entry, or what is wrong."""
-    if missing := [role for role in _MATRICES if role not in names]:
+    is_embedding = any(table in names for table in LoRAEmbedding.matrices)
+    matrices = LoRAEmbedding.matrices if is_embedding else LoRALinear.matrices
+    if missing := [table for table in matrices if table not in names]:
         return f"{missing[0]} is missing (there is {', '.join(names)})"
-    a, b = shapes[names["lora_A"]], shapes[names["lora_B"]]
-    rank, scaling = rank_and_scaling(matrices, path)
-    is_embedding = names["lora_A"] == matrix_names(path, is_embedding=True)[0]
+    a, b = (shapes[names[table]] for table in matrices)
+    rank, scaling = rank_and_scaling(settings, path)
     kind: Kind = "embedding" if is_embedding else "conv" if len(a) > 2 else "linear"
     is_experts = kind == "linear" and bool(config.get("target_parameters")) and len(a) == 2 and a[0] > rank
     experts = a[0] // rank if is_experts else 1
@@ -302,24 +317,22 @@ def _entry(
         return f"lora_A has shape {a}, but the config says rank {rank}"
     if b[1] != a[0] and not (kind == "conv" and b[1] and a[0] % b[1] == 0 and b[0] % (a[0] // b[1]) == 0):
         return f"lora_A {a} and lora_B {b} do not multiply"
-    if bool(config.get("use_dora")) != ("magnitude" in names):
-        said = (
-            "use_dora, but lora_magnitude_vector is missing"
-            if config.get("use_dora")
-            else "no use_dora, but it is here"
-        )
-        return f"the config says {said}"
-    for role in _VECTORS:
-        if role in names and max(shapes[names[role]], default=0) != b[0]:
-            return f"{role} has shape {shapes[names[role]]}, expected ({b[0]},)"
-    return _Entry(path, "experts" if experts > 1 else kind, names, scaling, experts)
+    for one in VARIANTS.values():
+        for table in one.trained:
+            if one is not variant and table in names:
+                return f"the config says no {one.setting}, but it is here"
+            if one is variant and table not in names and not one.may_lack_further:
+                return f"the config says {one.setting}, but {table} is missing"
+    for table in (table for table in variant.trained if table in names):
+        if max(shapes[names[table]], default=0) != b[0]:
+            return f"{table} has shape {shapes[names[table]]}, expected ({b[0]},)"
+    return _Entry(path, "experts" if experts > 1 else kind, names, matrices, scaling, experts, variant)
 
 
 def _layer(entry: _Entry, tensors: Mapping[str, Tensor]) -> AdapterLayer:
-    return AdapterLayer(
-        entry.path, entry.kind, tensors["lora_A"], tensors["lora_B"], entry.scaling,
-        tensors.get("magnitude"), tensors.get("bias"), entry.experts,
-    )  # fmt: skip
+    lora_a, lora_b = (tensors[table] for table in entry.matrices)
+    further = {table: tensors[table] for table in entry.variant.trained if table in tensors}
+    return AdapterLayer(entry.path, entry.kind, lora_a, lora_b, entry.scaling, entry.experts, entry.variant, further)
 
 
 def _natural(path: str) -> list[tuple[int, str]]:

@@ -12,7 +12,7 @@ from ..errors import AdapterError
 from ..layers import BASE
 from ..layers.quantized_module import QuantizedModule
 from .config import LoraConfig
-from .inits import find_init
+from .inits import start_data
 from .placing import place
 from .state import (
     adapter_configs,
@@ -64,9 +64,10 @@ def add_adapter(
     Args:
         dtype: of the trained parameters.
         trained: False: frozen, and what was trained before stays so.
-        losses: for the starts "eva" and "lora_ga": gives the loss of one batch of examples after another, as
+        losses: for a start that needs them, such as "eva": gives the loss of one batch of examples after another, as
             `(loss(model, batch) for batch in batches)`; taking the next one runs the model.
-        sources: for the start "loftq": the weights before they were quantized, "<path of the layer>.weight" -> tensor.
+        sources: for a start that needs them, such as "loftq": the weights before they were quantized, under
+            "<path of the layer>.weight".
         is_strict: refuse keys of rank_pattern and alpha_pattern, and layer numbers, that match nothing.
 
     Raises:
@@ -75,7 +76,7 @@ def add_adapter(
     check_name(model, name)
     report = MatchReport(name)
     placements = place(model, config, report, is_strict)
-    start = find_init(config, losses, sources)
+    data = start_data(config.start, losses, sources)
     for placement in placements:  # from here on only a start can fail
         if not placement.part.names():
             replace_module(model, placement.part.base_layer, placement.part)
@@ -83,12 +84,11 @@ def add_adapter(
         placement.attach(name, dtype)
     state_of(model).parts = None
     adapter_configs(model)[name] = config
-    if start is not None:
-        try:
-            start(lora_layers(model, name), name)
-        except BaseException:
-            remove_adapter(model, name)
-            raise
+    try:
+        config.start.run(lora_layers(model, name), name, data)
+    except BaseException:
+        remove_adapter(model, name)
+        raise
     if len(adapter_configs(model)) == 1:
         model.requires_grad_(False)
     set_adapter(model, name)
@@ -107,7 +107,7 @@ def remove_adapter(model: nn.Module, name: str = "default") -> None:
     check_adapter(model, name)
     check_not_in_a_row(model, name)
     for layer in adapter_parts(model, name).values():
-        layer.remove(name)
+        layer.detach(name)
         if not layer.names():
             replace_module(model, layer, layer.base_layer)
     forget_adapter(model, name)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
+from ..errors import did_you_mean
+from ..layers import VARIANTS, Variant
 from ..settings import Settings
+from .inits import Start, find_start, start_names
 
-STARTS_IN_BASE = ("pissa", "olora", "lora_ga")  # starts that their papers take out of the base weight
 Token = Annotated[int, Field(ge=0)]
-
-_INITS = r"gaussian|orthogonal|pissa|pissa_niter_[1-9]\d*|olora|loftq|eva|lora_ga"
 
 
 class LoraConfig(Settings):
@@ -53,11 +52,16 @@ class LoraConfig(Settings):
     use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r)")
     init_lora_weights: bool | str = Field(
         True,
-        description="true: A Kaiming-uniform and B zero; false: B random too; 'gaussian', 'orthogonal', 'pissa', "
-        "'pissa_niter_4', 'olora', 'loftq', and with data 'eva' and 'lora_ga'",
+        description="true: A Kaiming-uniform and B zero; false: B random too; or the name of another start: "
+        + ", ".join(f"'{name}'" for name in start_names() if name not in ("true", "false")),
     )
     use_dora: bool = Field(False, description="weight-decomposed LoRA: train the length of each row of a weight apart")
     lora_bias: bool = Field(False, description="give B a bias")
+    variant: str = Field(
+        "plain",
+        description="how the update enters a layer, where PEFT's LoraConfig has no switch for it: "
+        + ", ".join(f"'{one.name}'" for one in VARIANTS.values() if not one.switch and not one.is_of_starts),
+    )
     modules_to_save: list[str] | None = Field(
         None, description="names of modules of which a full copy is trained and saved"
     )
@@ -71,29 +75,55 @@ class LoraConfig(Settings):
     @field_validator("init_lora_weights")
     @classmethod
     def _known_init(cls, value: bool | str) -> bool | str:
-        if isinstance(value, str) and not re.fullmatch(_INITS, value.lower()):
-            raise ValueError(f"'{value}' is not a start; known are true, false, {_INITS.replace('|', ', ')}")
-        return value.lower() if isinstance(value, str) else value
+        return find_start(value).name
+
+    @field_validator("variant")
+    @classmethod
+    def _known_variant(cls, value: str) -> str:
+        variant, known = VARIANTS.get(value), [name for name, one in VARIANTS.items() if not one.is_of_starts]
+        if variant is None or variant.is_of_starts:
+            raise ValueError(f"'{value}' is not a variant{did_you_mean(value, known)}; known are {', '.join(known)}")
+        if variant.switch:
+            raise ValueError(f"PEFT has a setting of its own for '{value}': {variant.switch}=true")
+        return value
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        changes_base = isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(STARTS_IN_BASE)
-        if sum([self.use_dora, self.lora_bias, changes_base]) > 1:
-            raise ValueError(
-                "use_dora, lora_bias and the starts inside the base weight (pissa, olora, lora_ga) exclude each other"
-            )
+        chosen = self._chosen_variants()
+        if len(set(chosen.values())) > 1:
+            raise ValueError(f"{' and '.join(chosen)} exclude each other")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform")
-        if self.target_parameters and (self.use_dora or self.lora_bias or self.lora_dropout or changes_base):
+        if self.target_parameters and (self.update_variant.name != "plain" or self.lora_dropout):
             raise ValueError("target_parameters takes plain LoRA without dropout")
         return self
 
+    @model_serializer(mode="wrap")
+    def _in_peft_words(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """PEFT's files have no `variant`, so that it is written where it says something."""
+        values: dict[str, Any] = dump(self)
+        if values.get("variant") == "plain":
+            del values["variant"]
+        return values
+
+    def _chosen_variants(self) -> dict[str, Variant]:
+        """Return what was chosen other than plain LoRA: how it was chosen -> variant."""
+        chosen = {one.setting: one for one in VARIANTS.values() if one.switch and getattr(self, one.switch)}
+        if self.variant != "plain":
+            chosen[f"variant '{self.variant}'"] = VARIANTS[self.variant]
+        if self.start.in_base:
+            chosen[f"a start inside the base weight ('{self.start.name}')"] = VARIANTS["residual"]
+        return chosen
+
     @property
-    def variant(self) -> str:
-        """Name of the variant in `lorakit.layers.VARIANTS`."""
-        if isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(STARTS_IN_BASE):
-            return "residual"
-        return "dora" if self.use_dora else "lora_bias" if self.lora_bias else "plain"
+    def start(self) -> Start:
+        """What A and B start from: the entry of `lorakit.adapters.inits.STARTS` that `init_lora_weights` names."""
+        return find_start(self.init_lora_weights)
+
+    @property
+    def update_variant(self) -> Variant:
+        """How the update enters a layer: by a switch of PEFT's, by `variant`, or by the start."""
+        return next(iter(self._chosen_variants().values()), VARIANTS["plain"])
 
     def scaling(self, rank: int, alpha: float) -> float:
         """Return the factor on B @ A for a layer of this rank and alpha."""

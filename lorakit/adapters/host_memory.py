@@ -7,13 +7,11 @@ objects, and their dtype stays; on a CPU, where host and device are one, not eve
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import nn
 
 from ..errors import AdapterError
-from ..layers import AdaptedLayer, AdapterPart
 from .state import checked_names, known_parts, state_of
 
 _HOST = torch.device("cpu")
@@ -49,7 +47,7 @@ def move_in(model: nn.Module, names: Sequence[str]) -> None:
     for name in state_of(model).on_host.intersection(names):
         for part in known_parts(model, name):
             device = next(part.base_layer.parameters()).device
-            for parameter in _tensors(part, name):
+            for parameter in part.held_by(name):
                 parameter.data = parameter.data.to(device, non_blocking=True)
 
 
@@ -59,13 +57,5 @@ def move_out(model: nn.Module) -> None:
     for name in state.on_host:
         if not state.in_use(name):
             for part in known_parts(model, name):
-                for parameter in _tensors(part, name):
+                for parameter in part.held_by(name):
                     parameter.data = parameter.data.to(_HOST)
-
-
-def _tensors(part: AdapterPart, name: str) -> list[nn.Parameter]:
-    """Return all that a module holds of an adapter, whether it is trained or not."""
-    found = list(part.parameters_of(name).values())
-    if isinstance(part, AdaptedLayer):
-        found += [cast(nn.Parameter, part.table(table)[name]) for table in part.variants[name].kept]
-    return found

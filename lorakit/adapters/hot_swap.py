@@ -32,7 +32,8 @@ def swap_adapter(model: nn.Module, name: str, source: str | os.PathLike[str] | M
     Raises:
         AdapterError: there is no adapter of that name, or the source is not an adapter.
         CheckpointError: the source has layers that the adapter has not, or lacks some; a rank is larger than the one
-            allotted; a shape, a magnitude or another tensor does not fit. All are named, and nothing is changed.
+            allotted; a shape, or what a variant trains beside A and B, does not fit. All are named, and nothing is
+            changed.
     """
     check_adapter(model, name)
     layers = lora_layers(model, name)
@@ -64,23 +65,28 @@ def swap_adapter(model: nn.Module, name: str, source: str | os.PathLike[str] | M
 
 def _take(tensors: dict[str, Tensor], path: str, layer: AdaptedLayer, name: str) -> AdapterLayer | None:
     """Take a layer's tensors out of a dictionary; None where A or B is not among them."""
-    a, b = (tensor_name(path, table) for table in layer.matrices)
+    variant = layer.adapters[name].variant
+    a, b = (tensor_name(path, table, variant) for table in layer.matrices)
     if a not in tensors or b not in tensors:
         return None
-    magnitude = tensors.pop(tensor_name(path, "lora_magnitude_vector"), None)
-    return AdapterLayer(path, "linear", tensors.pop(a), tensors.pop(b), layer.scaling[name], magnitude)
+    names = {table: tensor_name(path, table, variant) for table in variant.trained}
+    further = {table: tensors.pop(key) for table, key in names.items() if key in tensors}
+    return AdapterLayer(
+        path, "linear", tensors.pop(a), tensors.pop(b), layer.scaling[name], variant=variant, further=further
+    )
 
 
 def _fitted(layer: AdaptedLayer, name: str, given: AdapterLayer) -> list[tuple[nn.Parameter, Tensor]] | str:
     """Return each parameter with its new value, or what does not fit."""
     own = layer.parameters_of(name)
-    (a, b), magnitude = (own[table] for table in layer.matrices), own.get("lora_magnitude_vector")
-    if layer.variants[name].kept:
+    (a, b), variant = (own[table] for table in layer.matrices), layer.adapters[name].variant
+    if variant.kept:
         return "the adapter in place started away from the base, so that its matrices alone are not its update"
-    if given.bias is not None:
-        return "it has a bias on lora_B, which the adapter in place has not"
-    if (given.magnitude is None) != (magnitude is None):
-        return f"it has {'no ' if given.magnitude is None else ''}magnitudes (DoRA), unlike the adapter in place"
+    if given.variant is not variant:
+        has = f"has {given.variant.further}" if given.variant.trained else f"is {given.variant.title}"
+        return f"it {has}, unlike the adapter in place"
+    if given.further.keys() != set(variant.trained):
+        return f"it has no {variant.further}, unlike the adapter in place"
     if len(given.lora_A) > len(a):
         return f"its rank {len(given.lora_A)} is larger than the {len(a)} allotted"
     if given.lora_A.shape[1:] != a.shape[1:] or given.lora_B.shape[:1] != b.shape[:1] or given.lora_B.dim() != b.dim():
@@ -90,17 +96,17 @@ def _fitted(layer: AdaptedLayer, name: str, given: AdapterLayer) -> list[tuple[n
         )
     if given.lora_B.shape[1] != len(given.lora_A) or (given.experts > 1 and len(given.lora_A) != len(a)):
         return f"lora_A {tuple(given.lora_A.shape)} and lora_B {tuple(given.lora_B.shape)} do not multiply as here"
-    tensors = [given.lora_A, given.lora_B, *([] if given.magnitude is None else [given.magnitude])]
+    tensors = [given.lora_A, given.lora_B, *given.further.values()]
     if not all(tensor.is_floating_point() and bool(torch.isfinite(tensor).all()) for tensor in tensors):
         return "it holds inf, nan, or numbers that are not of floating point"
     values = [
         (a, _widened(given.lora_A, 0, len(a))),
         (b, _widened(given.lora_B.float() * (given.scaling / layer.scaling[name]), 1, b.shape[1])),
     ]
-    if magnitude is not None and given.magnitude is not None:
-        if given.magnitude.numel() != magnitude.numel():
-            return f"it has {given.magnitude.numel()} magnitudes, expected {magnitude.numel()}"
-        values.append((magnitude, given.magnitude.reshape(magnitude.shape)))
+    for table, tensor in given.further.items():
+        if tensor.numel() != own[table].numel():
+            return f"{table} has {tensor.numel()} numbers, expected {own[table].numel()}"
+        values.append((own[table], tensor.reshape(own[table].shape)))
     return values
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..layers import AdaptedLayer, AdapterPart, Embedding4bit, Linear4bit, LoRAParameter, ResidualLinear4bit
 from ..layers.quantized_module import QuantizedModule, frozen
 from ..quantization import QuantizedWeight
-from .merge_swaps import Exchange, forget
+from .merge_swaps import Exchange
 from .merge_weights import MergedWeight
 
 
@@ -48,14 +48,14 @@ def standing_on(layer: AdaptedLayer, weight: Tensor | None) -> Iterator[None]:
     if weight is None or not isinstance(old, QuantizedModule):
         yield
         return
-    forget(layer)
+    layer.forget_base()
     is_table = isinstance(old, Embedding4bit)
     layer.base_layer = nn.Embedding.from_pretrained(weight) if is_table else dense_linear(weight, None)
     try:
         yield
     finally:
         layer.base_layer = old
-        forget(layer)
+        layer.forget_base()
 
 
 def new_base(old: nn.Module, merged: MergedWeight) -> nn.Module:

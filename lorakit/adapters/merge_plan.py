@@ -37,8 +37,12 @@ def plan_merge(
     """Compute the merged layers; arguments and errors as `merge_adapter`."""
     parts = {path: part for path, part in adapter_parts(model).items() if set(names) & set(part.names())}
     notes: list[str] = []
-    if base is None and any(adapter_configs(model)[name].init_lora_weights == "loftq" for name in names):
-        notes.append("not merged onto a 16-bit checkpoint: what LoftQ starts at is what quantization took from it")
+    starts = (adapter_configs(model)[name].start for name in names)
+    repairing = next((start for start in starts if start.repairs_quantization), None)
+    if base is None and repairing is not None:
+        notes.append(
+            f"not merged onto a 16-bit checkpoint: '{repairing.name}' starts at what quantization took from it"
+        )
         base = False
     source = None
     if base or any(isinstance(part.base_layer, QuantizedModule) for part in parts.values()):
@@ -95,7 +99,7 @@ class _Plan:
         old, origin = layer.base_layer, None
         if source is not None and not isinstance(layer, LoRAParameter):  # whose name in a checkpoint is anybody's guess
             origin = weight_from(source, path, layer)
-        with standing_on(layer, origin):  # DoRA's update depends on the weight that it is added to
+        with standing_on(layer, origin):  # the update of some variants depends on the weight that it is added to
             update = Update.of(layer, names)
             base = layer.base_weight(update.dense.dtype)
         merged = self._merged(path, layer, update, base, origin is not None)
@@ -128,6 +132,11 @@ class _Plan:
             return merged_dense(base, update.dense, self.dtype, how)
         if is_source:
             return merged_4bit(base, update.dense, format_of(own), own.dtype, "4 bits of base + update")
+        if others := [name for name in update.names if not layer.adapters[name].variant.is_factored]:
+            raise AdapterError(
+                f"{path}: the update of '{others[0]}' is not of low rank, and 4 bits alone would lose it; give a "
+                "16-bit base, or quantize=False"
+            )
         if not hasattr(module, "add_residual"):
             raise AdapterError(
                 f"{path}: a {type(module).__name__} cannot hold a low-rank part beside its 4 bits; give a 16-bit base, "
@@ -138,10 +147,11 @@ class _Plan:
     def _check(self, path: str, layer: AdaptedLayer) -> None:
         """Refuse what cannot be right, whatever the numbers."""
         for name in layer.names():
-            if name not in self.names and layer.variants[name].gain(layer, name, torch.float32) is not None:
+            if name not in self.names and layer.adapters[name].variant.multiplies_base:
+                scales = layer.adapters[name].variant.scales
                 raise AdapterError(
-                    f"{path}: the adapter '{name}' scales the rows of the weight, and would scale the merged update "
-                    f"too; merge it together with {', '.join(self.names)}, or remove it first"
+                    f"{path}: the adapter '{name}' {scales} of the weight, and would scale the merged update too; "
+                    f"merge it together with {', '.join(self.names)}, or remove it first"
                 )
         if self.quantize and isinstance(layer.base_layer, ResidualLinear4bit):
             raise AdapterError(

@@ -17,8 +17,6 @@ from ..layers import AdapterPart
 from ..models.config import DecoderConfig
 from .state import AdapterRecord, adapter_configs, adapter_parts, forget_adapter, recall_adapter, replace_module
 
-_INTERNAL = vars(nn.Module()).keys()
-
 
 @dataclass
 class Exchange:
@@ -39,7 +37,7 @@ class Swap:
         part: what stands in the place of the frozen module.
         old, new: its base layer before and after; the same module unless it was in 4 bits.
         exchanges: the parameters that change.
-        parked: adapter name -> what the part held of it, while the merge lasts.
+        parked: adapter name -> the record of it that the part had, while the merge lasts.
     """
 
     path: str
@@ -47,7 +45,7 @@ class Swap:
     old: nn.Module
     new: nn.Module
     exchanges: list[Exchange] = field(default_factory=list)
-    parked: dict[str, dict[str, Any]] = field(default_factory=dict)
+    parked: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -77,8 +75,8 @@ def merged_state(model: nn.Module) -> MergeState | None:
 def put_in(model: nn.Module, merge: MergeState) -> None:
     """Put the merged weights in their places and take the adapters off; nothing here can fail."""
     for swap in merge.swaps:
-        forget(swap.part)
-        swap.parked = {name: _park(swap.part, name) for name in merge.names if name in swap.part.names()}
+        swap.part.forget_base()
+        swap.parked = {name: swap.part.detach(name) for name in merge.names if name in swap.part.names()}
         swap.part.base_layer = swap.new
         for exchange in swap.exchanges:
             setattr(exchange.module, exchange.name, exchange.after)
@@ -101,9 +99,9 @@ def put_back(model: nn.Module, merge: MergeState) -> None:
         part.base_layer = swap.old
         for exchange in swap.exchanges:
             setattr(exchange.module, exchange.name, exchange.before)
-        forget(part)
+        part.forget_base()
         for name, parked in swap.parked.items():
-            _unpark(part, name, parked)
+            part.attach(name, parked)
         swap.parked = {}
     for name, record in reversed(merge.records.items()):  # the last one taken off was the first to find its place
         recall_adapter(model, name, record)
@@ -150,36 +148,6 @@ def _follow(swap: Swap) -> None:
     for exchange in swap.exchanges:
         if exchange.before is not None:
             exchange.before.data = exchange.before.data.to(exchange.after.device, exchange.after.dtype)
-
-
-def forget(part: AdapterPart) -> None:
-    """Drop what a part has computed from its base weight."""
-    vars(part).pop("_squared_rows", None)
-    getattr(part, "kept_gains", {}).clear()
-
-
-def _park(part: AdapterPart, name: str) -> dict[str, Any]:
-    """Take an adapter off a part; return all that the part held of it, table -> value, whatever tables it has."""
-    tables = {key: table for key, table in vars(part).items() if key not in _INTERNAL} | dict(part.named_children())
-    held: dict[str, Any] = {}
-    for key, table in tables.items():
-        if isinstance(table, dict | nn.ParameterDict | nn.ModuleDict) and name in table:
-            held[key] = table[name]
-        elif isinstance(table, list) and name in table:
-            held[key] = name
-    part.remove(name)
-    return held
-
-
-def _unpark(part: AdapterPart, name: str, held: dict[str, Any]) -> None:
-    for key, value in held.items():
-        table = getattr(part, key, None)
-        if table is None:
-            table = part.table(key)  # it was dropped with its last parameter
-        if isinstance(table, list):
-            table.append(value)
-        else:
-            table[name] = value
 
 
 def _set_tied(model: nn.Module, value: bool) -> bool | None:

@@ -49,7 +49,7 @@ class Update:
         dtype, parts, total = self.dense.dtype, [], None
         for name in self.names:
             up, down = (factor.to(dtype) for factor in self.layer.factors(name))
-            gain = self.layer.variants[name].gain(self.layer, name, dtype)
+            gain = self.layer.gain(name, dtype)
             if gain is not None:
                 gain = gain.to(dtype)
                 up, total = gain[:, None] * up, gain if total is None else total + gain - 1

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError, CheckpointError, ConfigError, StorageError, did_you_mean, listing
 from ..files import atomic_folder, write_text
-from ..layers import VARIANTS, AdaptedLayer, LoRAEmbedding, LoRALinear
+from ..layers import AdaptedLayer, LoRAEmbedding, LoRALinear
 from ..models.checkpoint import Checkpoint
 from ..models.load import empty_decoder, weight_formats
 from ..models.prequantized import find_stored
@@ -149,7 +149,7 @@ class _Plan:
                 problems.append(f"{weight} is not in the base{did_you_mean(weight, names)}")
             else:
                 self.layers[weight] = path
-                if layer.bias is not None:
+                if layer.attached(torch.float32).offset is not None:
                     self.biases[bias] = path
                     problems += [] if bias in names else [f"{bias} is not in the base, and the adapter adds to it"]
         for key in self.folder.extras:
@@ -214,8 +214,9 @@ class _Plan:
             tensor = new.to(tensor.dtype)
         if name in self.biases:
             layer = self.folder.layers[self.biases[name]]
-            assert layer.bias is not None  # that is why it is among the biases
-            tensor = (tensor.float() + layer.scaling * layer.bias.float()).to(tensor.dtype)
+            offset = layer.attached(torch.float32).offset
+            assert offset is not None  # that is why it is among the biases
+            tensor = (tensor.float() + offset).to(tensor.dtype)
         if name in self.layers:
             merged, entry = merge_tensor(self.folder.layers[self.layers[name]], tensor, form)
             report.layers.append(entry)
@@ -295,11 +296,5 @@ def _adapted(layer: AdapterLayer, weight: Tensor) -> AdaptedLayer:
         adapted = LoRAEmbedding(nn.Embedding.from_pretrained(weight))
     else:
         adapted = LoRALinear(dense_linear(weight, None))
-    # Copied, as tensors in a mapped file are not aligned, and the last bit of a product depends on that.
-    for table, factor in ((adapted.lora_A, layer.lora_A), (adapted.lora_B, layer.lora_B)):
-        table[_NAME] = nn.Parameter(factor.to(torch.float32, copy=True))
-    adapted.scaling[_NAME], adapted.dropout_p[_NAME] = layer.scaling, 0.0
-    adapted.variants[_NAME] = VARIANTS["plain" if layer.magnitude is None else "dora"]
-    if layer.magnitude is not None:
-        adapted.table("lora_magnitude_vector")[_NAME] = nn.Parameter(layer.magnitude.float())
+    adapted.attach(_NAME, layer.attached(torch.float32))
     return adapted

@@ -14,10 +14,11 @@ from torch import nn
 
 from ..errors import AdapterError, CheckpointError, ConfigError
 from ..files import read_json_object
-from ..layers import LoRALinear
+from ..layers import VARIANTS, LoRALinear, Variant, variants_read
 from .attach import adapter_configs, lora_layers
 from .config import LoraConfig
 from .fingerprint import base_names
+from .inits import changed_base_in_peft
 from .peft_names import CONFIG_FILE
 from .targeting import last_name
 
@@ -26,8 +27,6 @@ _UNSUPPORTED = (
     "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config", "use_bdlora",
     "use_qalora", "velora_config",
 )  # fmt: skip
-# Starts that take the adapter's first value out of the base: their files fit a base that nobody has any more.
-_BASE_CHANGING_INITS = ("corda", "loftq", "lora_ga", "olora", "pissa")
 
 
 def read_adapter_config(path: str | os.PathLike[str]) -> LoraConfig:
@@ -47,11 +46,12 @@ def attachable_config(values: Mapping[str, Any], file: Path) -> LoraConfig:
     Raises:
         AdapterError: a setting is not valid, or needs a feature we do not have.
     """
+    values = file_variant(values, file).from_file(dict(values))
     used = [key for key in _UNSUPPORTED if values.get(key)]
     if used:
         raise AdapterError(f"{file} needs {', '.join(used)}, which this version does not support")
     init = values.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
+    if changed_base_in_peft(init):
         raise AdapterError(
             f"{file} has init_lora_weights '{init}', which changed the base model; convert the adapter to plain "
             "LoRA with PEFT first (save_pretrained with path_initial_model_for_weight_conversion)"
@@ -74,7 +74,8 @@ def matrix_config(values: Mapping[str, Any], file: Path) -> LoraConfig:
     Raises:
         CheckpointError: one of these settings is not valid.
     """
-    said = {key: values[key] for key in ("r", "lora_alpha") if key in values}
+    values = file_variant(values, file).from_file(dict(values))
+    said: dict[str, Any] = {key: values[key] for key in ("r", "lora_alpha") if key in values}
     patterns: dict[str, dict[str, Any]] = {key: values.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
     numbers = dict(said)
     for key, pattern in patterns.items():
@@ -97,19 +98,29 @@ def read_config_file(file: Path) -> dict[str, Any]:
         AdapterError: it is not a LoRA adapter.
     """
     values = read_json_object(file)
-    if values.get("peft_type") != "LORA":
+    if values.get("peft_type") not in {variant.peft_type for variant in VARIANTS.values()}:
         raise AdapterError(f"{file}: expected an object with peft_type 'LORA', got {values.get('peft_type')!r}")
     return values
+
+
+def file_variant(values: Mapping[str, Any], file: Path) -> Variant:
+    """Return the variant of the adapter whose settings a file holds.
+
+    Raises:
+        AdapterError: it names none that is known here, or several.
+    """
+    found = variants_read(values)
+    if len(found) > 1:
+        raise AdapterError(f"{file}: {' and '.join(variant.setting for variant in found)} exclude each other")
+    if not found:
+        raise AdapterError(f"{file}: its variant {values.get('variant')!r} is not known here")
+    return found[0]
 
 
 def peft_config(model: nn.Module, name: str) -> dict[str, Any]:
     """Return the contents of adapter_config.json for an adapter of a model."""
     config = adapter_configs(model)[name]
     values = config.model_dump(mode="json")
-    if config.variant == "residual":
-        values |= _doubled(config)
-    values["lora_alpha"] = _whole(values["lora_alpha"])
-    values["alpha_pattern"] = {key: _whole(alpha) for key, alpha in values["alpha_pattern"].items()}
     targets = values["target_modules"]
     is_word = isinstance(targets, str) and targets.lower() == "all-linear"  # which not every reader knows
     is_narrowed = isinstance(targets, str) and values["layers_to_transform"] is not None  # which PEFT refuses
@@ -117,8 +128,8 @@ def peft_config(model: nn.Module, name: str) -> dict[str, Any]:
         values["target_modules"] = _target_names(model, name)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     layers = lora_layers(model, name).values()
-    return values | {
-        "peft_type": "LORA",
+    values |= {
+        "peft_type": config.update_variant.peft_type,
         "task_type": None if head is None else "CAUSAL_LM",
         "base_model_name_or_path": next(base_names(model), None),
         "fan_in_fan_out": any(isinstance(layer, LoRALinear) and layer.is_conv1d for layer in layers),
@@ -126,17 +137,10 @@ def peft_config(model: nn.Module, name: str) -> dict[str, Any]:
         "init_lora_weights": True,
         "ensure_weight_tying": bool(config.ensure_weight_tying),
     }
-
-
-def _doubled(config: LoraConfig) -> dict[str, Any]:
-    """An adapter that started inside the base is written as plain LoRA of twice the rank, with the same scaling."""
-    factor = 2**0.5 if config.use_rslora else 2
-    return {
-        "r": 2 * config.r,
-        "lora_alpha": factor * config.lora_alpha,
-        "rank_pattern": {key: 2 * rank for key, rank in config.rank_pattern.items()},
-        "alpha_pattern": {key: factor * alpha for key, alpha in config.alpha_pattern.items()},
-    }
+    values = config.update_variant.to_file(values)
+    whole = {"lora_alpha": _whole(values["lora_alpha"])} if "lora_alpha" in values else {}
+    patterns = {key: _whole(alpha) for key, alpha in values.get("alpha_pattern", {}).items()}
+    return values | whole | ({"alpha_pattern": patterns} if "alpha_pattern" in values else {})
 
 
 def _target_names(model: nn.Module, name: str) -> list[str]:

@@ -7,21 +7,20 @@ The endings, and the shapes behind them:
 
     lora_A.weight           (r, in_features)
     lora_B.weight           (out_features, r)
-    lora_B.bias             (out_features,)                                     lora_bias
-    lora_magnitude_vector   (out_features,), of a convolution (1, out, 1, 1)    DoRA
     lora_embedding_A, _B    (r, vocabulary), (dim, r)
     base_layer.bias         (out_features,)                                     bias of an adapted layer
     base_layer.weight       (vocabulary, dim)                                   the frozen table of an embedding
     <parameter>             as it is                                            modules_to_save, bias of other modules
     token_adapter.trainable_tokens_delta    (tokens, dim), rows, not differences
 
-The adapter's name is in none of them. Of several adapted parameters of one module the last is at the module's path, the
-one before at <path of the module>.base_layer, and so on.
+A variant (`lorakit.layers.variants`) has names of its own for what it trains. The adapter's name is in none of them. Of
+several adapted parameters of one module the last is at the module's path, the one before at
+<path of the module>.base_layer, and so on.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from ..layers import VARIANTS, LoRAEmbedding, LoRALinear, Variant
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -31,48 +30,42 @@ BASE_KEY = "lorakit.base"  # in the weights' metadata: the fingerprint of the ba
 PREFIX = "base_model.model."
 BASE_LAYER = "base_layer"
 
-Role = Literal["lora_A", "lora_B", "bias", "magnitude"]
-
-# A parameter's name in the layer -> how its tensor's name ends, where the two differ.
+# A parameter's name in the module -> how its tensor's name ends, where the two differ, whatever the variant.
 _ENDINGS = {
-    "lora_A": "lora_A.weight",
-    "lora_B": "lora_B.weight",
-    "lora_bias": "lora_B.bias",
     "trained_bias": f"{BASE_LAYER}.bias",
     "trainable_tokens_delta": "token_adapter.trainable_tokens_delta",
 }
-# How the name of a low-rank layer's tensor ends -> what the tensor is to the layer.
-_ROLES: dict[str, Role] = {
-    "lora_A.weight": "lora_A",
-    "lora_B.weight": "lora_B",
-    "lora_embedding_A": "lora_A",
-    "lora_embedding_B": "lora_B",
-    "lora_B.bias": "bias",
-    "lora_magnitude_vector": "magnitude",
-    "lora_magnitude_vector.weight": "magnitude",  # as PEFT before 0.11 wrote it
-}
 
 
-def tensor_name(path: str, parameter: str) -> str:
+def tensor_name(path: str, parameter: str, variant: Variant = VARIANTS["plain"]) -> str:
     """Return the name of a module's tensor in the file.
 
     Args:
         path: of the module, "" for the model itself.
         parameter: its name in our layer, such as "lora_A" or "lora_magnitude_vector".
+        variant: of the adapter.
     """
-    ending = _ENDINGS.get(parameter, parameter)
+    ending = variant.endings.get(parameter) or _ENDINGS.get(parameter, parameter)
     return f"{PREFIX}{path}.{ending}"
 
 
 def matrix_names(path: str, is_embedding: bool) -> tuple[str, str]:
-    """Return the names of a layer's A and B in the file."""
-    a, b = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A", "lora_B")
+    """Return the names of a plain layer's A and B in the file."""
+    a, b = (LoRAEmbedding if is_embedding else LoRALinear).matrices
     return tensor_name(path, a), tensor_name(path, b)
 
 
-def path_and_role(name: str) -> tuple[str, Role] | None:
-    """Return the module's path and the role of a low-rank layer's tensor; None where the name is of another kind."""
-    for ending, role in _ROLES.items():
+def path_and_table(name: str, variant: Variant) -> tuple[str, str] | None:
+    """Return the path and the table of a low-rank layer's tensor; None where the name is of another kind.
+
+    Args:
+        name: of the tensor in the file.
+        variant: of the adapter. What only other variants train is found as well: it is then in the wrong place.
+    """
+    tables = {variant.endings.get(table, table): table for table in (*LoRALinear.matrices, *LoRAEmbedding.matrices)}
+    for one in VARIANTS.values():
+        tables |= {one.endings.get(table, table): table for table in one.trained} | dict(one.old_endings)
+    for ending, table in tables.items():
         if name.startswith(PREFIX) and name.endswith(f".{ending}"):
-            return name[len(PREFIX) : -len(ending) - 1], role
+            return name[len(PREFIX) : -len(ending) - 1], table
     return None

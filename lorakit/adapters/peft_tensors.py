@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ..layers import AdapterPart, LoRAConv, LoRALinear, LoRAParameter
+from ..layers import VARIANTS, AdaptedLayer, AdapterPart, LoRAParameter, Variant
 from .attach import adapter_parts
 from .peft_names import BASE_LAYER, tensor_name
 from .placing import Placement
@@ -15,17 +15,17 @@ from .targeting import unwrapped
 
 
 def file_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """Return an adapter's tensors as a file has them, name in the file -> tensor; they share the parameters' memory."""
+    """Return an adapter's tensors as a file has them, name in the file -> tensor."""
     found: dict[str, Tensor] = {}
-    parts = [(_logical(path, part), part) for path, part in adapter_parts(model, name).items()]
-    for path, part in _with_file_paths(parts):
-        for table, parameter in part.parameters_of(name).items():
-            shape = _shape(part, table, tuple(parameter.shape))
-            found[tensor_name(path, table)] = parameter.detach().view(shape)
-        if isinstance(part, LoRALinear) and part.variants[name].kept:  # a start inside the base: twice the rank
-            up, down = part.factors(name)
-            found[tensor_name(path, "lora_A")] = down.detach()
-            found[tensor_name(path, "lora_B")] = up.detach() / part.scaling[name]
+    for path, part in _file_parts(model, name):
+        tensors: dict[str, Tensor] = dict(part.parameters_of(name))
+        variant = VARIANTS["plain"]
+        if isinstance(part, AdaptedLayer):
+            variant = part.adapters[name].variant
+            tensors |= variant.file_tensors(part.adapters[name])
+        for table, tensor in tensors.items():
+            shape = _shape(part, variant, table, tuple(tensor.shape))
+            found[tensor_name(path, table, variant)] = tensor.detach().view(shape)
     return found
 
 
@@ -34,7 +34,7 @@ def file_shapes(placements: Iterable[Placement]) -> dict[str, tuple[int, ...]]:
     placements = list(placements)
     paths = [path for path, _ in _with_file_paths([(p.path, p.part) for p in placements])]
     return {
-        tensor_name(path, table): _shape(placement.part, table, shape)
+        tensor_name(path, table, placement.variant): _shape(placement.part, placement.variant, table, shape)
         for path, placement in zip(paths, placements, strict=True)
         for table, shape in placement.shapes.items()
     }
@@ -43,14 +43,19 @@ def file_shapes(placements: Iterable[Placement]) -> dict[str, tuple[int, ...]]:
 @torch.no_grad()
 def write_tensors(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> None:
     """Copy a file's tensors, which have been checked, into an adapter of the model."""
-    for key, parameter in file_tensors(model, name).items():
-        parameter.copy_(tensors[key])
+    for path, part in _file_parts(model, name):
+        variant = part.adapters[name].variant if isinstance(part, AdaptedLayer) else VARIANTS["plain"]
+        for table, parameter in part.parameters_of(name).items():
+            parameter.copy_(tensors[tensor_name(path, table, variant)].view(parameter.shape))
 
 
-def _shape(part: AdapterPart, table: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    if isinstance(part, LoRAConv) and table == "lora_magnitude_vector":
-        return (1, *shape, *(1 for _ in part.kernel[1:]))
-    return shape
+def _shape(part: AdapterPart, variant: Variant, table: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return variant.file_shape(part, table, shape) if isinstance(part, AdaptedLayer) else shape
+
+
+def _file_parts(model: nn.Module, name: str) -> Iterator[tuple[str, AdapterPart]]:
+    """Yield each part of an adapter with the path that its tensors have in the file."""
+    return _with_file_paths([(_logical(path, part), part) for path, part in adapter_parts(model, name).items()])
 
 
 def _with_file_paths(parts: list[tuple[str, AdapterPart]]) -> Iterator[tuple[str, AdapterPart]]:

@@ -16,10 +16,12 @@ from ..layers import (
     VARIANTS,
     AdaptedLayer,
     AdapterPart,
+    AdapterSpec,
     LoRAParameter,
     SavedModule,
     TiedHead,
     TrainedTokens,
+    Variant,
     adapted_kind,
 )
 from ..layers.quantized_module import QuantizedModule
@@ -50,12 +52,14 @@ class Placement:
         part: the part that stands there already, for other adapters, or a new one that nothing holds yet.
         shapes: what the adapter will train there, table or parameter name -> shape.
         attach: adds the adapter to the part: attach(name, dtype).
+        variant: of the update, where the part has one.
     """
 
     path: str
     part: AdapterPart
     shapes: dict[str, tuple[int, ...]]
     attach: Attach
+    variant: Variant = VARIANTS["plain"]
 
 
 def place(model: nn.Module, config: LoraConfig, report: MatchReport, is_strict: bool = True) -> list[Placement]:
@@ -99,16 +103,15 @@ def _layer(model: nn.Module, path: str, config: LoraConfig, report: MatchReport)
         part = kind(module)  # type: ignore[call-arg] # each kind asks its base for its features
     assert isinstance(part, AdaptedLayer)
     rank, scaling = _rank_and_scaling(path, config, report)
-    variant, bias = VARIANTS[config.variant], config.bias != "none"
-    if config.lora_bias and not hasattr(part.base_layer, "bias"):
-        raise AdapterError(f"{path} is a {type(part.base_layer).__name__}, which has no bias for lora_bias to change")
-    shapes = part.shapes(rank, variant, bias)
-    is_neutral = config.init_lora_weights is not False
+    variant, neutral_start = config.update_variant, config.start.is_neutral
+    if problem := variant.problem(part):
+        raise AdapterError(f"{path} is a {type(part.base_layer).__name__}, {problem}")
+    spec = AdapterSpec(rank, scaling, config.lora_dropout, variant, config.bias != "none", neutral_start)
+    return Placement(path, part, part.shapes(spec), partial(_attach_new, part, spec), variant)
 
-    def attach(name: str, dtype: torch.dtype) -> None:
-        part.add(name, rank, scaling, config.lora_dropout, is_neutral, dtype, variant, bias)
 
-    return Placement(path, part, shapes, attach)
+def _attach_new(part: AdaptedLayer, spec: AdapterSpec, name: str, dtype: torch.dtype) -> None:
+    part.add(name, spec, dtype)
 
 
 def _parameters(model: nn.Module, paths: Iterable[str], config: LoraConfig, report: MatchReport) -> list[Placement]:
@@ -129,16 +132,9 @@ def _parameters(model: nn.Module, paths: Iterable[str], config: LoraConfig, repo
                     raise AdapterError(f"{path} is adapted as a whole; its parameter '{name}' cannot be as well")
                 part = outermost[path] = LoRAParameter(found, name)
             rank, scaling = _rank_and_scaling(f"{path}.{name}", config, report)
-            init = config.init_lora_weights is not False
-            attach = partial(_attach_parameter, part, rank, scaling, init)
-            placements.append(Placement(path, part, part.shapes(rank, VARIANTS["plain"]), attach))
+            spec = AdapterSpec(rank, scaling, neutral_start=config.start.is_neutral)
+            placements.append(Placement(path, part, part.shapes(spec), partial(_attach_new, part, spec)))
     return placements
-
-
-def _attach_parameter(
-    part: LoRAParameter, rank: int, scaling: float, init: bool, name: str, dtype: torch.dtype
-) -> None:
-    part.add(name, rank, scaling, init=init, dtype=dtype)
 
 
 def _parameter_part(module: nn.Module, parameter: str) -> LoRAParameter | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..errors import AdapterError, did_you_mean
-from ..layers import AdaptedLayer, AdapterPart, Rows, TakesRows
+from ..layers import AdaptedLayer, AdapterPart, RowAdapters, RowAware
 from .config import LoraConfig
 
 
@@ -29,7 +29,7 @@ class AdapterState:
         instead: of the interventions that are open, the innermost last: part -> active adapter -> the one in its place
             there, or None for none.
         on_host: names of the adapters that are kept in host memory while they are not in use.
-        parts, takers: modules of the model that hold adapters, or are told of rows; parts is None where they
+        parts, row_aware: modules of the model that hold adapters, or are told of rows; parts is None where they
             have to be looked for.
     """
 
@@ -37,11 +37,11 @@ class AdapterState:
     active: tuple[str, ...] = ()
     trained: tuple[str, ...] = ()
     disabled: int = 0
-    rows: list[Rows] = field(default_factory=list)
+    rows: list[RowAdapters] = field(default_factory=list)
     instead: list[Mapping[AdapterPart, Mapping[str, str | None]]] = field(default_factory=list)
     on_host: set[str] = field(default_factory=set)
     parts: list[AdapterPart] | None = None
-    takers: list[TakesRows] = field(default_factory=list)
+    row_aware: list[RowAware] = field(default_factory=list)
 
     def in_use(self, name: str) -> bool:
         """Whether an adapter is active or some row's; it stays so while adapters are disabled."""
@@ -119,7 +119,7 @@ def known_parts(model: nn.Module, name: str | None = None) -> list[AdapterPart]:
     state = state_of(model)
     if state.parts is None:
         state.parts = [module for module in model.modules() if isinstance(module, AdapterPart)]
-        state.takers = [module for module in model.modules() if isinstance(module, TakesRows)]
+        state.row_aware = [module for module in model.modules() if isinstance(module, RowAware)]
     return [part for part in state.parts if name is None or name in part.names()]
 
 
@@ -172,5 +172,5 @@ def apply_state(model: nn.Module) -> None:
         for change in state.instead:
             names = tuple(new for name in names if (new := change.get(part, {}).get(name, name)) is not None)
         part.active = tuple(name for name in dict.fromkeys(names) if name in part.names())
-    for taker in state.takers:
-        taker.rows = rows
+    for module in state.row_aware:
+        module.rows = rows

@@ -18,7 +18,7 @@ from .switching import idle_adapters
 
 
 @dataclass(frozen=True)
-class AttachedAdapter:
+class AdapterSummary:
     """One adapter.
 
     Attributes:
@@ -64,7 +64,7 @@ class AdapterStatus:
         irregularities: what is not as it should be, of the model and of each adapter.
     """
 
-    adapters: dict[str, AttachedAdapter]
+    adapters: dict[str, AdapterSummary]
     disabled: bool
     also_trained: int
     irregularities: list[str]
@@ -83,7 +83,7 @@ def adapter_status(model: nn.Module) -> AdapterStatus:
     adapters = {name: _info(model, name) for name in state.configs}
     for name in merged.names if merged else ():
         key = f"{name} (merged)" if name in adapters else name  # whose name a new adapter may have taken
-        adapters[key] = AttachedAdapter(name, active=False, trained=False, merged=True)
+        adapters[key] = AdapterSummary(name, active=False, trained=False, merged=True)
     found, known = adapter_parts(model), known_parts(model)
     problems = [
         f"{path} was not put in by add_adapter: switching does not reach it"
@@ -96,12 +96,12 @@ def adapter_status(model: nn.Module) -> AdapterStatus:
     return AdapterStatus(adapters, state.disabled > 0, others, problems)
 
 
-def _info(model: nn.Module, name: str) -> AttachedAdapter:
+def _info(model: nn.Module, name: str) -> AdapterSummary:
     state = state_of(model)
     parts = adapter_parts(model, name)
     layers = [part for part in parts.values() if isinstance(part, AdaptedLayer)]
     parameters = [p for part in parts.values() for p in part.parameters_of(name).values()]
-    return AttachedAdapter(
+    return AdapterSummary(
         name,
         active=name in state.active,
         trained=name in state.trained,

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from ..errors import AdapterError, did_you_mean
-from ..layers import BASE, Rows
+from ..layers import BASE, RowAdapters
 from .host_memory import move_in, move_out
 from .state import adapter_configs, apply_state, checked_names, known_parts, state_of
 
@@ -101,7 +101,7 @@ def use_rows(model: nn.Module, names: Sequence[str], lengths: Sequence[int] | No
     if unknown := [name for name in names if name not in known]:
         hint = did_you_mean(unknown[0], known)
         raise AdapterError(f"the model has no adapter '{unknown[0]}'{hint} (for a row: {', '.join(known)})")
-    rows = Rows(names, lengths)
+    rows = RowAdapters(names, lengths)
     for part in known_parts(model):
         carried = (name for name in rows.adapters if name in part.names())
         if whole := [name for name in carried if not part.supports_rows(name)]:

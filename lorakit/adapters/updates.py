@@ -21,10 +21,6 @@ from .peft_config import attachable_config
 from .peft_names import BASE_KEY, CONFIG_FILE, matrix_names
 from .ranks import config_for_ranks, rank_pattern
 
-_DORA = (
-    "is a DoRA adapter: its change of the base, m (W + s BA) / |W + s BA| - W, is not of low rank; merge it into the "
-    "base model, or train plain LoRA"
-)
 _INHERITED = ("base_model_name_or_path", "fan_in_fan_out", "revision", "task_type")
 
 
@@ -41,9 +37,10 @@ def model_updates(model: nn.Module, name: str) -> dict[str, LowRank]:
         raise AdapterError(f"{where} holds more than low-rank updates: {', '.join(others[:5])}")
     updates = {}
     for path, layer in layers.items():
-        extras = sorted(layer.parameters_of(name).keys() - set(layer.matrices))
-        if "lora_magnitude_vector" in extras:
-            raise AdapterError(f"{where} {_DORA}")
+        variant = layer.adapters[name].variant
+        if variant.multiplies_base:
+            raise AdapterError(f"{where} {variant.not_low_rank}")
+        extras = sorted(layer.parameters_of(name).keys() - {*layer.matrices, *(variant.trained * variant.is_low_rank)})
         if extras:
             raise AdapterError(f"{where} holds more than low-rank updates: {', '.join(extras)} of {path}")
         up, down = (factor.detach() for factor in layer.factors(name))
@@ -87,8 +84,8 @@ class FolderUpdates(Mapping[str, LowRank]):
         where = self.adapter.folder
         # This refuses starts that changed the base.
         config = attachable_config(self.adapter.config, where / CONFIG_FILE)
-        if config.use_dora:
-            raise AdapterError(f"{where} {_DORA}")
+        if not config.update_variant.is_low_rank:
+            raise AdapterError(f"{where} {config.update_variant.not_low_rank}")
         if self.adapter.extras:
             names = ", ".join(list(self.adapter.extras)[:5])
             raise AdapterError(f"{where} holds more than low-rank updates: {names}")
@@ -99,8 +96,6 @@ class FolderUpdates(Mapping[str, LowRank]):
     def __getitem__(self, path: str) -> LowRank:
         layer = self.adapter.layers[path]
         where = f"{self.adapter.folder}: {path}"
-        if layer.bias is not None:
-            raise AdapterError(f"{where} has a trained bias (lora_bias), which is not a low-rank update")
         if layer.kind == "conv" and layer.lora_B.shape[1] != layer.lora_A.shape[0]:
             raise AdapterError(f"{where} is a grouped convolution, whose update is several: these are not combined")
         return layer.update(dtype=torch.promote_types(layer.lora_A.dtype, torch.float32))

@@ -94,7 +94,7 @@ class _Vectors:
         self._found: SingularVectors | None = None
 
     def against(self, update: Update) -> AgainstBase | None:
-        weight = self._weights.weight(update, self._transposed) if self._weights else None
+        weight = self._weights.weight(update, self._transposed) if self._weights and update.is_whole else None
         if weight is None:
             return None
         if min(weight.shape) <= EXACT_UP_TO:

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from ..adapters import lora_layers
 from ..adapters.adapter_folder import AdapterFolder, read_adapter_folder
 from ..adapters.attach import adapter_configs, check_adapter
+from ..adapters.inits import changed_base_in_peft
 from ..adapters.low_rank import LowRank
 from ..layers.adapted import AdaptedLayer
 from .places import in_model_order
-
-_BASE_CHANGING = ("corda", "loftq", "lora_ga", "olora", "pissa")  # starts that take their first value out of the base
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,8 @@ class Update:
         kind: linear, embedding, conv or experts.
         rank, scaling, parameters: as allotted; parameters of A and B.
         low_rank: scaling·B·A.
-        magnitude: DoRA's, (out,), or None.
+        magnitude: the lengths of the tuned weight's rows, where the variant trains them as DoRA does, (out,), or None.
+        is_whole: whether low_rank, with the magnitude, is all of the change of the weight.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Update:
     parameters: int
     low_rank: LowRank
     magnitude: Tensor | None
+    is_whole: bool
 
 
 class Updates:
@@ -71,8 +72,7 @@ class Updates:
     def changed_base(self) -> str | None:
         """The start that took its first value out of the base, where B·A is then not the whole change: "pissa", ..."""
         start = self.config.get("init_lora_weights")
-        is_other = isinstance(start, str) and start.lower().startswith(_BASE_CHANGING)
-        return start if is_other and self.folder is not None else None
+        return start if changed_base_in_peft(start) and self.folder is not None else None
 
     def __getitem__(self, path: str) -> list[Update]:
         """Return the updates of one module: one, or one for each expert."""
@@ -80,10 +80,13 @@ class Updates:
             return _live_updates(path, self._layers[path], self._name)
         layer = self.folder.layers[path]
         parameters = (layer.lora_A.numel() + layer.lora_B.numel()) // layer.experts
-        magnitude = None if layer.magnitude is None else layer.magnitude.flatten().double()
+        lengths, is_whole = layer.further.get(layer.variant.row_lengths or ""), layer.variant.is_factored
+        magnitude = None if lengths is None else lengths.flatten().double()
         names = [path] if layer.experts == 1 else [f"{path}[{number}]" for number in range(layer.experts)]
         return [
-            Update(name, path, layer.kind, layer.rank, layer.scaling, parameters, layer.update(number), magnitude)
+            Update(
+                name, path, layer.kind, layer.rank, layer.scaling, parameters, layer.update(number), magnitude, is_whole
+            )
             for number, name in enumerate(names)
         ]
 
@@ -95,8 +98,9 @@ class Updates:
 def _live_updates(path: str, layer: AdaptedLayer, name: str) -> list[Update]:
     a, b = layer.lora_A[name], layer.lora_B[name]
     up, down = (factor.detach().cpu().double() for factor in layer.factors(name))
-    parameter = layer.parameters_of(name).get("lora_magnitude_vector")
-    magnitude = None if parameter is None else parameter.detach().cpu().flatten().double()
+    variant = layer.adapters[name].variant
+    lengths = layer.parameters_of(name).get(variant.row_lengths or "")
+    magnitude = None if lengths is None else lengths.detach().cpu().flatten().double()
     kind = "embedding" if "embedding" in layer.matrices[0] else "conv" if a.ndim > 2 else "linear"
     if up.ndim == 2:
         parts = {path: LowRank(up, down)}
@@ -105,6 +109,6 @@ def _live_updates(path: str, layer: AdaptedLayer, name: str) -> list[Update]:
     parameters = (a.numel() + b.numel()) // len(parts)
     rank = a.shape[0] // len(parts)
     return [
-        Update(part, path, kind, rank, layer.scaling[name], parameters, update, magnitude)
+        Update(part, path, kind, rank, layer.scaling[name], parameters, update, magnitude, variant.is_factored)
         for part, update in parts.items()
     ]

@@ -2,23 +2,23 @@
 
 from torch import nn
 
-from .adapted import AdaptedLayer, AdapterPart
+from .adapted import AdaptedLayer, AdapterPart, AdapterSpec
 from .embedding4bit import Embedding4bit
 from .in_use import AdaptersInUse
 from .linear4bit import Linear4bit
 from .linear_cross_entropy import linear_cross_entropy, token_losses
 from .lora_conv import LoRAConv
 from .lora_embedding import LoRAEmbedding
-from .lora_linear import Again, LoRALinear, linear_together
+from .lora_linear import LoRALinear, Recompute, linear_together
 from .lora_parameter import LoRAParameter
 from .norm import RMSNorm
 from .residual4bit import ResidualLinear4bit
 from .rope import apply_rope, rope_frequencies, rope_tables
-from .rows import BASE, Rows, TakesRows
+from .row_adapters import BASE, RowAdapters, RowAware
 from .saved_module import SavedModule
 from .swiglu import swiglu
 from .trained_tokens import TiedHead, TrainedTokens
-from .variants import VARIANTS, Variant
+from .variants import VARIANTS, AttachedAdapter, FrozenWeight, Variant, variants_read
 
 # Which class adapts which module: the first that fits. A new kind of layer is a file and a name here.
 LAYER_KINDS: tuple[type[AdaptedLayer], ...] = (LoRALinear, LoRAEmbedding, LoRAConv)
@@ -35,19 +35,22 @@ __all__ = [
     "VARIANTS",
     "AdaptedLayer",
     "AdapterPart",
+    "AdapterSpec",
     "AdaptersInUse",
-    "Again",
+    "AttachedAdapter",
     "Embedding4bit",
+    "FrozenWeight",
     "Linear4bit",
     "LoRAConv",
     "LoRAEmbedding",
     "LoRALinear",
     "LoRAParameter",
     "RMSNorm",
+    "Recompute",
     "ResidualLinear4bit",
-    "Rows",
+    "RowAdapters",
+    "RowAware",
     "SavedModule",
-    "TakesRows",
     "TiedHead",
     "TrainedTokens",
     "Variant",
@@ -59,4 +62,5 @@ __all__ = [
     "rope_tables",
     "swiglu",
     "token_losses",
+    "variants_read",
 ]

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .dropout import dropout
-from .rows import TakesRows
-from .variants import VARIANTS, KeptGain, Variant
+from .gains import compose
+from .row_adapters import RowAware
+from .variants import VARIANTS, AttachedAdapter, Variant
 
 
-class AdapterPart(TakesRows, nn.Module):
+class AdapterPart(RowAware, nn.Module):
     """A module that stands in the place of a frozen one and holds, for each adapter, what is to be trained of it.
+
+    What it holds of one adapter comes off as a record and can be attached again, to this module or to one like it.
 
     Attributes:
         base_layer: the module whose place it took; its bytes are never changed.
@@ -37,13 +42,24 @@ class AdapterPart(TakesRows, nn.Module):
         """What an adapter trains here: name of the table -> parameter."""
         raise NotImplementedError
 
+    def held_by(self, name: str) -> list[nn.Parameter]:
+        """Return all parameters that this module holds of an adapter, whether they are trained or not."""
+        return list(self.parameters_of(name).values())
+
     def supports_rows(self, name: str) -> bool:
-        """Whether an adapter may be that of some rows only (`lorakit.layers.rows`)."""
+        """Whether an adapter may be that of some rows only (`lorakit.layers.row_adapters`)."""
         return False
 
-    def remove(self, name: str) -> None:
-        """Detach an adapter."""
+    def attach(self, name: str, record: Any) -> None:
+        """Take an adapter on: a record as `detach` of such a module returns it, its very parameters."""
         raise NotImplementedError
+
+    def detach(self, name: str) -> Any:
+        """Take an adapter off; return the record of all that this module held of it."""
+        raise NotImplementedError
+
+    def forget_base(self) -> None:
+        """Drop what was computed from the base weight, as before another one takes its place."""
 
     def table(self, name: str) -> nn.ParameterDict:
         """Return a table of parameters, adapter name -> parameter, such as "lora_B"; made where it is new."""
@@ -51,14 +67,75 @@ class AdapterPart(TakesRows, nn.Module):
             self.add_module(name, nn.ParameterDict())
         return cast(nn.ParameterDict, self._modules[name])
 
-    def _carries(self, table: str, name: str) -> bool:
-        return table in self._modules and name in self.table(table)
+    def _take(self, table: str, name: str) -> nn.Parameter:
+        """Take an adapter's parameter out of a table."""
+        return cast(nn.Parameter, self.table(table).pop(name))
 
-    def _drop(self, table: str, name: str) -> None:
-        """Take an adapter's parameter out of a table, and the table away with its last."""
-        del self.table(table)[name]
-        if not len(self.table(table)):
-            del self._modules[table]
+    def _deactivate(self, name: str) -> None:
+        self.active = tuple(other for other in self.active if other != name)
+
+
+class _Held(Mapping[str, nn.Parameter]):
+    """The parameters that a module holds of one adapter, table -> parameter, read from the module's own tables.
+
+    PyTorch moves, shards and replaces the parameters of a module's tables; a second holder would fall behind.
+    """
+
+    def __init__(self, module: AdapterPart, name: str) -> None:
+        self._module, self._name = module, name
+
+    def __getitem__(self, table: str) -> nn.Parameter:
+        try:
+            return cast(nn.Parameter, getattr(self._module._modules[table], self._name))
+        except AttributeError:
+            raise KeyError(table) from None
+
+    def __iter__(self) -> Iterator[str]:
+        tables = self._module._modules.items()
+        return (name for name, table in tables if isinstance(table, nn.ParameterDict) and self._name in table)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+class _Scalings(Mapping[str, float]):
+    """Adapter name -> scaling, of a layer's records."""
+
+    def __init__(self, adapters: dict[str, AttachedAdapter]) -> None:
+        self._adapters = adapters
+
+    def __getitem__(self, name: str) -> float:
+        return self._adapters[name].scaling
+
+    def __setitem__(self, name: str, scaling: float) -> None:
+        self._adapters[name].scaling = scaling
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._adapters)
+
+    def __len__(self) -> int:
+        return len(self._adapters)
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """A new adapter of a layer.
+
+    Attributes:
+        r: rank.
+        scaling: factor on B @ A.
+        dropout_p: probability with which numbers of the adapter's input are dropped in training.
+        variant: how the update enters the layer.
+        bias: train a copy of the layer's bias too, where it has one.
+        neutral_start: start so that nothing changes yet. Otherwise B is random as A is, for tests of file formats.
+    """
+
+    r: int
+    scaling: float
+    dropout_p: float = 0.0
+    variant: Variant = VARIANTS["plain"]
+    bias: bool = False
+    neutral_start: bool = True
 
 
 class AdaptedLayer(AdapterPart):
@@ -72,9 +149,10 @@ class AdaptedLayer(AdapterPart):
     adapters are summed. A and B are fp32 masters by default; products run in the dtype of the layer's input.
 
     Attributes:
+        adapters: adapter name -> its record.
         lora_A, lora_B: adapter name -> A (r, in_features) and B (out_features, r), as this kind of layer shapes them.
-        scaling, dropout_p: adapter name -> factor on B @ A, dropout on the adapter's input.
-        variants: adapter name -> how its update enters.
+        scaling: adapter name -> factor on B @ A, which may be written to.
+        kept_of_base: what variants have computed from the base weight, by names of theirs.
     """
 
     matrices = ("lora_A", "lora_B")  # what the tables are called in the module's state
@@ -84,10 +162,8 @@ class AdaptedLayer(AdapterPart):
         self.in_features, self.out_features = in_features, out_features
         for table in self.matrices:
             setattr(self, table, nn.ParameterDict())
-        self.scaling: dict[str, float] = {}
-        self.dropout_p: dict[str, float] = {}
-        self.variants: dict[str, Variant] = {}
-        self.kept_gains: dict[str, KeptGain] = {}  # of the variants, between forwards without gradient
+        self.adapters: dict[str, AttachedAdapter] = {}
+        self.kept_of_base: dict[str, Tensor] = {}
 
     @property
     def lora_A(self) -> nn.ParameterDict:
@@ -98,6 +174,11 @@ class AdaptedLayer(AdapterPart):
     def lora_B(self) -> nn.ParameterDict:
         """Adapter name -> B."""
         return cast(nn.ParameterDict, self._modules[self.matrices[1]])
+
+    @property
+    def scaling(self) -> _Scalings:
+        """Adapter name -> factor on B @ A."""
+        return _Scalings(self.adapters)
 
     # ---- what each kind of layer says of itself ----------------------------------------------------------------------
 
@@ -134,109 +215,141 @@ class AdaptedLayer(AdapterPart):
         """Return what the layer would with B @ A in the place of its weight and no bias."""
         raise NotImplementedError
 
+    def apply_matrix(self, matrix: Tensor, x: Tensor) -> Tensor:
+        """Return what the layer would with a matrix (out_features, in_features) in the place of its weight, no bias."""
+        raise NotImplementedError
+
     def along_output(self, vector: Tensor) -> Tensor:
         """Return a vector (out_features,) in a shape that broadcasts over the layer's output."""
         return vector
 
-    # ---- adapters ----------------------------------------------------------------------------------------------------
+    @property
+    def device(self) -> torch.device:
+        """Where the base layer is."""
+        return next(self.base_layer.parameters()).device
 
-    def shapes(self, r: int, variant: Variant, bias: bool = False) -> dict[str, tuple[int, ...]]:
-        """Return what `add` will train: name of the table -> shape."""
-        of_bias = {"trained_bias": (self.out_features,)} if bias and self.base_bias is not None else {}
-        return dict(zip(self.matrices, self.matrix_shapes(r), strict=True)) | variant.shapes(self) | of_bias
-
-    def add(
-        self,
-        name: str,
-        r: int,
-        scaling: float,
-        dropout_p: float = 0.0,
-        init: bool = True,
-        dtype: torch.dtype = torch.float32,
-        variant: Variant = VARIANTS["plain"],
-        bias: bool = False,
-    ) -> None:
-        """Attach an adapter of rank r, initialised so that (unless init is False) it changes nothing yet.
-
-        A is uniform within 1 / sqrt(in_features) (Kaiming with a = sqrt(5), as in the paper's code); B is zero.
-        init=False makes B random as well, for tests of file formats. `lorakit.adapters.inits` has other starts.
-
-        Args:
-            bias: train a copy of the layer's bias too, where it has one.
-        """
-        device = next(self.base_layer.parameters()).device
-        lora_a, lora_b = (torch.zeros(shape, device=device) for shape in self.matrix_shapes(r))
-        self._draw(lora_a, lora_b, init)
-        self.lora_A[name], self.lora_B[name] = nn.Parameter(lora_a.to(dtype)), nn.Parameter(lora_b.to(dtype))
-        self.scaling[name], self.dropout_p[name], self.variants[name] = scaling, dropout_p, variant
-        self.restart(name)
-        if bias and self.base_bias is not None:
-            self.table("trained_bias")[name] = nn.Parameter(self.base_bias.detach().to(dtype, copy=True))
-
-    def restart(self, name: str) -> None:
-        """Give the variant's parameters their first values, for the A and B that there are now."""
-        for table, value in self.variants[name].start(self, name).items():
-            self.table(table)[name] = nn.Parameter(value, requires_grad=table in self.variants[name].trained)
-
-    def _draw(self, lora_a: Tensor, lora_b: Tensor, init: bool) -> None:
-        nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
-        if init is False:
-            nn.init.kaiming_uniform_(lora_b, a=math.sqrt(5))
+    @property
+    def has_bias(self) -> bool:
+        """Whether the base layer has a place for a bias, empty or not."""
+        return hasattr(self.base_layer, "bias")
 
     @property
     def base_bias(self) -> Tensor | None:
         """The base layer's bias, (out_features,), or None."""
         return getattr(self.base_layer, "bias", None)
 
+    # ---- adapters ----------------------------------------------------------------------------------------------------
+
+    def shapes(self, spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
+        """Return what `add` will train: name of the table -> shape."""
+        of_bias = {"trained_bias": (self.out_features,)} if spec.bias and self.base_bias is not None else {}
+        matrices = dict(zip(self.matrices, self.matrix_shapes(spec.r), strict=True))
+        return matrices | spec.variant.shapes(self) | of_bias
+
+    def add(self, name: str, spec: AdapterSpec, dtype: torch.dtype = torch.float32) -> None:
+        """Attach a new adapter.
+
+        A is uniform within 1 / sqrt(in_features) (Kaiming with a = sqrt(5), as in the paper's code); B is zero.
+        `lorakit.adapters.inits` has other starts.
+
+        Args:
+            dtype: of its parameters.
+        """
+        lora_a, lora_b = (torch.zeros(shape, device=self.device) for shape in self.matrix_shapes(spec.r))
+        self._draw(lora_a, lora_b, spec.neutral_start)
+        pair = dict(zip(self.matrices, (nn.Parameter(lora_a.to(dtype)), nn.Parameter(lora_b.to(dtype))), strict=True))
+        self.attach(name, AttachedAdapter(pair, spec.scaling, spec.variant, spec.dropout_p, self.matrices))
+        self.restart(name)
+        if spec.bias and self.base_bias is not None:
+            self.table("trained_bias")[name] = nn.Parameter(self.base_bias.detach().to(dtype, copy=True))
+
+    def restart(self, name: str) -> None:
+        """Give the variant's parameters their first values, for the A and B that there are now."""
+        adapter = self.adapters[name]
+        for table, value in adapter.variant.start(self, adapter).items():
+            self.table(table)[name] = nn.Parameter(value, requires_grad=table in adapter.variant.trained)
+
+    def _draw(self, lora_a: Tensor, lora_b: Tensor, neutral_start: bool) -> None:
+        nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
+        if not neutral_start:
+            nn.init.kaiming_uniform_(lora_b, a=math.sqrt(5))
+
+    def attach(self, name: str, record: AttachedAdapter) -> None:
+        for table, parameter in record.parameters.items():
+            self.table(table)[name] = parameter
+        record.parameters = _Held(self, name)
+        self.adapters[name] = record
+
+    def detach(self, name: str) -> AttachedAdapter:
+        record = self.adapters.pop(name)
+        record.parameters = {table: self._take(table, name) for table in list(record.parameters)}
+        record.kept_gain = None
+        for table in record.parameters:
+            if table not in self.matrices and not len(self.table(table)):
+                del self._modules[table]
+        self._deactivate(name)
+        return record
+
+    def forget_base(self) -> None:
+        self.kept_of_base.clear()
+        for adapter in self.adapters.values():
+            adapter.kept_gain = None
+
     def names(self) -> list[str]:
-        return list(self.scaling)
+        return list(self.adapters)
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
-        tables = [*self.matrices, *self.variants[name].trained]
-        if self._carries("trained_bias", name):
-            tables.append("trained_bias")
-        return {table: cast(nn.Parameter, self.table(table)[name]) for table in tables}
+        parameters = self.adapters[name].parameters
+        tables = [*self.matrices, *self.adapters[name].variant.trained]
+        tables += ["trained_bias"] if "trained_bias" in parameters else []
+        return {table: parameters[table] for table in tables}
 
-    def remove(self, name: str) -> None:
-        for table in (*self.variants[name].trained, *self.variants[name].kept):
-            self._drop(table, name)
-        if self._carries("trained_bias", name):
-            self._drop("trained_bias", name)
-        for values in (self.lora_A, self.lora_B, self.scaling, self.dropout_p, self.variants):
-            del values[name]
-        self.kept_gains.pop(name, None)
-        self.active = tuple(other for other in self.active if other != name)
+    def held_by(self, name: str) -> list[nn.Parameter]:
+        return list(self.adapters[name].parameters.values())
+
+    # ---- what an adapter means ---------------------------------------------------------------------------------------
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """Return the low-rank update as (up, down), the scaling in `up`: (out_features, k) and (k, in_features).
 
-        All of it but DoRA's magnitudes, which are not low-rank. k is r, or more where the adapter started elsewhere
+        It is all of the change where the variant `is_low_rank`. k is r, or more where the adapter started elsewhere
         than at the base.
         """
-        return self.variants[name].factors(self, name)
+        return self.adapters[name].variant.factors(self.adapters[name])
+
+    def gain(self, name: str, dtype: torch.dtype) -> Tensor | None:
+        """Return the factor on each row of the adapted weight, (out_features,), or None for 1.
+
+        Args:
+            dtype: of the layer's products.
+        """
+        adapter = self.adapters[name]
+        return adapter.variant.gain(self, adapter, dtype)
 
     def delta_weight(self, name: str) -> Tensor:
         """Return the change of the base weight that an adapter means, dense, in the base weight's shape."""
-        return self.as_weight(self.variants[name].delta(self, name))
+        return self.as_weight(self.adapters[name].variant.delta(self, self.adapters[name]))
 
     def delta_bias(self, name: str) -> Tensor | None:
         """Return the change of the bias that an adapter means, (out_features,), or None."""
-        change = self.variants[name].offset(self, name)
-        if self._carries("trained_bias", name):
-            own = self.table("trained_bias")[name] - cast(Tensor, self.base_bias)
+        adapter = self.adapters[name]
+        change = adapter.offset
+        if "trained_bias" in adapter.parameters:
+            own = adapter.parameters["trained_bias"] - cast(Tensor, self.base_bias)
             change = own if change is None else change + own
         return change
 
     def has_offset(self, name: str) -> bool:
         """Whether an adapter changes the bias."""
-        return self._carries("trained_bias", name) or self.variants[name].offset(self, name) is not None
+        adapter = self.adapters[name]
+        return adapter.variant.has_offset or "trained_bias" in adapter.parameters
 
     def supports_rows(self, name: str) -> bool:
         return True
 
     def drop_rate(self, name: str) -> float:
         """Return the probability with which numbers of an adapter's input are dropped now: 0 but in training."""
-        return self.dropout_p[name] if self.training else 0.0
+        return self.adapters[name].dropout_p if self.training else 0.0
 
     # ---- forward, written out: what a fused function of a layer has to equal -----------------------------------------
 
@@ -244,17 +357,15 @@ class AdaptedLayer(AdapterPart):
         """Return y = base_layer(x) with the updates of the active adapters added."""
         result = y
         for name in self.active:
-            rate = self.drop_rate(name)
+            adapter, rate = self.adapters[name], self.drop_rate(name)
             dropped = dropout(x, rate) if rate else x
-            update = self.variants[name].update(self, name, dropped).to(y.dtype)
-            gain = self.variants[name].gain(self, name, x.dtype)
+            update = adapter.variant.update(self, adapter, dropped).to(y.dtype)
+            gain = self.gain(name, x.dtype)
             if gain is not None:  # and here dropout is on the whole product, not on the update alone
                 product = self.base_layer(dropped) if rate else y
                 if self.base_bias is not None:
                     product = product - self.along_output(self.base_bias).to(y.dtype)
-                update = (
-                    self.along_output(gain - 1).to(y.dtype) * product + self.along_output(gain).to(y.dtype) * update
-                )
+                update = compose(self.along_output(gain), product, update)
             result = result + update
             offset = self.delta_bias(name)
             if offset is not None:
@@ -263,5 +374,6 @@ class AdaptedLayer(AdapterPart):
 
     def extra_repr(self) -> str:
         """Show the adapters when the layer is printed."""
-        ranks = ", ".join(f"{name}: r={len(a)}, scaling={self.scaling[name]:g}" for name, a in self.lora_A.items())
+        records = self.adapters.items()
+        ranks = ", ".join(f"{name}: r={len(one.lora_A)}, scaling={one.scaling:g}" for name, one in records)
         return f"{{{ranks}}}, active={list(self.active)}"

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from .adapted import AdapterPart
-from .rows import Rows
+from .row_adapters import RowAdapters
 
 
 class AdaptersInUse:
@@ -24,7 +24,7 @@ class AdaptersInUse:
         self._lengths = None if self._rows is None else self._rows.lengths
 
     @contextlib.contextmanager
-    def again(self) -> Iterator[None]:
+    def restored(self) -> Iterator[None]:
         """Within the context the module uses the adapters it used then."""
         now = [(part, part.active, part.rows) for part, _, _ in self._state]
         _put(self._state)
@@ -35,6 +35,6 @@ class AdaptersInUse:
             _put(now)
 
 
-def _put(state: list[tuple[AdapterPart, tuple[str, ...], Rows | None]]) -> None:
+def _put(state: list[tuple[AdapterPart, tuple[str, ...], RowAdapters | None]]) -> None:
     for part, active, rows in state:
         part.active, part.rows = active, rows

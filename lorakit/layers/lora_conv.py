@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapted import AdaptedLayer
-from .rows import forward_by_rows
+from .row_products import forward_by_rows
 
 
 class LoRAConv(AdaptedLayer):
@@ -47,6 +47,11 @@ class LoRAConv(AdaptedLayer):
         u = base._conv_forward(x, lora_a.to(x.dtype), None)  # the base's stride, padding and dilation
         convolve = (torch.conv1d, torch.conv2d, torch.conv3d)[len(self.kernel) - 2]
         return convolve(u, lora_b.to(x.dtype))
+
+    def apply_matrix(self, matrix: Tensor, x: Tensor) -> Tensor:
+        base = cast(nn.Conv2d, self.base_layer)
+        y: Tensor = base._conv_forward(x, self.as_weight(matrix).to(x.dtype), None)
+        return y
 
     def along_output(self, vector: Tensor) -> Tensor:
         return vector.view(-1, *(1 for _ in self.kernel[1:]))

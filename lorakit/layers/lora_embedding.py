@@ -10,7 +10,8 @@ from torch.nn.functional import embedding
 
 from .adapted import AdaptedLayer
 from .embedding4bit import Embedding4bit
-from .rows import forward_by_rows
+from .gains import compose
+from .row_products import forward_by_rows
 
 
 class LoRAEmbedding(AdaptedLayer):
@@ -50,14 +51,22 @@ class LoRAEmbedding(AdaptedLayer):
     def as_weight(self, matrix: Tensor) -> Tensor:
         return matrix.T
 
-    def _draw(self, lora_a: Tensor, lora_b: Tensor, init: bool) -> None:
+    def _draw(self, lora_a: Tensor, lora_b: Tensor, neutral_start: bool) -> None:
         nn.init.normal_(lora_b)
-        if init is False:
+        if not neutral_start:
             nn.init.normal_(lora_a)
 
     def low_rank(self, lora_a: Tensor, lora_b: Tensor, x: Tensor) -> Tensor:
-        padding = getattr(self.base_layer, "padding_idx", None)
-        update = embedding(x, lora_a.T, padding) @ lora_b.T
+        return self._scaled(embedding(x, lora_a.T, self._padding) @ lora_b.T)
+
+    def apply_matrix(self, matrix: Tensor, x: Tensor) -> Tensor:
+        return self._scaled(embedding(x, matrix.T, self._padding))
+
+    @property
+    def _padding(self) -> int | None:
+        return getattr(self.base_layer, "padding_idx", None)
+
+    def _scaled(self, update: Tensor) -> Tensor:
         scale = getattr(self.base_layer, "embed_scale", None)  # Gemma multiplies what it looks up
         return update if scale is None else update * cast(Tensor, scale).to(update.dtype)
 
@@ -67,9 +76,8 @@ class LoRAEmbedding(AdaptedLayer):
         y: Tensor = self.base_layer(ids)
         result = y
         for name in self.active:
-            update = self.variants[name].update(self, name, ids).to(y.dtype)
-            gain = self.variants[name].gain(self, name, self.lora_A[name].dtype)
-            if gain is not None:
-                update = (gain - 1).to(y.dtype) * y + gain.to(y.dtype) * update
-            result = result + update
+            adapter = self.adapters[name]
+            update = adapter.variant.update(self, adapter, ids).to(y.dtype)
+            gain = self.gain(name, adapter.lora_A.dtype)
+            result = result + (update if gain is None else compose(gain, y, update))
         return result

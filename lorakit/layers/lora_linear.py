@@ -14,11 +14,12 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ..errors import ShapeError
 from .adapted import AdaptedLayer
 from .dropout import draw_seed
+from .gains import gain_minus_one
 from .linear4bit import Linear4bit, add_frozen_linear_dx, frozen_linear, frozen_linear_dx, is_conv1d
-from .rows import forward_by_rows, linear_with_rows
+from .row_products import forward_by_rows, linear_with_rows
 
 _ROWS = 64  # of (rows, columns) that are cast up at a time, so that they stay in the cache
-_OTHERS = 5  # arguments of the function before the matrices
+_LEADING = 5  # arguments of the function before the matrices
 
 
 class LoRALinear(AdaptedLayer):
@@ -74,6 +75,9 @@ class LoRALinear(AdaptedLayer):
     def low_rank(self, lora_a: Tensor, lora_b: Tensor, x: Tensor) -> Tensor:
         return linear(linear(x, lora_a.to(x.dtype)), lora_b.to(x.dtype))
 
+    def apply_matrix(self, matrix: Tensor, x: Tensor) -> Tensor:
+        return linear(x, matrix.to(x.dtype))
+
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features:
             raise ShapeError(f"LoRALinear({self.in_features} -> {self.out_features}) got x of shape {tuple(x.shape)}")
@@ -85,14 +89,17 @@ class LoRALinear(AdaptedLayer):
 
     def can_batch_rows(self) -> bool:
         """Return whether the rows' adapters are products that can be batched: each a low-rank update and a gain."""
-        rows = self.rows
-        return rows is not None and not any(self.has_offset(name) for name in rows.adapters if name in self.scaling)
+        if self.rows is None:
+            return False
+        names = [name for name in self.rows.adapters if name in self.adapters]
+        return all(self.adapters[name].variant.is_factored and not self.has_offset(name) for name in names)
 
     def can_fuse(self, x: Tensor) -> bool:
         """Return whether one function computes base and adapter: one active adapter, and nothing that forbids it."""
         if self.rows is not None or len(self.active) != 1 or x.shape[-1] != self.in_features:
             return False
-        if not self.variants[self.active[0]].is_fused or "trained_bias" in self._modules:
+        variant = self.adapters[self.active[0]].variant
+        if not variant.is_fused or "trained_bias" in self._modules:
             return False
         if torch.is_autocast_enabled(x.device.type):  # which picks the dtype of each product by itself
             return False
@@ -102,23 +109,23 @@ class LoRALinear(AdaptedLayer):
         if any(parameter is not None and parameter.requires_grad for parameter in own):
             return False
         # A gain is on the product of what is dropped out, too: another product of the whole weight.
-        return not self.drop_rate(self.active[0]) or not self.variants[self.active[0]].has_gain
+        return not (variant.has_gain and self.drop_rate(self.active[0]))
 
 
 # How to compute x again, in the backward pass, from tensors that something else keeps anyway: function(*tensors).
-Again = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
+Recompute = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
 
 
-def linear_together(x: Tensor, *layers: nn.Module, again: Again | None = None) -> tuple[Tensor, ...]:
+def linear_together(x: Tensor, *layers: nn.Module, recompute: Recompute | None = None) -> tuple[Tensor, ...]:
     """Apply several linear layers to one x, as q, k and v or gate and up: the same as calling each.
 
     Where all are LoRA layers, their adapters' products with x, and with its gradient, are one product each. With
-    `again` they do not keep x for the backward pass but compute it anew: cheap for what a norm or an activation gave.
-    Dropout drops the same numbers of x for all of them.
+    `recompute` they do not keep x for the backward pass but compute it anew, which is cheap for what a norm or an
+    activation gave. Dropout drops the same numbers of x for all of them.
     """
     adapted = [layer for layer in layers if isinstance(layer, LoRALinear) and not _has_hooks(layer)]
     if len(adapted) == len(layers) and all(layer.can_fuse(x) for layer in adapted) and _drop_alike(adapted):
-        return _fused(x, *adapted, again=again)
+        return _fused(x, *adapted, recompute=recompute)
     if len(adapted) == len(layers) and all(layer.can_batch_rows() for layer in adapted):
         return linear_with_rows(x, *adapted)
     return tuple(layer(x) for layer in layers)
@@ -133,18 +140,18 @@ def _has_hooks(layer: nn.Module) -> bool:
     return any(hooks)
 
 
-def _fused(x: Tensor, *layers: LoRALinear, again: Again | None = None) -> tuple[Tensor, ...]:
-    names = [layer.active[0] for layer in layers]
-    rate = layers[0].drop_rate(names[0])
-    pairs = list(zip(layers, names, strict=True))
-    gains = [layer.variants[name].gain(layer, name, x.dtype) for layer, name in pairs]
+def _fused(x: Tensor, *layers: LoRALinear, recompute: Recompute | None = None) -> tuple[Tensor, ...]:
+    adapters = [layer.adapters[layer.active[0]] for layer in layers]
+    rate = layers[0].drop_rate(layers[0].active[0])
+    pairs = list(zip(layers, adapters, strict=True))
+    gains = [adapter.variant.gain(layer, adapter, x.dtype) for layer, adapter in pairs]
     frozen = tuple(
-        _Frozen(layer.base_layer, layer.scaling[name] / (1 - rate), gain is not None)
-        for (layer, name), gain in zip(pairs, gains, strict=True)
+        _FrozenLayer(layer.base_layer, adapter.scaling / (1 - rate), gain is not None)
+        for (layer, adapter), gain in zip(pairs, gains, strict=True)
     )
-    lora_a = (layer.lora_A[name] for layer, name in pairs)
-    lora_b = (layer.lora_B[name] for layer, name in pairs)
-    function, sources = again or (None, ())
+    lora_a = (adapter.lora_A for adapter in adapters)
+    lora_b = (adapter.lora_B for adapter in adapters)
+    function, sources = recompute or (None, ())
     present = (gain for gain in gains if gain is not None)
     result: tuple[Tensor, ...] = _LoRALinearFunction.apply(
         x, frozen, function, rate, draw_seed() if rate else None, *lora_a, *lora_b, *present, *sources
@@ -152,7 +159,7 @@ def _fused(x: Tensor, *layers: LoRALinear, again: Again | None = None) -> tuple[
     return result
 
 
-class _Frozen(NamedTuple):
+class _FrozenLayer(NamedTuple):
     """What a layer brings to the function that is no tensor with a gradient."""
 
     base: nn.Linear | Linear4bit
@@ -183,14 +190,14 @@ class _LoRALinearFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        frozen: tuple[_Frozen, ...],
-        again: Callable[..., Tensor] | None,
+        frozen: tuple[_FrozenLayer, ...],
+        recompute: Callable[..., Tensor] | None,
         rate: float,
         seed: Tensor | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        lora_a, lora_b, gains, sources = _parted(frozen, tensors)
-        of_a, _, of_gain, _ = _parted(frozen, ctx.needs_input_grad[_OTHERS:])
+        lora_a, lora_b, gains, sources = _split_by_kind(frozen, tensors)
+        of_a, _, of_gain, _ = _split_by_kind(frozen, ctx.needs_input_grad[_LEADING:])
         flat = x.reshape(-1, x.shape[-1])
         u = (flat if seed is None else drop(flat, seed, rate)) @ _stacked(lora_a, x.dtype).T
         parts = u.split([len(a) for a in lora_a], dim=1)
@@ -200,25 +207,25 @@ class _LoRALinearFunction(torch.autograd.Function):
             y = frozen_linear(base, flat, bias if gain is None else None, (part, b.to(x.dtype)), scaling)
             if gain is not None:
                 z = y.clone() if bias is not None and is_trained else y
-                y.addcmul_(y, _beyond_one(gain, y.dtype))
+                y.addcmul_(y, gain_minus_one(gain, y.dtype))
                 y = y if bias is None else y.add_(bias)
                 products.append(y if bias is None else z)
             results.append(y.view(*x.shape[:-1], y.shape[-1]))
         own = tensors[: len(tensors) - len(sources)]
-        kept = () if not any(of_a) else sources if again else (x,)  # of which dA is made, where A is trained
+        kept = () if not any(of_a) else sources if recompute else (x,)  # dA is made of it, where A is trained
         ctx.save_for_backward(seed, u, *own, *products, *kept)
-        ctx.frozen, ctx.again, ctx.rate, ctx.shape, ctx.sources = frozen, again, rate, x.shape, len(sources)
+        ctx.frozen, ctx.recompute, ctx.rate, ctx.shape, ctx.sources = frozen, recompute, rate, x.shape, len(sources)
         return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         seed, u, *tensors = ctx.saved_tensors
-        frozen: tuple[_Frozen, ...] = ctx.frozen
-        lora_a, lora_b, gains, rest = _parted(frozen, tensors)
+        frozen: tuple[_FrozenLayer, ...] = ctx.frozen
+        lora_a, lora_b, gains, rest = _split_by_kind(frozen, tensors)
         count, dtype = len(grads), u.dtype
         gained = sum(layer.has_gain for layer in frozen)
         products, sources = iter(rest[:gained]), rest[gained:]
-        of_a, of_b, of_gain, _ = _parted(frozen, ctx.needs_input_grad[_OTHERS:])
+        of_a, of_b, of_gain, _ = _split_by_kind(frozen, ctx.needs_input_grad[_LEADING:])
         dzs, dgains = [], []
         for grad, (base, _, _), gain, is_needed in zip(grads, frozen, gains, of_gain, strict=True):
             dz = grad.reshape(-1, grad.shape[-1])
@@ -229,7 +236,7 @@ class _LoRALinearFunction(torch.autograd.Function):
                     dgains.append(dgain if base.bias is not None else (dgain / gain).nan_to_num_(0.0, 0.0, 0.0))
                 else:
                     dgains.append(None)
-                dz = torch.addcmul(dz, dz, _beyond_one(gain, dtype))
+                dz = torch.addcmul(dz, dz, gain_minus_one(gain, dtype))
             dzs.append(dz)
         t = torch.cat([f.scaling * (dz @ b.to(dtype)) for f, dz, b in zip(frozen, dzs, lora_b, strict=True)], dim=1)
         dx: Tensor | None = None
@@ -245,27 +252,22 @@ class _LoRALinearFunction(torch.autograd.Function):
             dx = dx.view(ctx.shape)
         ranks = [len(a) for a in lora_a]
         if any(of_a):
-            x = ctx.again(*sources) if ctx.again else sources[0]
+            x = ctx.recompute(*sources) if ctx.recompute else sources[0]
             x = x.reshape(-1, x.shape[-1])
             parts = (t.T @ (x if seed is None else drop(x, seed, ctx.rate))).split(ranks)
             da = [part.to(a.dtype) for part, a in zip(parts, lora_a, strict=True)]
         if any(of_b):
             layers = zip(frozen, dzs, u.split(ranks, dim=1), lora_b, strict=True)
             db = [(f.scaling * (dz.T @ part)).to(b.dtype) for f, dz, part, b in layers]
-        return dx, *(None for _ in range(_OTHERS - 1)), *da, *db, *dgains, *(None for _ in range(ctx.sources))
+        return dx, *(None for _ in range(_LEADING - 1)), *da, *db, *dgains, *(None for _ in range(ctx.sources))
 
 
-def _parted(frozen: Sequence[_Frozen], values: Sequence[Any]) -> tuple[Any, Any, list[Any], Any]:
-    """Part what comes in the order of the function's tensors: of each A, each B, each gain (None: has none), others."""
+def _split_by_kind(frozen: Sequence[_FrozenLayer], values: Sequence[Any]) -> tuple[Any, Any, list[Any], Any]:
+    """Split values in the order of the function's tensors: each A, each B, each gain (None: it has none), others."""
     count, gained = len(frozen), sum(layer.has_gain for layer in frozen)
     present = iter(values[2 * count : 2 * count + gained])
     gains = [next(present) if layer.has_gain else None for layer in frozen]
     return values[:count], values[count : 2 * count], gains, values[2 * count + gained :]
-
-
-def _beyond_one(gain: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return g - 1, of which a short dtype keeps the digits that it would drop of g: bf16 has 1 and then 1.0078."""
-    return (gain - 1).to(dtype)
 
 
 def _summed_product(a: Tensor, b: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -11,7 +12,20 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError
 from .adapted import AdapterPart
-from .rows import forward_by_rows
+from .row_products import forward_by_rows
+
+
+@dataclass(frozen=True)
+class SavedCopy:
+    """What a `SavedModule` holds of one adapter.
+
+    Attributes:
+        module: the copy.
+        trained: names of its parameters that are trained.
+    """
+
+    module: nn.Module
+    trained: tuple[str, ...]
 
 
 class SavedModule(AdapterPart):
@@ -50,18 +64,20 @@ class SavedModule(AdapterPart):
             parent, _, last = key.rpartition(".")
             holder = twin.get_submodule(parent)
             setattr(holder, last, nn.Parameter(own[key].detach().to(dtype or own[key].dtype, copy=True)))
-        self.copies[name] = twin
-        self._trained[name] = trained
+        self.attach(name, SavedCopy(twin, trained))
+
+    def attach(self, name: str, record: SavedCopy) -> None:
+        self.copies[name], self._trained[name] = record.module, record.trained
+
+    def detach(self, name: str) -> SavedCopy:
+        self._deactivate(name)
+        return SavedCopy(self.copies.pop(name), self._trained.pop(name))
 
     def names(self) -> list[str]:
         return list(self._trained)
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
         return {key: self.copies[name].get_parameter(key) for key in self._trained[name]}
-
-    def remove(self, name: str) -> None:
-        del self.copies[name], self._trained[name]
-        self.active = tuple(other for other in self.active if other != name)
 
     def supports_rows(self, name: str) -> bool:
         return isinstance(self.base_layer, nn.Linear | nn.Embedding)

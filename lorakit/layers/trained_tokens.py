@@ -6,6 +6,7 @@ The rows replace those of the table. An output head that shares the table's weig
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -13,8 +14,28 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from .adapted import AdapterPart
-from .rows import forward_by_rows
+from .row_products import forward_by_rows
 from .saved_module import SavedModule
+
+_TABLE = "trainable_tokens_delta"
+
+
+@dataclass(frozen=True)
+class TrainedRows:
+    """What a `TrainedTokens` holds of one adapter.
+
+    Attributes:
+        tokens: ids of the tokens.
+        rows: (tokens, embedding_dim), what stands in the place of their rows.
+    """
+
+    tokens: list[int]
+    rows: nn.Parameter
+
+
+@dataclass(frozen=True)
+class FollowedEmbedding:
+    """What a `TiedHead` holds of one adapter: nothing of its own; it follows what the embedding has."""
 
 
 class TrainedTokens(AdapterPart):
@@ -35,31 +56,31 @@ class TrainedTokens(AdapterPart):
 
     def shapes(self, tokens: Sequence[int]) -> dict[str, tuple[int, ...]]:
         """Return what `add` will train: name of the table -> shape."""
-        return {"trainable_tokens_delta": (len(tokens), self.base_layer.embedding_dim)}
+        return {_TABLE: (len(tokens), self.base_layer.embedding_dim)}
 
     def add(self, name: str, tokens: Sequence[int], dtype: torch.dtype | None = None) -> None:
         """Attach rows for these tokens, equal to those of the table for now."""
         rows = self.base_layer.weight.detach()[torch.tensor(tokens, device=self.base_layer.weight.device)]
-        self.tokens[name] = list(tokens)
-        self.table("trainable_tokens_delta")[name] = nn.Parameter(rows.to(dtype or rows.dtype))
+        self.attach(name, TrainedRows(list(tokens), nn.Parameter(rows.to(dtype or rows.dtype))))
+
+    def attach(self, name: str, record: TrainedRows) -> None:
+        self.tokens[name], self.table(_TABLE)[name] = record.tokens, record.rows
+
+    def detach(self, name: str) -> TrainedRows:
+        self._deactivate(name)
+        return TrainedRows(self.tokens.pop(name), self._take(_TABLE, name))
 
     def names(self) -> list[str]:
         return list(self.tokens)
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
-        rows = self.table("trainable_tokens_delta")[name]
-        return {"trainable_tokens_delta": cast(nn.Parameter, rows)}
-
-    def remove(self, name: str) -> None:
-        del self.tokens[name]
-        self._drop("trainable_tokens_delta", name)
-        self.active = tuple(other for other in self.active if other != name)
+        return {_TABLE: cast(nn.Parameter, self.table(_TABLE)[name])}
 
     def with_rows(self, weight: Tensor) -> Tensor:
         """Return a table (tokens, dim) with the active adapters' rows in their places."""
         for name in self.active:
             index = torch.tensor(self.tokens[name], device=weight.device)
-            weight = weight.index_copy(0, index, self.parameters_of(name)["trainable_tokens_delta"].to(weight.dtype))
+            weight = weight.index_copy(0, index, self.table(_TABLE)[name].to(weight.dtype))
         return weight
 
     @property
@@ -75,7 +96,7 @@ class TrainedTokens(AdapterPart):
             return forward_by_rows(self, ids)
         y: Tensor = self.base_layer(ids)
         for name in self.active:
-            rows = self.parameters_of(name)["trainable_tokens_delta"].to(y.dtype)
+            rows = self.table(_TABLE)[name].to(y.dtype)
             scale = getattr(self.base_layer, "embed_scale", None)
             rows = rows if scale is None else rows * cast(Tensor, scale).to(rows.dtype)
             same = ids[..., None] == torch.tensor(self.tokens[name], device=ids.device)  # (..., tokens)
@@ -90,7 +111,7 @@ class TiedHead(AdapterPart):
 
     def __init__(self, base_layer: nn.Linear, embedding: TrainedTokens | SavedModule) -> None:
         super().__init__(base_layer)
-        self._embedding = (embedding,)  # in a tuple, lest it be a child of this module too
+        self._embedding = (embedding,)  # in a tuple: it is no child of this module
         self._names: list[str] = []
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -99,17 +120,21 @@ class TiedHead(AdapterPart):
 
     def add(self, name: str) -> None:
         """Follow what this adapter makes of the embedding."""
+        self.attach(name, FollowedEmbedding())
+
+    def attach(self, name: str, record: FollowedEmbedding) -> None:
         self._names.append(name)
+
+    def detach(self, name: str) -> FollowedEmbedding:
+        self._deactivate(name)
+        self._names.remove(name)
+        return FollowedEmbedding()
 
     def names(self) -> list[str]:
         return list(self._names)
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
         return {}
-
-    def remove(self, name: str) -> None:
-        self._names.remove(name)
-        self.active = tuple(other for other in self.active if other != name)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.active:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ShapeError
-from ..layers import Again, RMSNorm, TakesRows, apply_rope, linear_together, rope_frequencies, rope_tables, swiglu
+from ..layers import Recompute, RMSNorm, RowAware, apply_rope, linear_together, rope_frequencies, rope_tables, swiglu
 from .attention import Layout
 from .cache import KVCache
 from .compiled import compiled
@@ -45,15 +45,17 @@ class Attention(nn.Module):
         layout: Layout,
         rope: tuple[Tensor, Tensor],
         cache: KVCache | None = None,
-        again: Again | None = None,
+        recompute: Recompute | None = None,
     ) -> Tensor:
-        mixed = layout.attend(*self.project(x, rope, again), self.index, cache)
+        mixed = layout.attend(*self.project(x, rope, recompute), self.index, cache)
         result: Tensor = self.o_proj(mixed)
         return result
 
-    def project(self, x: Tensor, rope: tuple[Tensor, Tensor], again: Again | None) -> tuple[Tensor, Tensor, Tensor]:
+    def project(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], recompute: Recompute | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries (tokens, heads, head_dim), keys and values (tokens, kv_heads, head_dim), rotated."""
-        projected = linear_together(x, self.q_proj, self.k_proj, self.v_proj, again=again)
+        projected = linear_together(x, self.q_proj, self.k_proj, self.v_proj, recompute=recompute)
         q, k, v = (y.view(len(x), -1, self.head_dim) for y in projected)
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
@@ -69,9 +71,9 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, x: Tensor, again: Again | None = None) -> Tensor:
-        gated = linear_together(x, self.gate_proj, self.up_proj, again=again)
-        (result,) = linear_together(swiglu(*gated), self.down_proj, again=(swiglu, gated))
+    def forward(self, x: Tensor, recompute: Recompute | None = None) -> Tensor:
+        gated = linear_together(x, self.gate_proj, self.up_proj, recompute=recompute)
+        (result,) = linear_together(swiglu(*gated), self.down_proj, recompute=(swiglu, gated))
         return result
 
 
@@ -103,19 +105,19 @@ class DecoderLayer(nn.Module):
             result: Tensor = compiled(DecoderLayer._after_attention)(self, x, mixed)
             return result
         # The norms keep their x, from which the layers after them compute theirs again.
-        x = x + self.self_attn(self.input_layernorm(x), layout, rope, cache, again=(self.input_layernorm, (x,)))
+        x = x + self.self_attn(self.input_layernorm(x), layout, rope, cache, recompute=(self.input_layernorm, (x,)))
         return recomputed(self._feed_forward, self.mlp, x) if self.checkpointing == "mlp" else self._feed_forward(x)
 
     def _before_attention(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         norm = self.input_layernorm
-        return self.self_attn.project(norm(x), rope, again=(norm, (x,)))
+        return self.self_attn.project(norm(x), rope, recompute=(norm, (x,)))
 
     def _after_attention(self, x: Tensor, mixed: Tensor) -> Tensor:
         return self._feed_forward(x + self.self_attn.o_proj(mixed))
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         norm = self.post_attention_layernorm
-        result: Tensor = x + self.mlp(norm(x), again=(norm, (x,)))
+        result: Tensor = x + self.mlp(norm(x), recompute=(norm, (x,)))
         return result
 
 
@@ -129,7 +131,7 @@ class DecoderStack(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
-class Decoder(TakesRows, nn.Module):
+class Decoder(RowAware, nn.Module):
     """A causal language model of the Llama family.
 
         logits = model(input_ids)        # (batch, seq) int64 -> (batch, seq, vocab), in the model's dtype

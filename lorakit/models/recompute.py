@@ -52,7 +52,7 @@ class _Recomputed(torch.autograd.Function):
             torch.set_rng_state(ctx.random[0])
             if devices:
                 torch.get_device_module(x.device).set_rng_state(ctx.random[1], x.device)
-            with ctx.in_use.again():
+            with ctx.in_use.restored():
                 y = ctx.function(x, *ctx.rest)
         wanted = [tensor for tensor in (x, *parameters) if tensor.requires_grad]
         found = iter(torch.autograd.grad(y, wanted, grads, allow_unused=True))

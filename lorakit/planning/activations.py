@@ -9,15 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from .adapter_size import FP32
 from .groups import MicroBatch, recomputes_input, saved_by_group
-from .parts import FP32
 from .shape import LayerShape, LinearShape, ModelShape
 
 Checkpointing = Literal["none", "mlp", "layer"] | int
 _INT64 = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerActivations:
     """What a layer keeps if nothing is computed again.
 
@@ -73,24 +73,26 @@ def layer_activations(shape: ModelShape, batch: MicroBatch) -> list[LayerActivat
 
 def embedding_activations(shape: ModelShape, batch: MicroBatch) -> list[int]:
     """Return what a trained embedding keeps: the ids and, of a low-rank update, what it multiplies."""
-    part, hidden, item = shape.embedding, shape.config.hidden_size, batch.dtype.itemsize
+    size, hidden, item = shape.embedding, shape.config.hidden_size, batch.dtype.itemsize
     ids = _INT64 * batch.tokens
-    if part.trains("trainable_tokens_delta"):
+    if size.trains("trainable_tokens_delta"):
         return [ids, batch.tokens]  # which row, and whether one of them
-    if not part.rank:
-        return [ids] if part.trained else []
-    tensors = [ids, FP32 * batch.tokens * part.used_rank]  # in fp32, as A and B are
-    if part.variant == "residual":
-        tensors.append(FP32 * hidden * part.used_rank)  # [B, -B0]
-    if part.variant == "dora":
+    if not size.rank:
+        return [ids] if size.trained else []
+    if size.variant.is_dense:
+        return [ids, FP32 * hidden * size.rank]  # s B
+    tensors = [ids, FP32 * batch.tokens * size.product_rank]  # in fp32, as A and B are
+    if size.variant.joins_matrices:
+        tensors.append(FP32 * hidden * size.product_rank)  # [B, -B0]
+    if size.variant.has_gain:
         vectors = [FP32 * hidden, item * hidden]  # the norms, and the gain
-        tensors += [*vectors, *[batch.rows(hidden)] * 2]  # what the table gave, and the update
+        tensors += [*vectors, *[batch.nbytes(hidden)] * 2]  # what the table gave, and the update
     return tensors
 
 
 def rotary_tables(shape: ModelShape, batch: MicroBatch) -> list[int]:
     """Return the tables that all layers rotate with: cosines and sines."""
-    return [batch.rows(shape.config.head_dim)] * 2
+    return [batch.nbytes(shape.config.head_dim)] * 2
 
 
 def head_activations(shape: ModelShape, batch: MicroBatch, has_gradient: bool) -> list[int]:
@@ -102,22 +104,22 @@ def head_activations(shape: ModelShape, batch: MicroBatch, has_gradient: bool) -
     hidden, item, head = shape.config.hidden_size, batch.dtype.itemsize, shape.head
     norm, trains_norm = [], bool(shape.norm.trained)
     if has_gradient or trains_norm:
-        norm = [batch.rows(hidden), FP32 * batch.tokens]
+        norm = [batch.nbytes(hidden), FP32 * batch.tokens]
     if trains_norm and item < FP32:
         norm.append(hidden * item)  # its weight, cast
     has_gradient = has_gradient or trains_norm
     mask = [batch.tokens] * has_gradient
-    rows = replace(batch, sequences=1, length=batch.trained)
-    if not (head.is_trained or head.part.follows_embedding):
-        return [*norm, *mask, rows.rows(hidden)]  # the rows' gradient
+    trained = replace(batch, sequences=1, length=batch.trained)
+    if not (head.is_trained or head.adapter.follows_embedding):
+        return [*norm, *mask, trained.nbytes(hidden)]  # the rows' gradient
     log_probs = [FP32 * batch.trained * head.out_features, _INT64 * batch.trained]  # and the targets
-    return norm + mask + saved_by_group((head,), rows, has_gradient) + _tied_tokens(shape, batch) + log_probs
+    return norm + mask + saved_by_group((head,), trained, has_gradient) + _tied_tokens(shape, batch) + log_probs
 
 
 def _tied_tokens(shape: ModelShape, batch: MicroBatch) -> list[int]:
     """Where trained rows are put into a tied head's table: their places and, where they are cast, the rows."""
     elements = dict(shape.embedding.trained).get("trainable_tokens_delta", 0)
-    if not elements or not shape.head.part.follows_embedding:
+    if not elements or not shape.head.adapter.follows_embedding:
         return []
     places, item = _INT64 * (elements // shape.config.hidden_size), batch.dtype.itemsize
     return [places, elements * item] if item < FP32 else [places]
@@ -131,11 +133,11 @@ def _layer(shape: ModelShape, layer: LayerShape, batch: MicroBatch, before: bool
     attention += saved_by_group(layer.qkv, batch, before, again=True, outputs_kept=(is_normed, is_normed, True))
     for linear in (query, key) if is_normed else ():
         if before or linear.is_trained:
-            attention += [batch.rows(linear.out_features), statistics * linear.out_features // config.head_dim]
+            attention += [batch.nbytes(linear.out_features), statistics * linear.out_features // config.head_dim]
     if attends := before or is_trained(*layer.qkv):
-        attention += [batch.rows(linear.out_features) for linear in (query, key, value)]
+        attention += [batch.nbytes(linear.out_features) for linear in (query, key, value)]
         if not batch.on_cpu:  # PyTorch's keeps its result, too, and the logsumexp of each row
-            attention += [batch.rows(query.out_features), statistics * config.num_attention_heads]
+            attention += [batch.nbytes(query.out_features), statistics * config.num_attention_heads]
     mixed_is_kept = attends and not batch.on_cpu
     attention += saved_by_group((layer.output,), batch, attends, again=mixed_is_kept)
     middle = before or is_trained(*layer.qkv, layer.output)
@@ -144,9 +146,9 @@ def _layer(shape: ModelShape, layer: LayerShape, batch: MicroBatch, before: bool
     gated = middle or is_trained(*layer.gate_up)
     mlp += saved_by_group((layer.down,), batch, gated, again=True)
     if gated or recomputes_input((layer.down,), batch):  # for swiglu, or to compute what it gave again
-        mlp += [batch.rows(linear.out_features) for linear in layer.gate_up]
+        mlp += [batch.nbytes(linear.out_features) for linear in layer.gate_up]
     return LayerActivations(
-        stream=batch.rows(config.hidden_size),
+        stream=batch.nbytes(config.hidden_size),
         attention=tuple(attention),
         mlp=tuple(mlp),
         keeps_input=before or recomputes_input(layer.qkv, batch),

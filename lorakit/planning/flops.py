@@ -64,16 +64,18 @@ def step_flops(shape: ModelShape, batch: MicroBatch, checkpointing: Checkpointin
             forward += forward_flops(group, batch)
             gradients += forward_flops(group, batch) * x_has_gradient
             adapters += adapter_forward_flops(group, batch, passes)
-            adapters += adapter_backward_flops(group, batch, x_has_gradient)
+            adapters += adapter_backward_flops(group, batch, x_has_gradient, passes)
         attention += (2 + 5 * attends) * products
         if kind != "none" and has_gradient:
             again = [group for group, _ in (groups if kind == "layer" else groups[2:])]
             recomputed += sum(forward_flops(group, batch) for group in again) + 2 * products * (kind == "layer")
             recomputed += sum(adapter_forward_flops(group, batch, passes) for group in again)
     has_gradient = has_gradient or bool(shape.norm.trained)
-    head, rows = (shape.head,), replace(batch, sequences=1, length=batch.trained)
-    adapters += adapter_forward_flops(head, rows, passes) + adapter_backward_flops(head, rows, has_gradient)
-    return Flops(forward, gradients, adapters, attention, forward_flops(head, rows) * (1 + has_gradient), recomputed)
+    head, trained = (shape.head,), replace(batch, sequences=1, length=batch.trained)
+    adapters += adapter_forward_flops(head, trained, passes)
+    adapters += adapter_backward_flops(head, trained, has_gradient, passes)
+    of_head = forward_flops(head, trained) * (1 + has_gradient)
+    return Flops(forward, gradients, adapters, attention, of_head, recomputed)
 
 
 def _groups(layer: LayerShape, has_gradient: bool) -> list[tuple[Sequence[LinearShape], bool]]:
@@ -86,11 +88,11 @@ def _groups(layer: LayerShape, has_gradient: bool) -> list[tuple[Sequence[Linear
 
 def _embedding(shape: ModelShape, batch: MicroBatch, passes: int) -> int:
     """Return the FLOPs of a low-rank update of the embedding: u Bᵀ, dy B and dyᵀ u; A is looked up, not multiplied."""
-    part, hidden, tokens = shape.embedding, shape.config.hidden_size, shape.config.vocab_size
-    if not part.rank:
-        return 0
-    norms = part.rank * (tokens * hidden + part.rank * (tokens + hidden)) if part.variant == "dora" else 0
-    return 2 * (3 * batch.tokens * part.used_rank * hidden + passes * norms)
+    size, hidden = shape.embedding, shape.config.hidden_size
+    per_pass = size.variant.flops(size.rank, shape.config.vocab_size, hidden)
+    if size.variant.is_dense:  # B A, and the gradients of both; the lookup multiplies nothing
+        return passes * 3 * per_pass
+    return 2 * 3 * batch.tokens * size.product_rank * hidden + passes * per_pass
 
 
 def _attention_product(shape: ModelShape, batch: MicroBatch) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .parts import FP32
+from .adapter_size import FP32
 from .shape import LinearShape
 
 
@@ -39,7 +39,7 @@ class MicroBatch:
         """Tokens of the micro-batch."""
         return self.sequences * self.length
 
-    def rows(self, *widths: int) -> int:
+    def nbytes(self, *widths: int) -> int:
         """Bytes of (tokens, width) matrices in the dtype of the products."""
         return self.tokens * sum(widths) * self.dtype.itemsize
 
@@ -49,7 +49,7 @@ class MicroBatch:
 
 def is_fused(group: Sequence[LinearShape], batch: MicroBatch) -> bool:
     """Return whether `linear_together` makes one function of a group, which can compute its x again."""
-    return all(linear.part.is_fused(batch.dropout) for linear in group)
+    return all(linear.adapter.is_fused(batch.dropout) for linear in group)
 
 
 def recomputes_input(group: Sequence[LinearShape], batch: MicroBatch) -> bool:
@@ -74,43 +74,54 @@ def saved_by_group(
     for linear, is_kept in zip(group, outputs_kept or [False] * len(group), strict=True):
         if is_fused((linear,), batch):
             keeps_x = keeps_x or (linear.trains_a and not (together and again))
-            tensors += [] if together else [batch.rows(linear.part.rank)]
+            tensors += [] if together else [batch.nbytes(linear.adapter.rank)]
             tensors += _fused_gain(linear, batch, is_kept)
-        elif linear.part.rank:
+        elif linear.adapter.rank and linear.adapter.variant.is_dense:
+            keeps_x = keeps_x or not batch.dropout
+            tensors += _dense(linear, batch, x_has_gradient)
+        elif linear.adapter.rank:
             keeps_x = keeps_x or (linear.trains_a and not batch.dropout)
             tensors += _unfused(linear, batch, x_has_gradient)
         elif linear.trains_weight:
             keeps_x = True
             # The copy, cast; trained rows of a tied table are put into one of it in any dtype.
-            is_copied = batch.dtype.itemsize < FP32 or linear.part.follows_embedding == "rows"
+            is_copied = batch.dtype.itemsize < FP32 or linear.adapter.follows_embedding == "rows"
             tensors += [linear.elements * batch.dtype.itemsize] * (x_has_gradient and is_copied)
     if together:
-        tensors.append(batch.rows(*(linear.part.rank for linear in group)))  # u = x Aᵀ of all, stacked
-    return tensors + [batch.rows(group[0].in_features)] * keeps_x
+        tensors.append(batch.nbytes(*(linear.adapter.rank for linear in group)))  # u = x Aᵀ of all, stacked
+    return tensors + [batch.nbytes(group[0].in_features)] * keeps_x
 
 
 def _fused_gain(linear: LinearShape, batch: MicroBatch, output_is_kept: bool) -> list[int]:
     """DoRA's norms and gains, and the product that the gain multiplies: the output itself where there is no bias."""
-    if linear.part.variant != "dora":
+    if not linear.adapter.variant.has_gain:
         return []
-    product = [] if output_is_kept and not linear.has_bias else [batch.rows(linear.out_features)]
+    product = [] if output_is_kept and not linear.has_bias else [batch.nbytes(linear.out_features)]
     return [FP32 * linear.out_features] * 2 + product
 
 
 def _unfused(linear: LinearShape, batch: MicroBatch, x_has_gradient: bool) -> list[int]:
     """What separate operations keep, x left out where it is not dropped out."""
-    rank, item = linear.part.used_rank, batch.dtype.itemsize
-    tensors = [batch.rows(rank)]  # u
+    rank, item = linear.adapter.product_rank, batch.dtype.itemsize
+    tensors = [batch.nbytes(rank)]  # u
     if batch.dropout:
-        tensors += [batch.rows(linear.in_features)] * linear.trains_a  # x dropped out
-    if item < FP32 or linear.part.variant == "residual":  # A and B, cast, or beside those of the start
+        tensors += [batch.nbytes(linear.in_features)] * linear.trains_a  # x dropped out
+    if item < FP32 or linear.adapter.variant.joins_matrices:  # A and B, cast, or beside those of the start
         tensors += [linear.in_features * rank * item] * x_has_gradient  # A to find the gradient of x
         tensors += [linear.out_features * rank * item] * (x_has_gradient or linear.trains_a)  # B that of u
-    if linear.part.variant == "dora":
+    if linear.adapter.variant.has_gain:
         # The norms; the gain, and that less one; the product and the update that these multiply.
         gains = [item * linear.out_features] * (1 + x_has_gradient)
-        tensors += [FP32 * linear.out_features, *gains, *[batch.rows(linear.out_features)] * 2]
+        tensors += [FP32 * linear.out_features, *gains, *[batch.nbytes(linear.out_features)] * 2]
     return tensors
+
+
+def _dense(linear: LinearShape, batch: MicroBatch, x_has_gradient: bool) -> list[int]:
+    """What a product with a matrix of the weight's size keeps, x left out where it is not dropped out."""
+    rank, item = linear.adapter.rank, batch.dtype.itemsize
+    tensors = [linear.elements * item] * x_has_gradient + [linear.out_features * rank * item]  # the matrix, s B
+    tensors += [linear.in_features * rank * item] * (item < FP32)  # A, cast
+    return tensors + [batch.nbytes(linear.in_features)] * batch.dropout
 
 
 # ---- products --------------------------------------------------------------------------------------------------------
@@ -122,29 +133,36 @@ def forward_flops(group: Sequence[LinearShape], batch: MicroBatch) -> int:
 
 
 def adapter_forward_flops(group: Sequence[LinearShape], batch: MicroBatch, passes: int) -> int:
-    """Return those of u = x Aᵀ and u Bᵀ, and of the norms of DoRA, which each of several passes computes."""
-    per_token = sum(linear.part.used_rank * (linear.in_features + linear.out_features) for linear in group)
-    norms = sum(norm_flops(linear) for linear in group if linear.part.variant == "dora")
-    return 2 * batch.tokens * per_token + passes * norms
-
-
-def adapter_backward_flops(group: Sequence[LinearShape], batch: MicroBatch, x_has_gradient: bool) -> int:
-    """Return those of t = dy B, tᵀ x, dyᵀ u, of t A where x has a gradient, and of dW where a copy is trained."""
-    per_token = 0
+    """Return those of u = x Aᵀ and u Bᵀ, and of what each of several passes computes, such as the norms of DoRA."""
+    per_token = per_pass = 0
     for linear in group:
+        rank, variant = linear.adapter.product_rank, linear.adapter.variant
+        is_dense = variant.is_dense and rank > 0
+        per_token += linear.elements if is_dense else rank * (linear.in_features + linear.out_features)
+        per_pass += variant.flops(linear.adapter.rank, linear.in_features, linear.out_features)
+    return 2 * batch.tokens * per_token + passes * per_pass
+
+
+def adapter_backward_flops(
+    group: Sequence[LinearShape], batch: MicroBatch, x_has_gradient: bool, passes: int = 1
+) -> int:
+    """Return those of t = dy B, tᵀ x, dyᵀ u, of t A where x has a gradient, and of dW where a copy is trained.
+
+    A matrix M of the weight's size has dM = dyᵀ x, and in each of several passes the gradients of B and A.
+    """
+    per_token = per_pass = 0
+    for linear in group:
+        if linear.adapter.variant.is_dense and linear.adapter.rank:
+            per_token += linear.elements * (1 + x_has_gradient)
+            per_pass += 2 * linear.adapter.rank * linear.elements * (1 + linear.trains_a)
+            continue
         takes_t = is_fused((linear,), batch) or x_has_gradient or linear.trains_a
-        per_token += linear.part.used_rank * linear.in_features * (linear.trains_a + x_has_gradient)
-        per_token += linear.part.used_rank * linear.out_features * (1 + takes_t)
+        per_token += linear.adapter.product_rank * linear.in_features * (linear.trains_a + x_has_gradient)
+        per_token += linear.adapter.product_rank * linear.out_features * (1 + takes_t)
         per_token += linear.elements * linear.trains_weight
-    return 2 * batch.tokens * per_token
-
-
-def norm_flops(linear: LinearShape) -> int:
-    """Return the FLOPs of the norms of the rows of W + s B A: A Wᵀ, A Aᵀ and B (A Aᵀ)."""
-    rank, columns, rows = linear.part.rank, linear.in_features, linear.out_features
-    return 2 * rank * (columns * rows + rank * columns + rank * rows)
+    return 2 * batch.tokens * per_token + passes * per_pass
 
 
 def _times(linear: LinearShape, batch: MicroBatch) -> int:
     """The gain of DoRA is on the whole product: of x dropped out, which takes a product of its own."""
-    return 2 if batch.dropout and linear.part.variant == "dora" else 1
+    return 2 if batch.dropout and linear.adapter.variant.has_gain else 1

@@ -26,8 +26,8 @@ from .activations import (
     layer_checkpointing,
     rotary_tables,
 )
+from .adapter_size import FP32
 from .groups import MicroBatch, is_fused
-from .parts import FP32
 from .shape import LayerShape, LinearShape, ModelShape
 
 
@@ -88,10 +88,10 @@ def moments(shape: ModelShape, batch: MicroBatch, step: Step) -> Iterator[Moment
     layers = layer_activations(shape, batch)
     kinds = [layer_checkpointing(step.checkpointing, index) for index in range(len(layers))]
     kept = [_staying(layer.kept(kind), step) for layer, kind in zip(layers, kinds, strict=True)]
-    gradients = [FP32 * sum(sum(linear.part.sizes) for linear in layer.linears) for layer in shape.layers]
-    of_table, of_head = (FP32 * sum(part.sizes) for part in (shape.embedding, shape.head.part))
+    gradients = [FP32 * sum(sum(linear.adapter.sizes) for linear in layer.linears) for layer in shape.layers]
+    of_table, of_head = (FP32 * sum(size.sizes) for size in (shape.embedding, shape.head.adapter))
     of_head += FP32 * sum(shape.norm.sizes)
-    if shape.head.part.follows_embedding == "copy":
+    if shape.head.adapter.follows_embedding == "copy":
         of_head += of_table  # the head's, to which the embedding's is added
     every = FP32 * sum(shape.trained)
     earlier = every if step.micro_batches > 1 else 0  # of micro-batches before: they are added up
@@ -167,7 +167,7 @@ def _logits(shape: ModelShape, batch: MicroBatch) -> int:
     """
     vocabulary, item = shape.head.out_features, batch.dtype.itemsize
     hidden = batch.trained * shape.config.hidden_size * item
-    if shape.head.is_trained or shape.head.part.follows_embedding:
+    if shape.head.is_trained or shape.head.adapter.follows_embedding:
         return batch.trained * vocabulary * (item + (FP32 if item < FP32 else 0) + FP32)
     rows = min(batch.trained, max(1, CHUNK_ELEMENTS // vocabulary))
     return hidden + rows * (vocabulary + shape.config.hidden_size) * item
@@ -182,20 +182,20 @@ def _head_backward(shape: ModelShape, batch: MicroBatch) -> int:
 
 def _embedding_backward(shape: ModelShape, batch: MicroBatch) -> int:
     """The stream's gradient and, of a table that is trained in full, its gradient before it is cast and added."""
-    config, stream = shape.config, batch.rows(shape.config.hidden_size)
+    config, stream = shape.config, batch.nbytes(shape.config.hidden_size)
     if not shape.embedding.trains("weight"):
         return stream
     elements, item = config.vocab_size * config.hidden_size, batch.dtype.itemsize
-    is_added = shape.head.part.follows_embedding is not None
+    is_added = shape.head.adapter.follows_embedding is not None
     return stream + elements * ((item if item < FP32 else 0) + FP32 * is_added)
 
 
 def _mlp_backward(layer: LayerShape, batch: MicroBatch) -> int:
     """At the gradient of SwiGLU: the stream's gradient, dh, dgate and dup. With DoRA, dgate and dup times the gains."""
     wide, narrow = layer.down.in_features, layer.down.out_features
-    taken = batch.rows(narrow, 3 * wide)
-    if is_fused(layer.gate_up, batch) and any(linear.part.variant == "dora" for linear in layer.gate_up):
-        taken = max(taken, batch.rows(2 * narrow, 4 * wide))
+    taken = batch.nbytes(narrow, 3 * wide)
+    if is_fused(layer.gate_up, batch) and any(linear.adapter.variant.has_gain for linear in layer.gate_up):
+        taken = max(taken, batch.nbytes(2 * narrow, 4 * wide))
     return taken + _copied((*layer.gate_up, layer.down), batch)
 
 
@@ -206,11 +206,11 @@ def _attention_backward(shape: ModelShape, layer: LayerShape, batch: MicroBatch)
     has no scores in memory, and keeps its result.
     """
     queries, keys = layer.qkv[0].out_features, layer.qkv[1].out_features
-    stream_and_mixed = batch.rows(shape.config.hidden_size, 2 * queries) + _copied((*layer.qkv, layer.output), batch)
+    stream_and_mixed = batch.nbytes(shape.config.hidden_size, 2 * queries) + _copied((*layer.qkv, layer.output), batch)
     if not batch.on_cpu:
-        return stream_and_mixed + batch.rows(2 * keys)
-    if layer.output.part.rank:
-        stream_and_mixed -= batch.rows(queries)
+        return stream_and_mixed + batch.nbytes(2 * keys)
+    if layer.output.adapter.rank:
+        stream_and_mixed -= batch.nbytes(queries)
     wide = batch.tokens * FP32 * 2 * keys
     block = min(QUERY_BLOCK, batch.length)
     scores = batch.sequences * shape.config.num_attention_heads * block * batch.length * batch.dtype.itemsize
@@ -218,5 +218,8 @@ def _attention_backward(shape: ModelShape, layer: LayerShape, batch: MicroBatch)
 
 
 def _copied(linears: tuple[LinearShape, ...], batch: MicroBatch) -> int:
-    """The gradient of a weight that is trained in full, before it is cast."""
-    return max((linear.elements for linear in linears if linear.trains_weight), default=0) * batch.dtype.itemsize
+    """The gradient of a weight that is trained in full, before it is cast; or that of a matrix of its size, the base
+    weight and their product."""
+    whole = [linear.elements for linear in linears if linear.trains_weight]
+    whole += [3 * linear.elements for linear in linears if linear.adapter.rank and linear.adapter.variant.is_dense]
+    return max(whole, default=0) * batch.dtype.itemsize

@@ -72,7 +72,16 @@ def plan(
     quant = QuantConfig(quant_type=quant_type, block_size=block_size, double_quant=double_quant)
     if runtime_bytes is None:
         runtime_bytes = CPU_RUNTIME if device == "cpu" else GPU_RUNTIME
-    setting = Setting(config, lora or LoraConfig(), train, quant, dtype, length, device, runtime_bytes)
+    setting = Setting(
+        config=config,
+        lora=lora or LoraConfig(),
+        train=train,
+        quant=quant,
+        dtype=dtype,
+        length=length,
+        device=device,
+        runtime_bytes=runtime_bytes,
+    )
     result = setting.plan()
     if memory is not None:
         limit = limit_bytes(memory)

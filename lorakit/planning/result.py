@@ -48,7 +48,7 @@ class Cost:
     price: float | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """What a training step will take.
 

@@ -1,4 +1,4 @@
-"""All that a plan depends on, and the plan of it: variants of a setting are planned alike."""
+"""All that a plan depends on, and the plan of it: suggestions plan other settings alike."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .runtime import CPU_HEAP_GAPS, CPU_HEAP_LARGEST, CPU_HEAP_LIMIT
 from .shape import ModelShape, model_shape
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Setting:
     """All that a plan depends on.
 
@@ -32,7 +32,7 @@ class Setting:
         dtype: of what is not quantized, and of the products.
         length: tokens of every sequence.
         device: "cpu" or "cuda".
-        runtime: bytes of a process, or of a GPU's context, without model.
+        runtime_bytes: of a process, or of a GPU's context, without model.
     """
 
     config: DecoderConfig
@@ -42,7 +42,7 @@ class Setting:
     dtype: torch.dtype
     length: int
     device: str
-    runtime: int
+    runtime_bytes: int
 
     @cached_property
     def shape(self) -> ModelShape:
@@ -65,13 +65,13 @@ class Setting:
         peak = max(moments(shape, batch, step), key=lambda moment: moment.total)
         parts = {
             "weights": shape.weight_bytes(self.dtype),
-            "adapters": sum(part.nbytes for part in shape.parts),
+            "adapters": sum(size.nbytes for size in shape.adapter_sizes),
             "gradients": peak.gradients,
             "optimizer": 0 if train.offload_optimizer and not batch.on_cpu else optimizer_bytes(shape, train.optimizer),
             "activations": peak.activations,
             "workspace": peak.workspace,
             "logits": peak.logits,
-            "runtime": self.runtime,
+            "runtime": self.runtime_bytes,
             "allocator": self._heap_waste(batch, peak) if batch.on_cpu else 0,
         }
         return Plan(
@@ -79,7 +79,7 @@ class Setting:
             moment=peak.name,
             flops=step_flops(shape, whole, train.checkpointing, micro_batches),
             parameters=shape.parameters,
-            adapter_parameters=shape.adapter,
+            adapter_parameters=shape.adapter_parameters,
             trainable=sum(shape.trained),
             sequences=sequences,
             length=self.length,
@@ -92,7 +92,7 @@ class Setting:
     def _heap_waste(self, batch: MicroBatch, peak: Moment) -> int:
         """By how much a CPU's heap outgrows its tensors; never more than once over."""
         widest = max(max(linear.in_features, linear.out_features) for linear in self.shape.linears)
-        largest = min(batch.rows(widest), CPU_HEAP_LIMIT)
+        largest = min(batch.nbytes(widest), CPU_HEAP_LIMIT)
         return min(CPU_HEAP_GAPS + CPU_HEAP_LARGEST * largest, peak.activations + peak.workspace + peak.logits)
 
     def _batch(self, sequences: int) -> MicroBatch:

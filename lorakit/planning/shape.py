@@ -22,7 +22,7 @@ from ..models.load import meta_decoder, weight_formats
 from ..models.pretrained import KNOWN_MODELS, resolve_model
 from ..quantization.policy import QuantConfig, WeightFormat
 from ..quantization.scales import NESTED_BLOCK_SIZE
-from .parts import Part, parts
+from .adapter_size import AdapterSize, adapter_sizes
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class LinearShape:
         in_features, out_features: of the weight.
         has_bias: whether it has one.
         format: how the weight is quantized; None: it is not.
-        part: what the adapter has here.
+        adapter: what the adapter has here.
     """
 
     path: str
@@ -42,7 +42,7 @@ class LinearShape:
     out_features: int
     has_bias: bool
     format: WeightFormat | None
-    part: Part
+    adapter: AdapterSize
 
     @property
     def elements(self) -> int:
@@ -52,17 +52,17 @@ class LinearShape:
     @property
     def is_trained(self) -> bool:
         """Whether its output has a gradient even where its input has none."""
-        return bool(self.part.trained)
+        return bool(self.adapter.trained)
 
     @property
     def trains_a(self) -> bool:
         """Whether A is trained, which takes x."""
-        return self.part.trains("lora_A")
+        return self.adapter.trains("lora_A")
 
     @property
     def trains_weight(self) -> bool:
         """Whether a full copy of the weight is trained, or what is trained of the embedding is its weight."""
-        return self.part.trains("weight") or self.part.follows_embedding is not None
+        return self.adapter.trains("weight") or self.adapter.follows_embedding is not None
 
     def nbytes(self, dtype: torch.dtype) -> int:
         """Bytes of the weight: codes, scales and tables of `Linear4bit`, or values of `dtype`."""
@@ -106,24 +106,24 @@ class ModelShape:
     config: DecoderConfig
     layers: tuple[LayerShape, ...]
     head: LinearShape
-    embedding: Part
-    norm: Part
+    embedding: AdapterSize
+    norm: AdapterSize
     others: int
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def adapter_sizes(self) -> tuple[AdapterSize, ...]:
         """What the adapter has, in model order."""
-        return (self.embedding, *(linear.part for linear in self.linears), self.norm, self.head.part)
+        return (self.embedding, *(linear.adapter for linear in self.linears), self.norm, self.head.adapter)
 
     @property
     def trained(self) -> tuple[int, ...]:
         """Elements of every trained parameter."""
-        return tuple(size for part in self.parts for size in part.sizes)
+        return tuple(elements for size in self.adapter_sizes for elements in size.sizes)
 
     @property
-    def adapter(self) -> int:
+    def adapter_parameters(self) -> int:
         """Elements of all parameters of the adapter, those that are not trained included."""
-        return sum(self.trained) + sum(part.frozen for part in self.parts)
+        return sum(self.trained) + sum(size.frozen for size in self.adapter_sizes)
 
     @property
     def linears(self) -> tuple[LinearShape, ...]:
@@ -174,8 +174,8 @@ def model_shape(config: DecoderConfig, lora: LoraConfig, quant: QuantConfig, lor
     """
     model = _meta_decoder(config)
     formats = weight_formats(model, quant, list(model.state_dict()))
-    found = parts(model, lora, lora_fa)
-    if saved := [path for path, part in found.items() if part.trains("weight") and formats[f"{path}.weight"]]:
+    found = adapter_sizes(model, lora, lora_fa)
+    if saved := [path for path, size in found.items() if size.trains("weight") and formats[f"{path}.weight"]]:
         raise AdapterError(
             f"{', '.join(saved)} of modules_to_save: in 4 bits, which cannot be trained; plan for quant_type 'none'"
         )
@@ -184,7 +184,9 @@ def model_shape(config: DecoderConfig, lora: LoraConfig, quant: QuantConfig, lor
         linear = model.get_submodule(path)
         assert isinstance(linear, nn.Linear)
         has_bias, form = linear.bias is not None, formats[f"{path}.weight"]
-        return LinearShape(path, linear.in_features, linear.out_features, has_bias, form, found.get(path, Part()))
+        return LinearShape(
+            path, linear.in_features, linear.out_features, has_bias, form, found.get(path, AdapterSize())
+        )
 
     def shapes(prefix: str, names: Sequence[str]) -> tuple[LinearShape, ...]:
         return tuple(shape(f"{prefix}.{name}") for name in names)
@@ -202,11 +204,11 @@ def model_shape(config: DecoderConfig, lora: LoraConfig, quant: QuantConfig, lor
     counted = sum(linear.elements for layer in layers for linear in layer.linears)
     counted += head.elements if head.format else 0
     others = sum(parameter.numel() for parameter in model.parameters()) - counted
-    embedding, norm = (found.get(path, Part()) for path in ("model.embed_tokens", "model.norm"))
+    embedding, norm = (found.get(path, AdapterSize()) for path in ("model.embed_tokens", "model.norm"))
     return ModelShape(config, layers, head, embedding, norm, others)
 
 
 @lru_cache(maxsize=4)
 def _meta_decoder(config: DecoderConfig) -> Decoder:
-    """One decoder serves all variants of a plan: building it takes far longer than all the rest."""
+    """One decoder serves all plans of a model: building it takes far longer than all the rest."""
     return meta_decoder(config)

@@ -28,7 +28,7 @@ def suggestions(setting: Setting, plan: Plan, limit: int) -> tuple[Suggestion, .
     """
     if plan.peak_bytes <= limit:
         return ()
-    found = [_suggestion(setting, variant, plan) for variant in _variants(setting)]
+    found = [_suggestion(setting, other, plan) for other in _smaller_settings(setting)]
     fitting = [suggestion for suggestion in found if suggestion.peak_bytes <= limit]
     if not fitting:
         least = min(found, key=lambda suggestion: (suggestion.peak_bytes, suggestion.flops.total), default=None)
@@ -53,7 +53,7 @@ def _rank(suggestion: Suggestion) -> tuple[int, int, int, int]:
     return suggestion.flops.total, lossy, len(changes), -int(changes.get("micro_batch_tokens", 0))
 
 
-def _variants(setting: Setting) -> Iterator[Setting]:
+def _smaller_settings(setting: Setting) -> Iterator[Setting]:
     """Yield every setting that takes less memory at one end, this one left out."""
     train, quant = setting.train, setting.quant
     kinds = [train.checkpointing, *_more(train.checkpointing)]
@@ -69,9 +69,9 @@ def _variants(setting: Setting) -> Iterator[Setting]:
         base = setting if chosen is quant else replace(setting, quant=chosen)
         for kind, size, optimizer in itertools.product(kinds, sizes, optimizers):
             changes = {"checkpointing": kind, "micro_batch_tokens": size, "optimizer": optimizer}
-            variant = base.with_train(train.model_copy(update=changes))
-            if variant != setting:
-                yield variant
+            other = base.with_train(train.model_copy(update=changes))
+            if other != setting:
+                yield other
 
 
 def _more(kind: Checkpointing) -> list[Checkpointing]:
@@ -81,10 +81,10 @@ def _more(kind: Checkpointing) -> list[Checkpointing]:
     return list(_CHECKPOINTING[_CHECKPOINTING.index(kind) + 1 :])
 
 
-def _suggestion(setting: Setting, variant: Setting, plan: Plan) -> Suggestion:
+def _suggestion(setting: Setting, other: Setting, plan: Plan) -> Suggestion:
     before = {**setting.train.model_dump(), "quant_type": setting.quant.quant_type}
-    after = {**variant.train.model_dump(), "quant_type": variant.quant.quant_type}
+    after = {**other.train.model_dump(), "quant_type": other.quant.quant_type}
     changes = {name: value for name, value in after.items() if value != before[name]}
-    result = variant.plan()
+    result = other.plan()
     more = result.flops.total / plan.flops.total - 1
     return Suggestion(MappingProxyType(changes), result.peak_bytes, result.flops, more)

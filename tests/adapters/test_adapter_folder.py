@@ -11,6 +11,7 @@ from torch import nn
 from lorakit.adapters import LoraConfig, add_adapter, lora_layers, save_adapter
 from lorakit.adapters.adapter_folder import read_adapter_folder
 from lorakit.errors import AdapterError, CheckpointError, ShapeError
+from lorakit.layers import VARIANTS
 
 P = "base_model.model."
 
@@ -97,12 +98,14 @@ def test_experts_are_several_updates_in_one_tensor(tmp_path):
 
 
 def test_magnitudes_biases_and_whole_modules_are_there(tmp_path):
-    tensors = pair("q") | {"q.lora_magnitude_vector": torch.rand(6), "q.lora_B.bias": torch.rand(6)}
-    tensors |= {"lm_head.weight": torch.randn(9, 5)}
-    folder = read_adapter_folder(write(tmp_path, tensors, use_dora=True, lora_bias=True))
+    biased = pair("q") | {"q.lora_B.bias": torch.rand(6)}
+    folder = read_adapter_folder(write(tmp_path / "biased", biased, lora_bias=True))
+    assert folder.layers["q"].further["lora_bias"].equal(biased["q.lora_B.bias"])
+    tensors = pair("q") | {"q.lora_magnitude_vector": torch.rand(6), "lm_head.weight": torch.randn(9, 5)}
+    folder = read_adapter_folder(write(tmp_path / "dora", tensors, use_dora=True))
     assert list(folder.layers) == ["q"] and list(folder.extras) == ["lm_head.weight"]
-    assert folder.layers["q"].magnitude.equal(tensors["q.lora_magnitude_vector"])
-    assert folder.layers["q"].bias.equal(tensors["q.lora_B.bias"])
+    assert folder.layers["q"].variant is VARIANTS["dora"]
+    assert folder.layers["q"].further["lora_magnitude_vector"].equal(tensors["q.lora_magnitude_vector"])
     assert folder.extras["lm_head.weight"].equal(tensors["lm_head.weight"])
     with pytest.raises(KeyError):
         folder.layers["k"]
@@ -118,11 +121,12 @@ def test_magnitudes_biases_and_whole_modules_are_there(tmp_path):
         ({"q.lora_C.weight": torch.zeros(6, 4)}, {}, "q.lora_C.weight is not a tensor of a LoRA adapter"),
         ({"q.lora_bogus": torch.zeros(6, 4)}, {}, "q.lora_bogus is not a tensor of a LoRA adapter"),
         ({}, {"use_dora": True}, "lora_magnitude_vector is missing"),
+        ({"q.lora_B.bias": torch.ones(6)}, {}, "no lora_bias, but it is here"),
         ({"q.lora_magnitude_vector": torch.ones(6)}, {}, "no use_dora, but it is here"),
         (
             {"q.lora_magnitude_vector": torch.ones(5)},
             {"use_dora": True},
-            r"magnitude has shape \(5,\), expected \(6,\)",
+            r"magnitude_vector has shape \(5,\), expected \(6,\)",
         ),
         ({}, {"r": 0}, "r is 0, expected a whole number from 1"),
         ({}, {"r": 2.0}, "r is 2.0, expected a whole number"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from lorakit import Linear4bit, LoraConfig, add_adapter, load_adapter, quantize, remove_adapter, save_adapter
 from lorakit.adapters import adapter_configs, adapter_parameters, lora_layers
+from lorakit.adapters.inits import STARTS
 from lorakit.errors import AdapterError, ConfigError
 
 X = torch.randn(40, 12, generator=torch.Generator().manual_seed(0))
@@ -33,7 +35,9 @@ def losses(module: nn.Module, batches: int = 2) -> Iterator[Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["dense", "4bit"])
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "lora_ga", "eva", "orthogonal", "gaussian"])
+@pytest.mark.parametrize(
+    "init", ["pissa", "pissa_niter_4", "milora", "olora", "lora_ga", "eva", "orthogonal", "gaussian"]
+)
 def test_no_start_changes_the_base_or_the_output(init: str, kind: str) -> None:
     net = model(kind)
     modules, before, expected = list(net), bytes_of(net), net(X)
@@ -48,7 +52,7 @@ def test_no_start_changes_the_base_or_the_output(init: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("init", ["pissa", "milora", "olora"])
 def test_a_start_inside_the_base_is_written_as_plain_lora_of_twice_the_rank(
     init: str, rslora: bool, tmp_path: pytest.TempPathFactory
 ) -> None:
@@ -79,6 +83,36 @@ def test_pissa_is_the_best_approximation_of_the_base() -> None:
     torch.testing.assert_close(torch.linalg.svdvals(weight - start)[:-3], values[3:])
     torch.testing.assert_close(layer.lora_A["default"].norm(dim=1), layer.lora_B["default"].norm(dim=0))
     assert layer.delta_weight("default").abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["dense", "4bit"])
+@pytest.mark.parametrize(("alpha", "r"), [(4, 4), (7, 3), (16, 2)])
+def test_milora_is_what_the_minor_directions_hold(alpha: int, r: int, kind: str) -> None:
+    """Against the definition in float64: W_m is W without its best approximation of rank min(out, in) - r."""
+    net = model(kind)
+    add_adapter(net, LoraConfig(r=r, lora_alpha=alpha, init_lora_weights="milora"))
+    for layer in lora_layers(net).values():
+        lora_a, lora_b = layer.lora_A["default"].double(), layer.lora_B["default"].double()
+        weight = layer.base_weight(torch.float64)
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        minor = weight - u[:, :-r] * s[:-r] @ vh[:-r]
+        # A decomposition in fp32 is that of W + E with |E| of some n eps |W|; E turns the two subspaces against each
+        # other by |E| over the gap of singular values between them (Davis and Kahan), which moves W_m by that of |W|.
+        error = max(weight.shape) * torch.finfo(torch.float32).eps * float(s[0])
+        bound = error * (1 + float(s[0] / (s[-r - 1] - s[-r])))
+        torch.testing.assert_close(layer.scaling["default"] * lora_b @ lora_a, minor, rtol=0, atol=bound)
+        torch.testing.assert_close(lora_a.norm(dim=1), lora_b.norm(dim=0), rtol=1e-5, atol=0)
+        assert layer.delta_weight("default").abs().max() < 1e-6
+
+
+def test_milora_needs_a_weight_of_full_rank() -> None:
+    """Directions of length zero would give A = 0 and B = 0, which no step ever moves."""
+    net = model()
+    net[2].weight.data[-3:] = 0
+    add_adapter(net, LoraConfig(r=4, init_lora_weights="milora"))
+    remove_adapter(net)
+    with pytest.raises(AdapterError, match=r"'milora' at rank 3.*rank 5"):
+        add_adapter(net, LoraConfig(r=3, init_lora_weights="milora"))
 
 
 def test_olora_has_an_orthonormal_b() -> None:
@@ -140,7 +174,23 @@ def test_orthogonal_halves() -> None:
         assert (lora_b @ lora_a).abs().max() < 1e-6 and lora_a.any() and lora_b.any()
 
 
+def test_every_start_is_explained_to_users() -> None:
+    page = (Path(__file__).parents[2] / "docs/how-to/adapters.md").read_text(encoding="utf-8")
+    description = LoraConfig.model_fields["init_lora_weights"].description or ""
+    for start in STARTS:
+        is_word = isinstance(start.name, str)
+        assert (f'| `"{start.name}"` |' if is_word else f"| `{start.name}` |") in page
+        assert (f"'{start.name}'" if is_word else f"{str(start.name).lower()}: ") in description
+
+
 class TestRefusals:
+    def test_an_unknown_start(self) -> None:
+        with pytest.raises(ConfigError, match=r"'pisa' is not a start; did you mean 'pissa'\? .*pissa_niter_N"):
+            LoraConfig(init_lora_weights="pisa")
+        with pytest.raises(ConfigError, match="'pissa_niter_0' is not a start"):
+            LoraConfig(init_lora_weights="pissa_niter_0")
+        assert LoraConfig(init_lora_weights="PiSSA_niter_16").init_lora_weights == "pissa_niter_16"
+
     def refused(self, config: LoraConfig, **given: object) -> str:
         net = model()
         modules, before = list(net), bytes_of(net)

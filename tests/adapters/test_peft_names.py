@@ -8,23 +8,21 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lorakit.adapters import load_adapter, read_adapter_folder
-from lorakit.adapters.peft_names import matrix_names, path_and_role, tensor_name
+from lorakit.adapters.peft_names import matrix_names, path_and_table, tensor_name
+from lorakit.layers import VARIANTS, Variant
+
+TABLES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 
 
-@pytest.mark.parametrize(
-    ("parameter", "role"),
-    [
-        ("lora_A", "lora_A"),
-        ("lora_B", "lora_B"),
-        ("lora_embedding_A", "lora_A"),
-        ("lora_embedding_B", "lora_B"),
-        ("lora_bias", "bias"),
-        ("lora_magnitude_vector", "magnitude"),
-    ],
-)
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=list(VARIANTS))
 @pytest.mark.parametrize("path", ["q", "model.layers.10.self_attn.q_proj", "experts.base_layer"])
-def test_what_is_written_is_read_as_the_same_tensor(path: str, parameter: str, role: str) -> None:
-    assert path_and_role(tensor_name(path, parameter)) == (path, role)
+def test_what_is_written_is_read_as_the_same_tensor(path: str, variant: Variant) -> None:
+    for table in (*TABLES, *variant.trained):
+        assert path_and_table(tensor_name(path, table, variant), variant) == (path, table)
+
+
+def test_what_another_variant_trains_is_known() -> None:
+    assert path_and_table("base_model.model.q.lora_B.bias", VARIANTS["dora"]) == ("q", "lora_bias")
 
 
 def test_matrices_are_those_of_the_layer() -> None:
@@ -47,12 +45,13 @@ def test_matrices_are_those_of_the_layer() -> None:
         "base_model.model.q.my_lora_A.weight",
     ],
 )
-def test_other_names_have_no_role(name: str) -> None:
-    assert path_and_role(name) is None
+def test_other_names_have_no_table(name: str) -> None:
+    assert path_and_table(name, VARIANTS["plain"]) is None
 
 
 def test_magnitudes_of_older_files() -> None:
-    assert path_and_role("base_model.model.q.lora_magnitude_vector.weight") == ("q", "magnitude")
+    name = "base_model.model.q.lora_magnitude_vector.weight"
+    assert path_and_table(name, VARIANTS["dora"]) == ("q", "lora_magnitude_vector")
 
 
 def test_a_config_without_numbers_means_the_same_to_every_reader(tmp_path):

@@ -137,6 +137,43 @@ class TestPlainModels:
             add_adapter(model, LoraConfig(r=2, init_lora_weights=False, **options), name)
         return model
 
+    def test_small_magnitudes_count_in_bf16(self) -> None:
+        """A gain of 1.003 is 1 in bf16; half of the outputs must move all the same, as they do outside of rows."""
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 64, bias=False).bfloat16())
+        add_adapter(model, LoraConfig(r=2, use_dora=True))
+        x = torch.randn(32, 64, dtype=torch.bfloat16)
+        with torch.no_grad(), use_rows(model, ["default"] * 32):
+            before = model(x)
+            model[0].lora_magnitude_vector["default"].mul_(1.003)
+            after = model(x)
+        assert (after != before).float().mean() > 0.3
+        torch.testing.assert_close(after, model(x), rtol=2**-7, atol=2**-7)
+
+    def test_of_dropout_a_seed_is_kept(self) -> None:
+        model = nn.Sequential(nn.Linear(64, 8, bias=False))
+        for name, rate in (("a", 0.5), ("b", 0.25), ("none", 0.0)):
+            add_adapter(model, LoraConfig(r=2, lora_dropout=rate, init_lora_weights=False), name)
+        saved: list[tuple[torch.Size, torch.dtype]] = []
+        x = torch.randn(60, 64, requires_grad=True)
+
+        def keep(tensor: Tensor) -> Tensor:
+            saved.append((tensor.shape, tensor.dtype))
+            return tensor
+
+        saving = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with saving, use_rows(model, ["a", "b", "none"] * 20):
+            torch.manual_seed(3)
+            y = model(x)
+            torch.manual_seed(3)
+            assert torch.equal(model(x), y)
+        assert not any(dtype == torch.bool for _, dtype in saved)  # a mask as large as x
+        assert ((), torch.int64) in {(tuple(shape), dtype) for shape, dtype in saved}
+        set_adapter(model, "none")
+        torch.testing.assert_close(y[2::3], model(x)[2::3])
+        set_adapter(model, "a")
+        assert not torch.allclose(y[::3], model.eval()(x)[::3])
+
     @pytest.mark.parametrize("quantized", [False, True])
     @pytest.mark.parametrize("shape", [(4, 6), (4, 3, 6), (4, 2, 3, 6)])
     def test_any_shape_whose_first_dimension_is_the_rows(self, shape: tuple[int, ...], quantized: bool) -> None:

@@ -6,14 +6,20 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lorakit.errors import ShapeError
-from lorakit.layers import Linear4bit, LoRALinear, linear_together
+from lorakit.layers import AdapterSpec, Linear4bit, LoRALinear, linear_together
 from lorakit.quantization import quantize
 
 
-def make_layer(base: nn.Linear | Linear4bit, r: int = 3, scaling: float = 0.7, **kwargs) -> LoRALinear:
+def make_layer(
+    base: nn.Linear | Linear4bit,
+    r: int = 3,
+    scaling: float = 0.7,
+    dropout_p: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+) -> LoRALinear:
     base.requires_grad_(False)
     layer = LoRALinear(base)
-    layer.add("default", r, scaling, init=False, **kwargs)
+    layer.add("default", AdapterSpec(r, scaling, dropout_p, neutral_start=False), dtype)
     layer.active = ("default",)
     return layer
 
@@ -59,7 +65,7 @@ def test_fused_and_written_out_paths_agree(dropout_p: float) -> None:
     inputs = [x, layer.lora_A["default"], layer.lora_B["default"]]
     torch.manual_seed(3)
     fused = torch.autograd.grad(layer(x).square().sum(), inputs)
-    layer.add("zero", 2, 1.0)
+    layer.add("zero", AdapterSpec(2, 1.0))
     layer.active = ("default", "zero")  # two adapters take the written-out path; the second adds nothing
     torch.manual_seed(3)
     written_out = torch.autograd.grad(layer(x).square().sum(), inputs)
@@ -172,13 +178,13 @@ def test_dropout_acts_on_the_adapter_only_and_only_in_training() -> None:
 def test_layers_that_read_the_same_x_drop_the_same_of_it() -> None:
     x, layers = torch.randn(9, 6), three_layers()
     for layer in layers:
-        layer.dropout_p["default"] = 0.3
+        layer.adapters["default"].dropout_p = 0.3
     torch.manual_seed(4)
     found = linear_together(x, *layers)
     for y, layer in zip(found, layers, strict=True):
         torch.manual_seed(4)
         torch.testing.assert_close(y, layer(x))
-    layers[1].dropout_p["default"] = 0.0  # then each draws for itself
+    layers[1].adapters["default"].dropout_p = 0.0  # then each draws for itself
     torch.testing.assert_close(linear_together(x, *layers)[1], layers[1](x))
 
 
@@ -194,7 +200,7 @@ def test_dropout_keeps_the_mean() -> None:
 def test_a_fresh_adapter_changes_nothing() -> None:
     base = nn.Linear(16, 4).requires_grad_(False)
     layer = LoRALinear(base)
-    layer.add("default", 2, 1.0)
+    layer.add("default", AdapterSpec(2, 1.0))
     layer.active = ("default",)
     x = torch.randn(8, 16)
     assert torch.equal(layer(x), base(x))
@@ -222,7 +228,7 @@ def test_autocast_picks_the_dtypes(base: str) -> None:
 def test_x_that_can_be_computed_again_is_not_kept() -> None:
     layers, source = three_layers(), torch.randn(5, 6, requires_grad=True)
     results = []
-    for again in (None, (torch.tanh, (source,))):
+    for recompute in (None, (torch.tanh, (source,))):
         kept: list[int] = []
 
         def keep(tensor: torch.Tensor, kept: list[int] = kept) -> torch.Tensor:
@@ -231,8 +237,8 @@ def test_x_that_can_be_computed_again_is_not_kept() -> None:
 
         x = source.tanh()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            y = linear_together(x, *layers, again=again)
-        assert (x.data_ptr() in kept) is (again is None)
+            y = linear_together(x, *layers, recompute=recompute)
+        assert (x.data_ptr() in kept) is (recompute is None)
         loss = torch.cat(y, dim=-1).square().sum()
         results.append([*y, *torch.autograd.grad(loss, [source, *matrices(layers)])])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lorakit import quantize
 from lorakit.errors import ShapeError
-from lorakit.layers import LoRALinear, ResidualLinear4bit, linear_together
+from lorakit.layers import AdapterSpec, LoRALinear, ResidualLinear4bit, linear_together
 
 
 def layer(rank: int = 3, bias: bool = True, dtype: torch.dtype = torch.float32) -> ResidualLinear4bit:
@@ -53,7 +53,7 @@ def test_beneath_adapters_in_the_fused_function() -> None:
         torch.manual_seed(1)
         adapted = [LoRALinear(base) for base in bases]
         for one in adapted:
-            one.add("a", 4, 2.0, init=False)
+            one.add("a", AdapterSpec(4, 2.0, neutral_start=False))
             one.active = ("a",)
             assert one.can_fuse(torch.zeros(1, 64))
         x = torch.randn(7, 64).requires_grad_()

@@ -12,7 +12,7 @@ import torch
 from lorakit_kernels.reference_training import STATE_BLOCK_SIZE
 from torch import Tensor
 
-from lorakit.layers import Linear4bit, LoRALinear, RMSNorm, apply_rope, swiglu
+from lorakit.layers import AdapterSpec, Linear4bit, LoRALinear, RMSNorm, apply_rope, swiglu
 from lorakit.quantization import dynamic_map, quantize
 
 THREADS, ROUNDS = 8, 5
@@ -87,7 +87,7 @@ def linear(inputs: int, outputs: int) -> Linear4bit:
 
 def adapted(inputs: int, outputs: int) -> LoRALinear:
     layer = LoRALinear(linear(inputs, outputs))
-    layer.add("a", 4, 0.5, init=False)
+    layer.add("a", AdapterSpec(4, 0.5, neutral_start=False))
     layer.active = ("a",)
     return layer
 

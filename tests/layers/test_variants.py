@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lorakit.layers import VARIANTS, AdaptedLayer, Linear4bit, LoRAConv, LoRAEmbedding, LoRALinear, linear_together
+from lorakit.layers import (
+    VARIANTS,
+    AdaptedLayer,
+    AdapterSpec,
+    Linear4bit,
+    LoRAConv,
+    LoRAEmbedding,
+    LoRALinear,
+    linear_together,
+)
 from lorakit.layers.variants.dora import row_norms
 from lorakit.quantization import quantize
 
@@ -52,7 +61,7 @@ def adapted(base: str, variant: str = "plain", r: int = 2, **options: object) ->
     module = BASES[base]().requires_grad_(False)
     kind = next(kind for kind in (LoRALinear, LoRAConv, LoRAEmbedding) if kind.fits(module))
     layer = kind(module)
-    layer.add("a", r, 0.7, init=False, variant=VARIANTS[variant], **options)
+    layer.add("a", AdapterSpec(r, 0.7, variant=VARIANTS[variant], neutral_start=False, **options))
     with torch.no_grad():
         for parameter in layer.parameters_of("a").values():
             parameter.add_(torch.randn_like(parameter) / 4)
@@ -96,14 +105,14 @@ def test_a_trained_bias_is_a_copy(base: str, variant: str) -> None:
     assert layer.parameters_of("a")["trained_bias"].grad is not None
     assert torch.equal(layer.base_layer.bias, before) and not torch.equal(layer.table("trained_bias")["a"], before)
     torch.testing.assert_close(layer(x), merged(layer)(x), rtol=1e-5, atol=1e-5)
-    layer.remove("a")
+    layer.detach("a")
     assert set(layer._modules) == {"base_layer", *layer.matrices}
 
 
 @pytest.mark.parametrize("base", BASES)
 def test_two_variants_are_summed(base: str) -> None:
     layer, x = adapted(base, "dora"), input_of(base)
-    layer.add("b", 3, 0.4, init=False)
+    layer.add("b", AdapterSpec(3, 0.4, neutral_start=False))
     layer.active = ("a", "b")
     dense = merged(layer)
     dense.weight.data += layer.delta_weight("b").detach()
@@ -116,11 +125,11 @@ class TestDoRA:
     def test_the_norms_without_the_product(self, rows: int, columns: int, r: int, scaling: float) -> None:
         torch.manual_seed(rows + columns)
         layer = LoRALinear(nn.Linear(columns, rows, dtype=torch.float64))
-        layer.add("a", r, scaling, init=False, dtype=torch.float64)
+        layer.add("a", AdapterSpec(r, scaling, neutral_start=False), torch.float64)
         up, down = layer.factors("a")
         expected = (layer.base_layer.weight + up @ down).norm(dim=1)
         size = layer.base_layer.weight.norm(dim=1) + (up @ down).norm(dim=1)  # what cancels where the two are opposite
-        assert ((row_norms(layer, "a", torch.float64) - expected).abs() <= 1e-7 * size).all()
+        assert ((row_norms(layer, up, down, torch.float64) - expected).abs() <= 1e-7 * size).all()
 
     @pytest.mark.parametrize("base", [base for base in BASES if base != "embedding"])
     def test_gradients_are_those_of_the_definition_with_the_norm_a_constant(self, base: str) -> None:
@@ -162,7 +171,7 @@ class TestDoRA:
     def test_a_fresh_adapter_changes_next_to_nothing(self, base: str) -> None:
         module = BASES[base]().requires_grad_(False)
         layer = next(kind for kind in (LoRALinear, LoRAConv, LoRAEmbedding) if kind.fits(module))(module)
-        layer.add("a", 2, 1.0, variant=VARIANTS["dora"])
+        layer.add("a", AdapterSpec(2, 1.0, variant=VARIANTS["dora"]))
         layer.active = ("a",)
         x = input_of(base)
         torch.testing.assert_close(layer(x), module(x))
@@ -171,7 +180,7 @@ class TestDoRA:
         base = nn.Linear(4, 3, bias=False).requires_grad_(False)
         base.weight.data[1] = 0
         layer = LoRALinear(base)
-        layer.add("a", 2, 1.0, variant=VARIANTS["dora"])
+        layer.add("a", AdapterSpec(2, 1.0, variant=VARIANTS["dora"]))
         layer.active = ("a",)
         y = layer(torch.randn(5, 4))
         y.sum().backward()
@@ -182,7 +191,7 @@ class TestDoRA:
         """A gain of 1.002 is 1 in bf16; half of the outputs must move all the same."""
         base = nn.Linear(64, 64, bias=False).bfloat16().requires_grad_(False)
         layer = LoRALinear(base)
-        layer.add("a", 2, 1.0, variant=VARIANTS["dora"])
+        layer.add("a", AdapterSpec(2, 1.0, variant=VARIANTS["dora"]))
         layer.active = ("a",)
         x = torch.randn(32, 64, dtype=torch.bfloat16)
         before = layer(x)
@@ -191,9 +200,9 @@ class TestDoRA:
 
     def test_dropout_is_on_the_whole_product(self) -> None:
         layer = adapted("linear-no-bias", "dora").train()
-        layer.dropout_p["a"] = 0.5
+        layer.adapters["a"].dropout_p = 0.5
         x = torch.randn(4000, 6)
-        gain = layer.variants["a"].gain(layer, "a", torch.float32).detach()
+        gain = layer.gain("a", torch.float32).detach()
         mean = layer(x.abs()).detach().mean(0)
         expected = layer.eval()(x.abs()).detach().mean(0)  # dropout keeps the mean
         assert (mean - expected).abs().max() < 0.1 * gain.abs().max() * expected.abs().max()

@@ -17,7 +17,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lorakit import Decoder, LoraConfig, add_adapter, load_adapter, save_adapter
+from lorakit import (
+    Decoder,
+    Linear4bit,
+    LoraConfig,
+    adapter_parameters,
+    add_adapter,
+    load_adapter,
+    load_model,
+    save_adapter,
+)
 from lorakit.adapters import lora_layers
 from lorakit.errors import AdapterError
 
@@ -167,6 +176,35 @@ def test_a_bf16_file_is_fp32_in_peft_each_value_exact(
         theirs_b = trained[f"base_model.model.{path}.lora_B.default.weight"]
         assert theirs_b.dtype == torch.float32
         assert torch.equal(theirs_b, layer.lora_B["default"].float())
+
+
+@pytest.mark.parametrize("quant_type", [None, "nf4"])
+@pytest.mark.parametrize("init", ["pissa", "milora"])
+def test_a_start_inside_the_base_in_peft(
+    init: str, quant_type: str | None, smollm2_folder: Path, their_model: nn.Module, fresh: Fresh, ids: Tensor,
+    logits_of: LogitsOf, tmp_path: Path,
+) -> None:  # fmt: skip
+    """PEFT reads the file as plain LoRA of twice the rank on the base as it is, whose values it is given in fp32."""
+    ours = load_model(smollm2_folder, quant_type=quant_type, dtype=torch.float32)
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["layers.3.self_attn.k_proj", "layers.20.mlp.down_proj"])
+    base = copy.deepcopy(their_model)  # not `fresh`: it gets other weights
+    with torch.no_grad():
+        for path, module in ours.named_modules():
+            if isinstance(module, Linear4bit):
+                base.get_submodule(path).weight.copy_(module.dense_weight(torch.float32))
+    before = logits_of(base, ids)
+    add_adapter(ours, config.model_copy(update={"init_lora_weights": init}))
+    torch.testing.assert_close(logits_of(ours, ids), before, rtol=0, atol=1e-3)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in adapter_parameters(ours):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    save_adapter(ours, tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    assert set(meaning(theirs).values()) == {(8, 1.5)}
+    expected = logits_of(ours, ids)
+    assert (expected - before).abs().max() > 0.5
+    torch.testing.assert_close(logits_of(theirs, ids), expected, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora"])

@@ -91,7 +91,7 @@ def meaning(model: nn.Module) -> dict[str, dict[str, tuple[int, float, float, to
         return found
     for path, layer in lora_layers(model).items():
         found[path] = {
-            name: (len(a), layer.scaling[name], layer.dropout_p[name], a.dtype, name in layer.active)
+            name: (len(a), layer.scaling[name], layer.adapters[name].dropout_p, a.dtype, name in layer.active)
             for name, a in layer.lora_A.items()
         }
     return found

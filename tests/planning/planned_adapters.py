@@ -9,6 +9,8 @@ ADAPTERS: list[dict[str, Any]] = [
     {"use_dora": True, "target_modules": ["q_proj", "o_proj", "up_proj", "embed_tokens", "lm_head"]},
     {"use_dora": True, "bias": "lora_only", "target_modules": ["v_proj", "down_proj"]},
     {"lora_bias": True, "target_modules": ["k_proj", "v_proj", "down_proj"]},
+    {"variant": "hira"},
+    {"variant": "hira", "target_modules": ["q_proj", "down_proj", "embed_tokens", "lm_head"]},
     {"bias": "lora_only"},
     {"bias": "all", "target_modules": ["v_proj", "gate_proj"]},
     {"init_lora_weights": "olora"},

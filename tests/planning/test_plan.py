@@ -92,7 +92,7 @@ def test_offloaded_activations_leave_the_gpu() -> None:
         plan(SHAPE, None, offloaded, sequence_length=512)
 
 
-@pytest.mark.parametrize("start", ["pissa_niter_4", "olora", "loftq", "eva", "lora_ga"])
+@pytest.mark.parametrize("start", ["pissa_niter_4", "milora", "olora", "loftq", "eva", "lora_ga"])
 def test_what_a_start_takes_is_said_not_to_be_counted(start: str) -> None:
     (note,) = plan(SHAPE, LoraConfig(r=8, init_lora_weights=start), TRAIN, sequence_length=512).notes
     assert start in note and "before the first step" in note

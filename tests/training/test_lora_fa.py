@@ -12,7 +12,7 @@ from lorakit import Tokenizer, adapter_parameters, train
 from lorakit.adapters import lora_layers
 from lorakit.data import encode_records
 from lorakit.errors import TrainingError
-from lorakit.layers import LoRALinear
+from lorakit.layers import AdapterSpec, LoRALinear
 from lorakit.training.trainer import mean_loss
 
 
@@ -42,7 +42,7 @@ def layers(model: nn.Module) -> list[tuple[str, LoRALinear]]:
 def test_the_input_is_not_kept_and_bs_gradient_is_the_same() -> None:
     torch.manual_seed(0)
     layer = LoRALinear(nn.Linear(64, 8).requires_grad_(False))
-    layer.add("default", 2, 1.0, init=False)
+    layer.add("default", AdapterSpec(2, 1.0, neutral_start=False))
     layer.active = ("default",)
     x = torch.randn(16, 64, requires_grad=True)
     found = []

@@ -32,12 +32,12 @@ def _whole_attention() -> None:
 
 def _keep_what_norms_and_activations_give() -> None:
     together = lora_linear.linear_together
-    _replace(decoder, "linear_together", lambda x, *layers, again=None: together(x, *layers))
+    _replace(decoder, "linear_together", lambda x, *layers, recompute=None: together(x, *layers))
 
 
 def _layers_one_by_one() -> None:
-    def one_by_one(x: torch.Tensor, *layers: nn.Module, again: Any = None) -> tuple[torch.Tensor, ...]:
-        return tuple(lora_linear.linear_together(x, layer, again=again)[0] for layer in layers)
+    def one_by_one(x: torch.Tensor, *layers: nn.Module, recompute: Any = None) -> tuple[torch.Tensor, ...]:
+        return tuple(lora_linear.linear_together(x, layer, recompute=recompute)[0] for layer in layers)
 
     _replace(decoder, "linear_together", one_by_one)
 

@@ -10,17 +10,16 @@ import torch
 from torch import Tensor
 
 from ...errors import AdapterError, listing
+from ...layers import variants_read
 from ..adapter_folder import AdapterLayer
 from ..peft_names import BASE_LAYER
 
 # Settings of adapter_config.json that mean more than A and B of existing layers. No consumer here has a place for them:
 # some are refused there too, the others would be dropped without a word.
 _MORE_THAN_MATRICES = {
-    "use_dora": "DoRA, which scales each row of base and update together",
     "modules_to_save": "modules trained and saved in full",
     "trainable_token_indices": "trained rows of the embedding",
     "bias": "trained biases of the base's layers",
-    "lora_bias": "a bias on B",
     "target_parameters": "updates of parameters that are not the weight of a layer",
     "alora_invocation_tokens": "an update that begins at certain tokens",
     "layer_replication": "layers that the base does not have",
@@ -63,7 +62,9 @@ def check_plain(export: Export, consumer: str, *problems: str) -> None:
         AdapterError: with every reason, and the way out.
     """
     settings = {key for key, value in export.config.items() if value and value != "none"}
-    found = [f"{key}: {meaning}" for key, meaning in _MORE_THAN_MATRICES.items() if key in settings]
+    variants = [one for one in variants_read(export.config) if one.trained or not one.is_low_rank]
+    found = [f"{variant.setting}: {variant.meaning}" for variant in variants]
+    found += [f"{key}: {meaning}" for key, meaning in _MORE_THAN_MATRICES.items() if key in settings]
     found += [
         f"{path}: an adapter on a layer of kind '{layer.kind}'"
         for path, layer in export.layers.items()

@@ -1,86 +1,88 @@
-"""The values an adapter starts from, one file each; a new one is a file and a line in the table.
+"""The values that an adapter starts from: one file and one line in `STARTS` for each.
 
-Plain LoRA's own start, A Kaiming-uniform and B zero, is `AdaptedLayer.add`; these give other values to A and B of an
-adapter that was attached so. None of them writes to the base: a start inside the base weight is subtracted again by
-the variant `residual`.
+`add_adapter` runs a start on an adapter that `AdaptedLayer.add` has drawn. The config, PEFT's files, merging, the
+planner and inspection ask the `Start` what they need to know of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor
 
-from ...errors import AdapterError
-from ...layers import AdaptedLayer
-from ..config import LoraConfig
-from .eva import eva
-from .gaussian import gaussian
-from .loftq import loftq
-from .lora_ga import lora_ga
-from .olora import olora
-from .orthogonal import orthogonal
-from .pissa import pissa
+from ...errors import AdapterError, ConfigError, did_you_mean
+from .eva import EVA
+from .gaussian import Gaussian
+from .kaiming import Kaiming, RandomKaiming
+from .loftq import LoftQ
+from .lora_ga import LoRAGA
+from .milora import MiLoRA
+from .olora import OLoRA
+from .orthogonal import Orthogonal
+from .pissa import Pissa, RandomizedPissa
+from .start import Start, StartData
 
-__all__ = ["FROM_DATA", "INITS", "find_init"]
+__all__ = ["STARTS", "Start", "StartData", "changed_base_in_peft", "find_start", "start_data", "start_names"]
 
-Init = Callable[[AdaptedLayer, str], None]  # sets lora_A and lora_B of one layer's adapter
-FromData = Callable[[Mapping[str, AdaptedLayer], str, Iterable[Tensor]], None]  # of all layers at once
+STARTS: list[Start] = [
+    Kaiming(),
+    RandomKaiming(),
+    Gaussian(),
+    Orthogonal(),
+    Pissa(),
+    RandomizedPissa(),
+    MiLoRA(),
+    OLoRA(),
+    LoftQ(),
+    EVA(),
+    LoRAGA(),
+]
+_CHANGED_BASE_IN_PEFT_ALONE = ("corda",)  # starts that PEFT has and we do not
 
-INITS: dict[str, Init] = {
-    "gaussian": gaussian,
-    "olora": olora,
-    "orthogonal": orthogonal,
-    "pissa": pissa,
-}
-FROM_DATA: dict[str, FromData] = {
-    "eva": eva,
-    "lora_ga": lora_ga,
-}
+
+def find_start(value: bool | str) -> Start:
+    """Return the start that a value of `init_lora_weights` names, whatever its case.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    value = value.lower() if isinstance(value, str) else value
+    found = next((start for entry in STARTS if (start := entry.named(value)) is not None), None)
+    if found is None:
+        names = start_names()
+        raise ConfigError(f"'{value}' is not a start{did_you_mean(str(value), names)} (known: {', '.join(names)})")
+    return found
 
 
-def find_init(
-    config: LoraConfig, losses: Iterable[Tensor] | None, sources: Mapping[str, Tensor] | None
-) -> Callable[[Mapping[str, AdaptedLayer], str], None] | None:
-    """Return what gives an adapter its first values, or None where those of `AdaptedLayer.add` stay.
+def start_names(*, in_base: bool = False, with_data: bool = True) -> list[str]:
+    """Return the starts' names as they are written in a recipe.
+
+    Args:
+        in_base: only those that start inside the base weight.
+        with_data: those that need losses or sources too.
+    """
+    chosen = (start for start in STARTS if (start.in_base or not in_base) and (with_data or start.needs is None))
+    return [str(start.name).lower() if isinstance(start.name, bool) else start.name for start in chosen]
+
+
+def changed_base_in_peft(value: object) -> bool:
+    """Return whether PEFT, for this `init_lora_weights` of a file, moved a part of the base into the adapter.
+
+    Such a file fits a base model that nobody has any more.
+    """
+    names = [str(start.name) for start in STARTS if start.peft_changes_base]
+    return isinstance(value, str) and value.lower().startswith((*names, *_CHANGED_BASE_IN_PEFT_ALONE))
+
+
+def start_data(start: Start, losses: Iterable[Tensor] | None, sources: Mapping[str, Tensor] | None) -> StartData:
+    """Return what a start is given.
 
     Raises:
         AdapterError: the start needs losses or sources and there are none, or there are and it needs none.
     """
-    init = config.init_lora_weights
-    for given, what, is_needed in ((losses, "losses", init in FROM_DATA), (sources, "sources", init == "loftq")):
-        if is_needed and given is None:
-            raise AdapterError(f"init_lora_weights '{init}' needs `{what}`; give them to add_adapter")
-        if given is not None and not is_needed:
-            raise AdapterError(f"`{what}` were given, but init_lora_weights {init!r} makes no use of them")
-    if isinstance(init, bool):
-        return None
-    if losses is not None:
-        return partial(_from_data, FROM_DATA[init], losses)
-    if sources is not None:
-        return partial(_from_sources, sources)
-    one = partial(pissa, iterations=int(init.split("_")[-1])) if init.startswith("pissa_niter_") else INITS[init]
-    return partial(_each, one)
-
-
-def _from_sources(sources: Mapping[str, Tensor], layers: Mapping[str, AdaptedLayer], name: str) -> None:
-    for path, layer in layers.items():
-        if f"{path}.weight" not in sources:
-            raise AdapterError(f"`sources` has no '{path}.weight', the weight before quantization")
-        loftq(layer, name, sources[f"{path}.weight"])
-        layer.restart(name)
-
-
-def _each(init: Init, layers: Mapping[str, AdaptedLayer], name: str) -> None:
-    for layer in layers.values():
-        init(layer, name)
-        layer.restart(name)
-
-
-def _from_data(init: FromData, losses: Iterable[Tensor], layers: Mapping[str, AdaptedLayer], name: str) -> None:
-    init(layers, name, losses)
-    with torch.no_grad():
-        for layer in layers.values():
-            layer.restart(name)
+    for name, given in (("losses", losses), ("sources", sources)):
+        if start.needs == name and given is None:
+            raise AdapterError(f"init_lora_weights '{start.name}' needs `{name}`; give them to add_adapter")
+        if start.needs != name and given is not None:
+            raise AdapterError(f"`{name}` were given, but init_lora_weights {start.name!r} makes no use of them")
+    return StartData(() if losses is None else losses, sources or {})

@@ -8,7 +8,7 @@ not redistributed among layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,38 +16,50 @@ from torch import Tensor, nn
 
 from ...errors import AdapterError
 from ...layers import AdaptedLayer, LoRALinear
-from .matrices import write
+from .matrices import set_factors
+from .start import Start, StartData
 
 
-@torch.no_grad()
-def eva(layers: Mapping[str, AdaptedLayer], name: str, losses: Iterable[Tensor]) -> None:
-    """Set A from the inputs that linear layers see while the losses are computed; other layers keep their start.
+class EVA(Start):
+    """A from the inputs that linear layers see while the losses are computed; other layers keep their start."""
 
-    Raises:
-        AdapterError: a layer saw fewer inputs than its rank.
-    """
-    linear = {path: layer for path, layer in layers.items() if isinstance(layer, LoRALinear)}
-    moments: dict[str, Tensor] = {}
-    tokens: dict[str, int] = dict.fromkeys(linear, 0)
+    name = "eva"
+    needs = "losses"
 
-    def watch(path: str) -> Any:
-        def see(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
-            moments[path] = x.T @ x + moments.get(path, 0)
-            tokens[path] += len(x)
+    @torch.no_grad()
+    def run(self, layers: Mapping[str, AdaptedLayer], name: str, data: StartData) -> None:
+        """Set A of linear layers from their inputs.
 
-        return see
+        Raises:
+            AdapterError: a layer saw fewer inputs than its rank.
+        """
+        linear = {path: layer for path, layer in layers.items() if isinstance(layer, LoRALinear)}
+        moments: dict[str, Tensor] = {}
+        tokens: dict[str, int] = dict.fromkeys(linear, 0)
 
-    hooks = [layer.register_forward_pre_hook(watch(path)) for path, layer in linear.items()]
-    try:
-        for _ in losses:
-            pass
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for path, layer in linear.items():
-        rank = len(layer.lora_A[name])
-        if tokens[path] < rank:
-            raise AdapterError(f"'eva' needs at least {rank} tokens for {path}, whose rank that is; saw {tokens[path]}")
-        vectors = torch.linalg.eigh(moments[path]).eigenvectors.flip(1)  # of falling eigenvalue
-        write(layer, name, vectors[:, :rank].T, torch.zeros_like(layer.lora_B[name]))
+        def watch(path: str) -> Any:
+            def see(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                x = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
+                moments[path] = x.T @ x + moments.get(path, 0)
+                tokens[path] += len(x)
+
+            return see
+
+        hooks = [layer.register_forward_pre_hook(watch(path)) for path, layer in linear.items()]
+        try:
+            for _ in data.losses:
+                pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for path, layer in linear.items():
+            rank = len(layer.lora_A[name])
+            if tokens[path] < rank:
+                raise AdapterError(
+                    f"'eva' needs at least {rank} tokens for {path}, whose rank that is; saw {tokens[path]}"
+                )
+            vectors = torch.linalg.eigh(moments[path]).eigenvectors.flip(1)  # of falling eigenvalue
+            set_factors(layer, name, vectors[:, :rank].T, torch.zeros_like(layer.lora_B[name]))
+
+    def summed_elements(self, in_features: int, out_features: int) -> int:
+        return in_features * in_features  # Xᵀ X

@@ -5,10 +5,16 @@ from __future__ import annotations
 import torch
 
 from ...layers import AdaptedLayer
+from .matrices import set_factors
+from .start import Start
 
 
-@torch.no_grad()
-def gaussian(layer: AdaptedLayer, name: str) -> None:
-    """Draw A from N(0, 1 / r²); B stays zero, so that the adapter changes nothing yet."""
-    lora_a = layer.lora_A[name]
-    lora_a.copy_(torch.empty_like(lora_a, dtype=torch.float32).normal_(std=1 / len(lora_a)))
+class Gaussian(Start):
+    """A from N(0, 1 / r²), B as it was drawn: zero, so that the adapter changes nothing yet."""
+
+    name = "gaussian"
+
+    def set_layer(self, layer: AdaptedLayer, name: str) -> None:
+        lora_a = layer.lora_A[name]
+        drawn = torch.empty_like(lora_a, dtype=torch.float32).normal_(std=1 / len(lora_a))
+        set_factors(layer, name, drawn, layer.lora_B[name])

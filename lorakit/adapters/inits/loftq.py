@@ -8,29 +8,44 @@ the scaling, so that the adapter as it enters forward, s B A, is the approximati
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from ...errors import AdapterError
 from ...layers import AdaptedLayer
-from .matrices import base_matrix, write
+from .matrices import base_matrix, set_product
+from .start import Start, StartData
 
 
-@torch.no_grad()
-def loftq(layer: AdaptedLayer, name: str, source: Tensor) -> None:
-    """Set A and B to the best approximation, of their rank, of what the base layer lost.
+class LoftQ(Start):
+    """A and B as the best approximation, of their rank, of what the base layer lost."""
 
-    Args:
-        source: the weight before it was quantized, in the layer's shape.
+    name = "loftq"
+    needs = "sources"
+    peft_changes_base = True
+    repairs_quantization = True
+    decomposes_weight = True
 
-    Raises:
-        AdapterError: it does not fit the layer.
-    """
+    @torch.no_grad()
+    def run(self, layers: Mapping[str, AdaptedLayer], name: str, data: StartData) -> None:
+        """Set A and B from the weights before quantization.
+
+        Raises:
+            AdapterError: the sources lack a layer's weight, or it does not fit the layer.
+        """
+        for path, layer in layers.items():
+            if f"{path}.weight" not in data.sources:
+                raise AdapterError(f"`sources` has no '{path}.weight', the weight before quantization")
+            _approximate_loss(layer, name, data.sources[f"{path}.weight"])
+
+
+def _approximate_loss(layer: AdaptedLayer, name: str, source: Tensor) -> None:
     rank = len(layer.lora_A[name])
     quantized = base_matrix(layer, rank)
     source = layer.as_matrix(source.to(quantized.device, torch.float32))
     if source.shape != quantized.shape:
         raise AdapterError(f"a weight of shape {tuple(source.shape)} is no source of {tuple(quantized.shape)}")
     u, s, vh = torch.linalg.svd(source - quantized, full_matrices=False)
-    root = (s[:rank] / layer.scaling[name]).sqrt()
-    write(layer, name, root[:, None] * vh[:rank], u[:, :rank] * root)
+    set_product(layer, name, u[:, :rank], s[:rank], vh[:rank])

@@ -16,19 +16,43 @@ from torch import Tensor, nn
 
 from ...errors import AdapterError
 from ...layers import AdaptedLayer, LoRALinear
-from .matrices import write
+from .matrices import set_factors
+from .start import Start, StartData
 
 _GAMMA = 16.0
 _POWER_ITERATIONS = 4
 
 
-def lora_ga(layers: Mapping[str, AdaptedLayer], name: str, losses: Iterable[Tensor]) -> None:
-    """Set A and B from the gradient of linear layers' weights over the losses; other layers keep their start.
+class LoRAGA(Start):
+    """A and B from the gradient of linear layers' weights over the losses; other layers keep their start."""
 
-    Raises:
-        AdapterError: a layer got no gradient, or is too small for twice its rank.
-    """
-    linear = {path: layer for path, layer in layers.items() if isinstance(layer, LoRALinear)}
+    name = "lora_ga"
+    needs = "losses"
+    in_base = True
+    peft_changes_base = True
+
+    def run(self, layers: Mapping[str, AdaptedLayer], name: str, data: StartData) -> None:
+        """Set A and B of linear layers from the gradients of their weights.
+
+        Raises:
+            AdapterError: a layer got no gradient, or is too small for twice its rank.
+        """
+        linear = {path: layer for path, layer in layers.items() if isinstance(layer, LoRALinear)}
+        gradients = _weight_gradients(linear, data.losses)
+        with torch.no_grad():
+            for path, layer in linear.items():
+                if path not in gradients:
+                    raise AdapterError(
+                        f"'lora_ga' saw no gradient of {path}; are there losses, and do they depend on it?"
+                    )
+                _follow_gradient(path, layer, name, gradients[path])
+
+    def summed_elements(self, in_features: int, out_features: int) -> int:
+        return out_features * in_features  # dyᵀ x
+
+
+def _weight_gradients(layers: Mapping[str, LoRALinear], losses: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Return dLoss/dW summed over the losses, path -> (out_features, in_features) fp32."""
     gradients: dict[str, Tensor] = {}
     seen: list[tuple[str, Tensor, Tensor]] = []  # of one loss: path, x, y
 
@@ -40,7 +64,7 @@ def lora_ga(layers: Mapping[str, AdaptedLayer], name: str, losses: Iterable[Tens
 
         return see
 
-    hooks = [layer.register_forward_hook(watch(path)) for path, layer in linear.items()]
+    hooks = [layer.register_forward_hook(watch(path)) for path, layer in layers.items()]
     try:
         with torch.enable_grad():
             for loss in losses:
@@ -52,17 +76,13 @@ def lora_ga(layers: Mapping[str, AdaptedLayer], name: str, losses: Iterable[Tens
     finally:
         for hook in hooks:
             hook.remove()
-    with torch.no_grad():
-        for path, layer in linear.items():
-            if path not in gradients:
-                raise AdapterError(f"'lora_ga' saw no gradient of {path}; are there losses, and do they depend on it?")
-            _start(path, layer, name, gradients[path])
+    return gradients
 
 
-def _start(path: str, layer: LoRALinear, name: str, gradient: Tensor) -> None:
+def _follow_gradient(path: str, layer: LoRALinear, name: str, gradient: Tensor) -> None:
     rank = len(layer.lora_A[name])
     if 2 * rank > min(gradient.shape):
         raise AdapterError(f"'lora_ga' at rank {rank} needs {2 * rank} directions; {path} has {min(gradient.shape)}")
     u, _, v = torch.svd_lowrank(gradient, min(4 * rank, *gradient.shape), _POWER_ITERATIONS)
     size = layer.out_features**0.25 / (_GAMMA * layer.scaling[name]) ** 0.5
-    write(layer, name, size * v[:, rank : 2 * rank].T, size * u[:, :rank])
+    set_factors(layer, name, size * v[:, rank : 2 * rank].T, size * u[:, :rank])

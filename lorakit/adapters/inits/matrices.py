@@ -1,4 +1,4 @@
-"""What the starts share: the base weight as a matrix in fp32, and writing a start into an adapter's A and B."""
+"""What the starts share: the base weight as a matrix in fp32, and setting an adapter's A and B."""
 
 from __future__ import annotations
 
@@ -22,8 +22,22 @@ def base_matrix(layer: AdaptedLayer, rank: int) -> Tensor:
 
 
 @torch.no_grad()
-def write(layer: AdaptedLayer, name: str, lora_a: Tensor, lora_b: Tensor) -> None:
-    """Set A from (r, in_features) and B from (out_features, r), in the shapes and dtype of the layer."""
+def set_factors(layer: AdaptedLayer, name: str, lora_a: Tensor, lora_b: Tensor) -> None:
+    """Set A from (r, in_features) and B from (out_features, r), and restart the variant's own parameters from them.
+
+    They are reshaped and cast as the layer keeps its A and B.
+    """
     own_a, own_b = layer.lora_A[name], layer.lora_B[name]
     own_a.copy_(lora_a.reshape(own_a.shape))
     own_b.copy_(lora_b.reshape(own_b.shape))
+    layer.restart(name)
+
+
+def set_product(layer: AdaptedLayer, name: str, u: Tensor, s: Tensor, vh: Tensor) -> None:
+    """Set A and B such that s B A = U S Vᵀ: A = √(S / s) Vᵀ and B = U √(S / s), with s the adapter's scaling.
+
+    Shapes:
+        u (out_features, r), s (r,), vh (r, in_features)
+    """
+    root = (s / layer.scaling[name]).sqrt()
+    set_factors(layer, name, root[:, None] * vh, u * root)

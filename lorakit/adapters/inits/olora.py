@@ -10,12 +10,19 @@ from __future__ import annotations
 import torch
 
 from ...layers import AdaptedLayer
-from .matrices import base_matrix, write
+from .matrices import base_matrix, set_factors
+from .start import Start
 
 
-@torch.no_grad()
-def olora(layer: AdaptedLayer, name: str) -> None:
-    """Set A and B from the QR decomposition of the base weight."""
-    rank = len(layer.lora_A[name])
-    q, r = torch.linalg.qr(base_matrix(layer, rank))
-    write(layer, name, r[:rank], q[:, :rank])
+class OLoRA(Start):
+    """A and B from the QR decomposition of the base weight."""
+
+    name = "olora"
+    in_base = True
+    peft_changes_base = True
+    decomposes_weight = True
+
+    def set_layer(self, layer: AdaptedLayer, name: str) -> None:
+        rank = len(layer.lora_A[name])
+        q, r = torch.linalg.qr(base_matrix(layer, rank))
+        set_factors(layer, name, r[:rank], q[:, :rank])

@@ -10,15 +10,12 @@ columns; PyTorch's weight has them as rows. The norms come from W, A and B witho
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from .variant import KeptGain, Variant
-
-if TYPE_CHECKING:
-    from ..adapted import AdaptedLayer
+from .variant import AttachedAdapter, FrozenWeight, KeptGain, Variant
 
 _ELEMENTS = 1 << 17  # of a weight that are squared at a time, 1 MiB in float64
 
@@ -29,25 +26,51 @@ class DoRA(Variant):
     name = "dora"
     trained = ("lora_magnitude_vector",)
     has_gain = True
+    row_lengths = "lora_magnitude_vector"
 
-    def start(self, layer: AdaptedLayer, name: str) -> dict[str, Tensor]:
-        dtype = layer.lora_A[name].dtype
-        return {"lora_magnitude_vector": row_norms(layer, name, torch.float32).to(dtype)}
+    title = "DoRA"
+    meaning = "DoRA, which scales each row of base and update together"
+    scales = "scales the rows"
+    not_low_rank = (
+        "is a DoRA adapter: its change of the base, m (W + s BA) / |W + s BA| - W, is not of low rank; merge it into "
+        "the base model, or train plain LoRA"
+    )
+    further = "magnitudes (DoRA)"
+    switch = "use_dora"
+    peft_type = "LORA"
+    old_endings = MappingProxyType({"lora_magnitude_vector.weight": "lora_magnitude_vector"})  # of PEFT before 0.11
 
-    def gain(self, layer: AdaptedLayer, name: str, dtype: torch.dtype) -> Tensor:
-        magnitude: Tensor = layer.table("lora_magnitude_vector")[name]
+    def start(self, layer: FrozenWeight, adapter: AttachedAdapter) -> dict[str, Tensor]:
+        norms = row_norms(layer, *self.factors(adapter), torch.float32)
+        return {"lora_magnitude_vector": norms.to(adapter.lora_A.dtype)}
+
+    def gain(self, layer: FrozenWeight, adapter: AttachedAdapter, dtype: torch.dtype) -> Tensor:
+        magnitude = adapter.parameters["lora_magnitude_vector"]
         if torch.is_grad_enabled():
-            layer.kept_gains.pop(name, None)
-            return _gain(magnitude, row_norms(layer, name, dtype))
+            adapter.kept_gain = None
+            return _gain(magnitude, row_norms(layer, *self.factors(adapter), dtype))
         # One token after another, the norms would cost as much as the layer: they are kept while nothing changes. What
         # they come from is compared by value, as a write to `.data` changes no version.
-        sources, scaling = (magnitude, layer.lora_A[name], layer.lora_B[name]), layer.scaling[name]
-        kept = layer.kept_gains.get(name)
-        if kept is None or (kept.dtype, kept.scaling) != (dtype, scaling) or not all(map(_same, sources, kept.sources)):
-            gain = _gain(magnitude, row_norms(layer, name, dtype))
-            kept = KeptGain(dtype, scaling, gain, tuple(source.detach().clone() for source in sources))
-            layer.kept_gains[name] = kept
+        sources, kept = (magnitude, adapter.lora_A, adapter.lora_B), adapter.kept_gain
+        is_same = kept is not None and (kept.dtype, kept.scaling) == (dtype, adapter.scaling)
+        if kept is None or not is_same or not all(map(_same, sources, kept.sources)):
+            gain = _gain(magnitude, row_norms(layer, *self.factors(adapter), dtype))
+            kept = KeptGain(dtype, adapter.scaling, gain, tuple(source.detach().clone() for source in sources))
+            adapter.kept_gain = kept
         return kept.gain
+
+    def file_shape(self, layer: FrozenWeight, table: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """A convolution's magnitudes are (1, out_features, 1, ...)."""
+        kernel = layer.matrix_shapes(1)[0][2:]
+        return (1, *shape, *(1 for _ in kernel)) if kernel and table in self.trained else shape
+
+    def held_bytes(self, out_features: int) -> int:
+        """||w_i||² of the rows, in fp64."""
+        return 8 * out_features
+
+    def flops(self, rank: int, in_features: int, out_features: int) -> int:
+        """The norms of the rows of W + s B A: A Wᵀ, A Aᵀ and B (A Aᵀ)."""
+        return 2 * rank * (out_features * in_features + rank * in_features + rank * out_features)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -60,13 +83,14 @@ def _gain(magnitude: Tensor, norms: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def row_norms(layer: AdaptedLayer, name: str, dtype: torch.dtype) -> Tensor:
-    """Return n, the norms of the rows of W + scaling * B @ A: (out_features,), fp32 or better.
+def row_norms(layer: FrozenWeight, up: Tensor, down: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return n, the norms of the rows of W + up @ down: (out_features,), fp32 or better.
 
     Args:
+        up: (out_features, r), the scaling in it.
+        down: (r, in_features).
         dtype: of the product of A with the base weight, which is the dtype the layer computes in.
     """
-    up, down = layer.factors(name)
     up, down = up.to(torch.promote_types(up.dtype, torch.float32)), down.to(dtype)
     across = layer.project(down).to(up.dtype)  # (r, out): A Wᵀ
     down = down.to(up.dtype)
@@ -74,14 +98,14 @@ def row_norms(layer: AdaptedLayer, name: str, dtype: torch.dtype) -> Tensor:
     return squares.clamp_(min=0).sqrt_()
 
 
-def squared_rows(layer: AdaptedLayer) -> Tensor:
+def squared_rows(layer: FrozenWeight) -> Tensor:
     """Return ||w_i||² of the rows of the base weight, (out_features,) float64, computed once a base weight."""
-    kept: Tensor | None = getattr(layer, "_squared_rows", None)
-    if kept is None or kept.device != next(layer.base_layer.parameters()).device:
+    kept = layer.kept_of_base.get("squared_rows")
+    if kept is None or kept.device != layer.device:
         # A few rows at a time: whole weights, one after another, would leave the heap in pieces.
         step = max(1, _ELEMENTS // layer.in_features)
         starts = range(0, layer.out_features, step)
         parts = (layer.base_rows(slice(first, min(first + step, layer.out_features))) for first in starts)
         kept = torch.cat([part.double().square().sum(1) for part in parts])
-        layer._squared_rows = kept
+        layer.kept_of_base["squared_rows"] = kept
     return kept

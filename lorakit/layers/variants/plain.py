@@ -9,3 +9,5 @@ class Plain(Variant):
     """The update as it is."""
 
     name = "plain"
+    title = "LoRA"
+    peft_type = "LORA"

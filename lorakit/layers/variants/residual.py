@@ -1,4 +1,4 @@
-"""Adapters that start inside the base weight (PiSSA, OLoRA, LoRA-GA), without writing to it.
+"""Adapters that start inside the base weight (PiSSA, MiLoRA, OLoRA, LoRA-GA), without writing to it.
 
 Their papers take the start out of the base, W_res = W - s B₀ A₀, and train W_res + s B A. The same function, with the
 bytes of W as they were:
@@ -10,15 +10,12 @@ which is plain LoRA of rank 2 r, [B, -B₀] and [A; A₀], of which one half is 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .variant import Variant
-
-if TYPE_CHECKING:
-    from ..adapted import AdaptedLayer
+from .variant import AttachedAdapter, FrozenWeight, Variant
 
 
 class Residual(Variant):
@@ -28,16 +25,39 @@ class Residual(Variant):
     kept = ("start_A", "start_B")
     is_fused = False
 
-    def start(self, layer: AdaptedLayer, name: str) -> dict[str, Tensor]:
-        return {"start_A": layer.lora_A[name].detach().clone(), "start_B": layer.lora_B[name].detach().clone()}
+    title = "LoRA that started inside the base weight"
+    is_of_starts = True
+    peft_type = "LORA"
 
-    def update(self, layer: AdaptedLayer, name: str, x: Tensor) -> Tensor:
-        return layer.scaling[name] * layer.low_rank(*self._doubled(layer, name), x)
+    rank_factor = 2
+    frozen_copies = 1
+    joins_matrices = True
 
-    def factors(self, layer: AdaptedLayer, name: str) -> tuple[Tensor, Tensor]:
-        lora_a, lora_b = self._doubled(layer, name)
-        return layer.scaling[name] * lora_b.flatten(1), lora_a.flatten(1)
+    def start(self, layer: FrozenWeight, adapter: AttachedAdapter) -> dict[str, Tensor]:
+        return {"start_A": adapter.lora_A.detach().clone(), "start_B": adapter.lora_B.detach().clone()}
 
-    def _doubled(self, layer: AdaptedLayer, name: str) -> tuple[Tensor, Tensor]:
-        lora_a = torch.cat([layer.lora_A[name], layer.table("start_A")[name]], dim=0)
-        return lora_a, torch.cat([layer.lora_B[name], -layer.table("start_B")[name]], dim=1)
+    def update(self, layer: FrozenWeight, adapter: AttachedAdapter, x: Tensor) -> Tensor:
+        return adapter.scaling * layer.low_rank(*_doubled(adapter), x)
+
+    def factors(self, adapter: AttachedAdapter) -> tuple[Tensor, Tensor]:
+        lora_a, lora_b = _doubled(adapter)
+        return adapter.scaling * lora_b.flatten(1), lora_a.flatten(1)
+
+    def to_file(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Plain LoRA of twice the rank, with the same scaling."""
+        factor = 2**0.5 if values["use_rslora"] else 2
+        return values | {
+            "r": 2 * values["r"],
+            "lora_alpha": factor * values["lora_alpha"],
+            "rank_pattern": {key: 2 * rank for key, rank in values["rank_pattern"].items()},
+            "alpha_pattern": {key: factor * alpha for key, alpha in values["alpha_pattern"].items()},
+        }
+
+    def file_tensors(self, adapter: AttachedAdapter) -> dict[str, Tensor]:
+        return {table: matrix.detach() for table, matrix in zip(adapter.matrices, _doubled(adapter), strict=True)}
+
+
+def _doubled(adapter: AttachedAdapter) -> tuple[Tensor, Tensor]:
+    """Return [A; A₀] and [B, -B₀]."""
+    lora_a = torch.cat([adapter.lora_A, adapter.parameters["start_A"]], dim=0)
+    return lora_a, torch.cat([adapter.lora_B, -adapter.parameters["start_B"]], dim=1)

@@ -25,6 +25,7 @@ from lorakit.inspection.probes import (
     relative_drift,
 )
 from lorakit.inspection.probes.matrices import Adapted
+from lorakit.layers import AdapterSpec
 from lorakit.layers.lora_parameter import LoRAParameter
 from lorakit.training import TrainingProbe
 from lorakit.training.trainer import accumulate_gradients
@@ -246,7 +247,7 @@ class TestFigures:
 
     def test_the_updates_of_experts_count_together(self) -> None:
         layer = LoRAParameter(Experts(), "weight")
-        layer.add("default", 2, 0.5, init=False)
+        layer.add("default", AdapterSpec(2, 0.5, neutral_start=False))
         found = Adapted("experts", layer, "default").singular_values()
         each = [torch.linalg.svdvals(part.double())[:2] for part in layer.delta_weight("default")]
         assert found.tolist() == pytest.approx(torch.cat(each).sort(descending=True).values.tolist(), rel=1e-5)

@@ -11,31 +11,30 @@ from torch import nn
 from ..adapters import LoraConfig, MatchReport
 from ..adapters.placing import Placement, place
 from ..errors import ConfigError
-from ..layers import VARIANTS, AdaptedLayer, SavedModule, TiedHead
+from ..layers import VARIANTS, AdaptedLayer, SavedModule, TiedHead, Variant
 from ..models.decoder import Decoder
 
 FP32 = 4  # bytes of an element
-_FP64 = 8
 
 
 @dataclass(frozen=True)
-class Part:
+class AdapterSize:
     """What an adapter has at one module; the default is nothing.
 
     Attributes:
         trained: name of the table or parameter, and its elements.
         frozen: elements of fp32 matrices that are held and not trained: A under LoRA-FA, the start of PiSSA.
         rank: of the low-rank update; 0: there is none.
-        variant: of the update, its name in `lorakit.layers.VARIANTS`.
-        norms: rows of the weight whose lengths are kept in fp64, which DoRA computes with.
+        variant: of the update.
+        held: bytes that the variant keeps of the base weight.
         follows_embedding: what of the adapter's embedding is the weight of this output head: a copy, or trained rows.
     """
 
     trained: tuple[tuple[str, int], ...] = ()
     frozen: int = 0
     rank: int = 0
-    variant: str = "plain"
-    norms: int = 0
+    variant: Variant = VARIANTS["plain"]
+    held: int = 0
     follows_embedding: Literal["copy", "rows"] | None = None
 
     @property
@@ -46,20 +45,19 @@ class Part:
     @property
     def nbytes(self) -> int:
         """Bytes of all that the adapter holds here, its gradients and the optimizer's state left out."""
-        return FP32 * (sum(self.sizes) + self.frozen) + _FP64 * self.norms
+        return FP32 * (sum(self.sizes) + self.frozen) + self.held
 
     @property
-    def used_rank(self) -> int:
-        """Rank of the products: twice the rank where the update that an adapter started as is taken off again."""
-        return 2 * self.rank if self.variant == "residual" else self.rank
+    def product_rank(self) -> int:
+        """Rank of the products of the update."""
+        return self.variant.rank_factor * self.rank
 
     def is_fused(self, dropout: bool) -> bool:
         """Return whether a linear layer and this adapter are one function."""
-        variant = VARIANTS[self.variant]
         return (
             self.rank > 0
-            and variant.is_fused
-            and not (dropout and variant.has_gain)
+            and self.variant.is_fused
+            and not (dropout and self.variant.has_gain)
             and not self.trains("trained_bias")
         )
 
@@ -68,8 +66,8 @@ class Part:
         return any(name == one for one, _ in self.trained)
 
 
-def parts(model: Decoder, lora: LoraConfig, lora_fa: bool) -> dict[str, Part]:
-    """Return what an adapter has where: path of the module -> part.
+def adapter_sizes(model: Decoder, lora: LoraConfig, lora_fa: bool) -> dict[str, AdapterSize]:
+    """Return what an adapter has where: path of the module -> size.
 
     Args:
         model: a decoder, on the meta device too; it is not changed.
@@ -85,24 +83,26 @@ def parts(model: Decoder, lora: LoraConfig, lora_fa: bool) -> dict[str, Part]:
     placements = place(model, lora, report)
     if lora_fa and not any("lora_A" in placement.shapes for placement in placements):
         raise ConfigError("lora_fa freezes lora_A, but the adapter has none")
-    found = {placement.path: _part(placement, lora, report, lora_fa) for placement in placements}
+    found = {placement.path: _size(placement, lora, report, lora_fa) for placement in placements}
     if any(isinstance(placement.part, TiedHead) for placement in placements):
         is_copied = found["model.embed_tokens"].trains("weight")
-        found["lm_head"] = Part(follows_embedding="copy" if is_copied else "rows")
+        found["lm_head"] = AdapterSize(follows_embedding="copy" if is_copied else "rows")
     return found
 
 
-def _part(placement: Placement, lora: LoraConfig, report: MatchReport, lora_fa: bool) -> Part:
-    sizes = {name: math.prod(shape) for name, shape in placement.shapes.items()}
-    if isinstance(placement.part, SavedModule):
-        _check_saved(placement.path, placement.part.base_layer)
-    if not isinstance(placement.part, AdaptedLayer):
-        return Part(tuple(sizes.items()))
-    frozen = sum(sizes[name] for name in placement.part.matrices) if lora.variant == "residual" else 0
+def _size(placement: Placement, lora: LoraConfig, report: MatchReport, lora_fa: bool) -> AdapterSize:
+    elements = {name: math.prod(shape) for name, shape in placement.shapes.items()}
+    layer = placement.part
+    if isinstance(layer, SavedModule):
+        _check_saved(placement.path, layer.base_layer)
+    if not isinstance(layer, AdaptedLayer):
+        return AdapterSize(tuple(elements.items()))
+    variant = lora.update_variant
+    frozen = variant.frozen_copies * sum(elements[name] for name in layer.matrices)
     if lora_fa:  # which leaves alone the A of embeddings, as that has another name
-        frozen += sizes.pop("lora_A", 0)
-    norms = placement.part.out_features if lora.variant == "dora" else 0
-    return Part(tuple(sizes.items()), frozen, report.ranks[placement.path], lora.variant, norms)
+        frozen += elements.pop("lora_A", 0)
+    held = variant.held_bytes(layer.out_features)
+    return AdapterSize(tuple(elements.items()), frozen, report.ranks[placement.path], variant, held)
 
 
 def _check_saved(path: str, module: nn.Module) -> None:

@@ -1,0 +1,179 @@
+"""Per-row adapters: one batch whose rows each use an adapter of their own, or none.
+
+The frozen product, nearly all of the work, is one for the whole batch. The updates are two batched products: the tokens
+of one adapter are brought together and cut into blocks, and each block meets its adapter's A and B in a stack (as in
+Punica's grouped product, Chen et al. 2023, arXiv:2310.18547). All of it is differentiable: an adapter's gradient comes
+from its own rows alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from .adapted import AdaptedLayer, AdapterPart
+from .dropout import dropout
+from .gains import compose
+from .row_adapters import BASE, Groups, RowAdapters
+
+
+class _Stacks(NamedTuple):
+    """The adapters of layers that read one x, stacked: padded with zeros to the largest rank, in the products' dtype.
+
+    Attributes:
+        down: (adapters, sum of the layers' ranks, in_features).
+        ups: for each layer (adapters, out_features, rank), scaled.
+        gains: for each layer (adapters, out_features), fp32 or better, or None for 1.
+    """
+
+    down: Tensor
+    ups: list[Tensor]
+    gains: list[Tensor | None]
+
+
+class _Kept(NamedTuple):
+    """Stacks, the parameters they were made from, and how often each had been written to."""
+
+    stacks: _Stacks
+    parameters: list[nn.Parameter]
+    versions: list[int]
+
+
+def forward_by_rows(part: AdapterPart, x: Tensor) -> Tensor:
+    """Run a module's forward once for each adapter, on that adapter's rows, and put the results together.
+
+    For modules of which several adapters have no batched product: embeddings, convolutions, copies, biases. Without
+    lengths the rows are x's first dimension; with lengths the tokens are its leading dimensions, of whatever number.
+
+    Raises:
+        ShapeError: the rows cannot be told apart in a batch of x's shape.
+    """
+    rows, active = part.rows, part.active
+    assert rows is not None
+    leading = 1
+    if rows.lengths is not None:
+        sizes = list(itertools.accumulate(x.shape, int.__mul__))
+        leading = sizes.index(sum(rows.lengths)) + 1 if sum(rows.lengths) in sizes else x.dim()
+    lengths = rows.lengths_in(x.shape[:leading])
+    names = [name if name in part.names() else BASE for name in rows.names]
+    members: dict[str, list[int]] = {}
+    start = 0
+    for name, length in zip(names, lengths, strict=True):
+        members.setdefault(name, []).extend(range(start, start + length))
+        start += length
+    flat = x.flatten(0, leading - 1)
+    results, part.rows = [], None
+    try:
+        for name, places in members.items():
+            part.active = () if name == BASE else (name,)
+            results.append(part.forward(flat[torch.tensor(places, device=x.device)]))
+    finally:
+        part.rows, part.active = rows, active
+    order = torch.tensor(list(itertools.chain.from_iterable(members.values())), device=x.device).argsort()
+    y: Tensor = torch.cat(results)[order].unflatten(0, x.shape[:leading])
+    return y
+
+
+def linear_with_rows(x: Tensor, *layers: AdaptedLayer) -> tuple[Tensor, ...]:
+    """Apply linear layers that have `rows` to one x: for each row the base layer and the update of its own adapter.
+
+    Shapes:
+        x (..., in_features) -> for each layer (..., out_features)
+
+    Raises:
+        ShapeError: the rows cannot be told apart in a batch of x's shape.
+    """
+    rows = layers[0].rows
+    assert rows is not None
+    results = [layer.base_layer(x) for layer in layers]
+    found = [rows.groups(x.shape[:-1], layer.adapters, x.device) for layer in layers]
+    drops = any(layer.drop_rate(name) for layer in layers for name in layer.adapters)
+    if drops or any(groups is not found[0] for groups in found):  # layer by layer, each with its own
+        parts = [(groups, [place]) for place, groups in enumerate(found)]
+    else:
+        parts = [(found[0], list(range(len(layers))))]
+    for groups, places in parts:
+        if groups is not None:
+            added = _with_updates(x, rows, groups, [layers[i] for i in places], [results[i] for i in places])
+            for place, result in zip(places, added, strict=True):
+                results[place] = result
+    return tuple(results)
+
+
+def _with_updates(
+    x: Tensor, rows: RowAdapters, groups: Groups, layers: Sequence[AdaptedLayer], results: Sequence[Tensor]
+) -> Iterator[Tensor]:
+    """Return each layer's result with gain * (result + update), bias left out, in the rows of the adapters."""
+    stacks = _stacks(rows, layers, groups.adapters, x.dtype)
+    given = groups.gather(x.reshape(-1, x.shape[-1]))  # (blocks, length, in_features)
+    dropped = _dropped(given, layers[0], groups)
+    us = dropped @ groups.of_block(stacks.down).transpose(1, 2)  # (blocks, length, ranks)
+    widths = [up.shape[2] for up in stacks.ups]
+    for layer, y, u, up, gain in zip(layers, results, us.split(widths, 2), stacks.ups, stacks.gains, strict=True):
+        flat, across = y.reshape(-1, y.shape[-1]), groups.of_block(up).transpose(1, 2)
+        if gain is None and groups.source is None and y.dtype == u.dtype:  # product and sum in one
+            yield torch.baddbmm(flat.view(groups.number, -1, y.shape[-1]), u, across).view(y.shape)
+            continue
+        update = u @ across  # (blocks, length, out_features)
+        if gain is not None:
+            product = groups.gather(flat) if dropped is given else layer.base_layer(dropped)
+            bias = layer.base_layer.bias
+            product = product - bias.to(product.dtype) if isinstance(bias, Tensor) else product
+            update = compose(groups.of_block(gain)[:, None], product, update.to(product.dtype))
+        yield groups.add(flat, update).view(y.shape)
+
+
+def _dropped(x: Tensor, layer: AdaptedLayer, groups: Groups) -> Tensor:
+    """Drop numbers of x (blocks, length, in_features), each with the probability that its adapter has."""
+    rates = [layer.drop_rate(name) for name in groups.adapters]
+    if not any(rates):
+        return x
+    parts = zip(x.split(groups.counts), rates, strict=True)
+    return torch.cat([dropout(part, rate) if rate else part for part, rate in parts])
+
+
+def _stacks(
+    rows: RowAdapters, layers: Sequence[AdaptedLayer], adapters: tuple[str, ...], dtype: torch.dtype
+) -> _Stacks:
+    """Return the adapters of layers, stacked; without gradient they are kept until a parameter changes."""
+    if torch.is_grad_enabled():
+        return _stacked(layers, adapters, dtype)
+    key = tuple(layers), adapters, dtype
+    kept: _Kept | None = rows.kept.get(key)
+    if kept is None or kept.versions != [parameter._version for parameter in kept.parameters]:
+        parameters = [p for layer in layers for name in adapters for p in layer.parameters_of(name).values()]
+        stacks = _stacked(layers, adapters, dtype)
+        if any(parameter.is_inference() for parameter in parameters):  # no one counts what is written to these
+            return stacks
+        kept = rows.kept[key] = _Kept(stacks, parameters, [parameter._version for parameter in parameters])
+    return kept.stacks
+
+
+def _stacked(layers: Sequence[AdaptedLayer], adapters: tuple[str, ...], dtype: torch.dtype) -> _Stacks:
+    downs, ups, gains = zip(*(_stacked_layer(layer, adapters, dtype) for layer in layers), strict=True)
+    return _Stacks(downs[0] if len(downs) == 1 else torch.cat(downs, dim=1), list(ups), list(gains))
+
+
+def _stacked_layer(
+    layer: AdaptedLayer, adapters: tuple[str, ...], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    factors = [layer.factors(name) for name in adapters]
+    widest = max(len(down) for _, down in factors)
+    # Cast one by one: a stack in fp32 would be one more pass over memory, and twice the memory.
+    down = torch.stack([_padded(down.to(dtype), 0, 0, 0, widest - len(down)) for _, down in factors])
+    up = torch.stack([_padded(up.to(dtype), 0, widest - up.shape[1]) for up, _ in factors])
+    gains = [layer.gain(name, dtype) for name in adapters]
+    present = [gain for gain in gains if gain is not None]
+    if not present:
+        return down, up, None
+    ones = torch.ones_like(present[0])
+    return down, up, torch.stack([ones if gain is None else gain for gain in gains])
+
+
+def _padded(matrix: Tensor, *amounts: int) -> Tensor:
+    return pad(matrix, amounts) if any(amounts) else matrix
