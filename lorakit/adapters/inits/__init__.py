@@ -84,4 +84,4 @@ def start_data(start: Start, losses: Iterable[Tensor] | None, sources: Mapping[s
             raise AdapterError(f"init_lora_weights '{start.name}' needs `{name}`; give them to add_adapter")
         if start.needs != name and given is not None:
             raise AdapterError(f"`{name}` were given, but init_lora_weights {start.name!r} makes no use of them")
-    return StartData(() if losses is None else losses, sources or {})
+    return StartData(() if losses is None else losses, {} if sources is None else sources)
