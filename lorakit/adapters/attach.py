@@ -51,6 +51,7 @@ def add_adapter(
     name: str = "default",
     dtype: torch.dtype = torch.float32,
     trained: bool = True,
+    *,
     losses: Iterable[Tensor] | None = None,
     sources: Mapping[str, Tensor] | None = None,
     is_strict: bool = True,

@@ -109,11 +109,11 @@ def head_activations(shape: ModelShape, batch: MicroBatch, has_gradient: bool) -
         norm.append(hidden * item)  # its weight, cast
     has_gradient = has_gradient or trains_norm
     mask = [batch.tokens] * has_gradient
-    trained = replace(batch, sequences=1, length=batch.trained)
+    head_batch = replace(batch, sequences=1, length=batch.trained)
     if not (head.is_trained or head.adapter.follows_embedding):
-        return [*norm, *mask, trained.nbytes(hidden)]  # the rows' gradient
+        return [*norm, *mask, head_batch.nbytes(hidden)]  # the rows' gradient
     log_probs = [FP32 * batch.trained * head.out_features, _INT64 * batch.trained]  # and the targets
-    return norm + mask + saved_by_group((head,), trained, has_gradient) + _tied_tokens(shape, batch) + log_probs
+    return norm + mask + saved_by_group((head,), head_batch, has_gradient) + _tied_tokens(shape, batch) + log_probs
 
 
 def _tied_tokens(shape: ModelShape, batch: MicroBatch) -> list[int]:

@@ -67,14 +67,15 @@ def step_flops(shape: ModelShape, batch: MicroBatch, checkpointing: Checkpointin
             adapters += adapter_backward_flops(group, batch, x_has_gradient, passes)
         attention += (2 + 5 * attends) * products
         if kind != "none" and has_gradient:
-            again = [group for group, _ in (groups if kind == "layer" else groups[2:])]
-            recomputed += sum(forward_flops(group, batch) for group in again) + 2 * products * (kind == "layer")
-            recomputed += sum(adapter_forward_flops(group, batch, passes) for group in again)
+            recomputed_groups = [group for group, _ in (groups if kind == "layer" else groups[2:])]
+            recomputed += sum(forward_flops(group, batch) for group in recomputed_groups)
+            recomputed += 2 * products * (kind == "layer")
+            recomputed += sum(adapter_forward_flops(group, batch, passes) for group in recomputed_groups)
     has_gradient = has_gradient or bool(shape.norm.trained)
-    head, trained = (shape.head,), replace(batch, sequences=1, length=batch.trained)
-    adapters += adapter_forward_flops(head, trained, passes)
-    adapters += adapter_backward_flops(head, trained, has_gradient, passes)
-    of_head = forward_flops(head, trained) * (1 + has_gradient)
+    head, head_batch = (shape.head,), replace(batch, sequences=1, length=batch.trained)
+    adapters += adapter_forward_flops(head, head_batch, passes)
+    adapters += adapter_backward_flops(head, head_batch, has_gradient, passes)
+    of_head = forward_flops(head, head_batch) * (1 + has_gradient)
     return Flops(forward, gradients, adapters, attention, of_head, recomputed)
 
 

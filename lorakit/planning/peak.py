@@ -111,7 +111,7 @@ def moments(shape: ModelShape, batch: MicroBatch, step: Step) -> Iterator[Moment
             continue
         stream = activations.stream
         # What was computed again has an output, and its input is there whether or not its operations keep it.
-        again = 0 if kind == "none" else stream
+        recomputed_output = 0 if kind == "none" else stream
         first, second = sum(activations.first_half), sum(activations.second_half)
         if kind == "layer":
             first += 0 if activations.keeps_input else stream
@@ -119,9 +119,9 @@ def moments(shape: ModelShape, batch: MicroBatch, step: Step) -> Iterator[Moment
             second += 0 if activations.keeps_middle else stream
         others = below + sum(kept[:index])
         added = max(earlier, sum(gradients[index:]) + of_head)
-        workspace = band + again + _mlp_backward(layer, batch)
+        workspace = band + recomputed_output + _mlp_backward(layer, batch)
         yield Moment(f"backward of the MLP of layer {index}", others + first + second, workspace, 0, added)
-        workspace = band + (again if kind == "layer" else 0) + _attention_backward(shape, layer, batch)
+        workspace = band + (recomputed_output if kind == "layer" else 0) + _attention_backward(shape, layer, batch)
         yield Moment(f"backward of the attention of layer {index}", others + first, workspace, 0, added)
     if shape.embedding.trained:
         workspace = stays + _embedding_backward(shape, batch)

@@ -177,10 +177,11 @@ def test_orthogonal_halves() -> None:
 def test_every_start_is_explained_to_users() -> None:
     page = (Path(__file__).parents[2] / "docs/how-to/adapters.md").read_text(encoding="utf-8")
     description = LoraConfig.model_fields["init_lora_weights"].description or ""
-    for start in STARTS:
-        is_word = isinstance(start.name, str)
-        assert (f'| `"{start.name}"` |' if is_word else f"| `{start.name}` |") in page
-        assert (f"'{start.name}'" if is_word else f"{str(start.name).lower()}: ") in description
+    for name, start in STARTS.items():
+        assert start.name == name
+        is_word = isinstance(name, str)
+        assert (f'| `"{name}"`' if is_word else f"| `{name}` |") in page
+        assert (f"'{name}'" if is_word else f"{str(name).lower()}: ") in description
 
 
 class TestRefusals:

@@ -265,6 +265,8 @@ class TestBrokenFolders:
             ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa', which changed the base model"),
             ({"init_lora_weights": "pissa_niter_16"}, "which changed the base model"),
             ({"init_lora_weights": "olora"}, "which changed the base model"),
+            ({"init_lora_weights": "milora"}, "which changed the base model"),
+            ({"init_lora_weights": "corda"}, "which changed the base model"),
             ({"rank_pattern": {"(": 2}}, "'\\(' is not a regular expression"),
         ],
     )

@@ -24,19 +24,19 @@ from .start import Start, StartData
 
 __all__ = ["STARTS", "Start", "StartData", "changed_base_in_peft", "find_start", "start_data", "start_names"]
 
-STARTS: list[Start] = [
-    Kaiming(),
-    RandomKaiming(),
-    Gaussian(),
-    Orthogonal(),
-    Pissa(),
-    RandomizedPissa(),
-    MiLoRA(),
-    OLoRA(),
-    LoftQ(),
-    EVA(),
-    LoRAGA(),
-]
+STARTS: dict[bool | str, Start] = {  # the values that `init_lora_weights` takes
+    True: Kaiming(),
+    False: RandomKaiming(),
+    "gaussian": Gaussian(),
+    "orthogonal": Orthogonal(),
+    "pissa": Pissa(),
+    "pissa_niter_N": RandomizedPissa(),
+    "milora": MiLoRA(),
+    "olora": OLoRA(),
+    "loftq": LoftQ(),
+    "eva": EVA(),
+    "lora_ga": LoRAGA(),
+}
 _CHANGED_BASE_IN_PEFT_ALONE = ("corda",)  # starts that PEFT has and we do not
 
 
@@ -47,22 +47,21 @@ def find_start(value: bool | str) -> Start:
         ConfigError: there is none of that name.
     """
     value = value.lower() if isinstance(value, str) else value
-    found = next((start for entry in STARTS if (start := entry.named(value)) is not None), None)
+    found = next((start for entry in STARTS.values() if (start := entry.named(value)) is not None), None)
     if found is None:
         names = start_names()
         raise ConfigError(f"'{value}' is not a start{did_you_mean(str(value), names)} (known: {', '.join(names)})")
     return found
 
 
-def start_names(*, in_base: bool = False, with_data: bool = True) -> list[str]:
-    """Return the starts' names as they are written in a recipe.
+def start_names(*, in_base: bool = False) -> list[str]:
+    """Return the starts' names as a recipe has them.
 
     Args:
         in_base: only those that start inside the base weight.
-        with_data: those that need losses or sources too.
     """
-    chosen = (start for start in STARTS if (start.in_base or not in_base) and (with_data or start.needs is None))
-    return [str(start.name).lower() if isinstance(start.name, bool) else start.name for start in chosen]
+    names = (name for name, start in STARTS.items() if start.in_base or not in_base)
+    return [name if isinstance(name, str) else str(name).lower() for name in names]
 
 
 def changed_base_in_peft(value: object) -> bool:
@@ -70,7 +69,7 @@ def changed_base_in_peft(value: object) -> bool:
 
     Such a file fits a base model that nobody has any more.
     """
-    names = [str(start.name) for start in STARTS if start.peft_changes_base]
+    names = [str(name) for name, start in STARTS.items() if start.peft_changes_base]
     return isinstance(value, str) and value.lower().startswith((*names, *_CHANGED_BASE_IN_PEFT_ALONE))
 
 
@@ -85,4 +84,4 @@ def start_data(start: Start, losses: Iterable[Tensor] | None, sources: Mapping[s
             raise AdapterError(f"init_lora_weights '{start.name}' needs `{name}`; give them to add_adapter")
         if start.needs != name and given is not None:
             raise AdapterError(f"`{name}` were given, but init_lora_weights {start.name!r} makes no use of them")
-    return StartData(() if losses is None else losses, sources or {})
+    return StartData(() if losses is None else losses, {} if sources is None else sources)

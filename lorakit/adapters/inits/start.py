@@ -31,7 +31,7 @@ class Start:
     `AdaptedLayer.add` has drawn A and B by the time that `run` is called, in its own way for each kind of layer.
 
     Attributes:
-        name: its value of `init_lora_weights`.
+        name: its value of `init_lora_weights`, and its key in `STARTS`.
         needs: what `add_adapter` must be given for it.
         is_neutral: whether `AdaptedLayer.add` is to draw A and B such that B A = 0.
         in_base: whether B A starts as a part of the base weight, which the variant `residual` takes out again.
