@@ -24,7 +24,7 @@ import torch
 from lorakit import Decoder, LoraConfig, TrainConfig, adapter_parameters, add_adapter, load_model
 from lorakit.data import Example
 from lorakit.inspection.probes import ProbeConfig, Probes
-from lorakit.training.optimizers import build_optimizer
+from lorakit.training.optimizers.build import build_optimizer
 from lorakit.training.trainer import take_step
 
 from .make_llama import model_folder

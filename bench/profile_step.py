@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lorakit import LoraConfig, TrainConfig, add_adapter, load_model
 from lorakit.data import Example
-from lorakit.training.optimizers import build_optimizer
+from lorakit.training.optimizers.build import build_optimizer
 from lorakit.training.trainer import take_step
 
 from .make_llama import model_folder

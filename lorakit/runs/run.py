@@ -90,7 +90,7 @@ def train_run(recipe: Recipe, say: Say = print, resume: bool = False) -> dict[st
     recipe.output.mkdir(parents=True, exist_ok=True)
     save_recipe(recipe, recipe.output / "recipe.yaml")
     probes = [Probes(recipe.probes, say)] if recipe.probes else []
-    trained = train(model, tok, records.train, recipe.train, records.held_out, resume, probes)
+    trained = train(model, tok, records.train, recipe.train, records.held_out, resume, probes=probes)
     save_adapter(model, recipe.output / "adapter")
     clock.lap("train")
     facts = _facts(recipe, records, attached, trained)
@@ -156,9 +156,9 @@ def load_base(recipe: Recipe) -> tuple[Decoder, Tokenizer]:
 
 def read_records(recipe: Recipe) -> RunRecords:
     """Read the recipe's data; split it where the recipe asks for that, and look for questions on both sides."""
-    train_records = load_records(recipe.data.train)
+    train_records = load_records(recipe.data.train, recipe.data.format)
     if recipe.data.eval is not None:
-        held_out = load_records(recipe.data.eval)
+        held_out = load_records(recipe.data.eval, recipe.data.format)
     elif recipe.data.eval_fraction is not None:
         train_records, held_out = split_records(train_records, recipe.data.eval_fraction, recipe.seed)
     else:
