@@ -95,8 +95,19 @@ def load_checkpoint(
             if name in without_state:
                 optimizer.state.pop(parameter, None)
                 continue
-            optimizer.state[parameter] = {
-                key: tensors[f"{key}/{name}"].to(parameter.device if key != "step" else "cpu") for key in keys[name]
-            }
+            optimizer.state[parameter] = {key: _placed(key, tensors[f"{key}/{name}"], parameter) for key in keys[name]}
     torch.set_rng_state(tensors["rng"])
     return step, progress
+
+
+def _placed(key: str, value: Tensor, parameter: nn.Parameter) -> Tensor:
+    """Return a state as the optimizer made it: on the parameter's device, a moment with the parameter's strides.
+
+    A fused update walks through parameter and moments in the order of memory, so that a moment in another order would
+    go to other elements. The count of steps stays on the host.
+    """
+    if key == "step":
+        return value
+    if value.shape != parameter.shape:
+        return value.to(parameter.device)
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
