@@ -214,6 +214,7 @@ def evaluate(
     metrics = facts | {
         "base_prompted": scores_as_json(scores["base"], general["base"]),
         "tuned": scores_as_json(scores["tuned"], general["tuned"]),
+        "best": {name: score.best for name, score in scores["tuned"].items()},
         "verdict": asdict(judged),
         "seconds": clock.total(),
         "peak_rss_mb": peak_rss_mb(),
