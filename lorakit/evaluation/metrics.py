@@ -2,7 +2,8 @@
 
 A metric is a function (its settings, outputs, references) -> one score per row. Keeping the rows, instead of one
 number, is what makes exact bootstrap intervals and paired comparisons possible. A new metric is one function and one
-line in `METRICS`, which the recipe, the report and the reference page read; it picks the parameter class it needs (`MetricConfig`: none, `FieldMetric`, `SchemaMetric`).
+line in `METRICS`, which the recipe, the report and the reference page read; it picks the parameter class it needs
+(`MetricConfig`: none, `FieldMetric`, `SchemaMetric`).
 
 Shares and accuracies run from 0 to 1, chrF from 0 to 100, as the field reports them. How JSON is read: strict_json.py.
 """
