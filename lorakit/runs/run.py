@@ -90,7 +90,7 @@ def train_run(recipe: Recipe, say: Say = print, resume: bool = False) -> dict[st
     recipe.output.mkdir(parents=True, exist_ok=True)
     save_recipe(recipe, recipe.output / "recipe.yaml")
     probes = [Probes(recipe.probes, say)] if recipe.probes else []
-    trained = train(model, tok, records.train, recipe.train, records.held_out, resume, probes=probes)
+    trained = train(model, tok, records.train, recipe.train, records.held_out, resume=resume, probes=probes)
     save_adapter(model, recipe.output / "adapter")
     clock.lap("train")
     facts = _facts(recipe, records, attached, trained)

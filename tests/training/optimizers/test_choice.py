@@ -177,3 +177,13 @@ def test_eight_bits_learn_nearly_what_thirty_two_do(tok: Tokenizer) -> None:
     for ours, theirs in zip(values_of(in_8_bits), values_of(in_32_bits), strict=True):
         assert not torch.equal(ours, theirs) or ours.numel() < SMALLEST_8BIT
         assert (ours - theirs).norm() < 0.1 * theirs.norm()
+
+
+def test_a_run_resumes_with_the_optimizers_own_betas_written_out_and_with_no_others(
+    tok: Tokenizer, tmp_path: Path
+) -> None:
+    run = config(optimizer="lion", output=tmp_path / "run", checkpoint_every=2)
+    interrupted(adapted(), tok, run, at_pass=4)
+    with pytest.raises(TrainingError, match="other settings"):
+        train(adapted(), tok, CONVERSATIONS, run.model_copy(update={"betas": (0.9, 0.999)}), resume=True)
+    assert train(adapted(), tok, CONVERSATIONS, run.model_copy(update={"betas": (0.9, 0.99)}), resume=True).steps == 6
