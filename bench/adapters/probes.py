@@ -28,7 +28,7 @@ from bench.training.sides.common import ALPHA, LEARNING_RATE, RANK, random_token
 from lorakit import Decoder, LoraConfig, TrainConfig, adapter_parameters, add_adapter, load_model
 from lorakit.data import Example
 from lorakit.inspection.probes import ProbeConfig, Probes
-from lorakit.training.optimizers import build_optimizer
+from lorakit.training.optimizers.build import build_optimizer
 from lorakit.training.trainer import take_step
 
 BATCH, LENGTH = 2, 512

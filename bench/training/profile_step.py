@@ -21,7 +21,7 @@ from bench.training.sides.common import ALPHA, LEARNING_RATE, RANK, random_token
 from bench.training.sides.products import product_seconds
 from lorakit import LoraConfig, TrainConfig, add_adapter, load_model
 from lorakit.data import Example
-from lorakit.training.optimizers import build_optimizer
+from lorakit.training.optimizers.build import build_optimizer
 from lorakit.training.trainer import take_step
 
 BATCH, LENGTH = 2, 512

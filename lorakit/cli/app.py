@@ -9,7 +9,9 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from ..errors import ConfigError, did_you_mean
+from ..data.data_sets import DATA_SETS, build_data_set
+from ..data.formats import AUTO, RECORD_FORMATS
+from ..errors import ConfigError
 from .combine import combine, resize
 from .console import console, say
 from .generate import generate
@@ -79,6 +81,7 @@ def chat(
 def quantize(
     source: Annotated[str, typer.Argument(help="folder of a 16-bit model, or a known name", show_default=False)],
     target: Annotated[Path, typer.Argument(help="folder to write", show_default=False)],
+    *,
     quant_type: Annotated[str, typer.Option(help="nf4 or fp4")] = "nf4",
     block_size: Annotated[int, typer.Option(help="elements that share a scale: 32, 64, ..., 4096")] = 64,
     double_quant: Annotated[bool, typer.Option(help="store the scales in 8 bits")] = True,
@@ -144,6 +147,7 @@ def _pairs(option: str, values: list[str] | None, example: str) -> dict[str, Any
 @app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="folder, config.json or known name", show_default=False)],
+    *,
     memory: Annotated[str | None, typer.Option(help="limit, e.g. 24GB or 512MiB")] = None,
     length: Annotated[int | None, typer.Option(help="tokens of the longest sequence")] = None,
     set_: Annotated[
@@ -181,17 +185,12 @@ def plan(
 
 @data_app.command("build")
 def build(
-    name: Annotated[str, typer.Argument(help="data set: chatterbot", show_default=False)],
+    name: Annotated[str, typer.Argument(help=f"data set: {', '.join(DATA_SETS)}", show_default=False)],
     out: Annotated[Path, typer.Option(help="folder to write", show_default=False)],
     seed: Annotated[int, typer.Option(help="seed of the split")] = 0,
 ) -> None:
     """Build a ready-made data set."""
-    from ..data.chatterbot import build_chatterbot
-
-    builders = {"chatterbot": build_chatterbot}
-    if name not in builders:
-        raise ConfigError(f"no data set '{name}'{did_you_mean(name, builders)} (known: {', '.join(builders)})")
-    say(str(builders[name](out, seed=seed)))
+    say(str(build_data_set(name, out, seed)))
 
 
 @data_app.command("show")
@@ -200,13 +199,14 @@ def show(
     model: Annotated[str, typer.Option(help="folder or known name, for its tokenizer and chat template")],
     count: Annotated[int, typer.Option("-n", help="conversations to show")] = 3,
     max_length: Annotated[int, typer.Option(help="longest conversation in tokens")] = 1024,
+    format: Annotated[str, typer.Option(help=f"of the records: {AUTO} or {', '.join(RECORD_FORMATS)}")] = AUTO,
 ) -> None:
     """Show conversations as the model gets them, with the trained tokens marked; check them all."""
     from ..data import check_records, describe_example, encode_records, load_records
     from ..models import load_tokenizer, resolve_model
 
     tok = load_tokenizer(resolve_model(model))
-    records = load_records(file)
+    records = load_records(file, format)
     examples = encode_records(tok, records, max_length)
     for example in examples[:count]:
         console.print(describe_example(tok, example), end="\n\n", soft_wrap=True)

@@ -14,6 +14,7 @@ from .console import say
 def generate(
     run: Annotated[Path, typer.Argument(help="folder of a finished run", show_default=False)],
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="each is a conversation of its own")],
+    *,
     base: Annotated[bool, typer.Option("--base", help="ask the base model, without the adapter")] = False,
     system: Annotated[str | None, typer.Option(help="system prompt; default: that of the run's data")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="most tokens of an answer")] = 256,

@@ -29,6 +29,7 @@ _SHADES = " ░▒▓█"
 
 def inspect(
     adapter: Annotated[Path, typer.Argument(help="adapter folder, or folder of a run", show_default=False)],
+    *,
     base: Annotated[str | None, typer.Option(help="folder of the base model, or its known name")] = None,
     vs: Annotated[Path | None, typer.Option(help="another adapter or run, to compare with")] = None,
     html: Annotated[Path | None, typer.Option(help="write one offline page")] = None,

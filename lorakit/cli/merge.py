@@ -12,6 +12,7 @@ from .console import console, say
 
 def merge(
     adapter: Annotated[Path, typer.Argument(help="folder of an adapter, or of a run", show_default=False)],
+    *,
     out: Annotated[Path, typer.Option(help="folder to write", show_default=False)],
     base: Annotated[
         str | None,

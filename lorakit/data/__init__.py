@@ -3,7 +3,8 @@
 from .batches import Batch, batch_order, make_batch, micro_batches
 from .checks import CheckReport, check_records, find_duplicates, find_overlap, split_records
 from .encode import Example, describe_example, encode_record, encode_records
-from .records import Message, Record, iter_records, load_records, save_records
+from .json_lines import iter_records, load_records, save_records
+from .records import Message, Record
 
 __all__ = [
     "Batch",

@@ -25,7 +25,8 @@ import yaml
 from ..errors import DataError
 from ..files import sha256_file, write_text
 from .checks import find_overlap, normalize_text, split_records
-from .records import Message, Record, save_records
+from .json_lines import save_records
+from .records import Message, Record
 
 CORPUS_VERSION = "1.3.3"
 EVAL_FRACTION = 0.15

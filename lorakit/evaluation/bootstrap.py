@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from ..errors import DataError
 
-Rows = npt.NDArray[np.float64]  # one score per held-out row: shape (rows,)
+Scores = npt.NDArray[np.float64]  # one score per held-out row: shape (rows,)
 
 DRAWS_AT_ONCE = 1_000_000  # row indices held in memory at a time: 8 MB
 
@@ -89,7 +89,7 @@ def paired_difference(
     return Difference(float(change.mean()), low, high, len(change))
 
 
-def _checked(rows: npt.ArrayLike) -> Rows:
+def _checked(rows: npt.ArrayLike) -> Scores:
     values: npt.NDArray[Any] = np.asarray(rows, dtype=np.float64)
     if values.ndim != 1:
         raise DataError(f"expected one score per row, shape (rows,), got shape {values.shape}")
@@ -101,7 +101,7 @@ def _checked(rows: npt.ArrayLike) -> Rows:
     return values
 
 
-def _redrawn_means(values: Rows, samples: int, seed: int) -> Rows:
+def _redrawn_means(values: Scores, samples: int, seed: int) -> Scores:
     generator = np.random.default_rng(seed)
     per_chunk = max(1, DRAWS_AT_ONCE // len(values))
     chunks = []

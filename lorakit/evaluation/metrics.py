@@ -2,7 +2,8 @@
 
 A metric is a function (its settings, outputs, references) -> one score per row. Keeping the rows, instead of one
 number, is what makes exact bootstrap intervals and paired comparisons possible. A new metric is one function and one
-line in `METRICS`; it picks the parameter class it needs (`MetricConfig`: none, `FieldMetric`, `SchemaMetric`).
+line in `METRICS`, which the recipe, the report and the reference page read; it picks the parameter class it needs
+(`MetricConfig`: none, `FieldMetric`, `SchemaMetric`).
 
 Shares and accuracies run from 0 to 1, chrF from 0 to 100, as the field reports them. How JSON is read: strict_json.py.
 """
@@ -10,7 +11,7 @@ Shares and accuracies run from 0 to 1, chrF from 0 to 100, as the field reports 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +23,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from ..data.records import Problems
 from ..errors import ConfigError, DataError, did_you_mean
 from ..settings import Settings
-from .bootstrap import Rows, bootstrap_interval
+from .bootstrap import Scores, bootstrap_interval
 from .strict_json import parse_json, same_json
 
 RESERVED_NAMES = ("perplexity_general", "intervals")  # they stand beside the metrics in a run's metrics.json
@@ -45,7 +46,7 @@ class Score:
     high: float
     count: int
     best: float = 1.0
-    rows: Rows = field(default_factory=lambda: np.empty(0), repr=False, compare=False)
+    rows: Scores = field(default_factory=lambda: np.empty(0), repr=False, compare=False)
 
 
 class MetricConfig(Settings):
@@ -206,22 +207,22 @@ def scores_as_json(scores: Mapping[str, Score], perplexity_general: float | None
 # The metrics ----------------------------------------------------------------------------------------------------------
 
 
-def exact_match(metric: MetricConfig, outputs: Sequence[str], references: Sequence[str]) -> Rows:
+def exact_match(metric: MetricConfig, outputs: Sequence[str], references: Sequence[str]) -> Scores:
     """1 where the output equals the reference after stripping surrounding whitespace, else 0."""
-    return _rows(output.strip() == reference.strip() for output, reference in zip(outputs, references, strict=True))
+    return _scores(output.strip() == reference.strip() for output, reference in zip(outputs, references, strict=True))
 
 
-def chrf(metric: MetricConfig, outputs: Sequence[str], references: Sequence[str]) -> Rows:
+def chrf(metric: MetricConfig, outputs: Sequence[str], references: Sequence[str]) -> Scores:
     """Sentence chrF2 of the whole text (Popović 2015), 0 to 100, as sacrebleu computes it with its defaults.
 
     The value reported is the mean over rows, not sacrebleu's corpus chrF (which pools n-gram counts, so that long rows
     weigh more): only a mean over rows can be bootstrapped and compared row by row exactly.
     """
     sentence_chrf = _optional("sacrebleu", metric.kind).sentence_chrf
-    return _rows(sentence_chrf(text, [reference]).score for text, reference in zip(outputs, references, strict=True))
+    return _scores(sentence_chrf(text, [reference]).score for text, reference in zip(outputs, references, strict=True))
 
 
-def json_schema(metric: SchemaMetric, outputs: Sequence[str], references: Sequence[str]) -> Rows:
+def json_schema(metric: SchemaMetric, outputs: Sequence[str], references: Sequence[str]) -> Scores:
     """1 where the output is exactly one JSON value valid against the schema, else 0; references play no part.
 
     The draft is the one `$schema` names, 2020-12 without it; "format" is an annotation, as is the standard's default.
@@ -246,20 +247,26 @@ def json_schema(metric: SchemaMetric, outputs: Sequence[str], references: Sequen
         except (ValueError, RecursionError):
             return False
 
-    return _rows(valid(output) for output in outputs)
+    return _scores(valid(output) for output in outputs)
 
 
-def json_field_equals(metric: FieldMetric, outputs: Sequence[str], references: Sequence[str]) -> Rows:
+def json_field_equals(metric: FieldMetric, outputs: Sequence[str], references: Sequence[str]) -> Scores:
     """1 where the output is a JSON object whose field holds the same JSON value as the reference's, else 0."""
 
     def equal(output: str, reference: str) -> bool:
         found, expected = read_field(output, metric.field), read_field(reference, metric.field)
         return found is not MISSING and expected is not MISSING and same_json(found, expected)
 
-    return _rows(equal(output, reference) for output, reference in zip(outputs, references, strict=True))
+    return _scores(equal(output, reference) for output, reference in zip(outputs, references, strict=True))
 
 
-def json_field_chrf(metric: FieldMetric, outputs: Sequence[str], references: Sequence[str]) -> Rows:
+def field_key(metric: FieldMetric, reference: str) -> Hashable:
+    """Return the value of the reference's field as text; None where it is absent."""
+    value = read_field(reference, metric.field)
+    return None if value is MISSING else repr(value)  # a list or an object cannot be hashed
+
+
+def json_field_chrf(metric: FieldMetric, outputs: Sequence[str], references: Sequence[str]) -> Scores:
     """Sentence chrF2 (0 to 100) between the texts in one field; 0 where the output is not JSON or has no text there.
 
     Averaged over rows, for the reason given at `chrf`.
@@ -272,7 +279,7 @@ def json_field_chrf(metric: FieldMetric, outputs: Sequence[str], references: Seq
             return 0.0
         return float(sentence_chrf(found, [expected]).score)
 
-    return _rows(similarity(output, reference) for output, reference in zip(outputs, references, strict=True))
+    return _scores(similarity(output, reference) for output, reference in zip(outputs, references, strict=True))
 
 
 @dataclass(frozen=True)
@@ -285,13 +292,16 @@ class Metric:
         default_name: the label without a `name`; may use the settings' fields.
         best: the highest value a row can score; a reference must reach it against itself.
         reference_needs: what a reference must be for that, in words.
+        example_key: (settings, reference) -> what should differ between the worked examples that the base model is
+            shown, where the metric scores one of a few values, such as a topic; None: it does not.
     """
 
     parameters: type[MetricConfig]
-    rows: Callable[[Any, Sequence[str], Sequence[str]], Rows]
+    rows: Callable[[Any, Sequence[str], Sequence[str]], Scores]
     default_name: str
     best: float
     reference_needs: str
+    example_key: Callable[[Any, str], Hashable] | None = None
 
 
 METRICS: dict[str, Metric] = {
@@ -299,7 +309,7 @@ METRICS: dict[str, Metric] = {
     "chrf": Metric(MetricConfig, chrf, "chrf", 100.0, "some text"),
     "json_schema": Metric(SchemaMetric, json_schema, "schema_valid", 1.0, "one JSON value valid against the schema"),
     "json_field_equals": Metric(
-        FieldMetric, json_field_equals, "{field}_accuracy", 1.0, "one JSON object with the field '{field}'"
+        FieldMetric, json_field_equals, "{field}_accuracy", 1.0, "one JSON object with the field '{field}'", field_key
     ),
     "json_field_chrf": Metric(
         FieldMetric, json_field_chrf, "{field}_chrf", 100.0, "one JSON object with text in the field '{field}'"
@@ -321,7 +331,7 @@ def read_field(text: str, name: str) -> Any:
     return value.get(name, MISSING) if isinstance(value, dict) else MISSING
 
 
-def _rows(scores: Iterable[float]) -> Rows:
+def _scores(scores: Iterable[float]) -> Scores:
     return np.fromiter(scores, dtype=np.float64)
 
 

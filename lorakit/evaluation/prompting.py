@@ -15,12 +15,10 @@ from statistics import median
 
 from ..data.records import Message, Record
 from ..errors import DataError
-from .metrics import MISSING, FieldMetric, MetricConfig, read_field
+from .metrics import METRICS, MetricConfig
 
 Chat = list[dict[str, str]]  # what `Tokenizer.render_chat` and `generate` take
 Key = Callable[[Record], Hashable]
-
-KEY_METRIC = "json_field_equals"  # its field takes few values, such as topics; one example of each is a good choice
 
 
 def split_record(record: Record) -> tuple[Chat, str]:
@@ -87,16 +85,11 @@ def choose_examples(train_records: Sequence[Record], count: int, key: Key | None
 
 
 def key_for_metrics(metrics: Sequence[MetricConfig]) -> Key | None:
-    """Return a key that groups records by the JSON field whose accuracy is measured first; None when none is."""
-    fields = [metric.field for metric in metrics if isinstance(metric, FieldMetric) and metric.kind == KEY_METRIC]
-    if not fields:
-        return None
-
-    def by_field(record: Record) -> Hashable:
-        value = read_field(split_record(record)[1], fields[0])
-        return None if value is MISSING else repr(value)  # repr: a list or an object cannot be hashed
-
-    return by_field
+    """Return the key by which records differ for the first metric that has one; None when none has."""
+    for metric in metrics:
+        if example_key := METRICS[metric.kind].example_key:
+            return lambda record: example_key(metric, split_record(record)[1])
+    return None
 
 
 def _typical_first(group: list[Record]) -> list[Record]:

@@ -12,12 +12,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from lorakit_kernels.cpu.linear import bands
-from lorakit_kernels.reference_training import STATE_BLOCK_SIZE
 
 from ..layers.linear_cross_entropy import CHUNK_ELEMENTS
 from ..models.attention import QUERY_BLOCK
 from ..training.activations import SMALLEST_OFFLOADED
-from ..training.optimizers import SMALLEST_8BIT
+from ..training.optimizers import OPTIMIZERS
 from .activations import (
     Checkpointing,
     embedding_activations,
@@ -29,17 +28,6 @@ from .activations import (
 from .adapter_size import FP32
 from .groups import MicroBatch, is_fused
 from .shape import LayerShape, LinearShape, ModelShape
-
-
-def _moment_in_8_bits(size: int) -> int:
-    return size + FP32 * -(-size // STATE_BLOCK_SIZE) if size >= SMALLEST_8BIT else FP32 * size
-
-
-_STATE = {  # optimizer -> bytes that it keeps for a matrix of so many elements; AdamW counts the steps of each
-    "adamw": lambda size: 2 * FP32 * size + FP32,
-    "adamw_8bit": lambda size: 2 * _moment_in_8_bits(size) + FP32,
-    "lion": lambda size: FP32 * size,
-}
 
 
 @dataclass(frozen=True)
@@ -126,9 +114,8 @@ def moments(shape: ModelShape, batch: MicroBatch, step: Step) -> Iterator[Moment
     if shape.embedding.trained:
         workspace = stays + _embedding_backward(shape, batch)
         yield Moment("backward of the embedding", below, workspace, 0, every)
-    # Lion makes the direction of a step, of one parameter after another.
-    direction = FP32 * max(shape.trained) if step.optimizer == "lion" else 0
-    yield Moment("the optimizer's step", 0, stays + direction, 0, every)
+    update = OPTIMIZERS[step.optimizer].step_bytes(max(shape.trained))  # of one parameter after another
+    yield Moment("the optimizer's step", 0, stays + update, 0, every)
 
 
 def _staying(tensors: Iterable[int], step: Step) -> int:
@@ -138,7 +125,8 @@ def _staying(tensors: Iterable[int], step: Step) -> int:
 
 def optimizer_bytes(shape: ModelShape, optimizer: str) -> int:
     """Return the bytes of the optimizer's state, over all trained matrices."""
-    return sum(_STATE[optimizer](size) for size in shape.trained)
+    state_bytes = OPTIMIZERS[optimizer].state_bytes
+    return sum(sum(state_bytes(size).values()) for size in shape.trained)
 
 
 def band_bytes(shape: ModelShape, batch: MicroBatch) -> int:

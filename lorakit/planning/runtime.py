@@ -29,7 +29,7 @@ import torch
 from lorakit import LoraConfig, TrainConfig, add_adapter
 from lorakit.models import Decoder, DecoderConfig
 from lorakit.models.loss import summed_loss
-from lorakit.training.optimizers import build_optimizer
+from lorakit.training.optimizers.build import build_optimizer
 model = Decoder(DecoderConfig("LlamaForCausalLM", 512, 64, 128, 2, 4, 4, 16, 512)).bfloat16()
 add_adapter(model, LoraConfig())
 optimizer = build_optimizer({n: p for n, p in model.named_parameters() if p.requires_grad}, TrainConfig())

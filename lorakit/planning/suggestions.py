@@ -9,6 +9,7 @@ from types import MappingProxyType
 
 from ..errors import ConfigError
 from ..sizes import format_size
+from ..training.optimizers import OPTIMIZERS
 from .activations import Checkpointing
 from .result import Plan, Suggestion
 from .setting import Setting
@@ -60,7 +61,7 @@ def _smaller_settings(setting: Setting) -> Iterator[Setting]:
     sizes = [train.micro_batch_tokens]
     while sizes[-1] > setting.length:
         sizes.append(max(setting.length, sizes[-1] // 2))
-    optimizers = dict.fromkeys([train.optimizer, "adamw_8bit"])
+    optimizers = [train.optimizer, *filter(None, [OPTIMIZERS[train.optimizer].frugal])]
     quants = [quant]
     if not (quant.quant_type or any(linear.trains_weight for linear in setting.shape.linears)):
         quants.append(quant.model_copy(update={"quant_type": "nf4"}))

@@ -38,7 +38,7 @@ class Chat:
 def _system_prompt(recipe: Recipe) -> str | None:
     """Return the system prompt that the first training record was given."""
     try:
-        first = next(iter_records(recipe.data.train))
+        first = next(iter_records(recipe.data.train, recipe.data.format))
     except (LorakitError, StopIteration):
         return None
     return first.messages[0].content if first.messages[0].role == "system" else None

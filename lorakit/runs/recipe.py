@@ -16,6 +16,7 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from ..adapters.config import LoraConfig
+from ..data.formats import AUTO, RECORD_FORMATS, record_format
 from ..errors import ConfigError, did_you_mean
 from ..evaluation.config import EvalConfig
 from ..files import write_text
@@ -71,9 +72,18 @@ class DataSection(Settings):
     """
 
     train: Path = Field(description="JSONL file of conversations to train on")
+    format: str = Field(
+        AUTO, description=f"of the files' records: {', '.join(RECORD_FORMATS)}; {AUTO}: told by the records themselves"
+    )
     eval: Path | None = Field(None, description="JSONL file of held-out conversations")
     eval_fraction: float | None = Field(None, gt=0, lt=1, description="share of `train` to hold out instead")
     max_length: int = Field(1024, ge=2, description="longest conversation in tokens; a longer one is an error")
+
+    @field_validator("format")
+    @classmethod
+    def _format_exists(cls, name: str) -> str:
+        record_format(name)
+        return name
 
     @model_validator(mode="after")
     def _one_source_of_evaluation(self) -> DataSection:

@@ -20,6 +20,7 @@ from markupsafe import Markup
 
 from ..evaluation.bootstrap import Difference, paired_difference
 from ..evaluation.gate import format_perplexity, format_score
+from ..evaluation.metrics import RESERVED_NAMES
 from ..files import write_text
 from .charts import Dot, interval_plot, loss_curve, loss_summary, nice_ticks
 from .run_files import Run, read_run
@@ -27,7 +28,6 @@ from .wording import duration, fenced, inline, number, shorten, signed, words
 
 EXAMPLES = 10  # rows shown side by side
 EXAMPLES_SEED = 0
-NOT_METRICS = ("perplexity_general", "intervals")
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,14 @@ def report_context(run: Run) -> dict[str, Any]:
     metrics = run.metrics
     base, tuned = metrics.get("base_prompted") or {}, metrics.get("tuned") or {}
     verdict = metrics.get("verdict") or {}
-    examples = _examples(run.predictions)
+    best = {name: _best(name, metrics.get("best") or {}, base, tuned) for name in _metric_names(base, tuned)}
+    examples = _examples(run.predictions, best)
     return {
         "title": metrics.get("title") or run.folder.name,
         "summary": _summary(metrics),
         "verdict": _verdict(verdict),
         "has_base": bool(base),
-        "rows": [metric_row(name, base, tuned, verdict, run.predictions) for name in _metric_names(base, tuned)],
+        "rows": [metric_row(name, best[name], base, tuned, verdict, run.predictions) for name in best],
         "held_out": len(run.predictions) or (metrics.get("counts") or {}).get("eval"),
         "perplexity": _perplexity(base.get("perplexity_general"), tuned.get("perplexity_general")),
         "loss_curve": loss_curve(run.steps),
@@ -100,13 +101,13 @@ def report_context(run: Run) -> dict[str, Any]:
 
 def metric_row(
     name: str,
+    best: float,
     base: Mapping[str, Any],
     tuned: Mapping[str, Any],
     verdict: Mapping[str, Any],
     predictions: Sequence[Mapping[str, Any]],
 ) -> MetricRow:
     """Lay out one metric: both values, their difference with its interval where it is known, and the plot."""
-    best = _best(name, base, tuned)
     sides = {"base": _side(name, base, best), "tuned": _side(name, tuned, best)}
     dots = [Dot(kind, kind, side.value, side.interval, side.text) for kind, side in sides.items() if side is not None]
     plot = interval_plot(name, dots, best)
@@ -126,7 +127,7 @@ def metric_row(
 
 def _metric_names(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> list[str]:
     names = dict.fromkeys([*tuned, *base])  # a set that keeps its order
-    values = {name: tuned.get(name, base.get(name)) for name in names if name not in NOT_METRICS}
+    values = {name: tuned.get(name, base.get(name)) for name in names if name not in RESERVED_NAMES}
     return [name for name, value in values.items() if isinstance(value, int | float)]
 
 
@@ -141,12 +142,14 @@ def _side(name: str, scores: Mapping[str, Any], best: float) -> Side | None:
     return Side(scores[name], text, (low, high), f"{format_score(low, best)} to {format_score(high, best)}")
 
 
-def _best(name: str, *sides: Mapping[str, Any]) -> float:
-    """Guess a metric's scale: chrF and what exceeds 1 run to 100, other shares to 1; anything else to the next tick."""
+def _best(name: str, recorded: Mapping[str, float], *sides: Mapping[str, Any]) -> float:
+    """Return the end of a metric's scale; where the run did not record it, 1, 100 or the tick above the values."""
+    if name in recorded:
+        return recorded[name]
     top = max(side[name] for side in sides if side.get(name) is not None)
     if top > 100.0:
         return nice_ticks(0.0, top, 4, outer=True)[-1]
-    return 100.0 if "chrf" in name.lower() or top > 1.0 else 1.0
+    return 100.0 if top > 1.0 else 1.0
 
 
 def _difference(
@@ -222,7 +225,7 @@ def _loss_note(steps: Sequence[Mapping[str, Any]]) -> str:
     return note
 
 
-def _examples(predictions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _examples(predictions: Sequence[Mapping[str, Any]], best: Mapping[str, float]) -> list[dict[str, Any]]:
     """Choose the first rows of a seeded shuffle, so that nobody picked them, and cut long texts."""
     order = list(range(len(predictions)))
     random.Random(EXAMPLES_SEED).shuffle(order)
@@ -237,7 +240,8 @@ def _examples(predictions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "label": label,
                 "text": shorten(row[kind]),
                 "scores": ", ".join(
-                    f"{name} {_row_score(name, value)}" for name, value in (scores.get(kind) or {}).items()
+                    f"{name} {_row_score(value, best.get(name, 1.0))}"
+                    for name, value in (scores.get(kind) or {}).items()
                 ),
                 "identical": row[kind].strip() == reference.strip(),
             }
@@ -312,8 +316,8 @@ def table_cell(side: Side | None) -> str:
     return f"{side.text} ({side.interval_text})" if side.interval_text else side.text
 
 
-def _row_score(name: str, value: float) -> str:
-    return f"{value:.1f}" if "chrf" in name.lower() else f"{value:g}"
+def _row_score(value: float, best: float) -> str:
+    return f"{value:g}" if best <= 1.0 else f"{value:.1f}"
 
 
 def _environment(autoescape: bool) -> jinja2.Environment:

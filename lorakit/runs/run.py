@@ -172,9 +172,9 @@ def load_base(recipe: Recipe) -> tuple[Decoder, Tokenizer]:
 
 def read_records(recipe: Recipe) -> RunRecords:
     """Read the recipe's data; split it where the recipe asks for that, and look for questions on both sides."""
-    train_records = load_records(recipe.data.train)
+    train_records = load_records(recipe.data.train, recipe.data.format)
     if recipe.data.eval is not None:
-        held_out = load_records(recipe.data.eval)
+        held_out = load_records(recipe.data.eval, recipe.data.format)
     elif recipe.data.eval_fraction is not None:
         train_records, held_out = split_records(train_records, recipe.data.eval_fraction, recipe.seed)
     else:
@@ -231,6 +231,7 @@ def evaluate(run: LoadedRun, config: EvalConfig, facts: dict[str, Any], clock: _
     metrics = facts | {
         "base_prompted": scores_as_json(scores["base"], general["base"]),
         "tuned": scores_as_json(scores["tuned"], general["tuned"]),
+        "best": {name: score.best for name, score in scores["tuned"].items()},
         "verdict": asdict(judged),
         "seconds": clock.total(),
         "peak_rss_mb": peak_rss_mb(),

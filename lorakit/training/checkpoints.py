@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, TrainingError
 from ..files import atomic_folder
-from .optimizers import state_keys
+from .optimizers import Optimizer
 
 
 def save_checkpoint(
     folder: Path,
     step: int,
     parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     fingerprint: str,
     progress: Mapping[str, Any],
 ) -> Path:
@@ -44,7 +44,7 @@ def save_checkpoint(
     without_state = [name for name, parameter in parameters.items() if not optimizer.state.get(parameter)]
     for name, parameter in parameters.items():
         tensors[f"parameter/{name}"] = parameter.detach().cpu().contiguous()
-        for key in () if name in without_state else state_keys(optimizer, parameter):
+        for key in () if name in without_state else optimizer.state_bytes(parameter.numel()):
             tensors[f"{key}/{name}"] = optimizer.state[parameter][key].cpu().contiguous()
     target = folder / f"step-{step:06d}"
     with atomic_folder(target) as part:
@@ -63,7 +63,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def load_checkpoint(
-    path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, fingerprint: str
+    path: Path, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, fingerprint: str
 ) -> tuple[int, dict[str, Any]]:
     """Restore parameters, optimizer and random state; return the step count and the progress that was saved.
 
@@ -83,7 +83,7 @@ def load_checkpoint(
             f"{path} was written with other settings, data or adapter; resume with those, or train into another folder"
         )
     keys = {
-        name: () if name in without_state else state_keys(optimizer, parameter)
+        name: () if name in without_state else tuple(optimizer.state_bytes(parameter.numel()))
         for name, parameter in parameters.items()
     }
     expected = {f"{kind}/{name}" for name in parameters for kind in ("parameter", *keys[name])}
@@ -95,8 +95,19 @@ def load_checkpoint(
             if name in without_state:
                 optimizer.state.pop(parameter, None)
                 continue
-            optimizer.state[parameter] = {
-                key: tensors[f"{key}/{name}"].to(parameter.device if key != "step" else "cpu") for key in keys[name]
-            }
+            optimizer.state[parameter] = {key: _placed(key, tensors[f"{key}/{name}"], parameter) for key in keys[name]}
     torch.set_rng_state(tensors["rng"])
     return step, progress
+
+
+def _placed(key: str, value: Tensor, parameter: nn.Parameter) -> Tensor:
+    """Return a state as the optimizer made it: on the parameter's device, a moment with the parameter's strides.
+
+    A fused update walks through parameter and moments in the order of memory, so that a moment in another order would
+    go to other elements. The count of steps stays on the host.
+    """
+    if key == "step":
+        return value
+    if value.shape != parameter.shape:
+        return value.to(parameter.device)
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from ..errors import did_you_mean
 from ..settings import Settings
+from .optimizers import OPTIMIZERS
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what every generator takes
@@ -20,10 +22,8 @@ class TrainConfig(Settings):
         ConfigError: an unknown key, a wrong type or a value out of range.
     """
 
-    optimizer: Literal["adamw", "adamw_8bit", "lion"] = Field(
-        "adamw",
-        description="adamw_8bit keeps the two moments in 8 bits: 2 bytes a trained parameter instead of 8; lion keeps "
-        "one in fp32, 4 bytes, and wants a 3 to 10 times smaller lr and betas of [0.9, 0.99]",
+    optimizer: str = Field(
+        "adamw", description=". ".join(f"{name}: {kind.summary}" for name, kind in OPTIMIZERS.items())
     )
     offload_optimizer: bool = Field(
         False, description="on a GPU, keep the optimizer's moments in host memory; each visits the GPU for its update"
@@ -60,7 +60,9 @@ class TrainConfig(Settings):
     max_length: int = Field(1024, ge=2, description="longest conversation in tokens; a longer one is an error")
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps over which lr rises from 0")
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="lr at the end of the cosine, as a share of the peak")
-    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="the optimizer's decay rates of its two moments")
+    betas: tuple[Beta, Beta] | None = Field(
+        None, description="decay rates of the optimizer's moments; null: its own, [0.9, 0.999] for AdamW"
+    )
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this global norm")
@@ -71,3 +73,10 @@ class TrainConfig(Settings):
     checkpoint_every: int | None = Field(None, ge=1, description="steps between checkpoints one can resume from")
     output: Path | None = Field(None, description="folder for train.jsonl and checkpoints; none: nothing is written")
     progress: bool = Field(True, description="show a progress bar")
+
+    @field_validator("optimizer")
+    @classmethod
+    def _optimizer_exists(cls, name: str) -> str:
+        if name not in OPTIMIZERS:
+            raise ValueError(f"unknown '{name}'{did_you_mean(name, OPTIMIZERS)} (known: {', '.join(OPTIMIZERS)})")
+        return name

@@ -17,7 +17,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +36,8 @@ from .checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from .compiling import compiled_layers
 from .config import TrainConfig
 from .lora_fa import frozen_a
-from .optimizers import build_optimizer, set_learning_rate, states_to_host, step_from_host
+from .optimizers import OPTIMIZERS, Optimizer, states_to_host, step_from_host
+from .optimizers.build import build_optimizer, set_learning_rate
 from .probe import TrainingProbe
 from .runlog import RunLog
 from .schedule import learning_rate
@@ -74,6 +75,7 @@ def train(
     config: TrainConfig | None = None,
     eval_records: Sequence[Record] = (),
     resume: bool = False,
+    *,
     probes: Sequence[TrainingProbe] = (),
 ) -> TrainResult:
     """Fine-tune the trainable parameters of a model (the active adapter's) on conversations.
@@ -90,59 +92,30 @@ def train(
         TrainingError: nothing is trainable, the loss is not finite, or the checkpoint is of another run.
     """
     config = config or TrainConfig()
-    with frozen_a(model, config.lora_fa):
-        return _train(model, tok, train_records, config, eval_records, resume, probes)
+    with contextlib.ExitStack() as while_training:
+        while_training.enter_context(frozen_a(model, config.lora_fa))
+        parameters = _trained_parameters(model)
+        examples = encode_records(tok, train_records, config.max_length)
+        held_out = encode_records(tok, eval_records, config.max_length)
+        if not examples:
+            raise DataError("there is no training record")
+        _check_lengths(model, [*examples, *held_out])
+        per_epoch = math.ceil(len(examples) / config.batch_size)
+        steps = config.max_steps or max(1, round(config.epochs * per_epoch))
+        optimizer = build_optimizer(parameters, config)
+        optimizer.zero_grad(set_to_none=True)  # whatever the caller, or a run that was interrupted, has left there
+        fingerprint = _fingerprint(config, optimizer, examples, model, parameters)
+        torch.manual_seed(config.seed)
+        result = _resumed(config, parameters, optimizer, fingerprint) if resume else TrainResult()
+        started = time.perf_counter() - (result.history[-1]["seconds"] if result.history else 0.0)
 
-
-def _train(
-    model: nn.Module,
-    tok: Tokenizer,
-    train_records: Sequence[Record],
-    config: TrainConfig,
-    eval_records: Sequence[Record],
-    resume: bool,
-    probes: Sequence[TrainingProbe],
-) -> TrainResult:
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not parameters:
-        raise TrainingError(
-            "the model has no trainable parameter; attach an adapter with add_adapter, or choose one with set_trained"
-        )
-    if idle := idle_adapters(model):
-        raise TrainingError(
-            f"adapter '{idle[0]}' is to be trained but is not active, so nothing would reach it; make it active with "
-            "set_adapter, or choose what to train with set_trained"
-        )
-    examples = encode_records(tok, train_records, config.max_length)
-    held_out = encode_records(tok, eval_records, config.max_length)
-    if not examples:
-        raise DataError("there is no training record")
-    _check_lengths(model, [*examples, *held_out])
-    per_epoch = math.ceil(len(examples) / config.batch_size)
-    steps = config.max_steps or max(1, round(config.epochs * per_epoch))
-    optimizer = build_optimizer(parameters, config)
-    optimizer.zero_grad(set_to_none=True)  # whatever the caller, or a run that was interrupted, has left there
-    fingerprint = _fingerprint(config, examples, model, parameters)
-    torch.manual_seed(config.seed)
-    result = TrainResult()
-    if resume and config.output and (found := list_checkpoints(config.output / "checkpoints")):
-        result.steps, progress = load_checkpoint(found[-1], parameters, optimizer, fingerprint)
-        if config.offload_optimizer:
-            states_to_host(optimizer)
-        result.history = progress["history"]
-        result.eval_loss = result.history[-1].get("eval_loss")
-    earlier = result.history[-1]["seconds"] if result.history else 0.0
-    started = time.perf_counter() - earlier
-    log_path = config.output / "train.jsonl" if config.output else None
-    with (
-        _mode(model, training=True),
-        saving_activations(model, config.checkpointing, config.offload_activations),
-        compiled_layers(model, config.compile),
-        RunLog(log_path, steps, result.history, config.progress) as log,
-        contextlib.ExitStack() as looking_on,
-    ):
+        while_training.enter_context(_mode(model, training=True))
+        while_training.enter_context(saving_activations(model, config.checkpointing, config.offload_activations))
+        while_training.enter_context(compiled_layers(model, config.compile))
+        log_path = config.output / "train.jsonl" if config.output else None
+        log = while_training.enter_context(RunLog(log_path, steps, result.history, config.progress))
         for probe in probes:
-            looking_on.callback(probe.end)
+            while_training.callback(probe.end)
             probe.begin(model, examples, held_out, config.output, result.steps)
         for step in range(result.steps, steps):
             order = batch_order(len(examples), config.batch_size, config.seed, step // per_epoch)
@@ -170,7 +143,7 @@ def _train(
 def take_step(
     model: nn.Module,
     batch: Sequence[Example],
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     lr: float,
     config: TrainConfig,
     probes: Sequence[TrainingProbe] = (),
@@ -271,11 +244,45 @@ def _check_lengths(model: nn.Module, examples: Sequence[Example]) -> None:
         raise DataError(f"longer than the model's context of {context} tokens: {', '.join(long[:20])}")
 
 
+def _trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that are trained, by name; raise TrainingError where there are none, or they are idle."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise TrainingError(
+            "the model has no trainable parameter; attach an adapter with add_adapter, or choose one with set_trained"
+        )
+    if idle := idle_adapters(model):
+        raise TrainingError(
+            f"adapter '{idle[0]}' is to be trained but is not active, so nothing would reach it; make it active with "
+            "set_adapter, or choose what to train with set_trained"
+        )
+    return parameters
+
+
+def _resumed(
+    config: TrainConfig, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, fingerprint: str
+) -> TrainResult:
+    """Load the last checkpoint, if there is one, into parameters and optimizer; return the run as it was there."""
+    result = TrainResult()
+    if config.output and (found := list_checkpoints(config.output / "checkpoints")):
+        result.steps, progress = load_checkpoint(found[-1], parameters, optimizer, fingerprint)
+        if config.offload_optimizer:
+            states_to_host(optimizer)
+        result.history = progress["history"]
+        result.eval_loss = result.history[-1].get("eval_loss")
+    return result
+
+
 def _fingerprint(
-    config: TrainConfig, examples: Sequence[Example], model: nn.Module, parameters: dict[str, nn.Parameter]
+    config: TrainConfig,
+    optimizer: Optimizer,
+    examples: Sequence[Example],
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
 ) -> str:
     """Return a hash of all that must be alike for a resumed run to be the same run."""
     settings = config.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
+    settings |= {name: optimizer.defaults[name] for name in OPTIMIZERS[config.optimizer].settings}  # where it says None
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for adapter, lora in adapter_configs(model).items():
         digest.update(f"{adapter} {lora.model_dump_json()}".encode())

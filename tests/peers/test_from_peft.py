@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import lorakit
 from lorakit import LoraConfig, adapter_parameters, add_adapter, load_adapter, load_model, save_adapter
 from lorakit.adapters import adapter_configs, lora_layers
-from lorakit.training.optimizers import build_optimizer
+from lorakit.training.optimizers.build import build_optimizer
 
 peft = importlib.import_module("peft")
 transformers = importlib.import_module("transformers")

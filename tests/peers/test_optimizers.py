@@ -13,7 +13,8 @@ from small_training import update_ratio
 from torch import nn
 
 from lorakit import Decoder, LoraConfig, TrainConfig, add_adapter, save_adapter
-from lorakit.training.optimizers import AdamW8bit, build_optimizer
+from lorakit.training.optimizers import AdamW8bit
+from lorakit.training.optimizers.build import build_optimizer
 
 peft = importlib.import_module("peft")
 create_loraplus_optimizer = importlib.import_module("peft.optimizers").create_loraplus_optimizer

@@ -80,7 +80,7 @@ def train_peft(model: nn.Module, examples: Sequence[Example], config: TrainConfi
     """Train as our docs say we do; return the losses and the gradients' norms."""
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, eps=config.eps, weight_decay=config.weight_decay)
     epochs = (batch_order(len(examples), config.batch_size, config.seed, epoch) for epoch in range(STEPS))
     batches = [batch for epoch in epochs for batch in epoch][:STEPS]
     losses, norms = [], []

@@ -66,6 +66,7 @@ def write_run(folder, rows=40, right=30, with_base=True, steps=60):
         "model": {"path": "some/model", "quant_type": "nf4", "parameters": 1000, "trainable_parameters": 50},
         "base_prompted": scores_as_json(before, 17.1) if with_base else None,
         "tuned": scores_as_json(after, 17.6),
+        "best": {name: score.best for name, score in after.items()},
         "verdict": asdict(judged),
         "counts": {"train": 160, "eval": rows, "steps": steps, "trained_tokens": 9000},
         "seconds": {"load": 1.5, "train": 90.0, "evaluate_base": None, "total": 4000.0},
@@ -182,6 +183,15 @@ def test_bare_metrics_are_enough(tmp_path):
     assert tmp_path.name in page.words and "This run was not judged." in page.words
     for text in (page.words, markdown):
         assert "0.50" in text and "210.0" in text and "no training log" in text and "no predictions" in text
+
+
+@pytest.mark.parametrize(("best", "shown", "row"), [({"likeness": 100.0}, "0.5", "0.2"), ({}, "0.50", "0.25")])
+def test_a_score_is_shown_on_the_scale_of_its_metric(tmp_path, best, shown, row):
+    (tmp_path / "metrics.json").write_text(json.dumps({"tuned": {"likeness": 0.5}, "best": best}))
+    prediction = {"reference": "x", "tuned": "y", "scores": {"tuned": {"likeness": 0.25}}}
+    (tmp_path / "predictions.jsonl").write_text(json.dumps(prediction) + "\n")
+    words = reports(tmp_path)[0].words
+    assert f"likeness {row} " in f"{words} " and f" {shown} " in words
 
 
 def test_difference_is_computed_from_predictions_when_the_verdict_has_none(tmp_path):

@@ -45,6 +45,7 @@ def test_everything_is_written_and_says_the_same(workshop: Path) -> None:
     assert [step["step"] for step in steps] == [1, 2, 3, 4] and "eval_loss" in steps[-1]
     assert metrics["counts"]["tokens"] == sum(step["tokens"] for step in steps)
     assert set(metrics["tuned"]) == {"exact_match", "perplexity_general", "intervals"}
+    assert metrics["best"] == {"exact_match": 1.0}
     assert metrics["seconds"].keys() >= {"load", "train", "evaluate_base", "evaluate_tuned", "total"}
     assert metrics["peak_rss_mb"] > 50 and metrics["versions"]["torch"] == torch.__version__
     assert load_recipe("run/recipe.yaml") == load_recipe("recipe.yaml")

@@ -16,22 +16,23 @@ from torch import nn
 
 from lorakit.errors import CheckpointError, TrainingError
 from lorakit.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
+from lorakit.training.optimizers import AdamW
 
 
-def trained(steps: int, seed: int = 0) -> tuple[dict[str, nn.Parameter], torch.optim.AdamW]:
+def trained(steps: int, seed: int = 0) -> tuple[dict[str, nn.Parameter], AdamW]:
     torch.manual_seed(seed)
     parameters = {
         "a": nn.Parameter(torch.randn(3, 4)),
         "b": nn.Parameter(torch.randn(2, dtype=torch.bfloat16)),
         "x.c": nn.Parameter(torch.randn(4, 5).T),
     }
-    optimizer = torch.optim.AdamW(parameters.values(), lr=0.1)
+    optimizer = AdamW(parameters.values(), lr=0.1)
     for _ in range(steps):
         advance(parameters, optimizer)
     return parameters, optimizer
 
 
-def advance(parameters: dict[str, nn.Parameter], optimizer: torch.optim.AdamW) -> None:
+def advance(parameters: dict[str, nn.Parameter], optimizer: AdamW) -> None:
     optimizer.zero_grad()
     sum((p.float() ** 3).sum() for p in parameters.values()).backward()
     optimizer.step()
@@ -69,7 +70,7 @@ def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
 
 
 def test_a_parameter_that_no_gradient_has_reached(tmp_path: Path) -> None:
-    def with_another(seed: int) -> tuple[dict[str, nn.Parameter], torch.optim.AdamW]:
+    def with_another(seed: int) -> tuple[dict[str, nn.Parameter], AdamW]:
         parameters, optimizer = trained(2, seed)
         parameters["unused"] = nn.Parameter(torch.randn(3))
         optimizer.add_param_group({"params": [parameters["unused"]]})
@@ -165,8 +166,9 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
         "from torch import nn\n"
         "from lorakit.errors import LorakitError\n"
         "from lorakit.training.checkpoints import save_checkpoint\n"
+        "from lorakit.training.optimizers import AdamW\n"
         "weight = nn.Parameter(torch.randn(100, 100))\n"
-        "optimizer = torch.optim.AdamW([weight])\n"
+        "optimizer = AdamW([weight])\n"
         "weight.sum().backward(); optimizer.step()\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # EFBIG instead of ENOSPC\n"
         "try:\n"

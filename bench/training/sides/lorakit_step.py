@@ -18,7 +18,7 @@ from lorakit.data import Example
 from lorakit.training.activations import saving_activations
 from lorakit.training.compiling import compiled_layers
 from lorakit.training.lora_fa import frozen_a
-from lorakit.training.optimizers import build_optimizer
+from lorakit.training.optimizers.build import build_optimizer
 from lorakit.training.trainer import take_step
 
 

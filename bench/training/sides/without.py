@@ -48,8 +48,10 @@ def _pytorch_between_the_products() -> None:
 
 
 def _torch_adamw() -> None:
-    _, settings = optimizers.OPTIMIZERS["adamw"]
-    optimizers.OPTIMIZERS["adamw"] = (torch.optim.AdamW, settings)
+    class TorchAdamW(torch.optim.AdamW):
+        settings = optimizers.AdamW.settings
+
+    optimizers.OPTIMIZERS["adamw"] = TorchAdamW  # type: ignore[assignment]
 
 
 WITHOUT: dict[str, Callable[[], None]] = {

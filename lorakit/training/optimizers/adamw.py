@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lorakit_kernels import reference_training
@@ -28,6 +28,10 @@ class AdamW(Optimizer):
         TrainingError: a value is out of range.
     """
 
+    summary: ClassVar[str] = "two moments in fp32, 8 bytes a trained parameter"
+    settings: ClassVar[tuple[str, ...]] = ("betas", "eps", "weight_decay")
+    frugal: ClassVar[str | None] = "adamw_8bit"
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -38,6 +42,11 @@ class AdamW(Optimizer):
     ) -> None:
         self._check(lr, betas, weight_decay, eps)
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @staticmethod
+    def state_bytes(size: int) -> dict[str, int]:
+        """Return the two moments and the count of steps: name -> bytes."""
+        return {"step": 4, "exp_avg": 4 * size, "exp_avg_sq": 4 * size}
 
     def _take_step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         for parameter in parameters:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import lorakit_kernels as kernels
 import torch
@@ -36,6 +36,9 @@ class AdamW8bit(Optimizer):
         TrainingError: a value is out of range.
     """
 
+    summary: ClassVar[str] = "AdamW with its moments in 8 bits, 2 bytes a trained parameter"
+    settings: ClassVar[tuple[str, ...]] = ("betas", "eps", "weight_decay")
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -62,10 +65,14 @@ class AdamW8bit(Optimizer):
                 device = value.device if key == "step" else parameter.device
                 self.state[parameter][key] = value.to(device, copy=True)
 
-    def state_keys(self, parameter: Tensor) -> tuple[str, ...]:
-        """Return the names of the tensors that are kept for a parameter, whether or not it took a step."""
-        in_8_bits = parameter.numel() >= SMALLEST_8BIT
-        return ("exp_avg", "exp_avg_sq", "step", *(("exp_avg_absmax", "exp_avg_sq_absmax") if in_8_bits else ()))
+    @staticmethod
+    def state_bytes(size: int) -> dict[str, int]:
+        """Return the count of steps and the two moments, in 8 bits with their scales or in fp32: name -> bytes."""
+        if size < SMALLEST_8BIT:
+            return {"step": 4, "exp_avg": 4 * size, "exp_avg_sq": 4 * size}
+        scales = 4 * -(-size // STATE_BLOCK_SIZE)
+        codes = {"exp_avg": size, "exp_avg_sq": size}
+        return {"step": 4, **codes, "exp_avg_absmax": scales, "exp_avg_sq_absmax": scales}
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[parameter]

@@ -1,9 +1,13 @@
-"""What the optimizers here share: torch's `Optimizer` without the compiler, and the walk over the parameters."""
+"""What an optimizer here says of itself, and what all of them share: torch's `Optimizer` without the compiler.
+
+A new optimizer is one file with a class derived from `Optimizer`, and one line in the table `OPTIMIZERS`. A run's
+settings, the recipe's reference, checkpoints and the planner read the rest from the class.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +20,17 @@ class Optimizer(torch.optim.Optimizer):
 
     torch wraps the methods below so that no compiled graph contains them, and the first call of a wrapper imports the
     compiler: 142 MiB of memory and 2 s, for nothing where nothing is compiled. They are taken out of their wrappers.
+
+    Attributes:
+        summary: what a reader of the recipe's reference has to know, in a few words.
+        settings: the settings of `TrainConfig`, besides lr, that the constructor takes. Its default values are what a
+            run gets where `TrainConfig` says None.
+        frugal: name of the optimizer that the planner suggests in place of this one where memory is short.
     """
+
+    summary: ClassVar[str]
+    settings: ClassVar[tuple[str, ...]]
+    frugal: ClassVar[str | None] = None
 
     add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__  # type: ignore[attr-defined]
     load_state_dict = torch.optim.Optimizer.load_state_dict.__wrapped__  # type: ignore[attr-defined]
@@ -33,6 +47,16 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             self._take_step([parameter for parameter in group["params"] if parameter.grad is not None], group)
         return loss
+
+    @staticmethod
+    def state_bytes(size: int) -> dict[str, int]:
+        """Return the tensors that are kept for a parameter of `size` elements, once it took a step: name -> bytes."""
+        raise NotImplementedError
+
+    @staticmethod
+    def step_bytes(size: int) -> int:
+        """Return the bytes that the update of a parameter of `size` elements makes besides and frees again."""
+        return 0
 
     def _check(self, lr: float, betas: tuple[float, float], weight_decay: float, eps: float = 1.0) -> None:
         """Raise TrainingError where a setting is out of range, which would only show in what is learned."""

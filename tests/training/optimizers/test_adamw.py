@@ -59,7 +59,7 @@ STEP = """
 import sys, torch
 from lorakit import TrainConfig
 from lorakit.models.recompute import recomputed
-from lorakit.training.optimizers import build_optimizer
+from lorakit.training.optimizers.build import build_optimizer
 for name in ("adamw", "adamw_8bit", "lion"):
     layer = torch.nn.Linear(80, 80)
     optimizer = build_optimizer(dict(layer.named_parameters()), TrainConfig(optimizer=name))

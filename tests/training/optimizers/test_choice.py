@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from small_models import small_tokenizer
+from small_models import small_decoder, small_tokenizer
 from small_training import CONVERSATIONS, adapted, config, interrupted, same, timeless, values_of
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from lorakit import Tokenizer, TrainConfig, train
+from lorakit import LoraConfig, Plan, Tokenizer, TrainConfig, plan, train
 from lorakit.errors import ConfigError, TrainingError
-from lorakit.training.optimizers import (
-    SMALLEST_8BIT,
-    AdamW,
-    AdamW8bit,
-    Lion,
-    build_optimizer,
-    set_learning_rate,
-)
+from lorakit.training.optimizers import OPTIMIZERS, SMALLEST_8BIT, AdamW, AdamW8bit, Lion, Optimizer
+from lorakit.training.optimizers.build import build_optimizer, set_learning_rate
 
 KINDS: dict[str, type[torch.optim.Optimizer]] = {"adamw": AdamW, "adamw_8bit": AdamW8bit, "lion": Lion}
 
@@ -41,9 +36,74 @@ def test_the_settings_choose(name: str) -> None:
     assert given.items() <= group.items()
 
 
+@pytest.mark.parametrize(
+    ("name", "betas"), [("adamw", (0.9, 0.999)), ("adamw_8bit", (0.9, 0.999)), ("lion", (0.9, 0.99))]
+)
+def test_betas_that_are_not_given_are_the_optimizers_own(name: str, betas: tuple[float, float]) -> None:
+    optimizer = build_optimizer({"weight": nn.Parameter(torch.ones(2))}, TrainConfig(optimizer=name))
+    assert optimizer.param_groups[0]["betas"] == betas
+
+
 def test_another_name_is_refused() -> None:
-    with pytest.raises(ConfigError, match="lion"):
-        TrainConfig(optimizer="sgd")
+    with pytest.raises(ConfigError, match=r"optimizer: unknown 'lino'; did you mean 'lion'\? \(known: adamw, .*lion\)"):
+        TrainConfig(optimizer="lino")
+
+
+@pytest.mark.parametrize("size", [1, SMALLEST_8BIT - 1, SMALLEST_8BIT, SMALLEST_8BIT + 1])
+@pytest.mark.parametrize("name", KINDS)
+def test_the_state_is_what_the_optimizer_says_it_keeps(name: str, size: int) -> None:
+    parameter = nn.Parameter(torch.ones(size))
+    parameter.grad = torch.ones(size)
+    optimizer = build_optimizer({"weight": parameter}, TrainConfig(optimizer=name))
+    optimizer.step()
+    assert {key: value.nbytes for key, value in optimizer.state[parameter].items()} == optimizer.state_bytes(size)
+
+
+class SignDescent(Optimizer):
+    """An optimizer that only this file knows: p -= lr * sign(g), with a decay of its own."""
+
+    summary: ClassVar[str] = "steps by the sign alone"
+    settings: ClassVar[tuple[str, ...]] = ("weight_decay",)
+
+    def __init__(self, params: Iterable[Any], lr: float = 1e-3, weight_decay: float = 0.5) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @staticmethod
+    def state_bytes(size: int) -> dict[str, int]:
+        return {"signs": size}
+
+    @staticmethod
+    def step_bytes(size: int) -> int:
+        return 3 * size
+
+    def _take_step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        for parameter in parameters:
+            assert parameter.grad is not None
+            self.state[parameter]["signs"] = parameter.grad.sign().to(torch.int8)
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.sub_(self.state[parameter]["signs"], alpha=group["lr"])
+
+
+class TestAnOptimizerOfOneClassAndOneLine:
+    @pytest.fixture(autouse=True)
+    def line(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(OPTIMIZERS, "sign", SignDescent)
+
+    def test_trains_saves_and_resumes(self, tok: Tokenizer, tmp_path: Path) -> None:
+        run = config(optimizer="sign", output=tmp_path / "run", checkpoint_every=2, lr=1e-3)
+        whole, stopped, resumed = (adapted() for _ in range(3))
+        train(whole, tok, CONVERSATIONS, run.model_copy(update={"output": None}))
+        interrupted(stopped, tok, run, at_pass=4)
+        train(resumed, tok, CONVERSATIONS, run, resume=True)
+        assert same(values_of(resumed), values_of(whole)) and not same(values_of(whole), values_of(adapted()))
+
+    def test_is_planned(self) -> None:
+        def planned(name: str) -> Plan:
+            return plan(small_decoder().config, LoraConfig(r=4), TrainConfig(optimizer=name))
+
+        trainable = planned("sign").trainable
+        assert planned("sign").parts["optimizer"] == trainable
+        assert planned("lion").parts["optimizer"] == 4 * trainable
 
 
 class TestLoraPlus:
@@ -117,3 +177,13 @@ def test_eight_bits_learn_nearly_what_thirty_two_do(tok: Tokenizer) -> None:
     for ours, theirs in zip(values_of(in_8_bits), values_of(in_32_bits), strict=True):
         assert not torch.equal(ours, theirs) or ours.numel() < SMALLEST_8BIT
         assert (ours - theirs).norm() < 0.1 * theirs.norm()
+
+
+def test_a_run_resumes_with_the_optimizers_own_betas_written_out_and_with_no_others(
+    tok: Tokenizer, tmp_path: Path
+) -> None:
+    run = config(optimizer="lion", output=tmp_path / "run", checkpoint_every=2)
+    interrupted(adapted(), tok, run, at_pass=4)
+    with pytest.raises(TrainingError, match="other settings"):
+        train(adapted(), tok, CONVERSATIONS, run.model_copy(update={"betas": (0.9, 0.999)}), resume=True)
+    assert train(adapted(), tok, CONVERSATIONS, run.model_copy(update={"betas": (0.9, 0.99)}), resume=True).steps == 6
