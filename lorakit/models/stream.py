@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
@@ -214,10 +214,7 @@ class _Quantized:
         self.absmax[block : block + len(absmax)] = absmax
 
     def finish(self) -> QuantizedWeight:
-        form = self.form
-        return assemble(
-            self.packed, self.absmax, self.shape, self.dtype, form.quant_type, form.block_size, form.double_quant
-        )
+        return assemble(self.packed, self.absmax, self.shape, self.dtype, **asdict(self.form))
 
 
 def _finished(ahead: deque[tuple[Band, Future[None]]]) -> Band:
