@@ -200,7 +200,7 @@ class _Quantized:
     """A weight whose codes and scales are filled in band by band, as blocks do not depend on each other."""
 
     def __init__(self, shape: torch.Size, dtype: torch.dtype, form: WeightFormat, device: str | torch.device) -> None:
-        book, count = codebook(form.quant_type), math.prod(shape)
+        book, count = codebook(form.quant_type, form.block_size), math.prod(shape)
         self.shape, self.dtype, self.form, self.device = shape, dtype, form, device
         self.boundaries, self.order = book.boundaries.to(device), book.order.to(device)
         self.packed = torch.empty(-(-count // 2), dtype=torch.uint8, device=device)

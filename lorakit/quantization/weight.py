@@ -30,7 +30,7 @@ class QuantizedWeight:
         scales: (blocks,) fp32, or `NestedScales` after double quantization.
         shape: of the original tensor.
         dtype: of the original tensor.
-        quant_type: "nf4" or "fp4".
+        quant_type: name of the codebook, one of `QUANT_TYPES`.
         block_size: elements a block; blocks run over the flat tensor and may straddle rows.
         code_values: (16,) fp32 codebook, by code.
     """
@@ -179,7 +179,7 @@ def quantize(
 
     Args:
         weight: any shape; fp32, bf16 or fp16. It is not changed.
-        quant_type: "nf4" or "fp4".
+        quant_type: name of the codebook, one of `QUANT_TYPES`: "nf4" or "fp4".
         block_size: elements that share a scale, one of 32, 64, ..., 4096.
         double_quant: store the scales themselves in 8 bits.
 
@@ -187,8 +187,8 @@ def quantize(
         ShapeError: the dtype is not a supported floating type, or a value is inf or nan.
         ConfigError: an unknown quant_type or block_size.
     """
-    book = codebook(quant_type)
     check_block_size(block_size)
+    book = codebook(quant_type, block_size)
     if weight.dtype not in SOURCE_DTYPES:
         raise ShapeError(f"cannot quantize a tensor of {weight.dtype}; expected float32, bfloat16 or float16")
     device = weight.device
@@ -223,7 +223,7 @@ def assemble(
     if len(shape) > 1 and shape[-1] % 2 == 0:
         packed = packed.view(*shape[:-1], shape[-1] // 2)
     scales = NestedScales.quantize(absmax) if double_quant else absmax
-    values = codebook(quant_type).values.to(packed.device)
+    values = codebook(quant_type, block_size).values.to(packed.device)
     return QuantizedWeight(packed, scales, shape, dtype, quant_type, block_size, values)
 
 
