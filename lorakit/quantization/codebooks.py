@@ -67,12 +67,18 @@ def normal_float(bits: int, offset: float) -> Tensor:
     the division, as in bitsandbytes' create_normal_map, with which the published values were made; quantiles are
     computed in fp64.
     """
-    highest = float(torch.tensor(offset, dtype=torch.float32))
-    positive, negative = (
-        torch.special.ndtri(torch.linspace(highest, 0.5, count + 1, dtype=torch.float64).float()[:-1].double()).float()
-        for count in (2 ** (bits - 1), 2 ** (bits - 1) - 1)
-    )
+    half = 2 ** (bits - 1)
+    positive, negative = _quantiles(offset, half), _quantiles(offset, half - 1)
     return torch.cat([-negative, torch.zeros(1), positive.flip(0)]) / positive[0]
+
+
+def _quantiles(offset: float, count: int) -> Tensor:
+    """Return quantiles of a standard normal: at `count` even steps from `offset` to above 0.5, (count,) fp32."""
+    highest = float(torch.tensor(offset, dtype=torch.float32))
+    # Stepped in fp64 and then rounded: torch.linspace in fp32 need not give every processor the same last bit.
+    probabilities = torch.linspace(highest, 0.5, count + 1, dtype=torch.float64)[:-1].float()
+    quantiles: Tensor = torch.special.ndtri(probabilities.double())
+    return quantiles.float()
 
 
 def float4() -> Tensor:
@@ -112,4 +118,5 @@ def check_quant_type(quant_type: str) -> None:
 
 @cache
 def _built(name: str, values: Callable[[int], Tensor], block_size: int) -> Codebook:
-    return Codebook.from_values(name, values(block_size))
+    with torch.device("cpu"), torch.inference_mode(False):  # wherever it is first asked for, it is kept for all
+        return Codebook.from_values(name, values(block_size))

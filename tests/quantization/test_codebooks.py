@@ -64,6 +64,13 @@ def test_values_may_depend_on_the_block_size(monkeypatch: pytest.MonkeyPatch) ->
         assert torch.equal(codebook("wide", block_size).values, quantized.code_values)
 
 
+def test_where_a_codebook_is_first_asked_for_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(QUANT_TYPES, "even", lambda block_size: torch.linspace(-1, 1, 16))
+    with torch.device("meta"), torch.inference_mode():
+        values = codebook("even").values
+    assert values.is_cpu and not values.is_inference()
+
+
 def test_a_name_that_is_not_in_the_table_is_named() -> None:
     with pytest.raises(ConfigError, match=r"unknown quant_type 'nf5'; did you mean 'nf4'\? \(known: nf4, fp4\)"):
         codebook("nf5")
