@@ -147,3 +147,26 @@ def test_writing_to_out_is_noticed_by_autograd() -> None:
 def test_works_in_inference_mode() -> None:
     with torch.inference_mode():
         kernels.dequantize_4bit_out(*arguments(50)["dequantize_4bit_out"])
+
+
+def test_a_record_is_registered_as_its_fields() -> None:
+    names = [argument.name for argument in torch.ops.lorakit.linear_4bit.default._schema.arguments]
+    assert names == ["x", *(f"weight_{field}" for field in Weight4bit._fields), "bias", "lora", "scaling"]
+    written = [
+        argument.name for argument in torch.ops.lorakit.adamw_8bit.default._schema.arguments if argument.is_write
+    ]
+    assert written == ["parameter", "first_codes", "first_absmax", "second_codes", "second_absmax"]
+
+
+def test_arguments_with_defaults_may_be_left_out() -> None:
+    x, weight, *_ = arguments(50)["linear_4bit"]
+    assert torch.equal(kernels.linear_4bit(x, weight), kernels.linear_4bit(x, weight, None, [], 1.0))
+    with torch.inference_mode():
+        assert torch.equal(kernels.linear_4bit(x, weight), kernels.linear_4bit(x, weight, None, [], 1.0))
+
+
+def test_the_reference_backend_is_every_definition_but_that_of_the_allocation() -> None:
+    operations = {name: getattr(kernels, name) for name in kernels.__all__}
+    definitions = {name: each.definition for name, each in operations.items() if hasattr(each, "definition")}
+    del definitions["dequantize_4bit"]  # allocates, and has the backend fill
+    assert {name: getattr(reference, name, None) for name in definitions} == definitions
