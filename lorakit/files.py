@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, strict JSON reading, hashes and the cache folder.
+"""Files that are whole or absent: atomic writes, strict JSON reading and hashes.
 
 Everything lorakit writes goes through `atomic_write` or `atomic_folder`: beside the target, flushed to disk, then
 renamed. A crash, a kill or a full disk leaves the old content or nothing, never half of the new.
@@ -105,17 +105,6 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
     """Return the SHA-256 of a file's bytes as lower-case hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def cache_folder() -> Path:
-    """Return lorakit's cache folder: $LORAKIT_CACHE, or the platform's convention (XDG, macOS, Windows)."""
-    if override := os.environ.get("LORAKIT_CACHE"):
-        return Path(override).expanduser()
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "lorakit" / "Cache"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "lorakit"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorakit"
 
 
 def _swap(part: Path, target: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from lorakit.errors import StorageError
-from lorakit.files import atomic_folder, atomic_write, cache_folder, sha256_file, write_text
+from lorakit.files import atomic_folder, atomic_write, sha256_file, write_text
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="POSIX limits and modes")
 
@@ -200,17 +200,3 @@ def test_hashes_are_sha256sums(content: bytes, tmp_path: Path) -> None:
         b"abc": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
     }.get(content, hashlib.sha256(content).hexdigest())
     assert sha256_file(tmp_path / "file") == sha256_file(str(tmp_path / "file")) == expected
-
-
-@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="XDG")
-def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("LORAKIT_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", "/home/x")
-    assert cache_folder() == Path("/home/x/.cache/lorakit")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
-    assert cache_folder() == Path("/cache/lorakit")
-    monkeypatch.setenv("LORAKIT_CACHE", "~/mine")
-    assert cache_folder() == Path("/home/x/mine")
-    monkeypatch.setenv("LORAKIT_CACHE", "")
-    assert cache_folder() == Path("/cache/lorakit")

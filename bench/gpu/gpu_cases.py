@@ -139,15 +139,15 @@ def _dequantize(weight: Tensor, packed: QuantizedWeight) -> Case:
 
 def _product(setting: Setting, weight: Tensor, packed: QuantizedWeight, tokens: int, operation: str) -> Case:
     rows, columns = weight.shape
-    x, dense, arguments = setting.random(tokens, columns), _dense(weight), packed.operand
+    x, dense, operand = setting.random(tokens, columns), _dense(weight), packed.operand
     u, lora_b = setting.random(tokens, RANK), setting.random(rows, RANK)
 
     def check() -> float:
-        found = kernels.linear_4bit(x, *arguments, None, [u, lora_b], 0.5)
+        found = kernels.linear_4bit(x, operand, None, [u, lora_b], 0.5)
         return of_bound(found, (x, _values(packed).T), (u / 2, lora_b.T))
 
     rivals = {
-        "lorakit": lambda: partial(kernels.linear_4bit, x, *arguments, None, [], 1.0),
+        "lorakit": lambda: partial(kernels.linear_4bit, x, operand, None, [], 1.0),
         "PyTorch": lambda: partial(linear, x, weight),
         "bitsandbytes": lambda: _no_gradient(peers.bitsandbytes_layer(dense).eval(), x),
         "torchao": lambda: _no_gradient(peers.torchao_layer(weight), x),
@@ -158,11 +158,11 @@ def _product(setting: Setting, weight: Tensor, packed: QuantizedWeight, tokens: 
 
 def _product_dx(setting: Setting, weight: Tensor, packed: QuantizedWeight, tokens: int) -> Case:
     rows, columns = weight.shape
-    dy, arguments = setting.random(tokens, rows), packed.operand
+    dy, operand = setting.random(tokens, rows), packed.operand
     t, lora_a = setting.random(tokens, RANK), setting.random(RANK, columns)
 
     def check() -> float:
-        return of_bound(kernels.linear_4bit_dx(dy, *arguments, [t, lora_a]), (dy, _values(packed)), (t, lora_a))
+        return of_bound(kernels.linear_4bit_dx(dy, operand, [t, lora_a]), (dy, _values(packed)), (t, lora_a))
 
     def bitsandbytes() -> Call:
         dequantize = peers.dequantized_by_bitsandbytes(weight)
@@ -173,7 +173,7 @@ def _product_dx(setting: Setting, weight: Tensor, packed: QuantizedWeight, token
         return lambda: dy @ dequantize()
 
     rivals = {
-        "lorakit": lambda: partial(kernels.linear_4bit_dx, dy, *arguments, []),
+        "lorakit": lambda: partial(kernels.linear_4bit_dx, dy, operand, []),
         "PyTorch": lambda: partial(torch.matmul, dy, weight),
         "bitsandbytes": bitsandbytes, "torchao": torchao,
     }  # fmt: skip

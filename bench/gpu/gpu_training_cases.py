@@ -13,7 +13,7 @@ from typing import Any
 
 import lorakit_kernels as kernels
 import torch
-from lorakit_kernels import reference_training as reference
+from lorakit_kernels import reference
 from torch import Tensor
 from torch.nn.functional import cross_entropy, dropout, rms_norm, silu
 

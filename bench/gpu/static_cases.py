@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import triton
-from lorakit_kernels.triton import decode, dequantize, linear, quantize, tiles
+from lorakit_kernels.triton import decode, dequantize, quantize, tiles
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+linear = importlib.import_module("lorakit_kernels.triton.linear_4bit")  # the package has a function of this name
 
 BLOCK, NESTED_BLOCK = 64, 256
 FEATURES = 4096  # rows and columns of the weight that products are counted for
@@ -37,7 +39,7 @@ MOVED_IN_TRAINING: dict[str, Callable[[Mapping[str, int]], dict[str, float]]] = 
     "swiglu": lambda sizes: dict.fromkeys(("gate", "up", "y", "dy", "dgate", "dup"), 1),
     "dropout": lambda sizes: {"x": 1, "y": 1},
     "cross_entropy": lambda sizes: {"logits": 3 if sizes["WITH_GRADIENT"] else 1},  # read twice, and written
-    "adamw": lambda sizes: {
+    "adamw_8bit": lambda sizes: {
         "parameter": 2, "gradient": 1, "first": 2, "second": 2,
         "first_absmax": 2 / sizes["BLOCK"], "second_absmax": 2 / sizes["BLOCK"],
     },
@@ -136,7 +138,7 @@ def _training() -> Iterator[Case]:
         module = importlib.import_module(f"lorakit_kernels.triton.{name}")  # the package has functions of these names
         for label, source in module.sources():
             sizes = _constants(source)
-            options = {"num_warps": 8 if name == "cross_entropy" else 4, "enable_fp_fusion": name != "adamw"}
+            options = {"num_warps": 8 if name == "cross_entropy" else 4, "enable_fp_fusion": name != "adamw_8bit"}
             elements = math.prod(size for key, size in sizes.items() if key != "WITH_GRADIENT")
             if name == "rope":
                 elements = _heads(sizes) * 2 * sizes["HALF"]

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lorakit_kernels.cache import cache_folder
 from torch import Tensor
 
-from lorakit.files import atomic_write, cache_folder, write_text
+from lorakit.files import atomic_write, write_text
 from lorakit.models import Decoder, DecoderConfig, resolve_model
 from lorakit.models.safetensors_header import make_header
 

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from lorakit_kernels import cpu, reference_training
+from lorakit_kernels import cpu, reference
 
 from bench.harness.report import arguments, finish
 from bench.harness.timing import medians
@@ -46,7 +46,7 @@ def main() -> None:
         seen = medians(
             {
                 "C++": partial(getattr(cpu, operation), *given),
-                "definition": partial(getattr(reference_training, operation), *given),
+                "definition": partial(getattr(reference, operation), *given),
             },
             options.rounds,
         )

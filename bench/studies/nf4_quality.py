@@ -40,7 +40,8 @@ def round_trip(weight: Tensor, book: Codebook, block_size: int, double_quant: bo
     packed, absmax = kernels.quantize_4bit(weight, book.boundaries, book.order, block_size)
     scales = NestedScales.quantize(absmax) if double_quant else absmax
     expanded = scales[:] if isinstance(scales, NestedScales) else scales
-    values = kernels.dequantize_4bit(packed, book.values, expanded, block_size, weight.shape, torch.float32, [], 256)
+    quantized = kernels.Weight4bit(packed, book.values, expanded, block_size, weight.shape)
+    values = kernels.dequantize_4bit(quantized, torch.float32)
     return values, 8 * (packed.nbytes + scales.nbytes) / weight.numel()
 
 

@@ -1,57 +1,57 @@
 """Device code of lorakit: tensors in, tensors out, no knowledge of the library above.
 
-`reference` defines every operation in plain PyTorch and runs anywhere; it is the oracle for all other backends.
-`cpu` is the same in C++, `triton` in Triton for GPUs. `dispatch` registers the operations with torch.library and picks
-the backend. `reference_training` and `training_ops` are the same for the operations around the 4-bit weights;
-`gradients` are those of both.
+`ops` has a file for each operation: its definition in plain PyTorch, its registration and its gradient. Three backends
+compute them: `reference` by the definitions, `cpu` in C++, `triton` in Triton for GPUs; `dispatch` picks one.
+`operands` has what they take in groups: a weight in 4 bits, a moment in 8 bits, a step of AdamW.
 """
 
-from . import gradients, reference, reference_training
 from .cpu import one_thread
-from .dispatch import (
-    BACKENDS,
-    add_linear_4bit_dx,
+from .dispatch import BACKENDS, use_backend
+from .operands import AdamWStep, Moment8bit, Weight4bit
+from .ops.adamw_8bit import STATE_BLOCK_SIZE, adamw, adamw_8bit
+from .ops.codec import (
     dequantize_4bit,
     dequantize_4bit_out,
     dequantize_8bit,
-    linear_4bit,
-    linear_4bit_dx,
+    gather_4bit,
     quantize_4bit,
     quantize_8bit,
-    use_backend,
+    unpack_4bit,
 )
-from .training_ops import (
-    adamw_8bit,
-    cross_entropy,
-    drop,
-    rms_norm,
-    rms_norm_backward,
-    rope,
-    swiglu,
-    swiglu_backward,
-)
+from .ops.cross_entropy import cross_entropy
+from .ops.dropout import drop
+from .ops.linear_4bit import add_linear_4bit_dx, dense_linear, dense_linear_dx, linear_4bit, linear_4bit_dx
+from .ops.rms_norm import rms_norm, rms_norm_backward
+from .ops.rope import rope
+from .ops.swiglu import swiglu, swiglu_backward
 
 __all__ = [
     "BACKENDS",
+    "STATE_BLOCK_SIZE",
+    "AdamWStep",
+    "Moment8bit",
+    "Weight4bit",
+    "adamw",
     "adamw_8bit",
     "add_linear_4bit_dx",
     "cross_entropy",
+    "dense_linear",
+    "dense_linear_dx",
     "dequantize_4bit",
     "dequantize_4bit_out",
     "dequantize_8bit",
     "drop",
-    "gradients",
+    "gather_4bit",
     "linear_4bit",
     "linear_4bit_dx",
     "one_thread",
     "quantize_4bit",
     "quantize_8bit",
-    "reference",
-    "reference_training",
     "rms_norm",
     "rms_norm_backward",
     "rope",
     "swiglu",
     "swiglu_backward",
+    "unpack_4bit",
     "use_backend",
 ]

@@ -1,8 +1,9 @@
-"""One torch.library operation per kernel, and the choice of the backend that computes it.
+"""The choice of the backend, and the registration of operations with torch.library.
 
-A backend is a module with the functions of `reference`. The tensors' device chooses it; LORAKIT_BACKEND or
-`use_backend` overrides. The Triton backend is imported when it is first chosen, so nothing else needs triton. As
-registered operations they go through torch.compile without a graph break.
+A backend is a module with functions of the operations' names. The tensors' device chooses it; LORAKIT_BACKEND or
+`use_backend` overrides. What a backend lacks is computed by the definition. The Triton backend is imported when it is
+first chosen, so nothing else needs triton. As registered operations they go through torch.compile without a graph
+break.
 
 They are defined on a `torch.library.Library`, which adds 4 µs to a call where `torch.library.custom_op` adds 40: a
 training step of a small model makes a thousand.
@@ -14,23 +15,25 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from functools import cache
-from types import ModuleType
-from typing import ParamSpec, TypeVar
+from types import ModuleType, NoneType
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, cast, get_type_hints
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
-from torch.library import Library, infer_schema, register_fake
-
-from . import cpu, reference
+from torch.library import Library, infer_schema, register_autograd, register_fake
 
 BACKENDS = ("reference", "cpu", "triton")  # the modules of this package that compute
 _TRITON_DEVICES = ("cuda", "xpu")  # ROCm's are called cuda too
 _chosen: ContextVar[str | None] = ContextVar("lorakit_backend", default=None)
+
+
+# ---- the backend ---------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -60,7 +63,7 @@ def backend(device: torch.device) -> ModuleType:
         return _module(_known(name, "LORAKIT_BACKEND"))
     if device.type in _TRITON_DEVICES and _has_triton():
         return _module("triton")
-    return cpu if device.type == "cpu" and cpu.is_available() else reference
+    return _module("cpu" if device.type == "cpu" and _module("cpu").is_available() else "reference")
 
 
 @cache
@@ -79,237 +82,139 @@ def _known(name: str, what: str) -> str:
     return name
 
 
-# ---- operations ----------------------------------------------------------------------------------------------------
+# ---- registration --------------------------------------------------------------------------------------------------
 
-operations = Library("lorakit", "DEF")
+_library = Library("lorakit", "DEF")
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
-def _operation(
-    *, writes: tuple[str, ...] = (), fake: Callable[_P, object]
-) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    """Register the function below as torch.ops.lorakit.<its name>, on all devices.
+class Operation(Protocol[_P, _R]):
+    """A registered operation. A call takes arguments by position; the chosen backend computes it.
 
-    Args:
-        writes: the arguments that it writes to.
-        fake: returns empty tensors of the shapes and dtypes that the function returns, for tracing.
+    Attributes:
+        definition: the same in plain PyTorch, whatever the backend: the oracle that the backends are tested against.
     """
 
-    def register(function: Callable[_P, _R]) -> Callable[_P, _R]:
-        name = function.__name__
-        operations.define(name + infer_schema(function, mutates_args=writes), tags=(torch.Tag.pt2_compliant_tag,))
-        operations.impl(name, function, "CompositeExplicitAutograd")
-        register_fake(f"lorakit::{name}", fake, lib=operations)
-        overload: Callable[_P, _R] = getattr(torch.ops.lorakit, name).default
+    definition: Callable[_P, _R]
 
-        def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+    def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        """Compute with the backend of the first tensor's device."""
+
+
+def operation(
+    *, fake: Callable[..., object], writes: Sequence[str] = (), written_if: str | None = None
+) -> Callable[[Callable[_P, _R]], Operation[_P, _R]]:
+    """Register the definition below as torch.ops.lorakit.<its name>, on all devices.
+
+    An argument that is a record, such as `Weight4bit`, is an argument for each of its fields there, <name>_<field>.
+
+    Args:
+        fake: returns empty tensors of the shapes and dtypes that the definition returns, for tracing.
+        writes: the registered arguments that it writes to.
+        written_if: the argument that says whether it does; None: always.
+    """
+
+    def register(definition: Callable[_P, _R]) -> Operation[_P, _R]:
+        name, arguments = definition.__name__, _Arguments.of(definition)
+
+        def compute(*args: Any) -> Any:
+            x = args[0] if isinstance(args[0], Tensor) else args[0][0]
+            # Gradients are checked in fp64, which no kernel takes.
+            own = None if x.dtype == torch.float64 else getattr(backend(x.device), name, None)
+            function: Callable[..., Any] = own or definition
+            return function(*args)
+
+        def compute_flat(*flat: Any) -> Any:
+            result = compute(*arguments.grouped(flat))
+            if writes and (written_if is None or flat[arguments.names.index(written_if)]):
+                # Or autograd would not notice that a tensor it saved was overwritten.
+                increment_version([flat[arguments.names.index(written)] for written in writes])
+            return result
+
+        compute_flat.__signature__ = arguments.signature  # type: ignore[attr-defined]
+        schema = name + infer_schema(compute_flat, mutates_args=writes)
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(name, compute_flat, "CompositeExplicitAutograd")
+        register_fake(f"lorakit::{name}", lambda *flat: fake(*arguments.grouped(flat)), lib=_library)
+        overload = getattr(torch.ops.lorakit, name).default
+        is_pure = not writes
+
+        def call(*args: Any) -> Any:
+            if len(args) < len(arguments.defaults):
+                args += arguments.defaults[len(args) :]
             # In inference mode nobody differentiates. The dispatcher's part of a small layer's time would be a third.
-            if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled() and not _is_observed():
-                return function(*args, **kwargs)
-            return overload(*args, **kwargs)
+            is_direct = is_pure and not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+            if is_direct and not _is_observed():
+                return compute(*args)
+            return overload(*arguments.flat(args))
 
-        return functools.wraps(function)(call)
+        registered = cast(Operation[_P, _R], functools.wraps(definition)(call))
+        registered.definition = definition
+        return registered
 
     return register
+
+
+def differentiate(
+    operation: Operation[..., Any], backward: Callable[..., Any], setup_context: Callable[[Any, Any, Any], None]
+) -> None:
+    """Register the gradient of an operation.
+
+    Args:
+        backward: (ctx, *gradients of the results) -> a gradient for each registered argument, or None; a list of them
+            for a list of tensors.
+        setup_context: (ctx, registered arguments, result), called forward: keeps in ctx what backward needs.
+    """
+    name = f"lorakit::{operation.definition.__name__}"
+    register_autograd(name, backward, setup_context=setup_context, lib=_library)
+
+
+class _Arguments(NamedTuple):
+    """The arguments of a definition, and how they are registered.
+
+    Attributes:
+        places: of each argument, its type where that is a record, and first and last of its registered arguments.
+        defaults: of each argument; `inspect.Parameter.empty` where it has none.
+        names: of the registered arguments.
+        signature: of the registered operation.
+    """
+
+    places: tuple[tuple[type[NamedTuple] | None, int, int], ...]
+    defaults: tuple[Any, ...]
+    names: tuple[str, ...]
+    signature: inspect.Signature
+
+    @staticmethod
+    def of(definition: Callable[..., Any]) -> _Arguments:
+        hints = get_type_hints(definition)
+        result = hints.pop("return")
+        places: list[tuple[type[NamedTuple] | None, int, int]] = []
+        registered: dict[str, Any] = {}
+        for name, hint in hints.items():
+            first, is_record = len(registered), isinstance(hint, type) and hasattr(hint, "_fields")
+            fields = {f"{name}_{field}": kind for field, kind in get_type_hints(hint).items()} if is_record else {}
+            registered |= fields or {name: hint}
+            places.append((hint if is_record else None, first, len(registered)))
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        parameters = [inspect.Parameter(name, kind, annotation=hint) for name, hint in registered.items()]
+        signature = inspect.Signature(parameters, return_annotation=None if result is NoneType else result)
+        defaults = tuple(parameter.default for parameter in inspect.signature(definition).parameters.values())
+        return _Arguments(tuple(places), defaults, tuple(registered), signature)
+
+    def flat(self, args: Sequence[Any]) -> Sequence[Any]:
+        """Return the registered arguments: records are replaced with their fields."""
+        flat: list[Any] = []
+        for (record, _, _), argument in zip(self.places, args, strict=True):
+            flat += argument if record else (argument,)
+        return flat
+
+    def grouped(self, flat: Sequence[Any]) -> list[Any]:
+        """Return the definition's arguments: fields are put together into records."""
+        return [record._make(flat[first:last]) if record else flat[first] for record, first, last in self.places]
 
 
 def _is_observed() -> bool:
     """Whether a mode, such as one that counts FLOPs or computes shapes alone, wants to see every operation."""
     observed: int = torch._C._len_torch_dispatch_stack()
     return observed > 0
-
-
-def _empty_4bit(x: Tensor, boundaries: Tensor, order: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    packed = x.new_empty((x.numel() + 1) // 2, dtype=torch.uint8)
-    return packed, x.new_empty((x.numel() + block_size - 1) // block_size, dtype=torch.float32)
-
-
-@_operation(fake=_empty_4bit)
-def quantize_4bit(x: Tensor, boundaries: Tensor, order: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """See `reference.quantize_4bit`."""
-    packed, absmax = backend(x.device).quantize_4bit(x, boundaries, order, block_size)
-    return packed, absmax
-
-
-def _empty_8bit(x: Tensor, boundaries: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    codes = x.new_empty(x.numel(), dtype=torch.uint8)
-    return codes, x.new_empty((x.numel() + block_size - 1) // block_size, dtype=torch.float32)
-
-
-@_operation(fake=_empty_8bit)
-def quantize_8bit(x: Tensor, boundaries: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """See `reference.quantize_8bit`."""
-    codes, absmax = backend(x.device).quantize_8bit(x, boundaries, block_size)
-    return codes, absmax
-
-
-def _empty_scales(codes: Tensor, codebook: Tensor, absmax: Tensor, block_size: int) -> Tensor:
-    return codes.new_empty(codes.numel(), dtype=torch.float32)
-
-
-@_operation(fake=_empty_scales)
-def dequantize_8bit(codes: Tensor, codebook: Tensor, absmax: Tensor, block_size: int) -> Tensor:
-    """See `reference.dequantize_8bit`."""
-    values: Tensor = backend(codes.device).dequantize_8bit(codes, codebook, absmax, block_size)
-    return values
-
-
-def _empty_values(
-    packed: Tensor,
-    codebook: Tensor,
-    absmax: Tensor,
-    block_size: int,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    nested: Sequence[Tensor],
-    nested_block_size: int,
-) -> Tensor:
-    return packed.new_empty(list(shape), dtype=dtype)
-
-
-@_operation(fake=_empty_values)
-def dequantize_4bit(
-    packed: Tensor,
-    codebook: Tensor,
-    absmax: Tensor,
-    block_size: int,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    nested: Sequence[Tensor],
-    nested_block_size: int,
-) -> Tensor:
-    """Return the values of packed 4-bit codes as a fresh tensor; see `reference.dequantize_4bit`."""
-    out = torch.empty(shape, dtype=dtype, device=packed.device)
-    backend(packed.device).dequantize_4bit(packed, codebook, absmax, block_size, out, nested, nested_block_size)
-    return out
-
-
-def _nothing(
-    packed: Tensor,
-    codebook: Tensor,
-    absmax: Tensor,
-    block_size: int,
-    out: Tensor,
-    nested: Sequence[Tensor],
-    nested_block_size: int,
-) -> None:
-    return None
-
-
-@_operation(writes=("out",), fake=_nothing)
-def dequantize_4bit_out(
-    packed: Tensor,
-    codebook: Tensor,
-    absmax: Tensor,
-    block_size: int,
-    out: Tensor,
-    nested: Sequence[Tensor],
-    nested_block_size: int,
-) -> None:
-    """Fill `out`, contiguous, with the values of packed 4-bit codes; see `reference.dequantize_4bit`."""
-    backend(packed.device).dequantize_4bit(packed, codebook, absmax, block_size, out, nested, nested_block_size)
-    increment_version(out)  # or autograd would not notice that a tensor it saved was overwritten
-
-
-def _empty_result(
-    x: Tensor,
-    packed: Tensor,
-    codebook: Tensor,
-    absmax: Tensor,
-    block_size: int,
-    shape: Sequence[int],
-    nested: Sequence[Tensor],
-    nested_block_size: int,
-    bias: Tensor | None,
-    lora: Sequence[Tensor],
-    scaling: float,
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], shape[0])
-
-
-@_operation(fake=_empty_result)
-def linear_4bit(
-    x: Tensor,
-    packed: Tensor,
-    codebook: Tensor,
-    absmax: Tensor,
-    block_size: int,
-    shape: Sequence[int],
-    nested: Sequence[Tensor],
-    nested_block_size: int,
-    bias: Tensor | None,
-    lora: Sequence[Tensor],
-    scaling: float,
-) -> Tensor:
-    """See `reference.linear_4bit`."""
-    y: Tensor = backend(x.device).linear_4bit(
-        x, packed, codebook, absmax, block_size, shape, nested, nested_block_size, bias, lora, scaling
-    )
-    return y
-
-
-def _empty_gradient(
-    dy: Tensor,
-    packed: Tensor,
-    codebook: Tensor,
-    absmax: Tensor,
-    block_size: int,
-    shape: Sequence[int],
-    nested: Sequence[Tensor],
-    nested_block_size: int,
-    lora: Sequence[Tensor],
-) -> Tensor:
-    return dy.new_empty(*dy.shape[:-1], shape[1])
-
-
-@_operation(fake=_empty_gradient)
-def linear_4bit_dx(
-    dy: Tensor,
-    packed: Tensor,
-    codebook: Tensor,
-    absmax: Tensor,
-    block_size: int,
-    shape: Sequence[int],
-    nested: Sequence[Tensor],
-    nested_block_size: int,
-    lora: Sequence[Tensor],
-) -> Tensor:
-    """See `reference.linear_4bit_dx`."""
-    dx: Tensor = backend(dy.device).linear_4bit_dx(
-        dy, packed, codebook, absmax, block_size, shape, nested, nested_block_size, lora
-    )
-    return dx
-
-
-def _added(
-    dx: Tensor,
-    dy: Tensor,
-    packed: Tensor,
-    codebook: Tensor,
-    absmax: Tensor,
-    block_size: int,
-    shape: Sequence[int],
-    nested: Sequence[Tensor],
-    nested_block_size: int,
-) -> None:
-    return None
-
-
-@_operation(writes=("dx",), fake=_added)
-def add_linear_4bit_dx(
-    dx: Tensor,
-    dy: Tensor,
-    packed: Tensor,
-    codebook: Tensor,
-    absmax: Tensor,
-    block_size: int,
-    shape: Sequence[int],
-    nested: Sequence[Tensor],
-    nested_block_size: int,
-) -> None:
-    """See `reference.add_linear_4bit_dx`."""
-    backend(dy.device).add_linear_4bit_dx(
-        dx, dy, packed, codebook, absmax, block_size, shape, nested, nested_block_size
-    )
-    increment_version(dx)

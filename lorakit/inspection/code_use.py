@@ -59,7 +59,7 @@ def expected_shares(quant_type: str, block_size: int) -> tuple[float, ...]:
     normal, cut off at ±m. A share is the integral of f(m) (1 - 1/n) (Φ(b m) - Φ(a m)) / (2 Φ(m) - 1) for the code's
     interval from a to b, and 1 / 2n more at either end.
     """
-    book = codebook(quant_type)
+    book = codebook(quant_type, block_size)
     m = torch.linspace(1e-3, 12, _POINTS, dtype=torch.float64)
     within = 2 * _normal(m) - 1
     log_density = (

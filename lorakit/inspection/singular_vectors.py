@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from lorakit_kernels.cache import cache_folder
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import StorageError
-from ..files import atomic_write, cache_folder
+from ..files import atomic_write
 
 EXACT_UP_TO = 1024  # rows or columns, whichever is less: 0.1 s for 576, and four times the side takes 50 times as long
 LEADING = 64  # most singular triplets that are kept

@@ -1,4 +1,4 @@
-"""`Embedding4bit`: a frozen embedding table in 4 bits, of which only the rows that are looked up are dequantized."""
+"""`Embedding4bit`: a frozen embedding table in 4 bits, which decodes only the rows that are looked up."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ShapeError
-from ..quantization import NestedScales, QuantizedWeight, quantize
+from ..quantization import QuantizedWeight, quantize
 from .quantized_module import QuantizedModule
 
 
@@ -48,11 +48,4 @@ class Embedding4bit(QuantizedModule):
             if low < 0 or high >= self.num_embeddings:
                 bad = int(low if low < 0 else high)
                 raise ShapeError(f"id {bad} is outside the table of {self.num_embeddings} embeddings")
-        weight = self.quantized
-        columns = torch.arange(self.embedding_dim, device=ids.device)
-        element = ids[..., None] * self.embedding_dim + columns  # (..., dim) index into the flat table
-        byte = weight.packed.reshape(-1)[element // 2]
-        code = torch.where(element % 2 == 0, byte >> 4, byte & 15)
-        block = element // self.block_size
-        scale = weight.scales.at(block) if isinstance(weight.scales, NestedScales) else weight.scales[block]
-        return (weight.code_values[code.int()] * scale).to(self.dtype)
+        return self.quantized.gather(ids, self.dtype)

@@ -126,8 +126,8 @@ def frozen_linear(
         x (..., in_features) -> (..., out_features); lora: u (..., r) and B (out_features, r), of x's dtype, or nothing
     """
     if isinstance(base, Linear4bit):
-        return base.add_residual(kernels.linear_4bit(x, *base.operand, bias, lora, scaling), x)
-    return kernels.reference.dense_linear(x, _dense(base, x.dtype), bias, lora, scaling)
+        return base.add_residual(kernels.linear_4bit(x, base.operand, bias, lora, scaling), x)
+    return kernels.dense_linear(x, _dense(base, x.dtype), bias, lora, scaling)
 
 
 def frozen_linear_dx(base: nn.Linear | Linear4bit, dy: Tensor, lora: Sequence[Tensor] = ()) -> Tensor:
@@ -137,14 +137,14 @@ def frozen_linear_dx(base: nn.Linear | Linear4bit, dy: Tensor, lora: Sequence[Te
         dy (..., out_features) -> (..., in_features); lora: t (..., r) and A (r, in_features), of dy's dtype, or nothing
     """
     if isinstance(base, Linear4bit):
-        return base.add_residual_dx(kernels.linear_4bit_dx(dy, *base.operand, lora), dy)
-    return kernels.reference.dense_linear_dx(dy, _dense(base, dy.dtype), lora)
+        return base.add_residual_dx(kernels.linear_4bit_dx(dy, base.operand, lora), dy)
+    return kernels.dense_linear_dx(dy, _dense(base, dy.dtype), lora)
 
 
 def add_frozen_linear_dx(dx: Tensor, base: nn.Linear | Linear4bit, dy: Tensor) -> None:
     """Add dy W to dx, for layers that read the same x; both (tokens, features)."""
     if isinstance(base, Linear4bit):
-        kernels.add_linear_4bit_dx(dx, dy, *base.operand)
+        kernels.add_linear_4bit_dx(dx, dy, base.operand)
         base.add_residual_dx(dx, dy)
     else:
         dx.addmm_(dy, _dense(base, dy.dtype))

@@ -1,4 +1,4 @@
-"""RMSNorm; `lorakit_kernels.gradients` has its backward pass, which skips the gradient of a frozen weight."""
+"""RMSNorm; `lorakit_kernels.ops.rms_norm` has its backward pass, which skips the gradient of a frozen weight."""
 
 from __future__ import annotations
 

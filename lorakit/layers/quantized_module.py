@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Self, cast
 
 import torch
+from lorakit_kernels import Weight4bit
 from torch import Tensor, nn
 
 from ..errors import ShapeError
-from ..quantization import NestedScales, Operand, QuantizedWeight
+from ..quantization import NestedScales, QuantizedWeight
 
 
 class QuantizedModule(nn.Module):
@@ -53,15 +54,18 @@ class QuantizedModule(nn.Module):
     @property
     def quantized(self) -> QuantizedWeight:
         """The weight as a `QuantizedWeight` that shares this layer's tensors."""
-        packed, code_values, absmax, block_size, shape, nested, nested_block_size = self.operand
-        scales: Tensor | NestedScales = absmax
-        if nested:
-            nested_code_values, nested_absmax, nested_offset = nested
-            scales = NestedScales(absmax, nested_absmax, nested_offset, nested_code_values, nested_block_size)
-        return QuantizedWeight(packed, scales, shape, self.source_dtype, self.quant_type, block_size, code_values)
+        weight = self.operand
+        scales: Tensor | NestedScales = weight.absmax
+        if weight.nested:
+            code_values, absmax, offset = weight.nested
+            scales = NestedScales(weight.absmax, absmax, offset, code_values, weight.nested_block_size)
+        return QuantizedWeight(
+            weight.packed, scales, self.weight_shape, self.source_dtype, self.quant_type, weight.block_size,
+            weight.codebook,
+        )  # fmt: skip
 
     @property
-    def operand(self) -> Operand:
+    def operand(self) -> Weight4bit:
         """The weight as the kernels take it; see `QuantizedWeight.operand`."""
         # As attributes they would take 5 µs together, a tenth of a small layer's time.
         own = cast(dict[str, Tensor], self._parameters)
@@ -71,7 +75,8 @@ class QuantizedModule(nn.Module):
             nested = [own[name] for name in ("nested_code_values", "nested_absmax", "nested_offset")]
         if packed.dtype != torch.uint8:
             packed = packed.view(torch.uint8).view(self._packed_shape)
-        return packed, code_values, absmax, self.block_size, self.weight_shape, nested, self.nested_block_size or 1
+        shape, nested_block_size = self.weight_shape, self.nested_block_size
+        return Weight4bit(packed, code_values, absmax, self.block_size, shape, nested, nested_block_size)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `.to(torch.bfloat16)` must move the codes and scales but never round them; only a bias is ordinary.

@@ -1,4 +1,4 @@
-"""SwiGLU, whose backward pass (`lorakit_kernels.gradients`) recomputes the activation instead of keeping it."""
+"""SwiGLU, whose backward pass (`lorakit_kernels.ops.swiglu`) recomputes the activation instead of keeping it."""
 
 from __future__ import annotations
 

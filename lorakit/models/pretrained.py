@@ -11,15 +11,16 @@ import contextlib
 import importlib.metadata
 import json
 import os
-import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+from lorakit_kernels.cache import cache_folder, exclusive_lock
+
 from ..errors import CheckpointError, StorageError, did_you_mean
-from ..files import atomic_folder, cache_folder, read_json_object, sha256_file
+from ..files import atomic_folder, read_json_object, sha256_file
 from .checkpoint import WEIGHTS_FILE
 from .gguf_import import convert_gguf
 
@@ -97,7 +98,11 @@ def _from_cache(name: str, model: KnownModel) -> Path:
     target = cache_folder() / "models" / name
     if _problem(target, model) is None:
         return target
-    with _exclusive(target.with_name(f".{name}.lock")):
+    with contextlib.ExitStack() as locked:
+        try:
+            locked.enter_context(exclusive_lock(target.with_name(f".{name}.lock")))
+        except OSError as error:
+            raise StorageError(f"cannot write {target.parent}: {error.strerror or error}") from error
         problem = _problem(target, model)  # again: another process may have built it while this one waited
         if problem is not None:
             if target.exists():
@@ -162,26 +167,3 @@ def _file_in_wheel(model: KnownModel) -> Path:
             f"install the known version with: {model.install_command}"
         )
     return file
-
-
-@contextlib.contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
-    """Hold a lock that other processes wait for; the system releases it even when the holder is killed."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a")
-    except OSError as error:
-        raise StorageError(f"cannot write {path.parent}: {error.strerror or error}") from error
-    with file:
-        if sys.platform == "win32":
-            import msvcrt
-
-            while True:
-                with contextlib.suppress(OSError):  # LK_LOCK gives up after ten seconds
-                    msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
-                    break
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
@@ -200,7 +200,7 @@ class _Quantized:
     """A weight whose codes and scales are filled in band by band, as blocks do not depend on each other."""
 
     def __init__(self, shape: torch.Size, dtype: torch.dtype, form: WeightFormat, device: str | torch.device) -> None:
-        book, count = codebook(form.quant_type), math.prod(shape)
+        book, count = codebook(form.quant_type, form.block_size), math.prod(shape)
         self.shape, self.dtype, self.form, self.device = shape, dtype, form, device
         self.boundaries, self.order = book.boundaries.to(device), book.order.to(device)
         self.packed = torch.empty(-(-count // 2), dtype=torch.uint8, device=device)
@@ -214,10 +214,7 @@ class _Quantized:
         self.absmax[block : block + len(absmax)] = absmax
 
     def finish(self) -> QuantizedWeight:
-        form = self.form
-        return assemble(
-            self.packed, self.absmax, self.shape, self.dtype, form.quant_type, form.block_size, form.double_quant
-        )
+        return assemble(self.packed, self.absmax, self.shape, self.dtype, **asdict(self.form))
 
 
 def _finished(ahead: deque[tuple[Band, Future[None]]]) -> Band:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from lorakit_kernels.cpu.linear import bands
+from lorakit_kernels.cpu.linear_4bit import bands
 
 from ..layers.linear_cross_entropy import CHUNK_ELEMENTS
 from ..models.attention import QUERY_BLOCK

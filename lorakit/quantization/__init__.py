@@ -3,7 +3,7 @@
 from .codebooks import QUANT_TYPES, Codebook, codebook, dynamic_map
 from .quality import QuantizationError
 from .scales import NestedScales
-from .weight import BLOCK_SIZES, STORAGE_DTYPES, Operand, QuantizedWeight, quantize
+from .weight import BLOCK_SIZES, STORAGE_DTYPES, QuantizedWeight, quantize
 
 __all__ = [
     "BLOCK_SIZES",
@@ -11,7 +11,6 @@ __all__ = [
     "STORAGE_DTYPES",
     "Codebook",
     "NestedScales",
-    "Operand",
     "QuantizationError",
     "QuantizedWeight",
     "codebook",

@@ -1,7 +1,8 @@
-"""The codebooks: NF4 and FP4 for weights, and the 8-bit dynamic map that double quantization stores its scales in."""
+"""The codebooks: those of 4-bit weights, one line each in `QUANT_TYPES`, and the dynamic map of 8-bit scales."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -10,25 +11,13 @@ from torch import Tensor
 
 from ..errors import ConfigError, did_you_mean
 
-# Quantiles of a standard normal, normalized to [-1, 1] with an exact zero (QLoRA, arXiv:2305.14314, section 3 and
-# appendix E): eight steps below zero, seven above. These are the fp32 values that bitsandbytes' files are written with.
-NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
-
-# A sign bit, two exponent bits and one of mantissa, in units of 1/12, by code: the order is not ascending.
-FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
-
 
 @dataclass(frozen=True, eq=False)
 class Codebook:
     """The values that codes stand for, and the boundaries between them.
 
     Attributes:
-        name: as in checkpoints: "nf4", "fp4".
+        name: as in checkpoints: one of `QUANT_TYPES`.
         values: (codes,) fp32, by code.
         boundaries: (distinct - 1,) fp32, ascending: midpoints of neighbouring distinct values. A scaled element has as
             many boundaries strictly below it as its code has in `order`, so one on a boundary takes the lower value.
@@ -70,24 +59,64 @@ def dynamic_map(signed: bool = True) -> Codebook:
     return Codebook.from_values("dynamic", torch.tensor(values, dtype=torch.float32))
 
 
-def _fp4() -> Tensor:
-    magnitudes = torch.tensor(FP4, dtype=torch.float32) / 12
+def normal_float(bits: int, offset: float) -> Tensor:
+    """Return NormalFloat's values, (2^bits,) fp32, ascending (QLoRA, arXiv:2305.14314, eq. 4 and appendix E).
+
+    They are quantiles of a standard normal, from `offset` down to 0.5 in even steps, divided by the largest. Zero is
+    exact: 2^(bits - 1) quantiles are above it, one less below. Probabilities and quantiles are rounded to fp32 before
+    the division, as in bitsandbytes' create_normal_map, with which the published values were made; quantiles are
+    computed in fp64.
+    """
+    half = 2 ** (bits - 1)
+    positive, negative = _quantiles(offset, half), _quantiles(offset, half - 1)
+    return torch.cat([-negative, torch.zeros(1), positive.flip(0)]) / positive[0]
+
+
+def _quantiles(offset: float, count: int) -> Tensor:
+    """Return quantiles of a standard normal: at `count` even steps from `offset` to above 0.5, (count,) fp32."""
+    highest = float(torch.tensor(offset, dtype=torch.float32))
+    # Stepped in fp64 and then rounded: torch.linspace in fp32 need not give every processor the same last bit.
+    probabilities = torch.linspace(highest, 0.5, count + 1, dtype=torch.float64)[:-1].float()
+    quantiles: Tensor = torch.special.ndtri(probabilities.double())
+    return quantiles.float()
+
+
+def float4() -> Tensor:
+    """Return FP4's values by code, (16,) fp32: a sign bit, two exponent bits e and one of mantissa m.
+
+    The magnitude is 2^(4 - e)·(1 + m / 2) / 12, and m / 16 / 12 where e = 0: codes are not in ascending order.
+    """
+    code = torch.arange(8, dtype=torch.int32)
+    e, m = code >> 1, (code & 1).float()
+    magnitudes = torch.where(e == 0, m / 16, torch.exp2(4.0 - e) * (1 + m / 2)) / 12
     return torch.cat([magnitudes, 0.0 - magnitudes])  # 0 - x, so that both codes of zero give +0.0
 
 
-QUANT_TYPES = {
-    "nf4": Codebook.from_values("nf4", torch.tensor(NF4, dtype=torch.float32)),
-    "fp4": Codebook.from_values("fp4", _fp4()),
+# The 4-bit codebooks: name in checkpoints -> the values by code, (16,) fp32, for a block size.
+QUANT_TYPES: dict[str, Callable[[int], Tensor]] = {
+    "nf4": lambda block_size: normal_float(bits=4, offset=0.9677083),
+    "fp4": lambda block_size: float4(),
 }
 
 
-def codebook(quant_type: str) -> Codebook:
-    """Return the 4-bit codebook of that name.
+def codebook(quant_type: str, block_size: int = 64) -> Codebook:
+    """Return the 4-bit codebook of that name for blocks of that size.
 
     Raises:
         ConfigError: there is none.
     """
+    check_quant_type(quant_type)
+    return _built(quant_type, QUANT_TYPES[quant_type], block_size)
+
+
+def check_quant_type(quant_type: str) -> None:
+    """Raise ConfigError unless there is a codebook of that name."""
     if quant_type not in QUANT_TYPES:
         known = ", ".join(QUANT_TYPES)
         raise ConfigError(f"unknown quant_type '{quant_type}'{did_you_mean(quant_type, QUANT_TYPES)} (known: {known})")
-    return QUANT_TYPES[quant_type]
+
+
+@cache
+def _built(name: str, values: Callable[[int], Tensor], block_size: int) -> Codebook:
+    with torch.device("cpu"), torch.inference_mode(False):  # wherever it is first asked for, it is kept for all
+        return Codebook.from_values(name, values(block_size))

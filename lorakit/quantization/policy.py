@@ -17,7 +17,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ..errors import ConfigError, did_you_mean
 from ..settings import Settings
-from .codebooks import codebook
+from .codebooks import check_quant_type
 from .weight import check_block_size
 
 DEFAULT_SKIP = ("lm_head",)
@@ -39,7 +39,7 @@ class _Checked(Settings):
     @classmethod
     def _quant_type_exists(cls, value: str | None) -> str | None:
         if value is not None:
-            codebook(value)
+            check_quant_type(value)
         return value
 
     @field_validator("block_size", check_fields=False)

@@ -60,11 +60,6 @@ class NestedScales:
         )
         return scaled[first - origin :] + self.offset
 
-    def at(self, blocks: Tensor) -> Tensor:
-        """Return the scales of any blocks, by number: fp32 of the shape of `blocks`, int64."""
-        scaled = self.code_values[self.codes[blocks].int()] * self.absmax[blocks // self.block_size]
-        return scaled + self.offset
-
     def to(self, device: torch.device | str) -> NestedScales:
         """Return the same scales on another device."""
         codes, absmax, offset = self.codes.to(device), self.absmax.to(device), self.offset.to(device)

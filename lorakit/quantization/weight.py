@@ -7,19 +7,17 @@ from dataclasses import dataclass
 
 import lorakit_kernels as kernels
 import torch
+from lorakit_kernels import Weight4bit
 from torch import Tensor
 
 from ..errors import ConfigError, ShapeError
 from .codebooks import codebook
 from .quality import QuantizationError, quantization_error
-from .scales import NESTED_BLOCK_SIZE, NestedScales
+from .scales import NestedScales
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 STORAGE_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 SOURCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-# packed, codebook, absmax, block_size, shape, nested, nested_block_size, as `lorakit_kernels.linear_4bit` takes them
-Operand = tuple[Tensor, Tensor, Tensor, int, torch.Size, list[Tensor], int]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -32,7 +30,7 @@ class QuantizedWeight:
         scales: (blocks,) fp32, or `NestedScales` after double quantization.
         shape: of the original tensor.
         dtype: of the original tensor.
-        quant_type: "nf4" or "fp4".
+        quant_type: name of the codebook, one of `QUANT_TYPES`.
         block_size: elements a block; blocks run over the flat tensor and may straddle rows.
         code_values: (16,) fp32 codebook, by code.
     """
@@ -53,7 +51,7 @@ class QuantizedWeight:
     @property
     def codes(self) -> Tensor:
         """The codes, one a byte: uint8 of the original shape."""
-        return kernels.reference.unpack_4bit(self.packed, self.numel).view(self.shape)
+        return kernels.unpack_4bit(self.packed, self.numel).view(self.shape)
 
     @property
     def double_quant(self) -> bool:
@@ -105,25 +103,38 @@ class QuantizedWeight:
         if rows is not None:
             part = self._rows(rows, dtype or self.dtype)
             return part if out is None else _checked_out(out, part.shape).copy_(part)
-        packed, codebook, scales, block_size, shape, nested, nested_block_size = self.operand
         if out is None:
-            values: Tensor = kernels.dequantize_4bit(
-                packed, codebook, scales, block_size, shape, dtype or self.dtype, nested, nested_block_size
-            )
-            return values
-        kernels.dequantize_4bit_out(
-            packed, codebook, scales, block_size, _checked_out(out, shape), nested, nested_block_size
-        )
+            return kernels.dequantize_4bit(self.operand, dtype or self.dtype)
+        kernels.dequantize_4bit_out(self.operand, _checked_out(out, self.shape))
         return out
 
+    def gather(self, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the rows of these numbers, `dequantize(dtype)[ids]` to the bit; no other row is decoded.
+
+        Args:
+            ids: (...) int64, from 0 to below the number of rows.
+            dtype: of the result; None: the original dtype.
+
+        Returns:
+            (..., columns), for a weight of shape (rows, columns).
+
+        Raises:
+            ShapeError: the weight is not two-dimensional.
+        """
+        if len(self.shape) != 2:
+            raise ShapeError(f"rows are looked up in a weight of two dimensions, got shape {tuple(self.shape)}")
+        return kernels.gather_4bit(self.operand, ids, dtype or self.dtype)
+
     @property
-    def operand(self) -> Operand:
+    def operand(self) -> Weight4bit:
         """The weight as the kernels take it."""
-        scales, nested, nested_block_size = self.scales, [], NESTED_BLOCK_SIZE
-        if isinstance(scales, NestedScales):
-            nested, nested_block_size = [scales.code_values, scales.absmax, scales.offset], scales.block_size
-            scales = scales.codes
-        return self.packed, self.code_values, scales, self.block_size, self.shape, nested, nested_block_size
+        scales = self.scales
+        if not isinstance(scales, NestedScales):
+            return Weight4bit(self.packed, self.code_values, scales, self.block_size, self.shape)
+        nested = [scales.code_values, scales.absmax, scales.offset]
+        return Weight4bit(
+            self.packed, self.code_values, scales.codes, self.block_size, self.shape, nested, scales.block_size
+        )
 
     def _rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """Dequantize the blocks that the rows touch, and cut the rows out of them."""
@@ -137,10 +148,9 @@ class QuantizedWeight:
         block, end = start // self.block_size, -(-stop // self.block_size)
         origin = block * self.block_size
         count = min(end * self.block_size, self.numel) - origin if stop > start else 0
-        flat: Tensor = kernels.dequantize_4bit(
-            self.packed.reshape(-1)[origin // 2 : (origin + count + 1) // 2],
-            self.code_values, self.scales[block:end], self.block_size, (count,), dtype, [], NESTED_BLOCK_SIZE,
-        )  # fmt: skip
+        packed = self.packed.reshape(-1)[origin // 2 : (origin + count + 1) // 2]
+        touched = Weight4bit(packed, self.code_values, self.scales[block:end], self.block_size, (count,))
+        flat = kernels.dequantize_4bit(touched, dtype)
         return flat[start - origin : stop - origin].reshape(max(0, last - first), *self.shape[1:])
 
     def error(self, reference: Tensor) -> QuantizationError:
@@ -169,7 +179,7 @@ def quantize(
 
     Args:
         weight: any shape; fp32, bf16 or fp16. It is not changed.
-        quant_type: "nf4" or "fp4".
+        quant_type: name of the codebook, one of `QUANT_TYPES`: "nf4" or "fp4".
         block_size: elements that share a scale, one of 32, 64, ..., 4096.
         double_quant: store the scales themselves in 8 bits.
 
@@ -177,15 +187,18 @@ def quantize(
         ShapeError: the dtype is not a supported floating type, or a value is inf or nan.
         ConfigError: an unknown quant_type or block_size.
     """
-    book = codebook(quant_type)
     check_block_size(block_size)
+    book = codebook(quant_type, block_size)
     if weight.dtype not in SOURCE_DTYPES:
         raise ShapeError(f"cannot quantize a tensor of {weight.dtype}; expected float32, bfloat16 or float16")
     device = weight.device
     packed, absmax = kernels.quantize_4bit(
         weight.detach(), book.boundaries.to(device), book.order.to(device), block_size
     )
-    return assemble(packed, absmax, weight.shape, weight.dtype, quant_type, block_size, double_quant)
+    return assemble(
+        packed, absmax, weight.shape, weight.dtype,
+        quant_type=quant_type, block_size=block_size, double_quant=double_quant,
+    )  # fmt: skip
 
 
 def assemble(
@@ -193,6 +206,7 @@ def assemble(
     absmax: Tensor,
     shape: torch.Size,
     dtype: torch.dtype,
+    *,
     quant_type: str,
     block_size: int,
     double_quant: bool,
@@ -209,7 +223,7 @@ def assemble(
     if len(shape) > 1 and shape[-1] % 2 == 0:
         packed = packed.view(*shape[:-1], shape[-1] // 2)
     scales = NestedScales.quantize(absmax) if double_quant else absmax
-    values = codebook(quant_type).values.to(packed.device)
+    values = codebook(quant_type, block_size).values.to(packed.device)
     return QuantizedWeight(packed, scales, shape, dtype, quant_type, block_size, values)
 
 

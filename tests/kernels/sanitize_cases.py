@@ -16,10 +16,9 @@ from itertools import product
 from typing import Any
 
 import torch
-from lorakit_kernels import cpu
-from lorakit_kernels.cpu.arguments import DTYPES as NUMBERS
-from lorakit_kernels.cpu.arguments import Weight
-from lorakit_kernels.cpu.loading import SIGNATURES
+from lorakit_kernels import AdamWStep, Moment8bit, Weight4bit, cpu
+from lorakit_kernels.cpu.loading import DTYPES as NUMBERS
+from lorakit_kernels.cpu.loading import SIGNATURES, pointers
 from torch import Tensor
 
 from lorakit.quantization import codebook, dynamic_map
@@ -38,6 +37,10 @@ COUNT_AT = {
 Call = tuple[Callable[..., object], tuple[Any, ...]]
 
 
+def name_in_cpp(function: Callable[..., object]) -> str:
+    return function.__name__.removesuffix("_out")
+
+
 def bytes_of(count: int) -> Tensor:
     return torch.randint(256, (count,), dtype=torch.uint8)
 
@@ -51,22 +54,23 @@ def quantized(count: int, block_size: int, dtype: torch.dtype) -> Iterator[Call]
     yield cpu.dequantize_8bit, (bytes_of(count), TABLE.values.clone(), absmax, block_size)
     if block_size % 2 == 0:
         yield cpu.quantize_4bit, (x, NF4.boundaries.clone(), NF4.order.clone(), block_size)
-        yield cpu.dequantize_4bit, (packed, NF4.values.clone(), absmax, block_size, out)
+        weight = Weight4bit(packed, NF4.values.clone(), absmax, block_size, (count,))
+        yield cpu.dequantize_4bit_out, (weight, out)
         for nested_size in (1, 3, 256):
             nested = [TABLE.values.clone(), torch.rand(-(-blocks // nested_size)), torch.tensor(0.5)]
-            yield (
-                cpu.dequantize_4bit,
-                (packed, NF4.values.clone(), bytes_of(blocks), block_size, out, nested, nested_size),
-            )
+            codes = bytes_of(blocks)
+            yield cpu.dequantize_4bit_out, (
+                weight._replace(absmax=codes, nested=nested, nested_block_size=nested_size), out,
+            )  # fmt: skip
 
 
 def dequantize_part(
-    weight: Weight, dtype: torch.dtype, columns: int, rows: tuple[int, int], part: tuple[int, int]
+    weight: Weight4bit, dtype: torch.dtype, columns: int, rows: tuple[int, int], part: tuple[int, int]
 ) -> Tensor:
     """Some rows and columns in a tensor of exactly their size; the library's own workspace is larger."""
     out = torch.empty(rows[1] - rows[0], part[1] - part[0], dtype=dtype)
     cpu.library().dequantize_part(
-        *weight.pointers(), columns, rows[0], len(out), part[0], out.shape[1], out.data_ptr(), NUMBERS[dtype],
+        *pointers(weight), columns, rows[0], len(out), part[0], out.shape[1], out.data_ptr(), NUMBERS[dtype],
         *cpu.threads(),
     )  # fmt: skip
     return out
@@ -79,22 +83,23 @@ def multiplied(rows: int, columns: int, dtype: torch.dtype) -> Iterator[Call]:
         blocks = -(-rows * columns // block_size)
         nested = [TABLE.values.clone(), torch.rand(-(-blocks // 3)), torch.tensor(0.5)]
         for absmax, scales in ((torch.rand(blocks), []), (bytes_of(blocks), nested)):
-            weight = Weight(packed, NF4.values.clone(), absmax, scales, 3, block_size)
+            weight = Weight4bit(packed, NF4.values.clone(), absmax, block_size, (rows, columns), scales, 3)
             for part in ((0, columns), (2, columns), (0, columns - 2)):
                 yield dequantize_part, (weight, dtype, columns, (rows // 2, rows), part)
             for tokens in (0, 1, 2, 7, 17):
                 x = torch.randn(tokens, columns).to(dtype)
-                operand = packed, weight.codebook, absmax, block_size, (rows, columns), scales, 3
-                yield cpu.linear_4bit, (x, *operand, bias if tokens % 2 else None)
+                yield cpu.linear_4bit, (x, weight, bias if tokens % 2 else None)
 
 
 def optimized(count: int, dtype: torch.dtype) -> Iterator[Call]:
     """The optimizer's step on `count` parameters."""
     blocks = -(-count // 256)
     parameter, gradient = torch.randn(count).to(dtype), torch.randn(count).to(dtype)
-    state = [bytes_of(count), torch.rand(blocks), bytes_of(count), torch.rand(blocks)]
-    maps = [[table.values.clone(), table.boundaries.clone()] for table in (TABLE, UNSIGNED)]
-    yield cpu.adamw_8bit, (parameter, gradient, *state, *maps, 1e-2, 0.9, 0.999, 1e-8, 0.1, 3)
+    moments = (
+        Moment8bit(bytes_of(count), torch.rand(blocks), table.values.clone(), table.boundaries.clone())
+        for table in (TABLE, UNSIGNED)
+    )
+    yield cpu.adamw_8bit, (parameter, gradient, *moments, AdamWStep(1e-2, 0.9, 0.999, 1e-8, 0.1, 3))
 
 
 def around_products(rows: int, size: int, dtype: torch.dtype, weight_dtype: torch.dtype) -> Iterator[Call]:
@@ -146,7 +151,7 @@ def is_reported(name: str) -> bool:
                 *around_products(4, 64, torch.float32, torch.float32),
             )
             for function, arguments in small:
-                if function.__name__ == name:
+                if name_in_cpp(function) == name:
                     function(*arguments)
             os._exit(0)
         _, status = os.waitpid(child, 0)
@@ -159,7 +164,7 @@ def main() -> None:
     covered = set()
     for function, arguments in all_calls():
         function(*arguments)
-        covered.add(function.__name__)
+        covered.add(name_in_cpp(function))
     assert covered == set(SIGNATURES) == set(COUNT_AT), f"not covered: {set(SIGNATURES) - covered}"
     for name in sorted(covered):
         assert is_reported(name), f"{name} beyond the end of a tensor is not reported"

@@ -10,8 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lorakit_kernels import cpu, reference_training
-from lorakit_kernels.reference_training import STATE_BLOCK_SIZE
+from lorakit_kernels import STATE_BLOCK_SIZE, AdamWStep, Moment8bit, cpu, reference
 from torch import Tensor
 from torch.library import opcheck
 
@@ -23,6 +22,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HYPER = (1e-2, 0.9, 0.999, 1e-8, 0.1)  # lr, betas, eps, weight_decay
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+
+
+def moments(state: list[Tensor]) -> tuple[Moment8bit, Moment8bit]:
+    """Codes and scales of both moments, with the tables that the codes stand in."""
+    return Moment8bit(*state[:2], *SIGNED), Moment8bit(*state[2:], *UNSIGNED)
 
 
 def fresh(count: int) -> list[Tensor]:
@@ -68,8 +72,8 @@ def test_cpp_is_the_definition_bit_for_bit(
     found, expected = [p.clone(), *(t.clone() for t in state)], [p.clone(), *(t.clone() for t in state)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORAKIT_CPU_ISA", instruction_set)
-        cpu.adamw_8bit(found[0], g, *found[1:], SIGNED, UNSIGNED, *hyper, step)
-    reference_training.adamw_8bit(expected[0], g, *expected[1:], SIGNED, UNSIGNED, *hyper, step)
+        cpu.adamw_8bit(found[0], g, *moments(found[1:]), AdamWStep(*hyper, step))
+    reference.adamw_8bit(expected[0], g, *moments(expected[1:]), AdamWStep(*hyper, step))
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
 
@@ -84,7 +88,7 @@ def test_threads_do_not_show() -> None:
         torch.set_num_threads(threads)
         p, state = torch.ones(count), fresh(count)
         for step in (1, 2):
-            cpu.adamw_8bit(p, g, *state, SIGNED, UNSIGNED, *HYPER, step)
+            cpu.adamw_8bit(p, g, *moments(state), AdamWStep(*HYPER, step))
         torch.set_num_threads(before)
         results.append([p, *state])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -104,11 +108,11 @@ def test_the_definition_is_the_formula(problem: tuple[Tensor, Tensor, list[Tenso
     p, g, state = problem
     p, g = p.float()[:300], g.float()[:300]
     state = [t[: 300 if t.dtype == torch.uint8 else 2].clone() for t in state]
-    m = reference_training.dequantize_8bit(state[0], SIGNED[0], state[1], STATE_BLOCK_SIZE)
-    v = reference_training.dequantize_8bit(state[2], UNSIGNED[0], state[3], STATE_BLOCK_SIZE)
+    m = reference.dequantize_8bit(state[0], SIGNED[0], state[1], STATE_BLOCK_SIZE)
+    v = reference.dequantize_8bit(state[2], UNSIGNED[0], state[3], STATE_BLOCK_SIZE)
     exact = [exact_step(*numbers, step) for numbers in zip(*(t.tolist() for t in (p, g, m, v)), strict=True)]
     found = p.clone()
-    reference_training.adamw_8bit(found, g, *state, SIGNED, UNSIGNED, *HYPER, step)
+    reference.adamw_8bit(found, g, *moments(state), AdamWStep(*HYPER, step))
     expected = torch.tensor(exact, dtype=torch.float64).reshape(-1, 3)
     torch.testing.assert_close(found.double(), expected[:, 0], rtol=1e-5, atol=1e-6)
     for moment, codes, absmax, (values, _) in (
@@ -128,7 +132,7 @@ def test_an_element_without_gradient_stays_where_it_is() -> None:
     for step in range(1, 20):
         g = torch.randn(1000) * 10.0 ** (step % 7)
         g[never] = 0
-        kernels.adamw_8bit(p, g, *state, SIGNED, UNSIGNED, 1e-2, 0.9, 0.999, 1e-8, 0.0, step)
+        kernels.adamw_8bit(p, g, *moments(state), AdamWStep(1e-2, 0.9, 0.999, 1e-8, 0.0, step))
     assert torch.equal(p[never], start[never])
     assert (p[~never] != start[~never]).all()
     assert (state[0][never] == dynamic_map().zero).all() and (state[2][never] == 0).all()
@@ -137,33 +141,32 @@ def test_an_element_without_gradient_stays_where_it_is() -> None:
 @pytest.mark.parametrize("backend", ["reference", "cpu"])  # of Triton see test_triton.py
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_pytorch_accepts_the_operation(backend: str, dtype: torch.dtype) -> None:
-    arguments = (torch.randn(5, 77, dtype=dtype), torch.randn(5, 77, dtype=dtype), *fresh(385))
+    first, second = moments(fresh(385))
+    arguments = (torch.randn(5, 77, dtype=dtype), torch.randn(5, 77, dtype=dtype), *first, *second, *HYPER, 3)
     with kernels.use_backend(backend):
-        opcheck(torch.ops.lorakit.adamw_8bit.default, (*arguments, SIGNED, UNSIGNED, *HYPER, 3))
+        opcheck(torch.ops.lorakit.adamw_8bit.default, arguments)
 
 
 def test_strides_do_not_matter() -> None:
     p, g = torch.randn(70, 80), torch.randn(70, 80)
     turned, state, other = p.T.contiguous().T, fresh(5600), fresh(5600)
-    kernels.adamw_8bit(p, g, *state, SIGNED, UNSIGNED, *HYPER, 1)
-    kernels.adamw_8bit(turned, g.T.contiguous().T, *other, SIGNED, UNSIGNED, *HYPER, 1)
+    kernels.adamw_8bit(p, g, *moments(state), AdamWStep(*HYPER, 1))
+    kernels.adamw_8bit(turned, g.T.contiguous().T, *moments(other), AdamWStep(*HYPER, 1))
     assert not turned.is_contiguous()
     assert torch.equal(turned, p) and all(torch.equal(a, b) for a, b in zip(state, other, strict=True))
 
 
 @needs_compiler
-@pytest.mark.parametrize(
-    ("index", "replacement", "message"),
-    [
-        (1, torch.zeros(300, dtype=torch.float16), r"gradient must have at least 300 elements of torch.float32"),
-        (2, torch.zeros(299, dtype=torch.uint8), r"first must have at least 300 elements .* got 299"),
-        (3, torch.zeros(1), r"first_absmax must have at least 2 elements"),
-        (4, torch.zeros(600, dtype=torch.uint8)[::2], "second must be contiguous"),
-        (7, (UNSIGNED[0], UNSIGNED[1][1:]), r"boundaries must have at least 255 elements"),
-    ],
-)
-def test_what_does_not_fit_is_refused(index: int, replacement: object, message: str) -> None:
-    arguments: list[object] = [torch.zeros(300), torch.zeros(300), *fresh(300), SIGNED, UNSIGNED, *HYPER, 1]
-    arguments[index] = replacement
-    with pytest.raises(ValueError, match=message):
-        cpu.adamw_8bit(*arguments)
+def test_what_does_not_fit_is_refused() -> None:
+    parameter, gradient, (first, second) = torch.zeros(300), torch.zeros(300), moments(fresh(300))
+    step = AdamWStep(*HYPER, 1)
+    with pytest.raises(ValueError, match=r"gradient must have at least 300 elements of torch.float32"):
+        cpu.adamw_8bit(parameter, gradient.half(), first, second, step)
+    for change, message in (
+        ({"codes": torch.zeros(299, dtype=torch.uint8)}, r"first\.codes must have at least 300 elements .* got 299"),
+        ({"absmax": torch.zeros(1)}, r"first\.absmax must have at least 2 elements"),
+        ({"codes": torch.zeros(600, dtype=torch.uint8)[::2]}, r"first\.codes must be contiguous"),
+        ({"boundaries": first.boundaries[1:]}, r"first\.boundaries must have at least 255 elements"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cpu.adamw_8bit(parameter, gradient, first._replace(**change), second, step)

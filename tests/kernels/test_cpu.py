@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lorakit_kernels import cpu, reference
+from lorakit_kernels import Weight4bit, cpu, reference
 from lorakit_kernels.cpu.loading import threads
 from torch import Tensor
 
@@ -112,8 +112,9 @@ def test_dequantize_4bit(
     random = torch.Generator().manual_seed(seed)
     packed = torch.randint(256, ((count + 1) // 2,), generator=random, dtype=torch.uint8)
     found, expected = torch.full((2, count), 7, dtype=dtype).unbind()
-    cpu.dequantize_4bit(packed, codebook(quant_type).values, absmax, block_size, found)
-    reference.dequantize_4bit(packed, codebook(quant_type).values, absmax, block_size, expected)
+    weight = Weight4bit(packed, codebook(quant_type).values, absmax, block_size, (count,))
+    cpu.dequantize_4bit_out(weight, found)
+    reference.dequantize_4bit_out(weight, expected)
     assert_same(found, expected)
 
 
@@ -132,8 +133,9 @@ def test_dequantize_4bit_with_nested_scales(
     packed = torch.randint(256, ((count + 1) // 2,), generator=random, dtype=torch.uint8)
     found, expected = torch.full((2, count), 7, dtype=dtype).unbind()
     extra = [table.values, absmax, torch.tensor(offset)]
-    cpu.dequantize_4bit(packed, codebook("nf4").values, codes, block_size, found, extra, nested)
-    reference.dequantize_4bit(packed, codebook("nf4").values, codes, block_size, expected, extra, nested)
+    weight = Weight4bit(packed, codebook("nf4").values, codes, block_size, (count,), extra, nested)
+    cpu.dequantize_4bit_out(weight, found)
+    reference.dequantize_4bit_out(weight, expected)
     assert_same(found, expected)
 
 
@@ -160,7 +162,7 @@ def test_every_rounding(instruction_set: str, dtype: torch.dtype) -> None:
     packed, absmax = codes[0::2] << 4 | codes[1::2], torch.ones(1)
     for table in values[: len(values) // 16 * 16].view(-1, 16)[:: 5 if dtype == torch.bfloat16 else 1]:
         out = torch.empty(16, dtype=dtype)
-        cpu.dequantize_4bit(packed, table.contiguous(), absmax, 16, out)
+        cpu.dequantize_4bit_out(Weight4bit(packed, table.contiguous(), absmax, 16, (16,)), out)
         assert_same(out, table.to(dtype))
 
 
@@ -174,7 +176,7 @@ def test_threads_do_not_show(instruction_set: str) -> None:
             torch.set_num_threads(count)
             packed, absmax = cpu.quantize_4bit(x, book.boundaries, book.order, 64)
             out = torch.empty_like(x)
-            cpu.dequantize_4bit(packed, book.values, absmax, 64, out)
+            cpu.dequantize_4bit_out(Weight4bit(packed, book.values, absmax, 64, x.shape), out)
             results.append((packed, absmax, out))
     finally:
         torch.set_num_threads(before)
@@ -203,20 +205,20 @@ def test_sources_that_are_not_contiguous_or_wider_than_fp32() -> None:
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     out = torch.empty(70, 90, dtype=torch.float64)
     packed, absmax = cpu.quantize_4bit(x, book.boundaries, book.order, 32)
-    cpu.dequantize_4bit(packed, book.values, absmax, 32, out)
+    cpu.dequantize_4bit_out(Weight4bit(packed, book.values, absmax, 32, x.shape), out)
     assert torch.equal(out.float(), dequantized(packed, absmax, x.shape))
 
 
 def dequantized(packed: Tensor, absmax: Tensor, shape: torch.Size) -> Tensor:
     out = torch.empty(shape)
-    cpu.dequantize_4bit(packed, codebook("nf4").values, absmax, 32, out)
+    cpu.dequantize_4bit_out(Weight4bit(packed, codebook("nf4").values, absmax, 32, shape), out)
     return out
 
 
 def test_nothing_is_read_or_written_behind_the_end_of_a_tensor() -> None:
     book = codebook("nf4")
     packed, absmax = cpu.quantize_4bit(torch.randn(100), book.boundaries, book.order, 32)
-    good = {"packed": packed, "codebook": book.values, "absmax": absmax, "block_size": 32, "out": torch.empty(100)}
+    good, out = Weight4bit(packed, book.values, absmax, 32, (100,)), torch.empty(100)
     bad = [
         {"packed": packed[:-1]},
         {"packed": packed.int()},
@@ -227,15 +229,17 @@ def test_nothing_is_read_or_written_behind_the_end_of_a_tensor() -> None:
         {"absmax": torch.empty(4, device="meta")},
         {"block_size": 0},
         {"block_size": 33},
-        {"out": torch.empty(10, 20)[:, ::2]},
-        {"out": torch.empty(100, device="meta")},
     ]
     for change in bad:
         with pytest.raises(ValueError, match=next(iter(change))):
-            cpu.dequantize_4bit(**(good | change))
+            cpu.dequantize_4bit_out(good._replace(**change), out)
+    for wrong in (torch.empty(10, 20)[:, ::2], torch.empty(100, device="meta")):
+        with pytest.raises(ValueError, match="out"):
+            cpu.dequantize_4bit_out(good, wrong)
     table = dynamic_map().values
-    good |= {"absmax": torch.zeros(4, dtype=torch.uint8), "nested": [table, torch.ones(1), torch.tensor(0.0)]}
-    cpu.dequantize_4bit(**good)
+    nested = [table, torch.ones(1), torch.tensor(0.0)]
+    good = good._replace(absmax=torch.zeros(4, dtype=torch.uint8), nested=nested, nested_block_size=256)
+    cpu.dequantize_4bit_out(good, out)
     bad = [
         {"absmax": absmax},
         {"nested": [table[1:], torch.ones(1), torch.tensor(0.0)]},
@@ -244,18 +248,18 @@ def test_nothing_is_read_or_written_behind_the_end_of_a_tensor() -> None:
     ]
     for change in bad:
         with pytest.raises(ValueError, match=next(iter(change))):
-            cpu.dequantize_4bit(**(good | change))
+            cpu.dequantize_4bit_out(good._replace(**change), out)
     with pytest.raises(ValueError, match="block_size must be positive"):
-        cpu.dequantize_4bit(**(good | {"nested_block_size": 0}))
-    with pytest.raises(ValueError, match="shorter"):
-        cpu.dequantize_4bit(**(good | {"nested": [table]}))
+        cpu.dequantize_4bit_out(good._replace(nested_block_size=0), out)
+    with pytest.raises(ValueError, match="not enough values"):
+        cpu.dequantize_4bit_out(good._replace(nested=[table]), out)
     with pytest.raises(ValueError, match="at most 15 boundaries"):
         cpu.quantize_4bit(torch.randn(8), torch.randn(16), torch.arange(17).byte(), 32)
     with pytest.raises(ValueError, match="order"):
         cpu.quantize_4bit(torch.randn(8), book.boundaries, book.order[:-1], 32)
     with pytest.raises(ValueError, match="codebook"):
         cpu.dequantize_8bit(torch.zeros(8, dtype=torch.uint8), torch.zeros(255), torch.ones(1), 32)
-    with pytest.raises(ValueError, match="x must be on the CPU"):
+    with pytest.raises(ValueError, match="x must be on cpu, got meta"):
         cpu.quantize_8bit(torch.empty(8, device="meta"), dynamic_map().boundaries, 32)
 
 

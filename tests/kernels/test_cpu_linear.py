@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 
 import pytest
@@ -9,11 +10,13 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from lorakit_kernels import cpu, reference
-from lorakit_kernels.cpu import linear, workspace
+from lorakit_kernels.cpu import workspace
 from torch import Tensor
 
 from lorakit import quantize
 from lorakit.quantization import QuantizedWeight
+
+linear = importlib.import_module("lorakit_kernels.cpu.linear_4bit")  # the package has a function of this name
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 
@@ -32,8 +35,7 @@ def chosen_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 def values_of(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """The weight's values by the definition, as float64."""
     out = torch.empty(weight.shape, dtype=dtype)
-    packed, codebook, absmax, block_size, _, nested, nested_block_size = weight.operand
-    reference.dequantize_4bit(packed, codebook, absmax, block_size, out, nested, nested_block_size)
+    reference.dequantize_4bit_out(weight.operand, out)
     return out.double()
 
 
@@ -73,7 +75,7 @@ def test_forward(
     bias = torch.randn(rows).to(dtype) if extra & 1 else None
     u, lora_b = torch.randn(tokens, 3).to(dtype), torch.randn(rows, 3).to(dtype)
     lora = (u, lora_b) if extra & 2 else ()
-    y = cpu.linear_4bit(x, *weight.operand, bias, lora, 0.5)
+    y = cpu.linear_4bit(x, weight.operand, bias, lora, 0.5)
     assert y.dtype == dtype
     rest = ([] if bias is None else [bias.expand_as(y)]) + ([0.5 * u.double() @ lora_b.double().T] if lora else [])
     assert_one_sum(y, x, values_of(weight, dtype).T, rest, ROUNDING[dtype])
@@ -88,9 +90,9 @@ def test_any_shape(instruction_set: str, dtype: torch.dtype, shape: tuple[int, i
     weight = quantize(torch.randn(shape))
     dense = values_of(weight, dtype)
     x, dy = torch.randn(*tokens, shape[1]).to(dtype), torch.randn(*tokens, shape[0]).to(dtype)
-    y, dx = cpu.linear_4bit(x, *weight.operand), cpu.linear_4bit_dx(dy, *weight.operand)
+    y, dx = cpu.linear_4bit(x, weight.operand), cpu.linear_4bit_dx(dy, weight.operand)
     added = torch.ones_like(dx)
-    cpu.add_linear_4bit_dx(added, dy, *weight.operand)
+    cpu.add_linear_4bit_dx(added, dy, weight.operand)
     tolerance = {"rtol": 2 * ROUNDING.get(dtype, 2.0**-53), "atol": 1e-5 if dtype != torch.bfloat16 else 0.1}
     torch.testing.assert_close(y.double(), x.double() @ dense.T, **tolerance)
     torch.testing.assert_close(dx.double(), dy.double() @ dense, **tolerance)
@@ -116,20 +118,20 @@ def test_bands_make_no_difference(narrow_bands: None, dtype: torch.dtype, shape:
         torch.randn(tokens, rows).to(dtype),
         torch.randn(rows).to(dtype),
     )
-    assert_one_sum(cpu.linear_4bit(x, *weight.operand, bias), x, dense.T, [bias.expand(tokens, rows)], rounding)
+    assert_one_sum(cpu.linear_4bit(x, weight.operand, bias), x, dense.T, [bias.expand(tokens, rows)], rounding)
     t, lora_a = torch.randn(tokens, 3).to(dtype), torch.randn(3, columns).to(dtype)
-    dx = cpu.linear_4bit_dx(dy, *weight.operand, (t, lora_a))
+    dx = cpu.linear_4bit_dx(dy, weight.operand, (t, lora_a))
     assert_one_sum(dx, dy, dense, [t.double() @ lora_a.double()], rounding)
     before = dx.clone()
-    cpu.add_linear_4bit_dx(dx, dy, *weight.operand)
+    cpu.add_linear_4bit_dx(dx, dy, weight.operand)
     assert_one_sum(dx, dy, dense, [before], rounding)
 
 
 def test_memory_does_not_grow_with_the_weight() -> None:
     weight = quantize(torch.randn(5000, 4096).bfloat16())
     x = torch.randn(40, 4096).bfloat16()
-    cpu.linear_4bit(x, *weight.operand)
-    cpu.linear_4bit_dx(torch.randn(40, 5000).bfloat16(), *weight.operand)
+    cpu.linear_4bit(x, weight.operand)
+    cpu.linear_4bit_dx(torch.randn(40, 5000).bfloat16(), weight.operand)
     assert workspace._buffer.memory.numel() <= linear.BAND_BYTES < 5000 * 4096 * 2
 
 
@@ -137,14 +139,13 @@ def test_infinite_and_missing_numbers_pass_through() -> None:
     weight = quantize(torch.randn(8, 128))
     x = torch.zeros(3, 128, dtype=torch.bfloat16)
     x[1, 5], x[2, 7] = float("inf"), float("nan")
-    y = cpu.linear_4bit(x, *weight.operand)
+    y = cpu.linear_4bit(x, weight.operand)
     assert (y[0] == 0).all() and not y[1].isfinite().any() and y[2].isnan().all()
 
 
 def test_wrong_arguments_are_refused() -> None:
     weight = quantize(torch.randn(8, 128))
-    packed, *rest = weight.operand
     with pytest.raises(ValueError, match=r"packed must have at least 512 elements"):
-        cpu.linear_4bit(torch.randn(1, 128), packed[:4], *rest)
+        cpu.linear_4bit(torch.randn(1, 128), weight.operand._replace(packed=weight.packed[:4]))
     with pytest.raises(ValueError, match=r"bias must have at least 8 elements of torch\.float32"):
-        cpu.linear_4bit(torch.randn(1, 128), packed, *rest, torch.randn(8).bfloat16())
+        cpu.linear_4bit(torch.randn(1, 128), weight.operand, torch.randn(8).bfloat16())

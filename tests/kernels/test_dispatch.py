@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import lorakit_kernels as kernels
 import pytest
 import torch
-from lorakit_kernels import cpu, dispatch, reference
+from lorakit_kernels import Weight4bit, cpu, dispatch, reference
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
@@ -54,35 +55,42 @@ def arguments(columns: int) -> dict[str, tuple[Any, ...]]:
     packed, absmax = reference.quantize_4bit(x, BOOK.boundaries, BOOK.order, 32)
     codes, scales = reference.quantize_8bit(x, TABLE.boundaries, 32)
     dy, bias, factors = torch.randn(2, 4, 3), torch.randn(3), (torch.randn(2, 4, 5), torch.randn(3, 5))
-    weight = packed, BOOK.values, absmax, 32, (3, columns)
+    weight = Weight4bit(packed, BOOK.values, absmax, 32, (3, columns))
+    nested = weight._replace(
+        absmax=codes[: len(absmax)], nested=[TABLE.values, scales, torch.tensor(0.5)], nested_block_size=4
+    )
+    rows = torch.tensor([[2, 0], [1, 2]])
     return {
         "quantize_4bit": (x.bfloat16(), BOOK.boundaries, BOOK.order, 32),
         "quantize_8bit": (x, TABLE.boundaries, 32),
         "dequantize_8bit": (codes, TABLE.values, scales, 32),
-        "dequantize_4bit": (packed, BOOK.values, absmax, 32, (3, columns), torch.bfloat16, [], 256),
-        "dequantize_4bit_out": (
-            packed, BOOK.values, absmax, 32, torch.empty(3, columns, dtype=torch.float16), [], 256,
-        ),
-        "dequantize_4bit nested": (
-            packed, BOOK.values, codes[: len(absmax)], 32, (3, columns), torch.float32,
-            [TABLE.values, scales, torch.tensor(0.5)], 4,
-        ),
-        "linear_4bit": (torch.randn(2, 4, columns), *weight, [], 256, bias, factors, 0.5),
-        "linear_4bit plain": (torch.randn(columns), *weight, [], 256, None, [], 1.0),
-        "linear_4bit_dx": (dy, *weight, [], 256, (factors[0], torch.randn(5, columns))),
-        "linear_4bit_dx plain": (dy.bfloat16(), *weight, [], 256, []),
-        "add_linear_4bit_dx": (torch.randn(2, 4, columns), dy, *weight, [], 256),
-    }  # fmt: skip
+        "dequantize_4bit": (weight, torch.bfloat16),
+        "dequantize_4bit_out": (weight, torch.empty(3, columns, dtype=torch.float16)),
+        "dequantize_4bit nested": (nested, torch.float32),
+        "gather_4bit": (weight, rows, torch.float16),
+        "gather_4bit nested": (nested, rows[0], torch.float32),
+        "linear_4bit": (torch.randn(2, 4, columns), weight, bias, factors, 0.5),
+        "linear_4bit plain": (torch.randn(columns), weight, None, [], 1.0),
+        "linear_4bit_dx": (dy, weight, (factors[0], torch.randn(5, columns))),
+        "linear_4bit_dx plain": (dy.bfloat16(), weight, []),
+        "add_linear_4bit_dx": (torch.randn(2, 4, columns), dy, weight),
+    }
+
+
+def flat(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments as they are registered: a weight is an argument for each of its fields."""
+    fields = (argument if isinstance(argument, Weight4bit) else (argument,) for argument in arguments)
+    return tuple(chain(*fields))
 
 
 @pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("operation", arguments(50))
 def test_pytorch_accepts_the_operation(operation: str, backend: str) -> None:
     with kernels.use_backend(backend):
-        opcheck(getattr(torch.ops.lorakit, operation.split()[0]).default, arguments(50)[operation])
+        opcheck(getattr(torch.ops.lorakit, operation.split()[0]).default, flat(arguments(50)[operation]))
 
 
-@pytest.mark.parametrize("operation", arguments(50))
+@pytest.mark.parametrize("operation", [name for name in arguments(50) if not name.startswith("add_")])
 def test_backends_agree(operation: str) -> None:
     results = []
     torch.manual_seed(0)
@@ -90,19 +98,19 @@ def test_backends_agree(operation: str) -> None:
     for backend in ON_CPU:
         with kernels.use_backend(backend):
             result = getattr(kernels, operation.split()[0])(*given)
-        tensors = [given[4].clone()] if result is None else [result] if isinstance(result, Tensor) else list(result)
+        tensors = [given[1].clone()] if result is None else [result] if isinstance(result, Tensor) else list(result)
         results.append(tensors)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def test_products_are_those_of_the_values() -> None:
-    x, *weight, nested, nested_block_size, bias, (u, lora_b), scaling = arguments(50)["linear_4bit"]
-    values = kernels.dequantize_4bit(*weight, torch.float32, nested, nested_block_size)
-    y = kernels.linear_4bit(x, *weight, nested, nested_block_size, bias, (u, lora_b), scaling)
+    x, weight, bias, (u, lora_b), scaling = arguments(50)["linear_4bit"]
+    values = kernels.dequantize_4bit(weight, torch.float32)
+    y = kernels.linear_4bit(x, weight, bias, (u, lora_b), scaling)
     assert torch.allclose(y, x @ values.T + bias + scaling * (u @ lora_b.T), atol=1e-5)
     dy, lora_a = torch.randn_like(y), torch.randn(5, 50)
-    dx = kernels.linear_4bit_dx(dy, *weight, nested, nested_block_size, (u, lora_a))
+    dx = kernels.linear_4bit_dx(dy, weight, (u, lora_a))
     assert torch.allclose(dx, dy @ values + u @ lora_a, atol=1e-5)
 
 
@@ -110,8 +118,9 @@ def round_trip(x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     packed, absmax = kernels.quantize_4bit(x, BOOK.boundaries, BOOK.order, 32)
     codes, scales = kernels.quantize_8bit(absmax, TABLE.boundaries, 256)
     absmax = kernels.dequantize_8bit(codes, TABLE.values, scales, 256)
-    kernels.dequantize_4bit_out(packed, BOOK.values, absmax, 32, out, [], 256)
-    return kernels.dequantize_4bit(packed, BOOK.values, absmax, 32, x.shape, torch.bfloat16, [], 256) * 2, out + 1
+    weight = Weight4bit(packed, BOOK.values, absmax, 32, x.shape)
+    kernels.dequantize_4bit_out(weight, out)
+    return kernels.dequantize_4bit(weight, torch.bfloat16) * 2, out + 1
 
 
 def test_compiles_without_graph_breaks_for_dynamic_shapes() -> None:
@@ -127,10 +136,10 @@ def test_compiles_without_graph_breaks_for_dynamic_shapes() -> None:
 
 
 def test_writing_to_out_is_noticed_by_autograd() -> None:
-    packed, values, absmax, block_size, *_ = arguments(50)["dequantize_4bit_out"]
+    weight, _ = arguments(50)["dequantize_4bit_out"]
     saved = torch.randn(3, 50)
     product = (torch.randn(3, 50, requires_grad=True) * saved).sum()
-    kernels.dequantize_4bit_out(packed, values, absmax, block_size, saved, [], 256)
+    kernels.dequantize_4bit_out(weight, saved)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.backward()
 
@@ -138,3 +147,26 @@ def test_writing_to_out_is_noticed_by_autograd() -> None:
 def test_works_in_inference_mode() -> None:
     with torch.inference_mode():
         kernels.dequantize_4bit_out(*arguments(50)["dequantize_4bit_out"])
+
+
+def test_a_record_is_registered_as_its_fields() -> None:
+    names = [argument.name for argument in torch.ops.lorakit.linear_4bit.default._schema.arguments]
+    assert names == ["x", *(f"weight_{field}" for field in Weight4bit._fields), "bias", "lora", "scaling"]
+    written = [
+        argument.name for argument in torch.ops.lorakit.adamw_8bit.default._schema.arguments if argument.is_write
+    ]
+    assert written == ["parameter", "first_codes", "first_absmax", "second_codes", "second_absmax"]
+
+
+def test_arguments_with_defaults_may_be_left_out() -> None:
+    x, weight, *_ = arguments(50)["linear_4bit"]
+    assert torch.equal(kernels.linear_4bit(x, weight), kernels.linear_4bit(x, weight, None, [], 1.0))
+    with torch.inference_mode():
+        assert torch.equal(kernels.linear_4bit(x, weight), kernels.linear_4bit(x, weight, None, [], 1.0))
+
+
+def test_the_reference_backend_is_every_definition_but_that_of_the_allocation() -> None:
+    operations = {name: getattr(kernels, name) for name in kernels.__all__}
+    definitions = {name: each.definition for name, each in operations.items() if hasattr(each, "definition")}
+    del definitions["dequantize_4bit"]  # allocates, and has the backend fill
+    assert {name: getattr(reference, name, None) for name in definitions} == definitions

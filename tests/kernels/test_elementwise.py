@@ -13,8 +13,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lorakit_kernels import cpu, training_ops
-from lorakit_kernels import reference_training as definition
+from lorakit_kernels import cpu, dispatch
+from lorakit_kernels import reference as definition
+from lorakit_kernels.ops.dropout import philox
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
@@ -226,7 +227,7 @@ def test_swiglu_in_fp32_of_what_is_not_finite_or_overflows() -> None:
 def test_philox_gives_the_known_answers_of_its_authors_library(
     counter: tuple[int, ...], key: int, expected: tuple[int, ...]
 ) -> None:
-    assert definition.philox(torch.tensor(counter), key).tolist() == list(expected)
+    assert philox(torch.tensor(counter), key).tolist() == list(expected)
 
 
 @every_dtype
@@ -387,4 +388,4 @@ def test_what_cpp_does_not_take_is_computed_by_the_definition() -> None:
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_the_registered_operation_is_computed_here(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LORAKIT_BACKEND", raising=False)  # where nobody chose otherwise
-    assert training_ops._computed_by(torch.empty(1), operation) is getattr(cpu, operation)
+    assert getattr(dispatch.backend(torch.device("cpu")), operation) is getattr(cpu, operation)

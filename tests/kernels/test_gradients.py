@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import lorakit_kernels as kernels
 import pytest
 import torch
+from lorakit_kernels import Weight4bit
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
@@ -17,7 +16,7 @@ from lorakit.layers import rope_frequencies, rope_tables
 DOUBLE = {"dtype": torch.float64, "requires_grad": True}
 
 
-def operand(double_quant: bool) -> tuple[Any, ...]:
+def operand(double_quant: bool) -> Weight4bit:
     torch.manual_seed(0)
     return quantize(torch.randn(4, 64), double_quant=double_quant).operand
 
@@ -33,7 +32,7 @@ def test_linear(double_quant: bool, with_bias: bool, with_lora: bool) -> None:
 
     def forward(x: Tensor, *rest: Tensor) -> Tensor:
         bias = rest[0] if with_bias else None
-        return kernels.linear_4bit(x, *weight, bias, list(rest[int(with_bias) :]), 0.5)
+        return kernels.linear_4bit(x, weight, bias, list(rest[int(with_bias) :]), 0.5)
 
     assert gradcheck(forward, inputs)
     assert not with_lora or gradgradcheck(forward, inputs)
@@ -44,7 +43,7 @@ def test_linear_dx(with_lora: bool) -> None:
     weight = operand(True)
     inputs = [torch.randn(2, 4, **DOUBLE)]
     inputs += [torch.randn(2, 5, **DOUBLE), torch.randn(5, 64, **DOUBLE)] if with_lora else []
-    assert gradcheck(lambda dy, *lora: kernels.linear_4bit_dx(dy, *weight, list(lora)), inputs)
+    assert gradcheck(lambda dy, *lora: kernels.linear_4bit_dx(dy, weight, list(lora)), inputs)
 
 
 @pytest.mark.parametrize("trained", [True, False])
@@ -90,7 +89,7 @@ def test_compiles_without_graph_breaks_for_dynamic_shapes() -> None:
     weight = operand(True)
 
     def loss(x: Tensor, u: Tensor, lora_b: Tensor) -> Tensor:
-        return kernels.linear_4bit(x, *weight, None, [u, lora_b], 2.0).square().sum()
+        return kernels.linear_4bit(x, weight, None, [u, lora_b], 2.0).square().sum()
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
     for tokens in (5, 9, 70):

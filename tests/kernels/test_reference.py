@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lorakit_kernels import reference
+from lorakit_kernels import Weight4bit, reference, unpack_4bit
 from torch import Tensor
 
 from lorakit.quantization import Codebook, codebook, dynamic_map
@@ -92,10 +92,9 @@ def test_dequantize_4bit(
     absmax = np.ldexp(random.uniform(0.5, 1, -(-count // block_size)), exponent).astype(np.float32)
     values = codebook("nf4").values.numpy()
     out = torch.empty(count, dtype=dtype)
-    reference.dequantize_4bit(
-        torch.tensor(list(packed), dtype=torch.uint8), torch.from_numpy(values), torch.from_numpy(absmax),
-        block_size, out,
-    )  # fmt: skip
+    stored = torch.tensor(list(packed), dtype=torch.uint8)
+    weight = Weight4bit(stored, torch.from_numpy(values), torch.from_numpy(absmax), block_size, (count,))
+    reference.dequantize_4bit_out(weight, out)
     codes = [code for byte in packed for code in (byte >> 4, byte & 15)][:count]
     exact = [values[code] * absmax[i // block_size] for i, code in enumerate(codes)]
     if dtype == torch.float32:
@@ -124,13 +123,13 @@ def test_chunks_do_not_show() -> None:
     book, x = codebook("nf4"), torch.randn(3 << 18).bfloat16()  # more than one chunk either way
     packed, absmax = reference.quantize_4bit(x, book.boundaries, book.order, 64)
     out = torch.empty_like(x)
-    reference.dequantize_4bit(packed, book.values, absmax, 64, out)
+    reference.dequantize_4bit_out(Weight4bit(packed, book.values, absmax, 64, x.shape), out)
     for start in range(0, x.numel(), 1 << 16):
         part = slice(start, start + (1 << 16))
         some, scale = reference.quantize_4bit(x[part], book.boundaries, book.order, 64)
         assert torch.equal(some, packed[start // 2 : start // 2 + len(some)])
         assert torch.equal(scale, absmax[start // 64 : start // 64 + len(scale)])
-        assert torch.equal(out[part], (book.values[reference.unpack_4bit(some, 1 << 16).int()].view(-1, 64)
+        assert torch.equal(out[part], (book.values[unpack_4bit(some, 1 << 16).int()].view(-1, 64)
                                        * scale[:, None]).view(-1).bfloat16())  # fmt: skip
 
 

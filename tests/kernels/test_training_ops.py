@@ -8,7 +8,7 @@ from typing import Any
 import lorakit_kernels as kernels
 import pytest
 import torch
-from lorakit_kernels import reference_training, training_ops
+from lorakit_kernels import dispatch, reference
 from torch import Tensor
 from torch.library import opcheck
 from torch.nn.functional import cross_entropy
@@ -20,7 +20,7 @@ def arguments(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
     """Arguments for each operation but AdamW's, which has its own tests."""
     x, weight, dy = torch.randn(3, 5, 8, dtype=dtype), torch.randn(8), torch.randn(3, 5, 8, dtype=dtype)
     tables = rope_tables(rope_frequencies(8, 100.0), torch.arange(3), dtype)
-    rstd = reference_training.rms_norm(x, weight, 1e-5)[1]
+    rstd = reference.rms_norm(x, weight, 1e-5)[1]
     return {
         "rms_norm": (x, weight, 1e-5),
         "rms_norm_backward": (dy, x, weight, rstd),
@@ -88,11 +88,11 @@ def test_a_backend_computes_what_it_has_and_the_definition_the_rest(monkeypatch:
 
     def own(gate: Tensor, up: Tensor) -> Tensor:
         calls.append(gate.dtype)
-        return reference_training.swiglu(gate, up)
+        return reference.swiglu(gate, up)
 
-    monkeypatch.setattr(training_ops, "backend", lambda device: SimpleNamespace(swiglu=own))
+    monkeypatch.setattr(dispatch, "backend", lambda device: SimpleNamespace(swiglu=own))
     for dtype in (torch.float32, torch.float64):  # the latter is always the definition's
         given = arguments(dtype)["swiglu"]
-        assert torch.equal(kernels.swiglu(*given), reference_training.swiglu(*given))
+        assert torch.equal(kernels.swiglu(*given), reference.swiglu(*given))
     kernels.rms_norm(*arguments(torch.float32)["rms_norm"])
     assert calls == [torch.float32]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lorakit_kernels import reference
+from lorakit_kernels import Weight4bit, reference
 from lorakit_kernels import triton as kernels
 from lorakit_kernels.triton import tiles, tune
 from torch import Tensor
@@ -97,9 +97,9 @@ def test_dequantize_4bit(block_size: int, dtype: torch.dtype, nested: bool) -> N
         # One element more than is filled, which must stay.
         found = torch.full((count + 1,), 7, dtype=dtype)
         expected = torch.full((count + 1,), 7, dtype=torch.float32 if dtype == torch.bfloat16 else dtype)
-        arguments = packed, book.values, absmax, block_size
-        kernels.dequantize_4bit(*arguments, found[:count], nesting, 16)
-        reference.dequantize_4bit(*arguments, expected[:count], nesting, 16)
+        weight = Weight4bit(packed, book.values, absmax, block_size, (count,), nesting, 16)
+        kernels.dequantize_4bit_out(weight, found[:count])
+        reference.dequantize_4bit_out(weight, expected[:count])
         if dtype == torch.bfloat16 and not block_size % 8:
             expected = (expected.view(torch.int32) & -65536).view(torch.float32)  # as the interpreter cuts off
         assert same(found, expected.to(dtype)), count
@@ -109,7 +109,7 @@ def test_bytes_that_are_not_aligned() -> None:
     packed = torch.randint(256, (1001,), dtype=torch.uint8)
     found, expected = torch.empty(2, 2000)
     for module, out in ((kernels, found), (reference, expected)):
-        module.dequantize_4bit(packed[1:], codebook("nf4").values, torch.arange(63.0), 32, out)
+        module.dequantize_4bit_out(Weight4bit(packed[1:], codebook("nf4").values, torch.arange(63.0), 32, (2000,)), out)
     assert same(found, expected)
 
 
@@ -147,26 +147,26 @@ def test_products(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
         if rank == 70:  # and from here on
             absmax, scales = reference.quantize_8bit(absmax - 0.1, TABLE.boundaries, 256)
             nesting = [TABLE.values, scales, torch.tensor(0.1)]
-        weight = torch.empty(rows, columns, dtype=dtype)
-        reference.dequantize_4bit(packed, book.values, absmax, block_size, weight, nesting)
-        arguments = packed, book.values, absmax, block_size, (rows, columns), nesting, 256
+        weight = Weight4bit(packed, book.values, absmax, block_size, (rows, columns), nesting, 256)
+        values = torch.empty(rows, columns, dtype=dtype)
+        reference.dequantize_4bit_out(weight, values)
 
         x, bias = numbers(*tokens, columns), numbers(rows) if rank != 16 else None
         lora = (numbers(*tokens, rank), numbers(rows, rank)) if rank else ()
-        products = [(x, weight.T)]
+        products = [(x, values.T)]
         if lora:
             products.append((lora[0] / 2, lora[1].T))
         if bias is not None:
             products.append((torch.ones(*tokens, 1, dtype=dtype), bias[None, :]))
         expected, error = exact(*products)
-        found = kernels.linear_4bit(x, *arguments, bias, lora, 0.5)
+        found = kernels.linear_4bit(x, weight, bias, lora, 0.5)
         assert found.dtype == dtype and found.shape == expected.shape
         assert ((found.double() - expected).abs() <= error).all(), (tokens, rank)
 
         dy = numbers(*tokens, rows)
         lora = (lora[0], numbers(rank, columns)) if rank else ()
-        expected, error = exact((dy, weight), *([lora] if lora else []))
-        found = kernels.linear_4bit_dx(dy, *arguments, lora)
+        expected, error = exact((dy, values), *([lora] if lora else []))
+        found = kernels.linear_4bit_dx(dy, weight, lora)
         assert found.dtype == dtype and found.shape == expected.shape
         assert ((found.double() - expected).abs() <= error).all(), (tokens, rank)
 
@@ -201,9 +201,10 @@ def test_tuning_keeps_the_fastest(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_what_cannot_be_read_is_refused() -> None:
     book = codebook("nf4")
+    weight = Weight4bit(torch.zeros(64, dtype=torch.uint8), book.values, torch.ones(4), 32, (128,))
     with pytest.raises(ValueError, match=r"absmax must have at least 4 elements of torch\.float32 on cpu, got 3"):
-        kernels.dequantize_4bit(torch.zeros(64, dtype=torch.uint8), book.values, torch.ones(3), 32, torch.empty(128))
+        kernels.dequantize_4bit_out(weight._replace(absmax=torch.ones(3)), torch.empty(128))
     with pytest.raises(ValueError, match="packed must have at least 64 elements"):
-        kernels.dequantize_4bit(torch.zeros(63, dtype=torch.uint8), book.values, torch.ones(4), 32, torch.empty(128))
+        kernels.dequantize_4bit_out(weight._replace(packed=weight.packed[:63]), torch.empty(128))
     with pytest.raises(ValueError, match="at most 15 boundaries"):
         kernels.quantize_4bit(torch.ones(8), TABLE.boundaries, book.order, 32)

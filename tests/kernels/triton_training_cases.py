@@ -14,9 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lorakit_kernels import reference_training as reference
-from lorakit_kernels import triton
-from lorakit_kernels.reference_training import STATE_BLOCK_SIZE
+from lorakit_kernels import STATE_BLOCK_SIZE, AdamWStep, Moment8bit, reference, triton
 from torch import Tensor
 
 from lorakit.layers import rope_frequencies, rope_tables
@@ -162,9 +160,10 @@ def test_adamw_8bit(count: int, dtype: torch.dtype, step: int, seed: int, expone
         )
     ]
     found, expected = ([p.clone(), *(x.clone() for x in state)] for _ in range(2))
-    hyper = (1e-2, 0.9, 0.999, 1e-8, 0.1, step)
-    triton.adamw_8bit(found[0], g, *found[1:], signed, unsigned, *hyper)
-    reference.adamw_8bit(expected[0], g, *expected[1:], signed, unsigned, *hyper)
+    settings_of_step = AdamWStep(1e-2, 0.9, 0.999, 1e-8, 0.1, step)
+    for module, (parameter, *moments) in ((triton, found), (reference, expected)):
+        first, second = Moment8bit(*moments[:2], *signed), Moment8bit(*moments[2:], *unsigned)
+        module.adamw_8bit(parameter, g, first, second, settings_of_step)
     for ours, theirs in zip(found[1:], expected[1:], strict=True):
         assert torch.equal(ours, theirs)
     if dtype == torch.bfloat16:  # the interpreter's rounding
@@ -175,6 +174,7 @@ def test_adamw_8bit(count: int, dtype: torch.dtype, step: int, seed: int, expone
 
 def test_adamw_8bit_refuses_what_does_not_fit() -> None:
     p, codes, absmax = torch.zeros(300), torch.zeros(300, dtype=torch.uint8), torch.zeros(2)
-    maps = (dynamic_map().values, dynamic_map().boundaries)
-    with pytest.raises(ValueError, match="do not fit a parameter of 300 elements"):
-        triton.adamw_8bit(p, p.clone(), codes, absmax, codes, absmax[:1], maps, maps, 1e-2, 0.9, 0.99, 1e-8, 0.0, 1)
+    good = Moment8bit(codes, absmax, dynamic_map().values, dynamic_map().boundaries)
+    step = AdamWStep(1e-2, 0.9, 0.99, 1e-8, 0.0, 1)
+    with pytest.raises(ValueError, match=r"second\.absmax must have at least 2 elements"):
+        triton.adamw_8bit(p, p.clone(), good, good._replace(absmax=absmax[:1]), step)

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import lorakit_kernels as kernels
 import pytest
 import torch
-from lorakit_kernels.reference_training import STATE_BLOCK_SIZE
+from lorakit_kernels import STATE_BLOCK_SIZE, AdamWStep, Moment8bit
 from torch import Tensor
 
 from lorakit.layers import AdapterSpec, Linear4bit, LoRALinear, RMSNorm, apply_rope, swiglu
@@ -38,13 +38,14 @@ def quantized(rows: int, columns: int, quant_type: str, dtype: torch.dtype) -> W
 
 
 def optimized(count: int) -> Work:
-    maps = [(table.values, table.boundaries) for table in (dynamic_map(), dynamic_map(signed=False))]
+    signed, unsigned = ((table.values, table.boundaries) for table in (dynamic_map(), dynamic_map(signed=False)))
     codes, scales = torch.randint(256, (count,)).byte(), torch.rand(-(-count // STATE_BLOCK_SIZE))
     parameter, gradient = torch.randn(2, count)
 
     def work() -> list[Tensor]:
         written = [parameter.clone(), codes.clone(), scales.clone(), codes.clone(), scales.clone()]
-        kernels.adamw_8bit(written[0], gradient, *written[1:], *maps, 1e-2, 0.9, 0.999, 1e-8, 0.1, 3)
+        first, second = Moment8bit(*written[1:3], *signed), Moment8bit(*written[3:], *unsigned)
+        kernels.adamw_8bit(written[0], gradient, first, second, AdamWStep(1e-2, 0.9, 0.999, 1e-8, 0.1, 3))
         return written
 
     return work

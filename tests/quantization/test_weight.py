@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorakit.errors import ConfigError, ShapeError
-from lorakit.quantization import BLOCK_SIZES, QUANT_TYPES, QuantizedWeight, dynamic_map, quantize
+from lorakit.quantization import BLOCK_SIZES, QUANT_TYPES, QuantizedWeight, codebook, dynamic_map, quantize
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = st.one_of(
@@ -42,7 +42,7 @@ quant_types, block_sizes = st.sampled_from(sorted(QUANT_TYPES)), st.sampled_from
 
 def by_definition(weight: torch.Tensor, quant_type: str, block_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Codes and scales straight from the definition, one element at a time, in numpy's fp32."""
-    book, flat = QUANT_TYPES[quant_type], weight.reshape(-1).float().numpy()
+    book, flat = codebook(quant_type), weight.reshape(-1).float().numpy()
     boundaries, order = book.boundaries.numpy(), book.order.numpy()
     codes, scales = [], []
     with np.errstate(all="ignore"):
@@ -82,7 +82,7 @@ def test_quantizing_the_values_again_gives_the_same_weight(
 @given(weights(), quant_types, block_sizes)
 def test_error_is_at_most_half_a_code_gap_times_absmax(weight: torch.Tensor, quant_type: str, block_size: int) -> None:
     quantized = quantize(weight, quant_type, block_size, double_quant=False)
-    values = QUANT_TYPES[quant_type].values.sort().values
+    values = codebook(quant_type).values.sort().values
     half_gap = float((values[1:] - values[:-1]).max()) / 2
     error = (quantized.dequantize(torch.float32) - weight.float()).abs().reshape(-1)
     bound = quantized.absmax.repeat_interleave(block_size)[: error.numel()] * half_gap
@@ -96,6 +96,24 @@ def test_a_row_slice_is_the_slice_of_the_whole(
     quantized = quantize(weight, quant_type, block_size, double_quant)
     rows = slice(start, stop)
     assert torch.equal(quantized.dequantize(rows=rows), quantized.dequantize()[rows])
+
+
+@given(
+    rows=st.integers(1, 40), columns=st.integers(1, 150), quant_type=quant_types, block_size=block_sizes,
+    double_quant=st.booleans(), dtype=st.sampled_from(DTYPES), shape=st.sampled_from([(), (0,), (7,), (2, 3)]),
+    seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_gathered_rows_are_those_of_the_whole(
+    rows: int, columns: int, quant_type: str, block_size: int, double_quant: bool, dtype: torch.dtype,
+    shape: tuple[int, ...], seed: int,
+) -> None:  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)  # odd widths too, and blocks that straddle rows
+    quantized = quantize(torch.randn(rows, columns, generator=generator), quant_type, block_size, double_quant)
+    ids = torch.randint(rows, shape, generator=generator)
+    found = quantized.gather(ids, dtype)
+    assert found.dtype == dtype and found.shape == (*shape, columns)
+    assert torch.equal(found, quantized.dequantize(dtype)[ids])
+    assert torch.equal(quantized.gather(ids), quantized.dequantize()[ids])
 
 
 @given(weights(), quant_types, block_sizes, st.booleans())
@@ -197,6 +215,8 @@ def test_wrong_arguments_name_what_is_right() -> None:
     quantized = quantize(weight)
     with pytest.raises(ShapeError, match=r"out must be contiguous with shape \(4, 64\), got \(64, 4\)"):
         quantized.dequantize(out=torch.empty(64, 4))
+    with pytest.raises(ShapeError, match=r"two dimensions, got shape \(64,\)"):
+        quantize(torch.randn(64)).gather(torch.tensor([0]))
     with pytest.raises(ShapeError, match="step of 2"):
         quantized.dequantize(rows=slice(0, 4, 2))
     with pytest.raises(ShapeError, match=r"do not divide into elements of torch\.float32"):

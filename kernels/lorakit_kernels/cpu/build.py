@@ -8,7 +8,6 @@ hash of source, flags and compiler) says all that it depends on and a cache on a
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import shlex
@@ -16,8 +15,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
+
+from ..cache import cache_folder, exclusive_lock
 
 _AVX512 = ("-mavx512f", "-mavx512bw")
 INSTRUCTION_SETS = {  # each includes those before it
@@ -51,12 +51,14 @@ def library_path(instruction_set: str) -> Path:
         raise BuildError("the C++ kernels are not built on Windows")
     compiler = _compiler()
     flags = (*_FLAGS, *INSTRUCTION_SETS[instruction_set])
-    folder = _cache_folder() / "kernels"
+    try:
+        folder = cache_folder() / "kernels"
+    except RuntimeError as error:  # a user without a home, as in some containers
+        raise BuildError(f"{error}; {_OTHER_FOLDER}") from error
     try:
         path = folder / f"cpu-{instruction_set}-{_key(compiler, flags)}.so"
         if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            with _locked(path.with_suffix(".lock")):
+            with exclusive_lock(path.with_suffix(".lock")):
                 if not path.exists():  # another process may have built it while this one waited
                     _compile(compiler, flags, path)
         return path
@@ -103,27 +105,3 @@ def _run(command: list[str]) -> str:
         reason = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
         raise BuildError(f"`{shlex.join(command)}` failed with status {result.returncode}: {reason}")
     return result.stdout
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock; the system releases it if the process dies."""
-    if sys.platform == "win32":
-        raise NotImplementedError
-    import fcntl
-
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _cache_folder() -> Path:
-    """Return lorakit's cache folder, which is known here by its convention and not by an import from above."""
-    if override := os.environ.get("LORAKIT_CACHE"):
-        return Path(override).expanduser()
-    try:
-        if sys.platform == "darwin":
-            return Path.home() / "Library" / "Caches" / "lorakit"
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorakit"
-    except RuntimeError as error:  # a user without a home, as in some containers
-        raise BuildError(f"{error}; {_OTHER_FOLDER}") from error

@@ -1,7 +1,6 @@
-"""The operations of `reference_training` around the matrix products, in C++: RMSNorm, rotary embedding, SwiGLU,
-dropout and the loss.
+"""The operations around the matrix products, in C++: RMSNorm, rotary embedding, SwiGLU, dropout and the loss.
 
-What C++ does not take (fp64, mixed dtypes, shapes that broadcast, nothing at all) is computed by the definition.
+What C++ does not take (fp64, mixed dtypes, shapes that broadcast, nothing at all) is computed by the reference.
 """
 
 from __future__ import annotations
@@ -9,18 +8,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import reference_training as definition
-from .arguments import DTYPES, readable
-from .loading import library, threads
+from .. import reference
+from ..arguments import readable
+from ..ops.dropout import drop_threshold
+from .loading import CPU, DTYPES, library, threads
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """See `reference_training.rms_norm`."""
+    """See `ops.rms_norm.rms_norm`."""
     if not _has_rows(x, weight):
-        return definition.rms_norm(x, weight, eps)
+        return reference.rms_norm(x, weight, eps)
     rows, size = x.shape[:-1].numel(), x.shape[-1]
-    x = readable("x", x, x.dtype, rows * size)
-    wide = readable("weight", weight.float(), torch.float32, size)
+    x = readable("x", x, x.dtype, rows * size, CPU)
+    wide = readable("weight", weight.float(), torch.float32, size, CPU)
     y = torch.empty_like(x, dtype=torch.promote_types(x.dtype, weight.dtype))
     rstd = torch.empty((*x.shape[:-1], 1), dtype=torch.float32)
     library().rms_norm(
@@ -31,14 +31,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
-    """See `reference_training.rms_norm_backward`."""
+    """See `ops.rms_norm.rms_norm_backward`."""
     same = dy.shape == x.shape and dy.dtype == torch.promote_types(x.dtype, weight.dtype)
     if not (same and _has_rows(x, weight)):
-        return definition.rms_norm_backward(dy, x, weight, rstd)
+        return reference.rms_norm_backward(dy, x, weight, rstd)
     rows, size = x.shape[:-1].numel(), x.shape[-1]
-    dy, x = (readable(name, tensor, tensor.dtype, rows * size) for name, tensor in (("dy", dy), ("x", x)))
-    wide = readable("weight", weight.float(), torch.float32, size)
-    rstd = readable("rstd", rstd, torch.float32, rows)
+    dy, x = (readable(name, tensor, tensor.dtype, rows * size, CPU) for name, tensor in (("dy", dy), ("x", x)))
+    wide = readable("weight", weight.float(), torch.float32, size, CPU)
+    rstd = readable("rstd", rstd, torch.float32, rows, CPU)
     dx = torch.empty_like(x)
     library().rms_norm_backward(
         dy.data_ptr(), DTYPES[dy.dtype], x.data_ptr(), DTYPES[x.dtype], wide.data_ptr(), rstd.data_ptr(), rows, size,
@@ -48,7 +48,7 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Te
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backward: bool = False) -> tuple[Tensor, Tensor]:
-    """See `reference_training.rope`."""
+    """See `ops.rope.rope`."""
     fits = all(
         x.dim() == 3
         and x.shape[0::2] == cos.shape == sin.shape
@@ -58,8 +58,8 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backward: bool = False)
         for x in (q, k)
     )
     if not fits:
-        return definition.rope(q, k, cos, sin, backward)
-    cos, sin = (readable(name, table, q.dtype, table.numel()) for name, table in (("cos", cos), ("sin", sin)))
+        return reference.rope(q, k, cos, sin, backward)
+    cos, sin = (readable(name, table, q.dtype, table.numel(), CPU) for name, table in (("cos", cos), ("sin", sin)))
     return _rotated("q", q, cos, sin, backward), _rotated("k", k, cos, sin, backward)
 
 
@@ -76,22 +76,22 @@ def _rotated(name: str, x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> 
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """See `reference_training.swiglu`."""
+    """See `ops.swiglu.swiglu`."""
     if not _are_alike(gate, up):
-        return definition.swiglu(gate, up)
+        return reference.swiglu(gate, up)
     count, dtype = gate.numel(), gate.dtype
-    gate, up = readable("gate", gate, dtype, count), readable("up", up, dtype, count)
+    gate, up = readable("gate", gate, dtype, count, CPU), readable("up", up, dtype, count, CPU)
     y = torch.empty_like(gate)
     library().swiglu(gate.data_ptr(), up.data_ptr(), DTYPES[dtype], count, y.data_ptr(), *threads())
     return y
 
 
 def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """See `reference_training.swiglu_backward`."""
+    """See `ops.swiglu.swiglu_backward`."""
     if not _are_alike(dy, gate, up):
-        return definition.swiglu_backward(dy, gate, up)
+        return reference.swiglu_backward(dy, gate, up)
     count, dtype = gate.numel(), gate.dtype
-    dy, gate, up = (readable(name, x, dtype, count) for name, x in (("dy", dy), ("gate", gate), ("up", up)))
+    dy, gate, up = (readable(name, x, dtype, count, CPU) for name, x in (("dy", dy), ("gate", gate), ("up", up)))
     dgate, dup = torch.empty_like(gate), torch.empty_like(gate)
     library().swiglu_backward(
         dy.data_ptr(), gate.data_ptr(), up.data_ptr(), DTYPES[dtype], count, dgate.data_ptr(), dup.data_ptr(),
@@ -101,30 +101,28 @@ def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tenso
 
 
 def drop(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    """See `reference_training.drop`."""
+    """See `ops.dropout.drop`."""
     count = x.numel()
     if x.dtype not in DTYPES or not count:
-        return definition.drop(x, seed, p)
-    x = readable("x", x, x.dtype, count)
+        return reference.drop(x, seed, p)
+    x = readable("x", x, x.dtype, count, CPU)
     y = torch.empty_like(x)
-    library().drop(
-        x.data_ptr(), DTYPES[x.dtype], count, int(seed), definition.drop_threshold(p), y.data_ptr(), *threads()
-    )
+    library().drop(x.data_ptr(), DTYPES[x.dtype], count, int(seed), drop_threshold(p), y.data_ptr(), *threads())
     return y
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:
-    """See `reference_training.cross_entropy`.
+    """See `ops.cross_entropy.cross_entropy`.
 
     Raises:
         IndexError: a target is outside the vocabulary.
     """
     if logits.dtype not in DTYPES or not logits.is_contiguous() or logits.dim() != 2 or not logits.numel():
-        return definition.cross_entropy(logits, targets, with_gradient)
+        return reference.cross_entropy(logits, targets, with_gradient)
     rows, size = logits.shape
     logits, targets = (
-        readable("logits", logits, logits.dtype, rows * size),
-        readable("targets", targets, torch.int64, rows),
+        readable("logits", logits, logits.dtype, rows * size, CPU),
+        readable("targets", targets, torch.int64, rows, CPU),
     )
     low, high = (int(end) for end in targets.aminmax())
     if low < 0 or high >= size:

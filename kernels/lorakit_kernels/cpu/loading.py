@@ -1,4 +1,4 @@
-"""The compiled library: loaded once for the processor's instruction set, its functions declared, its threads found.
+"""The compiled library: loaded once for the processor's instruction set, what its functions take, its threads.
 
 It is compiled on first use (see `build`) for the best instruction set that the processor has, from AVX-512 with bf16
 products down to none. LORAKIT_CPU_ISA=generic|avx2|avx512|avx512_bf16 picks a smaller one.
@@ -17,8 +17,11 @@ from functools import cache
 
 import torch
 
+from ..operands import Weight4bit
 from .build import INSTRUCTION_SETS, BuildError, library_path
 
+CPU = torch.device("cpu")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as `enum Dtype` in blocks.h
 _alone: ContextVar[bool] = ContextVar("lorakit_one_thread", default=False)
 _P, _N, _THREADS = c_void_p, c_int64, (c_void_p, c_uint)
 _WEIGHT = (*[_P] * 6, _N, _N)
@@ -38,6 +41,13 @@ SIGNATURES = {  # of every function of the library
     "drop": (_P, c_int, _N, _N, c_uint, _P, *_THREADS),
     "swiglu_backward": (_P, _P, _P, c_int, _N, _P, _P, *_THREADS),
 }
+
+
+def pointers(weight: Weight4bit) -> tuple[int | None, ...]:
+    """Return what the functions take of a weight that was checked, as `struct Weight` in dequantize.h has it."""
+    packed, codebook, absmax, block_size, _, nested, nested_block_size = weight
+    tables = [tensor.data_ptr() for tensor in nested] or (None, None, None)
+    return packed.data_ptr(), codebook.data_ptr(), absmax.data_ptr(), *tables, nested_block_size, block_size
 
 
 def is_available() -> bool:

@@ -1,4 +1,4 @@
-// The operations of reference.py on the CPU, bit for bit, as a shared library with a plain C interface.
+// The codecs of ops/codec.py on the CPU, bit for bit, as a shared library with a plain C interface.
 //
 // Nothing here may change a result: fp32 throughout, a true division for the reciprocal, one rounding at the end, no
 // flushing of subnormals, and flags that keep the compiler from contracting a * b + c. The sizes and dtypes of what the

@@ -1,15 +1,15 @@
-"""The operations of `reference` and `reference_training` in Triton, for GPUs: CUDA, ROCm, XPU.
+"""The operations of `ops` in Triton, for GPUs: CUDA, ROCm, XPU.
 
 Quantizing and dequantizing agree bit for bit. Only this package imports triton, and it is imported when its backend is
 first asked for. A module of the training operations has its functions, its kernels, and `sources()`: the same kernels
 for typical arguments, to compile where there is no GPU.
 """
 
-from .adamw import adamw_8bit
+from .adamw_8bit import adamw_8bit
 from .cross_entropy import cross_entropy
-from .dequantize import dequantize_4bit, dequantize_8bit
+from .dequantize import dequantize_4bit_out, dequantize_8bit
 from .dropout import drop
-from .linear import add_linear_4bit_dx, linear_4bit, linear_4bit_dx
+from .linear_4bit import add_linear_4bit_dx, linear_4bit, linear_4bit_dx
 from .quantize import quantize_4bit, quantize_8bit
 from .rms_norm import rms_norm, rms_norm_backward
 from .rope import rope
@@ -19,7 +19,7 @@ __all__ = [
     "adamw_8bit",
     "add_linear_4bit_dx",
     "cross_entropy",
-    "dequantize_4bit",
+    "dequantize_4bit_out",
     "dequantize_8bit",
     "drop",
     "linear_4bit",

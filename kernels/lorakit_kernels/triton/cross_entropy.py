@@ -21,7 +21,7 @@ _TILE = 4096  # logits of a row at a time, at most
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:
-    """See `reference_training.cross_entropy`.
+    """See `ops.cross_entropy.cross_entropy`.
 
     Raises:
         ValueError: the logits are not a contiguous matrix, or there is not one target per row.

@@ -1,4 +1,4 @@
-"""Codes to values: `dequantize_4bit`, double-quantized scales included, and `dequantize_8bit`.
+"""Codes to values: `dequantize_4bit_out`, double-quantized scales included, and `dequantize_8bit`.
 
 A program takes a row of words, eight codes each. A thread loads four words at once, the program hands the words round
 in shared memory, and a thread then computes the eight values of single words, which it writes at once: 16 bytes a load
@@ -7,15 +7,15 @@ and a store, neighbouring threads at neighbouring addresses in both.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import reference
-from .arguments import blocks, readable, readable_nested, words_of
+from ..arguments import block_count, readable
+from ..operands import Weight4bit
+from ..ops import codec as definition
+from .arguments import KernelWeight
 from .device import load_scales, look_up, unpack
 from .launch import on_device_of
 
@@ -24,34 +24,25 @@ WARPS = 4
 VALUES_8BIT = 2048  # values a program
 
 
-def dequantize_4bit(
-    packed: Tensor,
-    codebook: Tensor,
-    absmax: Tensor,
-    block_size: int,
-    out: Tensor,
-    nested: Sequence[Tensor] = (),
-    nested_block_size: int = 256,
-) -> None:
-    """See `reference.dequantize_4bit`.
+def dequantize_4bit_out(weight: Weight4bit, out: Tensor) -> None:
+    """See `ops.codec.dequantize_4bit_out`.
 
     Raises:
         ValueError: a tensor has another dtype, size or device than the operation reads; so for all functions here.
     """
-    if block_size % 8 or not out.dtype.is_floating_point:  # a word must lie in one block
-        return reference.dequantize_4bit(packed, codebook, absmax, block_size, out, nested, nested_block_size)
-    count, device = out.numel(), out.device
+    if weight.block_size % 8 or not out.dtype.is_floating_point:  # a word must lie in one block
+        return definition.dequantize_4bit_out.definition(weight, out)
+    count = out.numel()
     if not out.is_contiguous():
         raise ValueError("out must be contiguous")
-    words = words_of(packed, count, device)
-    codebook = readable("codebook", codebook, torch.float32, 16, device)
-    absmax = readable("absmax", absmax, torch.uint8 if nested else torch.float32, blocks(count, block_size), device)
-    scales = readable_nested(nested, nested_block_size, len(absmax), device)
+    checked = KernelWeight.of(weight, count, out.device)
+    words = len(checked.words)
     if count:
         with on_device_of(out):
-            dequantize_4bit_kernel[(triton.cdiv(len(words), WORDS),)](
-                words, codebook, absmax, scales.codebook, scales.absmax, scales.offset, out, count, len(words),
-                BLOCK=block_size, NESTED=scales.block_size, WORDS=WORDS, num_warps=WARPS, enable_fp_fusion=False,
+            dequantize_4bit_kernel[(triton.cdiv(words, WORDS),)](
+                *checked.tensors(), out, count, words,
+                BLOCK=weight.block_size, NESTED=checked.nested_block_size, WORDS=WORDS, num_warps=WARPS,
+                enable_fp_fusion=False,
             )  # fmt: skip
     return None
 
@@ -75,11 +66,11 @@ def dequantize_4bit_kernel(
 
 
 def dequantize_8bit(codes: Tensor, codebook: Tensor, absmax: Tensor, block_size: int) -> Tensor:
-    """See `reference.dequantize_8bit`."""
+    """See `ops.codec.dequantize_8bit`."""
     count, device = codes.numel(), codes.device
     codes = readable("codes", codes, torch.uint8, count, device)
     codebook = readable("codebook", codebook, torch.float32, 256, device)
-    absmax = readable("absmax", absmax, torch.float32, blocks(count, block_size), device)
+    absmax = readable("absmax", absmax, torch.float32, block_count(count, block_size), device)
     values = torch.empty(count, dtype=torch.float32, device=device)
     if count:
         with on_device_of(values):

@@ -14,14 +14,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.compiler import ASTSource
 
-from ..reference_training import drop_threshold
+from ..ops.dropout import drop_threshold
 from .launch import on_device_of, source
 
 _TILE = 256  # counters a program, of four elements each
 
 
 def drop(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    """See `reference_training.drop`."""
+    """See `ops.dropout.drop`."""
     x = x.contiguous()
     y = torch.empty_like(x)
     if count := x.numel():

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import reference
-from .arguments import FLOATS, at_most, blocks, readable
+from ..arguments import block_count, boundary_count, readable, readable_source
+from ..ops import codec as definition
 from .device import look_up, pack
 from .launch import on_device_of
 
@@ -23,37 +23,35 @@ _LARGEST_BLOCK = 4096
 
 
 def quantize_4bit(x: Tensor, boundaries: Tensor, order: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """See `reference.quantize_4bit`.
+    """See `ops.codec.quantize_4bit`.
 
     Raises:
         ValueError: a tensor has another dtype, size or device than the operation reads; so for all functions here.
     """
     if block_size > _LARGEST_BLOCK or block_size % 8:  # a word must lie in one block
-        return reference.quantize_4bit(x, boundaries, order, block_size)
-    scales = blocks(x.numel(), block_size)
-    steps = at_most(15, boundaries)
+        return definition.quantize_4bit.definition(x, boundaries, order, block_size)
+    steps = boundary_count(boundaries, 15)
     order = readable("order", order, torch.uint8, steps + 1, x.device)
     words = torch.empty(-(-x.numel() // 8), dtype=torch.int32, device=x.device)
-    absmax = _launch(x, boundaries, order, words, scales, block_size, table=16)
+    absmax = _launch(x, boundaries, order, words, block_size, table=16)
     return words.view(torch.uint8)[: (x.numel() + 1) // 2], absmax
 
 
 def quantize_8bit(x: Tensor, boundaries: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """See `reference.quantize_8bit`."""
+    """See `ops.codec.quantize_8bit`."""
     if block_size > _LARGEST_BLOCK:
-        return reference.quantize_8bit(x, boundaries, block_size)
-    scales = blocks(x.numel(), block_size)
-    at_most(255, boundaries)
+        return definition.quantize_8bit.definition(x, boundaries, block_size)
+    boundary_count(boundaries, 255)
     codes = torch.empty(x.numel(), dtype=torch.uint8, device=x.device)
-    return codes, _launch(x, boundaries, None, codes, scales, block_size, table=256)
+    return codes, _launch(x, boundaries, None, codes, block_size, table=256)
 
 
 def _launch(
-    x: Tensor, boundaries: Tensor, order: Tensor | None, codes: Tensor, scales: int, block_size: int, table: int
-) -> Tensor:
+    x: Tensor, boundaries: Tensor, order: Tensor | None, codes: Tensor, block_size: int, table: int
+) -> Tensor:  # fmt: skip
     """Fill `codes`, packed if there is an order, and return the scales."""
-    x = (x if x.dtype in FLOATS else x.float()).contiguous()
-    steps = boundaries.numel()
+    x = readable_source(x, x.device)
+    scales, steps = block_count(x.numel(), block_size), boundaries.numel()
     boundaries = readable("boundaries", boundaries, torch.float32, steps, x.device)
     absmax = torch.empty(scales, dtype=torch.float32, device=x.device)
     width = triton.next_power_of_2(block_size)

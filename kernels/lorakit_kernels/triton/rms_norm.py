@@ -20,7 +20,7 @@ _TILE = 2048  # elements
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """See `reference_training.rms_norm`.
+    """See `ops.rms_norm.rms_norm`.
 
     Raises:
         ValueError: the weight has not one element for each of a row; so for `rms_norm_backward`.
@@ -37,7 +37,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
-    """See `reference_training.rms_norm_backward`."""
+    """See `ops.rms_norm.rms_norm_backward`."""
     size = _row_size(x, weight)
     dy, x, weight, rstd = (tensor.contiguous() for tensor in (dy, x, weight, rstd))
     dx = torch.empty_like(x)

@@ -19,7 +19,7 @@ from .launch import on_device_of, source
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backward: bool = False) -> tuple[Tensor, Tensor]:
-    """See `reference_training.rope`.
+    """See `ops.rope.rope`.
 
     Raises:
         ValueError: q, k and the tables differ in tokens or dimensions.

@@ -20,7 +20,7 @@ _TILE = 1024  # elements a program
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """See `reference_training.swiglu`."""
+    """See `ops.swiglu.swiglu`."""
     gate, up = _alike(gate, up)
     y = torch.empty_like(gate)
     if count := gate.numel():
@@ -30,7 +30,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """See `reference_training.swiglu_backward`."""
+    """See `ops.swiglu.swiglu_backward`."""
     dy, gate, up = _alike(dy, gate, up)
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
     if count := gate.numel():

@@ -10,12 +10,13 @@ measures.
 from __future__ import annotations
 
 import json
-import os
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from ..cache import cache_folder
 
 DECODE_TOKENS = 16  # up to here `decode` computes
 FUSED_TOKENS = 256  # above, dequantize first
@@ -84,10 +85,9 @@ def key(operation: str, tokens: int, rows: int, columns: int) -> str:
 
 
 def tuned_file(device: torch.device) -> Path:
-    """Return where the tiles of a device are kept: in $LORAKIT_CACHE, else in ~/.cache/lorakit."""
-    folder = Path(os.environ.get("LORAKIT_CACHE") or Path.home() / ".cache" / "lorakit")
+    """Return where the tiles of a device are kept, in the cache folder."""
     name = torch.get_device_module(device).get_device_name(device).replace(" ", "-").replace("/", "-")
-    return folder / "triton" / f"{name}.json"
+    return cache_folder() / "triton" / f"{name}.json"
 
 
 @cache

@@ -18,7 +18,8 @@ import torch
 import triton
 from torch import Tensor
 
-from .linear import linear_4bit, linear_4bit_dx
+from ..operands import Weight4bit
+from .linear_4bit import linear_4bit, linear_4bit_dx
 from .tiles import CANDIDATES, family, key, tuned, tuned_file
 
 _BLOCK = 64
@@ -60,7 +61,7 @@ def _operations(
     rows: int, columns: int, tokens: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Callable[[], Tensor]]:
     """Return the products with a random weight of fp32 scales, ready to be called."""
-    weight = (
+    weight = Weight4bit(
         torch.randint(256, (rows * columns // 2,), dtype=torch.uint8, device=device),
         torch.linspace(-1, 1, 16, device=device),
         torch.rand(-(-rows * columns // _BLOCK), device=device),
@@ -69,7 +70,7 @@ def _operations(
     )
     x = torch.randn(tokens, columns, dtype=dtype, device=device)
     dy = torch.randn(tokens, rows, dtype=dtype, device=device)
-    return {"linear_4bit": partial(linear_4bit, x, *weight), "linear_4bit_dx": partial(linear_4bit_dx, dy, *weight)}
+    return {"linear_4bit": partial(linear_4bit, x, weight), "linear_4bit_dx": partial(linear_4bit_dx, dy, weight)}
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
-from lorakit_kernels import reference_training
+from lorakit_kernels import AdamWStep, adamw
 from torch import Tensor
 
 from .base import Optimizer
@@ -59,9 +59,9 @@ class AdamW(Optimizer):
                 continue
             state = self.state[parameter]
             state["step"] += 1
-            hyper = group["lr"], beta1, beta2, group["eps"], group["weight_decay"], int(state["step"])
+            step = AdamWStep(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], int(state["step"]))
             assert parameter.grad is not None
-            reference_training.adamw(parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], *hyper)
+            adamw(parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], step)
         for together in by_device.values():
             states = [self.state[parameter] for parameter in together]
             steps = [state["step"].add_(1) for state in states]

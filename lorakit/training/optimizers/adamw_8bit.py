@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import lorakit_kernels as kernels
 import torch
-from lorakit_kernels.reference_training import STATE_BLOCK_SIZE, adamw
+from lorakit_kernels import STATE_BLOCK_SIZE, AdamWStep, Moment8bit
 from torch import Tensor
 
 from ...quantization import dynamic_map
@@ -91,12 +91,15 @@ class AdamW8bit(Optimizer):
 
 def _take_step(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
     state["step"] += 1
-    hyper = (group["lr"], *group["betas"], group["eps"], group["weight_decay"], int(state["step"]))
+    beta1, beta2 = group["betas"]
+    step = AdamWStep(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], int(state["step"]))
     if "exp_avg_absmax" not in state:
-        return adamw(parameter, gradient, state["exp_avg"], state["exp_avg_sq"], *hyper)
-    signed, unsigned = (_dynamic_map(parameter.device, signed) for signed in (True, False))
-    first, second = ((state[key], state[f"{key}_absmax"]) for key in ("exp_avg", "exp_avg_sq"))
-    return kernels.adamw_8bit(parameter, gradient, *first, *second, signed, unsigned, *hyper)
+        return kernels.adamw(parameter, gradient, state["exp_avg"], state["exp_avg_sq"], step)
+    first, second = (
+        Moment8bit(state[key], state[f"{key}_absmax"], *_dynamic_map(parameter.device, signed))
+        for key, signed in (("exp_avg", True), ("exp_avg_sq", False))
+    )
+    return kernels.adamw_8bit(parameter, gradient, first, second, step)
 
 
 @cache

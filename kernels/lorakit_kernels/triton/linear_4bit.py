@@ -12,69 +12,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import reference
-from .arguments import FLOATS, Nested, blocks, readable, readable_nested, words_of
+from ..arguments import FLOATS, readable
+from ..operands import Weight4bit
+from ..ops import linear_4bit as definition
+from .arguments import KernelWeight
 from .decode import decode_kernel
-from .dequantize import dequantize_4bit
+from .dequantize import dequantize_4bit_out
 from .device import load_matrix, load_weights
 from .launch import on_device_of
 from .tiles import DECODE_TOKENS, Tile, choose
 
 
-class Weight(NamedTuple):
-    """A 4-bit weight, checked, as the kernels take it."""
-
-    words: Tensor  # (out_features * in_features / 8,) int32
-    codebook: Tensor  # (16,) fp32
-    absmax: Tensor  # (blocks,) fp32, or uint8 with nested
-    nested: Nested
-    block_size: int
-
-    def pointers(self) -> tuple[Tensor | None, ...]:
-        """The tensors, in the order of the kernels' arguments."""
-        return (
-            self.words, self.codebook, self.absmax, self.nested.codebook, self.nested.absmax, self.nested.offset,
-        )  # fmt: skip
-
-    def one_scale(self, columns: int, step: int) -> bool:
-        """Whether `step` columns of a row, from a multiple of `step`, lie in one block."""
-        return columns % self.block_size == 0 and self.block_size % step == 0
-
-
 def linear_4bit(
-    x: Tensor,
-    packed: Tensor,
-    codebook: Tensor,
-    absmax: Tensor,
-    block_size: int,
-    shape: Sequence[int],
-    nested: Sequence[Tensor] = (),
-    nested_block_size: int = 256,
-    bias: Tensor | None = None,
-    lora: Sequence[Tensor] = (),
-    scaling: float = 1.0,
+    x: Tensor, weight: Weight4bit, bias: Tensor | None = None, lora: Sequence[Tensor] = (), scaling: float = 1.0
 ) -> Tensor:
-    """See `reference.linear_4bit`.
+    """See `ops.linear_4bit.linear_4bit`.
 
     Raises:
         ValueError: a tensor has another dtype, size or device than the operation reads; so for all functions here.
     """
-    rows, columns = shape
+    rows, columns = weight.shape
     tokens = math.prod(x.shape[:-1])
-    tile = _tile("linear_4bit", x, shape, block_size, tokens)
+    tile = _tile("linear_4bit", x, weight, tokens)
     if tile is None:
-        weight = torch.empty(list(shape), dtype=x.dtype, device=x.device)
-        dequantize_4bit(packed, codebook, absmax, block_size, weight, nested, nested_block_size)
-        return reference.dense_linear(x, weight, bias, lora, scaling)
+        return definition.dense_linear(x, _values(weight, x), bias, lora, scaling)
     x2d = readable("x", x, x.dtype, tokens * columns, x.device)
-    checked = _weight(packed, codebook, absmax, block_size, rows * columns, nested, nested_block_size, x.device)
+    checked = KernelWeight.of(weight, rows * columns, x.device)
     if bias is not None:
         bias = readable("bias", bias, x.dtype, rows, x.device)
     u, lora_b, rank = _lora(lora, tokens, rows, x)
@@ -86,8 +55,9 @@ def linear_4bit(
         kernel, sizes = linear_kernel[(triton.cdiv(tokens, tile.tokens), programs)], {"TOKENS": tile.tokens}
     with on_device_of(x):
         kernel(
-            x2d, *checked.pointers(), bias, u, lora_b, y, tokens, rows, columns, rank, float(scaling),
-            BLOCK=block_size, NESTED=checked.nested.block_size, ONE_SCALE=checked.one_scale(columns, tile.step),
+            x2d, *checked.tensors(), bias, u, lora_b, y, tokens, rows, columns, rank, float(scaling),
+            BLOCK=weight.block_size, NESTED=checked.nested_block_size,
+            ONE_SCALE=checked.has_one_scale(columns, tile.step),
             FEATURES=tile.features, STEP=tile.step, RANK_STEP=_rank_step(rank), **sizes, **tile.options(),
         )  # fmt: skip
     return y
@@ -129,51 +99,30 @@ def linear_kernel(
     tl.store(y + token.to(tl.int64)[:, None] * rows + row[None, :], sums.to(y.dtype.element_ty), mask=inside)
 
 
-def linear_4bit_dx(
-    dy: Tensor,
-    packed: Tensor,
-    codebook: Tensor,
-    absmax: Tensor,
-    block_size: int,
-    shape: Sequence[int],
-    nested: Sequence[Tensor] = (),
-    nested_block_size: int = 256,
-    lora: Sequence[Tensor] = (),
-) -> Tensor:
-    """See `reference.linear_4bit_dx`."""
-    rows, columns = shape
+def linear_4bit_dx(dy: Tensor, weight: Weight4bit, lora: Sequence[Tensor] = ()) -> Tensor:
+    """See `ops.linear_4bit.linear_4bit_dx`."""
+    rows, columns = weight.shape
     tokens = math.prod(dy.shape[:-1])
-    tile = _tile("linear_4bit_dx", dy, shape, block_size, tokens)
+    tile = _tile("linear_4bit_dx", dy, weight, tokens)
     if tile is None:
-        weight = torch.empty(list(shape), dtype=dy.dtype, device=dy.device)
-        dequantize_4bit(packed, codebook, absmax, block_size, weight, nested, nested_block_size)
-        return reference.dense_linear_dx(dy, weight, lora)
+        return definition.dense_linear_dx(dy, _values(weight, dy), lora)
     dy2d = readable("dy", dy, dy.dtype, tokens * rows, dy.device)
-    checked = _weight(packed, codebook, absmax, block_size, rows * columns, nested, nested_block_size, dy.device)
+    checked = KernelWeight.of(weight, rows * columns, dy.device)
     t, lora_a, rank = _lora(lora, tokens, columns, dy)
     dx = torch.empty(*dy.shape[:-1], columns, dtype=dy.dtype, device=dy.device)
     with on_device_of(dy):
         linear_dx_kernel[triton.cdiv(tokens, tile.tokens), triton.cdiv(columns, tile.features)](
-            dy2d, *checked.pointers(), t, lora_a, dx, tokens, rows, columns, rank,
-            BLOCK=block_size, NESTED=checked.nested.block_size, ONE_SCALE=checked.one_scale(columns, tile.features),
+            dy2d, *checked.tensors(), t, lora_a, dx, tokens, rows, columns, rank,
+            BLOCK=weight.block_size, NESTED=checked.nested_block_size,
+            ONE_SCALE=checked.has_one_scale(columns, tile.features),
             TOKENS=tile.tokens, FEATURES=tile.features, STEP=tile.step, RANK_STEP=_rank_step(rank), **tile.options(),
         )  # fmt: skip
     return dx
 
 
-def add_linear_4bit_dx(
-    dx: Tensor,
-    dy: Tensor,
-    packed: Tensor,
-    codebook: Tensor,
-    absmax: Tensor,
-    block_size: int,
-    shape: Sequence[int],
-    nested: Sequence[Tensor] = (),
-    nested_block_size: int = 256,
-) -> None:
-    """See `reference.add_linear_4bit_dx`."""
-    dx += linear_4bit_dx(dy, packed, codebook, absmax, block_size, shape, nested, nested_block_size)
+def add_linear_4bit_dx(dx: Tensor, dy: Tensor, weight: Weight4bit) -> None:
+    """See `ops.linear_4bit.add_linear_4bit_dx`."""
+    dx += linear_4bit_dx(dy, weight)
 
 
 @triton.jit
@@ -214,32 +163,19 @@ def linear_dx_kernel(
 # ---- arguments -----------------------------------------------------------------------------------------------------
 
 
-def _tile(operation: str, x: Tensor, shape: Sequence[int], block_size: int, tokens: int) -> Tile | None:
+def _tile(operation: str, x: Tensor, weight: Weight4bit, tokens: int) -> Tile | None:
     """Return the tile to compute with, or None where dequantizing first is better, or the only way."""
-    rows, columns = shape
-    if columns % 8 or block_size % 8 or x.dtype not in FLOATS or not tokens * rows * columns:
+    rows, columns = weight.shape
+    if columns % 8 or weight.block_size % 8 or x.dtype not in FLOATS or not tokens * rows * columns:
         return None  # a word must lie in one row and one block
     return choose(operation, tokens, rows, columns, x.dtype, x.device)
 
 
-def _weight(
-    packed: Tensor,
-    codebook: Tensor,
-    absmax: Tensor,
-    block_size: int,
-    count: int,
-    nested: Sequence[Tensor],
-    nested_block_size: int,
-    device: torch.device,
-) -> Weight:
-    scales = blocks(count, block_size)
-    return Weight(
-        words_of(packed, count, device),
-        readable("codebook", codebook, torch.float32, 16, device),
-        readable("absmax", absmax, torch.uint8 if nested else torch.float32, scales, device),
-        readable_nested(nested, nested_block_size, scales, device),
-        block_size,
-    )
+def _values(weight: Weight4bit, x: Tensor) -> Tensor:
+    """Return the weight's values in x's dtype, on its device."""
+    values = torch.empty(list(weight.shape), dtype=x.dtype, device=x.device)
+    dequantize_4bit_out(weight, values)
+    return values
 
 
 def _lora(lora: Sequence[Tensor], tokens: int, features: int, x: Tensor) -> tuple[Tensor | None, Tensor | None, int]:

@@ -1,4 +1,4 @@
-"""One step of AdamW with its moments in 8 bits, as `reference_training` defines it.
+"""One step of AdamW with its moments in 8 bits, as `ops.adamw_8bit` defines it.
 
 A program takes four blocks of 256 elements from the codes of their moments to the new codes: 12 to 16 bytes move for an
 element, where fp32 moments move 28. Every operation rounds as the definition's does (quotient and root to nearest, no
@@ -7,58 +7,45 @@ fusing of products and sums), so fp32 parameters are the same bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.compiler import ASTSource
 
-from ..reference_training import STATE_BLOCK_SIZE, AdamWFactors
+from ..arguments import readable, writable_moment
+from ..operands import AdamWStep, Moment8bit
+from ..ops.adamw_8bit import STATE_BLOCK_SIZE
 from .launch import on_device_of, source
 
 _BLOCKS = 4  # a program
 
 
-def adamw_8bit(
-    parameter: Tensor,
-    gradient: Tensor,
-    first: Tensor,
-    first_absmax: Tensor,
-    second: Tensor,
-    second_absmax: Tensor,
-    first_map: Sequence[Tensor],
-    second_map: Sequence[Tensor],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-) -> None:
-    """See `reference_training.adamw_8bit`.
+def adamw_8bit(parameter: Tensor, gradient: Tensor, first: Moment8bit, second: Moment8bit, step: AdamWStep) -> None:
+    """See `ops.adamw_8bit.adamw_8bit`.
 
     Raises:
-        ValueError: a tensor has another dtype or size than the kernel reads, or is not contiguous.
+        ValueError: a tensor has another dtype, size or device than the kernel reads.
     """
-    count, states = parameter.numel(), (first, first_absmax, second, second_absmax)
+    count, device = parameter.numel(), parameter.device
+    rows = parameter.contiguous()
+    gradient = readable("gradient", gradient, parameter.dtype, count, device)
+    first, second = (
+        writable_moment(name, moment, count, STATE_BLOCK_SIZE, device)
+        for name, moment in (("first", first), ("second", second))
+    )
     blocks = triton.cdiv(count, STATE_BLOCK_SIZE)
-    maps = [tensor.contiguous() for table in (first_map, second_map) for tensor in table]
-    if (
-        gradient.numel() != count
-        or [(x.numel(), x.dtype) for x in states] != [(count, torch.uint8), (blocks, torch.float32)] * 2
-        or [(x.numel(), x.dtype) for x in maps] != [(256, torch.float32), (255, torch.float32)] * 2
-        or not all(x.is_contiguous() for x in (parameter, gradient, *states))
-    ):
-        raise ValueError(f"gradient, states or maps do not fit a parameter of {count} elements, or are not contiguous")
-    keep, step_size, root_scale = AdamWFactors.of_step(step, lr, beta1, beta2, weight_decay)
     if count:
         with on_device_of(parameter):
             adamw_8bit_kernel[(triton.cdiv(blocks, _BLOCKS),)](
-                parameter, gradient, *states, *maps, beta1, 1 - beta1, beta2, 1 - beta2, keep, step_size, root_scale,
-                eps, count, blocks, BLOCKS=_BLOCKS, BLOCK=STATE_BLOCK_SIZE, enable_fp_fusion=False,
+                rows, gradient, first.codes, first.absmax, second.codes, second.absmax,
+                first.values, first.boundaries, second.values, second.boundaries,
+                step.beta1, 1 - step.beta1, step.beta2, 1 - step.beta2, *step.factors(), step.eps,
+                count, blocks, BLOCKS=_BLOCKS, BLOCK=STATE_BLOCK_SIZE, enable_fp_fusion=False,
             )  # fmt: skip
+    if rows is not parameter:
+        parameter.copy_(rows)
 
 
 @triton.jit

@@ -1,0 +1,38 @@
+"""The losses of a chunk of logits, whose gradient takes their place: no second matrix of that size is ever held.
+
+Autograd does not differentiate it, the layer that calls it does. Other backends agree to the rounding of a sum and of
+an exponential.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..dispatch import operation
+
+
+def _empty_losses(logits: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:
+    return logits.new_empty(len(logits), dtype=torch.float32)
+
+
+@operation(writes=("logits",), written_if="with_gradient", fake=_empty_losses)
+def cross_entropy(logits: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:
+    """Return −log softmax(logits)[target] of each row, and leave the gradient of their sum where the logits were.
+
+    Args:
+        logits: (rows, vocabulary), contiguous; with `with_gradient` overwritten by softmax(logits) − onehot(target),
+            rounded once from fp32.
+        targets: (rows,) int64.
+
+    Returns:
+        (rows,) fp32.
+    """
+    log_probs = logits.float().log_softmax(dim=-1)
+    losses = -log_probs.gather(1, targets[:, None]).squeeze(1)
+    if with_gradient:
+        gradient = torch.exp(log_probs, out=logits if logits.dtype == torch.float32 else log_probs)
+        gradient[torch.arange(len(targets), device=targets.device), targets] -= 1
+        if gradient is not logits:
+            logits.copy_(gradient)
+    return losses

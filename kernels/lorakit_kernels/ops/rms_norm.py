@@ -1,0 +1,69 @@
+"""RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4), whose backward pass skips a frozen weight's gradient.
+
+    y = w·x̂, x̂ = x·rstd        g = w·dy,  dx = rstd·(g − x̂·mean(g·x̂)),  dw = Σ dy·x̂
+
+What is saved are x as it came and rstd, a number a row. Other backends agree to the rounding of a sum.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dispatch import differentiate, operation
+
+
+def _empty_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    y = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
+    return y, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+@operation(fake=_empty_norm)
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return weight * x·rstd and rstd = 1 / sqrt(mean(x²) + eps).
+
+    Statistics are fp32; x·rstd is rounded to x's dtype before the weight multiplies it, as transformers does.
+
+    Args:
+        x: (..., size), fp32, bf16 or fp16.
+        weight: (size,).
+
+    Returns:
+        y (..., size) in the dtype that x and weight promote to, and rstd (..., 1) fp32.
+    """
+    wide = x.float()
+    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * (wide * rstd).to(x.dtype), rstd
+
+
+def _empty_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@operation(fake=_empty_norm_backward)
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+    """Return dx = rstd·(g − x̂·mean(g·x̂)) with x̂ = x·rstd and g = weight·dy, in x's shape and dtype."""
+    normed = x.float() * rstd
+    g = (dy * weight).float()
+    dx = (g - normed * (g * normed).mean(-1, keepdim=True)) * rstd
+    return dx.to(x.dtype)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _ = inputs
+    ctx.save_for_backward(x, weight, output[1])
+
+
+def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    x, weight, rstd = ctx.saved_tensors
+    dx = rms_norm_backward(dy, x, weight, rstd) if ctx.needs_input_grad[0] else None
+    dweight = None
+    if ctx.needs_input_grad[1]:  # someone trains the norm
+        normed = (x.float() * rstd).to(x.dtype)
+        dweight = (dy.float() * normed).flatten(0, -2).sum(0).to(weight.dtype)
+    return dx, dweight, None
+
+
+differentiate(rms_norm, _backward, _save)

@@ -1,0 +1,47 @@
+"""SwiGLU (Shazeer 2020, arXiv:2002.05202, eq. 6), whose backward pass computes the activation anew.
+
+    y = silu(g)·u, σ = sigmoid(g)        du = dy·g·σ,  dg = dy·u·σ·(1 + g·(1 − σ))
+
+Other backends agree to the rounding of an exponential.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from ..dispatch import differentiate, operation
+
+
+def _empty_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return gate.new_empty(gate.shape)
+
+
+@operation(fake=_empty_swiglu)
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return silu(gate) * up; both of one shape and dtype."""
+    return silu(gate).mul_(up)
+
+
+def _empty_swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+
+
+@operation(fake=_empty_swiglu_backward)
+def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Return dgate = dy·up·σ·(1 + gate·(1 − σ)) and dup = dy·gate·σ, all of one shape and dtype."""
+    return torch.ops.aten.silu_backward(dy * up, gate), silu(gate).mul_(dy)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+    return swiglu_backward(dy, *ctx.saved_tensors)
+
+
+differentiate(swiglu, _backward, _save)
