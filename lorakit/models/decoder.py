@@ -1,4 +1,4 @@
-"""One decoder for the Llama family: Llama, Mistral, Qwen2 and Qwen3, with parameter names as on Hugging Face.
+"""One decoder for all model families (`families`), with parameter names as on Hugging Face.
 
 Hidden states travel as a flat (tokens, hidden) matrix, whatever the batch looks like; only attention knows sequences
 (`Layout`). A padding-free training batch, a rectangle and one step of generation are the same code.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ShapeError
-from ..layers import Again, RMSNorm, TakesRows, apply_rope, linear_together, rope_frequencies, rope_tables, swiglu
+from ..layers import TakesRows, rope_frequencies, rope_tables
 from .attention import Layout
 from .cache import KVCache
 from .compiled import compiled
@@ -24,66 +24,16 @@ from .config import DecoderConfig
 from .recompute import recomputed
 
 
-class Attention(nn.Module):
-    """Causal self-attention with rotary positions and grouped key/value heads (Ainslie et al., arXiv:2305.13245)."""
-
-    def __init__(self, config: DecoderConfig, index: int) -> None:
-        super().__init__()
-        self.index, self.head_dim = index, config.head_dim
-        queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.output_bias)
-        if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-
-    def forward(
-        self,
-        x: Tensor,
-        layout: Layout,
-        rope: tuple[Tensor, Tensor],
-        cache: KVCache | None = None,
-        again: Again | None = None,
-    ) -> Tensor:
-        mixed = layout.attend(*self.project(x, rope, again), self.index, cache)
-        result: Tensor = self.o_proj(mixed)
-        return result
-
-    def project(self, x: Tensor, rope: tuple[Tensor, Tensor], again: Again | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries (tokens, heads, head_dim), keys and values (tokens, kv_heads, head_dim), rotated."""
-        projected = linear_together(x, self.q_proj, self.k_proj, self.v_proj, again=again)
-        q, k, v = (y.view(len(x), -1, self.head_dim) for y in projected)
-        if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
-        return *apply_rope(q, k, *rope), v
-
-
-class MLP(nn.Module):
-    """The gated feed-forward layer: down(silu(gate(x)) * up(x))."""
-
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-
-    def forward(self, x: Tensor, again: Again | None = None) -> Tensor:
-        gated = linear_together(x, self.gate_proj, self.up_proj, again=again)
-        (result,) = linear_together(swiglu(*gated), self.down_proj, again=(swiglu, gated))
-        return result
-
-
 class DecoderLayer(nn.Module):
     """Attention and MLP, each on the normalized stream and added back to it."""
 
     def __init__(self, config: DecoderConfig, index: int) -> None:
         super().__init__()
-        self.self_attn = Attention(config, index)
-        self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        family = config.family
+        self.self_attn = family.attention(config, index)
+        self.mlp = family.mlp(config)
+        self.input_layernorm = family.norm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = family.norm(config.hidden_size, config.rms_norm_eps)
         self.checkpointing: Literal["none", "mlp", "layer"] = "none"
         self.is_compiled = False
 
@@ -126,11 +76,11 @@ class DecoderStack(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = config.family.norm(config.hidden_size, config.rms_norm_eps)
 
 
 class Decoder(TakesRows, nn.Module):
-    """A causal language model of the Llama family.
+    """A causal language model of one of the `FAMILIES`.
 
         logits = model(input_ids)        # (batch, seq) int64 -> (batch, seq, vocab), in the model's dtype
 

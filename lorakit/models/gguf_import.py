@@ -1,4 +1,4 @@
-"""Turning a llama-family GGUF file into an ordinary Hugging Face checkpoint folder.
+"""Turning a GGUF file into an ordinary Hugging Face checkpoint folder.
 
 What has to be undone: the tensors' names, the block quantization (`gguf.quants`), the order of the q and k rows, and
 the tokenizer's packing into metadata (`gguf_tokenizer`). Weights are stored as bfloat16, rounded to nearest even: one
@@ -18,6 +18,7 @@ import torch
 
 from ..errors import CheckpointError, did_you_mean
 from ..files import atomic_folder, sha256_file
+from .families import FAMILIES, Family
 from .gguf_file import GGUFFile, open_gguf
 from .gguf_tokenizer import special_token_ids, tokenizer_files
 from .safetensors_header import make_header
@@ -26,7 +27,7 @@ DTYPE = torch.bfloat16
 
 
 def import_gguf(gguf_path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> Path:
-    """Convert a GGUF file of the llama architecture to `folder`, which is new or empty, whole or not at all.
+    """Convert a GGUF file to `folder`, which is new or empty, whole or not at all.
 
     Writes config.json, generation_config.json, model.safetensors (bfloat16), tokenizer.json, tokenizer_config.json and
     a README.md that says where the weights come from.
@@ -54,7 +55,8 @@ def convert_gguf(gguf_path: str | os.PathLike[str], folder: Path, origin: str = 
     The bytes written depend on the GGUF file and `origin` (a phrase for the README) alone: no dates, no paths.
     """
     source = open_gguf(gguf_path)
-    config = _config(source)
+    family = _family(source)
+    config = _config(source, family)
     texts = {
         "config.json": _json(config),
         "generation_config.json": _json({k: v for k, v in config.items() if k.endswith("_token_id")}),
@@ -63,7 +65,7 @@ def convert_gguf(gguf_path: str | os.PathLike[str], folder: Path, origin: str = 
     }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
-    _write_weights(source, config, folder / "model.safetensors")
+    _write_weights(source, family, config, folder / "model.safetensors")
 
 
 def undo_permutation(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -81,25 +83,33 @@ def undo_permutation(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return pairs.transpose(1, 2).reshape(rows, columns)
 
 
-def _config(source: GGUFFile) -> dict[str, Any]:
-    """Return config.json for the file's metadata, refusing features that LlamaForCausalLM would silently drop."""
+def _family(source: GGUFFile) -> Family:
+    """Return the family that a file's architecture is imported as."""
+    imported = {form.architecture: family for family in FAMILIES.values() if (form := family.gguf) and form.is_imported}
     architecture = source.value("general.architecture", str)
-    if architecture != "llama":
-        raise CheckpointError(f"{source.path}: architecture '{architecture}' is not supported, only 'llama'")
-    for key in ("llama.expert_count", "llama.rope.scaling.type", "llama.rope.scaling.factor"):
+    if architecture not in imported:
+        known = ", ".join(f"'{name}'" for name in imported)
+        raise CheckpointError(f"{source.path}: architecture '{architecture}' is not supported, only {known}")
+    return imported[architecture]
+
+
+def _config(source: GGUFFile, family: Family) -> dict[str, Any]:
+    """Return config.json for the file's metadata, refusing features that the decoder would silently drop."""
+    prefix = source.value("general.architecture", str)
+    for key in (f"{prefix}.expert_count", f"{prefix}.rope.scaling.type", f"{prefix}.rope.scaling.factor"):
         if source.get(key, object) not in (None, 0, "none"):
             raise CheckpointError(f"{source.path}: '{key}' is set, which this import does not convert")
 
     def size(key: str) -> int:
-        value = source.value(f"llama.{key}", int)
+        value = source.value(f"{prefix}.{key}", int)
         if not 0 < value < 2**31:
-            raise CheckpointError(f"{source.path}: llama.{key} is {value}, expected a positive size")
+            raise CheckpointError(f"{source.path}: {prefix}.{key} is {value}, expected a positive size")
         return value
 
     hidden, heads = size("embedding_length"), size("attention.head_count")
-    kv_heads = size("attention.head_count_kv") if "llama.attention.head_count_kv" in source.fields else heads
-    head_dim = source.get("llama.attention.key_length", int) or hidden // heads
-    rotated = source.get("llama.rope.dimension_count", int) or head_dim
+    kv_heads = size("attention.head_count_kv") if f"{prefix}.attention.head_count_kv" in source.fields else heads
+    head_dim = source.get(f"{prefix}.attention.key_length", int) or hidden // heads
+    rotated = source.get(f"{prefix}.rope.dimension_count", int) or head_dim
     if heads % kv_heads or head_dim % 2 or rotated != head_dim:
         raise CheckpointError(
             f"{source.path}: {heads} heads, {kv_heads} key-value heads, head size {head_dim} of which {rotated} are "
@@ -107,8 +117,8 @@ def _config(source: GGUFFile) -> dict[str, Any]:
         )
     ids = {f"{name}_id": token_id for name, token_id in special_token_ids(source).items() if name != "unk_token"}
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
         "vocab_size": len(source.value("tokenizer.ggml.tokens", list)),
         "hidden_size": hidden,
         "intermediate_size": size("feed_forward_length"),
@@ -116,10 +126,10 @@ def _config(source: GGUFFile) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
-        "hidden_act": "silu",
+        "hidden_act": family.activations[0],
         "max_position_embeddings": size("context_length"),
-        "rms_norm_eps": source.value("llama.attention.layer_norm_rms_epsilon", float),
-        "rope_theta": source.get("llama.rope.freq_base", float) or 10000.0,
+        "rms_norm_eps": source.value(f"{prefix}.attention.layer_norm_rms_epsilon", float),
+        "rope_theta": source.get(f"{prefix}.rope.freq_base", float) or 10000.0,
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": "output.weight" not in source.tensors,
@@ -150,7 +160,7 @@ def _names_and_shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, str, tup
         yield f"{gguf}.ffn_down.weight", f"{ours}.mlp.down_proj.weight", (hidden, wide)
 
 
-def _write_weights(source: GGUFFile, config: Mapping[str, Any], path: Path) -> None:
+def _write_weights(source: GGUFFile, family: Family, config: Mapping[str, Any], path: Path) -> None:
     """Write model.safetensors one tensor at a time: peak memory is the largest tensor, not the model."""
     gguf_names: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -165,14 +175,16 @@ def _write_weights(source: GGUFFile, config: Mapping[str, Any], path: Path) -> N
         hint = did_you_mean(unknown[0], gguf_names.values())
         raise CheckpointError(f"{source.path}: unknown tensor '{unknown[0]}' ({len(unknown)} in all){hint}")
     names = sorted(shapes)  # the order safetensors itself writes
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    permuted = {}
+    if family.gguf and family.gguf.permutes_qk:
+        permuted = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     with path.open("wb") as file:
         file.write(make_header({name: (DTYPE, shapes[name]) for name in names}))
         for name in names:
             tensor = source.read(gguf_names[name])
             module = name.split(".")[-2]
-            if module in heads:
-                tensor = undo_permutation(tensor, heads[module])
+            if module in permuted:
+                tensor = undo_permutation(tensor, permuted[module])
             file.write(tensor.to(DTYPE).contiguous().view(torch.uint8).numpy().data)
 
 

@@ -191,11 +191,14 @@ def _embedding_backward(shape: ModelShape, batch: MicroBatch) -> int:
 
 
 def _mlp_backward(layer: LayerShape, batch: MicroBatch) -> int:
-    """At the gradient of SwiGLU: the stream's gradient, dh, dgate and dup. With DoRA, dgate and dup times the gains."""
-    wide, narrow = layer.down.in_features, layer.down.out_features
-    taken = batch.rows(narrow, 3 * wide)
+    """At the gradient of the activation: the stream's gradient, dh, and one for each input, as dgate and dup.
+
+    With DoRA, those of the inputs times the gains.
+    """
+    wide, narrow, inputs = layer.down.in_features, layer.down.out_features, len(layer.gate_up)
+    taken = batch.rows(narrow, (1 + inputs) * wide)
     if is_fused(layer.gate_up, batch) and any(linear.part.variant == "dora" for linear in layer.gate_up):
-        taken = max(taken, batch.rows(2 * narrow, 4 * wide))
+        taken = max(taken, batch.rows(2 * narrow, 2 * inputs * wide))
     return taken + _copied((*layer.gate_up, layer.down), batch)
 
 

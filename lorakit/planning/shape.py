@@ -189,12 +189,13 @@ def model_shape(config: DecoderConfig, lora: LoraConfig, quant: QuantConfig, lor
     def shapes(prefix: str, names: Sequence[str]) -> tuple[LinearShape, ...]:
         return tuple(shape(f"{prefix}.{name}") for name in names)
 
+    attention, mlp = config.family.attention, config.family.mlp
     layers = tuple(
         LayerShape(
-            qkv=shapes(f"{prefix}.self_attn", ("q_proj", "k_proj", "v_proj")),
-            output=shape(f"{prefix}.self_attn.o_proj"),
-            gate_up=shapes(f"{prefix}.mlp", ("gate_proj", "up_proj")),
-            down=shape(f"{prefix}.mlp.down_proj"),
+            qkv=shapes(f"{prefix}.self_attn", attention.inputs),
+            output=shape(f"{prefix}.self_attn.{attention.output}"),
+            gate_up=shapes(f"{prefix}.mlp", mlp.inputs),
+            down=shape(f"{prefix}.mlp.{mlp.output}"),
         )
         for prefix in (f"model.layers.{index}" for index in range(config.num_hidden_layers))
     )
