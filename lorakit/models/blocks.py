@@ -1,7 +1,7 @@
-"""The two blocks of a decoder layer, attention and the gated MLP, as a family uses them unless it brings its own.
+"""The two blocks of a decoder layer: attention and the MLP, as every family has them that does not bring its own.
 
-A family's own block derives from one of these, or has the same methods and class attributes. The names of its linear
-layers are those of the checkpoint, since adapter files name them too.
+A family's own block derives from one of these. The names of its linear layers are those of the checkpoint, since
+adapter files and target modules name them too.
 """
 
 from __future__ import annotations
@@ -34,10 +34,9 @@ class Attention(nn.Module):
         super().__init__()
         self.index, self.head_dim, self.qk_norm = index, shape.head_dim, shape.qk_norm
         queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-        self.q_proj = nn.Linear(shape.hidden_size, queries, bias=shape.qkv_bias)
-        self.k_proj = nn.Linear(shape.hidden_size, keys, bias=shape.qkv_bias)
-        self.v_proj = nn.Linear(shape.hidden_size, keys, bias=shape.qkv_bias)
-        self.o_proj = nn.Linear(queries, shape.hidden_size, bias=shape.output_bias)
+        for name, size in zip(self.inputs, (queries, keys, keys), strict=True):
+            self.add_module(name, nn.Linear(shape.hidden_size, size, bias=shape.qkv_bias))
+        self.add_module(self.output, nn.Linear(queries, shape.hidden_size, bias=shape.output_bias))
         if shape.qk_norm:
             self.q_norm = self.norm(shape.head_dim, shape.rms_norm_eps)
             self.k_norm = self.norm(shape.head_dim, shape.rms_norm_eps)
@@ -50,40 +49,43 @@ class Attention(nn.Module):
         cache: KVCache | None = None,
         again: Again | None = None,
     ) -> Tensor:
-        mixed = layout.attend(*self.project(x, rope, again), self.index, cache)
-        result: Tensor = self.o_proj(mixed)
-        return result
+        return self.project_back(layout.attend(*self.project(x, rope, again), self.index, cache))
 
     def project(self, x: Tensor, rope: tuple[Tensor, Tensor], again: Again | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries (tokens, heads, head_dim), keys and values (tokens, kv_heads, head_dim), rotated."""
-        projected = linear_together(x, self.q_proj, self.k_proj, self.v_proj, again=again)
+        projected = linear_together(x, *(getattr(self, name) for name in self.inputs), again=again)
         q, k, v = (y.view(len(x), -1, self.head_dim) for y in projected)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         return *apply_rope(q, k, *rope), v
 
+    def project_back(self, mixed: Tensor) -> Tensor:
+        """Return the output projection of what attention mixed: (tokens, heads * head_dim) -> (tokens, hidden)."""
+        result: Tensor = getattr(self, self.output)(mixed)
+        return result
+
 
 class MLP(nn.Module):
-    """The gated feed-forward layer: down(gated(gate(x), up(x))), with silu(gate) * up where a family does not differ.
+    """The gated feed-forward layer: down_proj(silu(gate_proj(x)) * up_proj(x)), unless a family says otherwise.
 
     Attributes:
         inputs: names of the layers that read the hidden states, each as wide as the intermediate size.
         output: name of the layer that leads back to them.
-        gated: what is made of the inputs' results, tensors (tokens, intermediate) in and out.
+        activation: makes one (tokens, intermediate) tensor of what the inputs give, one each.
     """
 
     inputs: ClassVar[tuple[str, ...]] = ("gate_proj", "up_proj")
     output: ClassVar[str] = "down_proj"
-    gated: ClassVar[Callable[[Tensor, Tensor], Tensor]] = staticmethod(swiglu)
+    activation: ClassVar[Callable[..., Tensor]] = staticmethod(swiglu)
 
     def __init__(self, shape: DecoderShape) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=shape.mlp_bias)
-        self.up_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=shape.mlp_bias)
-        self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=shape.mlp_bias)
+        for name in self.inputs:
+            self.add_module(name, nn.Linear(shape.hidden_size, shape.intermediate_size, bias=shape.mlp_bias))
+        self.add_module(self.output, nn.Linear(shape.intermediate_size, shape.hidden_size, bias=shape.mlp_bias))
 
     def forward(self, x: Tensor, again: Again | None = None) -> Tensor:
-        gate_and_up = linear_together(x, self.gate_proj, self.up_proj, again=again)
-        hidden = self.gated(*gate_and_up)
-        (result,) = linear_together(hidden, self.down_proj, again=(self.gated, gate_and_up))
+        given = linear_together(x, *(getattr(self, name) for name in self.inputs), again=again)
+        hidden = self.activation(*given)
+        (result,) = linear_together(hidden, getattr(self, self.output), again=(self.activation, given))
         return result

@@ -48,7 +48,7 @@ class DecoderLayer(nn.Module):
             q, k, v = compiled(DecoderLayer._before_attention)(self, x, rope)
             mixed = layout.attend(q, k, v, self.self_attn.index, cache)
             if self.checkpointing == "mlp":
-                x = x + self.self_attn.o_proj(mixed)
+                x = x + self.self_attn.project_back(mixed)
                 return recomputed(partial(compiled(DecoderLayer._feed_forward), self), self.mlp, x)
             result: Tensor = compiled(DecoderLayer._after_attention)(self, x, mixed)
             return result
@@ -61,7 +61,7 @@ class DecoderLayer(nn.Module):
         return self.self_attn.project(norm(x), rope, again=(norm, (x,)))
 
     def _after_attention(self, x: Tensor, mixed: Tensor) -> Tensor:
-        return self._feed_forward(x + self.self_attn.o_proj(mixed))
+        return self._feed_forward(x + self.self_attn.project_back(mixed))
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         norm = self.post_attention_layernorm
