@@ -13,9 +13,9 @@ from ..errors import CheckpointError, did_you_mean
 from ..layers.adapted import AdaptedLayer
 from ..layers.quantized_module import QuantizedModule
 from ..models.checkpoint import Checkpoint
-from ..models.prequantized import StoredWeight, find_stored
+from ..models.formats import StoredWeight
+from ..models.prequantized import find_stored
 from ..models.pretrained import resolve_model
-from ..quantization.bnb_format import from_tensors, joined
 from .updates import Update
 
 
@@ -23,7 +23,7 @@ class BaseWeights:
     """The weights under an adapter, by module path, as float32 matrices (out, in) in the update's orientation.
 
     Args:
-        source: a checkpoint folder (4-bit ones of bitsandbytes too), a known model's name, or a model.
+        source: a checkpoint folder (4-bit ones too), a known model's name, or a model.
 
     Raises:
         CheckpointError: the folder is no checkpoint, or is broken.
@@ -82,8 +82,8 @@ class BaseWeights:
             raise CheckpointError(f"{self.name}: there is no weight of {path}{did_you_mean(f'{path}.weight', names)}")
         if name not in self._stored:
             return self._checkpoint.read(name).float()
-        parts = {suffix: self._checkpoint.read(joined(name, suffix)) for suffix in self._stored[name].suffixes}
-        return from_tensors(name, parts).dequantize(torch.float32)
+        stored = self._stored[name]
+        return stored.assemble({part: self._checkpoint.read(part) for part in stored.parts}).dequantize(torch.float32)
 
 
 def _nearest_name(name: str, names: Iterable[str]) -> str | None:

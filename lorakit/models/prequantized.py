@@ -1,86 +1,58 @@
-"""Reading checkpoint folders that are 4-bit already, as transformers saves them with bitsandbytes.
+"""Reading checkpoint folders whose weights are quantized already, in any of the `STORED_FORMATS`.
 
-Which weights are in 4 bits is read from the tensors themselves; config.json is asked only whether the folder is of a
+Which weights are quantized is read from the tensors themselves; config.json is asked only whether the folder is of a
 kind that can be read at all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
-from ..quantization import QuantizedWeight, bnb_format
-from ..quantization.policy import QuantConfig, WeightFormat
+from ..quantization import QuantizedWeight
+from ..quantization.policy import QuantConfig
 from .checkpoint import Checkpoint
+from .formats import STORED_FORMATS, StoredFormat, StoredWeight
 from .stream import stream_tensors
 
-_SUPPORTED = "16-bit weights, or 4-bit weights of bitsandbytes (nf4, fp4)"
 
-
-@dataclass(frozen=True)
-class StoredWeight:
-    """A 4-bit weight of a checkpoint, whose tensors were checked against each other but not read.
-
-    Attributes:
-        state: type, block size, original shape and dtype.
-        suffixes: of its tensors' names, "" for the packed bytes.
-    """
-
-    state: bnb_format.QuantState
-    suffixes: tuple[str, ...]
-
-    @property
-    def format(self) -> WeightFormat:
-        """How the weight is quantized."""
-        return WeightFormat(self.state.quant_type, self.state.block_size, self.state.nested_block_size is not None)
-
-
-def declared_4bit(values: Mapping[str, Any]) -> bool:
-    """Whether a config.json says that its weights are in bitsandbytes' 4 bits.
+def declared_format(values: Mapping[str, Any]) -> StoredFormat | None:
+    """Return the format that a config.json says its weights are quantized in, None for 16-bit weights.
 
     Raises:
-        ConfigError: it says that they are quantized in another way.
+        ConfigError: it says that they are quantized in a way that cannot be read.
     """
     section = values.get("quantization_config")
     if section is None:
-        return False
+        return None
     if not isinstance(section, dict):
         raise ConfigError(f"config.json: quantization_config is a JSON {type(section).__name__}, expected an object")
-    method = section.get("quant_method", "bitsandbytes")  # transformers before 4.36 wrote no method for bitsandbytes
-    if method != "bitsandbytes":
-        raise ConfigError(f"config.json: quant_method {method!r} cannot be loaded; supported: {_SUPPORTED}")
-    if section.get("load_in_8bit") or section.get("_load_in_8bit"):
-        raise ConfigError(f"config.json: 8-bit weights of bitsandbytes cannot be loaded; supported: {_SUPPORTED}")
-    return bool(section.get("load_in_4bit") or section.get("_load_in_4bit"))
+    default = next((form.method for form in STORED_FORMATS.values() if form.method_is_optional), None)
+    method = section.get("quant_method", default)
+    form = STORED_FORMATS.get(method) if isinstance(method, str) else None
+    refusal = f"quant_method {method!r} cannot be loaded" if form is None else form.refusal(section)
+    if form is None or refusal:
+        supported = ", or ".join(["16-bit weights", *(known.description for known in STORED_FORMATS.values())])
+        raise ConfigError(f"config.json: {refusal}; supported: {supported}")
+    return form if form.declares(section) else None
 
 
 def find_stored(checkpoint: Checkpoint) -> dict[str, StoredWeight]:
-    """Find a checkpoint's 4-bit weights, name -> what is stored, and check them as far as headers allow.
+    """Find a checkpoint's quantized weights, name -> what is stored, and check them as far as headers allow.
 
     Raises:
-        CheckpointError: naming file and tensor: one is missing or of a wrong dtype or size, or a state is malformed; or
+        CheckpointError: naming file and tensor: one is missing or of a wrong dtype or size, or is malformed; or
             config.json promises 4-bit weights, and there are none.
         ConfigError: config.json says that the weights are quantized in a way that cannot be read.
     """
-    declared = declared_4bit(checkpoint.config())
+    declared = declared_format(checkpoint.config())
     found: dict[str, StoredWeight] = {}
-    for name, others in bnb_format.group_parts(checkpoint.names).items():
-        suffixes = ("", *others) if name in checkpoint else tuple(others)
-        try:
-            key = bnb_format.state_suffix(name, suffixes)
-            full = bnb_format.joined(name, key)
-            bnb_format.check_state_layout(full, checkpoint.dtype(full), checkpoint.shape(full))
-            state = bnb_format.read_state(name, key, checkpoint.read(full))
-            parts = {suffix: bnb_format.joined(name, suffix) for suffix in suffixes}
-            state.check(name, {s: (checkpoint.dtype(part), checkpoint.shape(part)) for s, part in parts.items()})
-        except CheckpointError as error:
-            raise _in_file(checkpoint, name, suffixes, error) from None
-        found[name] = StoredWeight(state, suffixes)
+    for form in [declared] if declared else STORED_FORMATS.values():
+        found |= form.find(checkpoint)
     if declared and not found:
         raise CheckpointError(f"{checkpoint.folder}: config.json says that the weights are in 4 bits, but none is")
     return found
@@ -121,27 +93,19 @@ def stream_stored(
     Raises:
         CheckpointError: as `stream_tensors`, or a scale is inf or nan.
     """
-    parts: dict[str, tuple[str, str]] = {}  # name in the file -> (name in the model, suffix)
-    for name in names:
-        for suffix in stored[name].suffixes if name in stored else ("",):
-            parts[bnb_format.joined(name, suffix)] = name, suffix
+    owners = {part: name for name in names for part in (stored[name].parts if name in stored else (name,))}
     incomplete: dict[str, dict[str, Tensor]] = {}
-    for part, tensor in stream_tensors(checkpoint, dict.fromkeys(parts), device=device):
+    for part, tensor in stream_tensors(checkpoint, dict.fromkeys(owners), device=device):
         assert isinstance(tensor, Tensor)  # no format was given
-        name, suffix = parts[part]
+        name = owners[part]
         if name not in stored:
             yield name, tensor.to(dtype)
             continue
         tensors = incomplete.setdefault(name, {})
-        tensors[suffix] = tensor
-        if len(tensors) == len(stored[name].suffixes):
+        tensors[part] = tensor
+        if len(tensors) == len(stored[name].parts):
             try:
-                weight = bnb_format.from_tensors(name, incomplete.pop(name))
+                weight = stored[name].assemble(incomplete.pop(name))
             except CheckpointError as error:
-                raise _in_file(checkpoint, name, tensors, error) from None
+                raise CheckpointError(f"{checkpoint.file(stored[name].parts[0])}: {error}") from None
             yield name, weight.dequantize(dtype) if dequantize else weight
-
-
-def _in_file(checkpoint: Checkpoint, name: str, suffixes: Iterable[str], error: CheckpointError) -> CheckpointError:
-    file = checkpoint.file(bnb_format.joined(name, min(suffixes)))  # the packed bytes' file, where they are there
-    return CheckpointError(f"{file}: {error}")
