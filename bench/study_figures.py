@@ -17,7 +17,7 @@ from lorakit.adapters.adapter_folder import AdapterLayer, read_adapter_folder
 from lorakit.adapters.low_rank import LowRank
 from lorakit.inspection import compare_updates, compare_with_base, singular_vectors, subspace_similarity
 from lorakit.inspection.base_weights import BaseWeights
-from lorakit.inspection.places import places
+from lorakit.inspection.module_paths import module_paths
 from lorakit.inspection.studies import causal_map
 from lorakit.inspection.updates import Updates
 
@@ -80,7 +80,7 @@ def similarity(lab: Lab) -> Figures:
     curves: Figures = {}
     for times in TIMES:
         eight, first, second = (_layers(lab, run.longer(times)) for run in (EIGHT, *WIDE))
-        place = places(first)
+        place = module_paths(first)
         pairs = {f"r={BUDGET_RANK} and 64": (eight, first), "two seeds, r=64": (first, second)}
         for kind, (which, directions), (pair, (a, b)) in product(KINDS, DIRECTIONS.items(), pairs.items()):
             paths = [path for path in first if place[path].module == kind]

@@ -69,48 +69,7 @@ class AgainstBase:
         return {name: getattr(self, name) for name in names} | {"intruders": len(self.intruders)}
 
 
-def compare_with_base(
-    update: LowRank, weight: Tensor, base: SingularVectors, magnitude: Tensor | None = None
-) -> AgainstBase:
-    """Measure an update (float64) against its base weight (out, in), of any floating dtype.
-
-    Args:
-        base: the weight's singular vectors.
-        magnitude: DoRA's, (out,).
-    """
-    u, s, vh = update.svd
-    rank = numerical_rank(s)
-    u, s, v = u[:, :rank], s[:rank], vh[:rank].T
-    projected = torch.cat([rows.double() @ v for rows in weight.split(1024)])  # W V, (out, rank)
-    squares = torch.cat([rows.double().square().sum(1) for rows in weight.split(1024)])
-    rows = _Rows(squares, ((u * s) * projected).sum(1), (u * s).square().sum(1), magnitude)
-    norm = float(squares.sum().sqrt())
-    top = float(base.s[0]) if base.s.numel() else 0.0
-    values, cosines = tuned_cosines(update, weight, base, None if magnitude is None else rows.scale)
-    count = min(rank, base.s.numel())
-    energy = s.square().sum().clamp(min=1e-300)
-    along = float((u.T @ projected).norm())
-    return AgainstBase(
-        base_norm=norm,
-        base_spectral_norm=top,
-        relative_norm=rows.change / norm if norm else 0.0,
-        relative_spectral_norm=float(s[0]) / top if rank and top else 0.0,
-        amplification=float(s.norm()) / along if along else None,
-        alignment_out=float((base.u[:, :count].T @ (u * s)).square().sum() / energy),
-        alignment_in=float((base.v[:, :count].T @ (v * s)).square().sum() / energy),
-        chance_out=count / update.shape[0],
-        chance_in=count / update.shape[1],
-        tuned_values=tuple(values.tolist()),
-        tuned_cosines=tuple(cosines.tolist()),
-        magnitude_change=rows.magnitude_change,
-        direction_change=rows.direction_change,
-        svd_error=base.error / top if top else 0.0,
-        svd_complete=base.complete,
-        has_magnitude=magnitude is not None,
-    )
-
-
-class _Rows:
+class RowChanges:
     """What becomes of each row of W, from its products with the same row of Δ.
 
     Args:
@@ -149,6 +108,47 @@ class _Rows:
     def direction_change(self) -> float:
         """Mean of 1 - cos(tuned row, W row)."""
         return _mean((1 - (self._base + self._inner) / (self._before * self._after))[self._real])
+
+
+def compare_with_base(
+    update: LowRank, weight: Tensor, base: SingularVectors, magnitude: Tensor | None = None
+) -> AgainstBase:
+    """Measure an update (float64) against its base weight (out, in), of any floating dtype.
+
+    Args:
+        base: the weight's singular vectors.
+        magnitude: DoRA's, (out,).
+    """
+    u, s, vh = update.svd
+    rank = numerical_rank(s)
+    u, s, v = u[:, :rank], s[:rank], vh[:rank].T
+    projected = torch.cat([rows.double() @ v for rows in weight.split(1024)])  # W V, (out, rank)
+    squares = torch.cat([rows.double().square().sum(1) for rows in weight.split(1024)])
+    rows = RowChanges(squares, ((u * s) * projected).sum(1), (u * s).square().sum(1), magnitude)
+    norm = float(squares.sum().sqrt())
+    top = float(base.s[0]) if base.s.numel() else 0.0
+    values, cosines = tuned_cosines(update, weight, base, None if magnitude is None else rows.scale)
+    count = min(rank, base.s.numel())
+    energy = s.square().sum().clamp(min=1e-300)
+    along = float((u.T @ projected).norm())
+    return AgainstBase(
+        base_norm=norm,
+        base_spectral_norm=top,
+        relative_norm=rows.change / norm if norm else 0.0,
+        relative_spectral_norm=float(s[0]) / top if rank and top else 0.0,
+        amplification=float(s.norm()) / along if along else None,
+        alignment_out=float((base.u[:, :count].T @ (u * s)).square().sum() / energy),
+        alignment_in=float((base.v[:, :count].T @ (v * s)).square().sum() / energy),
+        chance_out=count / update.shape[0],
+        chance_in=count / update.shape[1],
+        tuned_values=tuple(values.tolist()),
+        tuned_cosines=tuple(cosines.tolist()),
+        magnitude_change=rows.magnitude_change,
+        direction_change=rows.direction_change,
+        svd_error=base.error / top if top else 0.0,
+        svd_complete=base.complete,
+        has_magnitude=magnitude is not None,
+    )
 
 
 def _mean(values: Tensor) -> float:

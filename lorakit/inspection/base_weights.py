@@ -16,7 +16,7 @@ from ..models.checkpoint import Checkpoint
 from ..models.formats import StoredWeight
 from ..models.prequantized import find_stored
 from ..models.pretrained import resolve_model
-from .updates import Update
+from .updates import LayerUpdate
 
 
 class BaseWeights:
@@ -38,7 +38,7 @@ class BaseWeights:
             self._stored = find_stored(self._checkpoint)
         self.name = type(source).__name__ if isinstance(source, nn.Module) else str(source)
 
-    def weight(self, update: Update, transposed: bool = False) -> Tensor | None:
+    def weight(self, update: LayerUpdate, transposed: bool = False) -> Tensor | None:
         """Return the weight under an update, or None where it has no matrix of its own (experts, grouped convolutions).
 
         Args:

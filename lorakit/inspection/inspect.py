@@ -9,16 +9,16 @@ from dataclasses import replace
 from torch import nn
 
 from ..errors import AdapterError
-from .against_base import AgainstBase, compare_with_base
+from .against_base import compare_with_base
 from .base_weights import BaseWeights
 from .findings import findings
 from .info import AdapterInfo
 from .interference import together
 from .layers import LayerInfo, measure_update
-from .places import places
+from .module_paths import module_paths
 from .similarity import Comparison, LayerSimilarity, compare_updates
 from .singular_vectors import EXACT_UP_TO, SingularVectors, singular_vectors
-from .updates import Update, Updates
+from .updates import Updates
 
 Source = str | os.PathLike[str] | nn.Module
 
@@ -34,7 +34,7 @@ def inspect_adapter(
 
     Args:
         path_or_model: a PEFT adapter folder, a run folder, or a model that carries the adapter.
-        base: what to measure the updates against: a checkpoint folder (16-bit, or 4-bit of bitsandbytes), a known
+        base: what to measure the updates against: a checkpoint folder (16-bit or 4-bit), a known
             model's name, or a model. A model given as `path_or_model` is its own base.
         name: of the adapter, in models.
         vs: another adapter to compare with, as `path_or_model`: another seed, rank, checkpoint or task.
@@ -50,13 +50,23 @@ def inspect_adapter(
         base = path_or_model
     weights = None if base is None else BaseWeights(base)
     paths = list(dict.fromkeys([*here.paths, *(there.paths if there else ())]))
-    place, layers, others, similar = places(paths), [], [], []
+    parts, is_transposed = module_paths(paths), bool(here.config.get("fan_in_fan_out"))
+    layers: list[LayerInfo] = []
+    others: list[LayerInfo] = []
+    similar: list[LayerSimilarity] = []
     for done, path in enumerate(paths, start=1):
         ours = here[path] if path in here.paths else []
         theirs = there[path] if there and path in there.paths else []
-        vectors = _Vectors(weights, bool(here.config.get("fan_in_fan_out")))
-        layers += [measure_update(update, place[path], vectors.against(update)) for update in ours]
-        others += [measure_update(update, place[path], vectors.against(update)) for update in theirs]
+        vectors: SingularVectors | None = None  # of the base weight, found once for all updates of it
+        for updates, measured in ((ours, layers), (theirs, others)):
+            for update in updates:
+                weight, against = weights.weight(update, is_transposed) if weights else None, None
+                if weight is not None:
+                    if min(weight.shape) <= EXACT_UP_TO:
+                        weight = weight.double()  # once, for all that follows
+                    vectors = vectors or singular_vectors(weight)
+                    against = compare_with_base(update.low_rank, weight, vectors, update.magnitude)
+                measured.append(measure_update(update, parts[path], against))
         both = {update.name: update for update in theirs}
         similar += [compare_updates(u.name, u.low_rank, both[u.name].low_rank) for u in ours if u.name in both]
         progress(done, len(paths))
@@ -84,20 +94,3 @@ def _comparison(
     only_there = tuple(name for name in theirs if name not in ours)
     whole = together([layer.meeting for layer in similar], [*only_here, *only_there])
     return Comparison(source, tuple(similar), only_here, only_there, whole)
-
-
-class _Vectors:
-    """One module's base weight and its singular vectors, found once for all updates of it."""
-
-    def __init__(self, weights: BaseWeights | None, transposed: bool) -> None:
-        self._weights, self._transposed = weights, transposed
-        self._found: SingularVectors | None = None
-
-    def against(self, update: Update) -> AgainstBase | None:
-        weight = self._weights.weight(update, self._transposed) if self._weights else None
-        if weight is None:
-            return None
-        if min(weight.shape) <= EXACT_UP_TO:
-            weight = weight.double()  # once, for all that follows
-        self._found = self._found or singular_vectors(weight)
-        return compare_with_base(update.low_rank, weight, self._found, update.magnitude)

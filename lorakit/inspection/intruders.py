@@ -30,13 +30,17 @@ def tuned_cosines(
     if not base.s.numel():
         return weight.new_zeros(0), weight.new_zeros(0)
     if base.complete and scale is None:
-        return _from_base(update, weight, base, k)
-    tuned = _decompose(update, weight, base, scale, k)
-    return tuned.s[:k], base.left_cosines(weight, tuned.u[:, :k]).amax(0).clamp(max=1)
+        s, cosines = _within_base_vectors(update, weight, base, k)
+    else:
+        tuned = _decompose(update, weight, base, scale, k)
+        s, cosines = tuned.s[:k], base.left_cosines(weight, tuned.u[:, :k])
+    return s, cosines.amax(0).clamp(max=1)  # algorithm 1: max over i of |<u_i of W, u_j of the tuned weight>|
 
 
-def _from_base(update: LowRank, weight: Tensor, base: SingularVectors, k: int) -> tuple[Tensor, Tensor]:
-    """In the base's own singular vectors the tuned weight's square is a diagonal matrix plus one of rank 2 r.
+def _within_base_vectors(update: LowRank, weight: Tensor, base: SingularVectors, k: int) -> tuple[Tensor, Tensor]:
+    """Return the tuned weight's k singular values, and the cosines of their left vectors to W's, (known, k).
+
+    In the base's own singular vectors the tuned weight's square is a diagonal matrix plus one of rank 2 r.
 
     With W = U S Vᵀ and Δ = L D Rᵀ, and for W wider than high (U complete):
 
@@ -63,7 +67,7 @@ def _from_base(update: LowRank, weight: Tensor, base: SingularVectors, k: int) -
     else:
         along = base.all_values[known, None]
         cosines = (along * y[known] + (p[known] / along) @ (q.T @ y)).abs() / s.clamp(min=1e-300)
-    return s, cosines.amax(0).clamp(max=1)
+    return s, cosines
 
 
 def _decompose(update: LowRank, weight: Tensor, base: SingularVectors, scale: Tensor | None, k: int) -> SingularVectors:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ..adapters.ranks import rank_for_energy
 from .against_base import AgainstBase
-from .places import Place
+from .module_paths import ModulePath
 from .spectrum import effective_rank, energy, noise_rank, numerical_rank, stable_rank
-from .updates import Update
+from .updates import LayerUpdate
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class LayerInfo:
 
     Attributes:
         name: module path; of one expert among several, with [number] behind it.
-        stack, index, module: the path taken apart, see `Place`.
+        stack, index, module: the path taken apart, see `ModulePath`.
         kind: linear, embedding, conv or experts.
         rank: that was allotted, r.
         shape: (out, in) of the update; embedding (dim, vocab), convolution (out, in·kernel).
@@ -126,7 +126,7 @@ class LayerInfo:
         return row | (self.base.row() if self.base else {})
 
 
-def measure_update(update: Update, place: Place, base: AgainstBase | None = None) -> LayerInfo:
+def measure_update(update: LayerUpdate, module_path: ModulePath, base: AgainstBase | None = None) -> LayerInfo:
     """Measure one update from its factors."""
     up, down = update.low_rank.up, update.low_rank.down
     columns = [triangle.square().sum(0) for triangle in update.low_rank.triangles]  # squared norms, of r columns each
@@ -137,9 +137,9 @@ def measure_update(update: Update, place: Place, base: AgainstBase | None = None
     s = update.low_rank.singular_values
     return LayerInfo(
         name=update.name,
-        stack=place.stack,
-        index=place.index,
-        module=place.module,
+        stack=module_path.stack,
+        index=module_path.index,
+        module=module_path.module,
         kind=update.kind,
         rank=update.rank,
         shape=update.low_rank.shape,

@@ -174,6 +174,7 @@ def quantization_view(
     source: str | os.PathLike[str] | nn.Module | None = None,
     adapter: str | None = None,
     layers: Iterable[str] | None = None,
+    *,
     quant_type: str | None = None,
     block_size: int = 64,
     double_quant: bool = True,

@@ -21,7 +21,7 @@ from ..errors import AdapterError, did_you_mean
 from ..models.tokenizer import Tokenizer
 from ..training import mean_loss
 from .interventions import ablated, active_layers, scaled, swapped, truncated, without_directions
-from .places import places
+from .module_paths import module_paths
 from .tables import Tidy
 
 Metric = Callable[[nn.Module], float]
@@ -208,9 +208,9 @@ def _parts(layers: Iterable[str], by: By) -> dict[str, tuple[str, ...]]:
             f"parts are by module, kind or block, got '{by}'{did_you_mean(by, ('module', 'kind', 'block'))}"
         )
     found: dict[str, list[str]] = {}
-    for path, place in places(layers).items():
-        block = path if place.index is None else f"{place.stack}.{place.index}"
-        found.setdefault({"module": path, "kind": place.module, "block": block}[by], []).append(path)
+    for path, parts in module_paths(layers).items():
+        block = path if parts.index is None else f"{parts.stack}.{parts.index}"
+        found.setdefault({"module": path, "kind": parts.module, "block": block}[by], []).append(path)
     return {what: tuple(paths) for what, paths in found.items()}
 
 

@@ -14,13 +14,13 @@ from ..adapters.adapter_folder import AdapterFolder, read_adapter_folder
 from ..adapters.attach import adapter_configs, check_adapter
 from ..adapters.low_rank import LowRank
 from ..layers.adapted import AdaptedLayer
-from .places import in_model_order
+from .module_paths import in_model_order
 
 _BASE_CHANGING = ("corda", "loftq", "lora_ga", "olora", "pissa")  # starts that take their first value out of the base
 
 
 @dataclass(frozen=True)
-class Update:
+class LayerUpdate:
     """One layer's update, in float64.
 
     Attributes:
@@ -74,7 +74,7 @@ class Updates:
         is_other = isinstance(start, str) and start.lower().startswith(_BASE_CHANGING)
         return start if is_other and self.folder is not None else None
 
-    def __getitem__(self, path: str) -> list[Update]:
+    def __getitem__(self, path: str) -> list[LayerUpdate]:
         """Return the updates of one module: one, or one for each expert."""
         if self.folder is None:
             return _live_updates(path, self._layers[path], self._name)
@@ -83,16 +83,16 @@ class Updates:
         magnitude = None if layer.magnitude is None else layer.magnitude.flatten().double()
         names = [path] if layer.experts == 1 else [f"{path}[{number}]" for number in range(layer.experts)]
         return [
-            Update(name, path, layer.kind, layer.rank, layer.scaling, parameters, layer.update(number), magnitude)
+            LayerUpdate(name, path, layer.kind, layer.rank, layer.scaling, parameters, layer.update(number), magnitude)
             for number, name in enumerate(names)
         ]
 
-    def __iter__(self) -> Iterator[Update]:
+    def __iter__(self) -> Iterator[LayerUpdate]:
         for path in self.paths:
             yield from self[path]
 
 
-def _live_updates(path: str, layer: AdaptedLayer, name: str) -> list[Update]:
+def _live_updates(path: str, layer: AdaptedLayer, name: str) -> list[LayerUpdate]:
     a, b = layer.lora_A[name], layer.lora_B[name]
     up, down = (factor.detach().cpu().double() for factor in layer.factors(name))
     parameter = layer.parameters_of(name).get("lora_magnitude_vector")
@@ -105,6 +105,6 @@ def _live_updates(path: str, layer: AdaptedLayer, name: str) -> list[Update]:
     parameters = (a.numel() + b.numel()) // len(parts)
     rank = a.shape[0] // len(parts)
     return [
-        Update(part, path, kind, rank, layer.scaling[name], parameters, update, magnitude)
+        LayerUpdate(part, path, kind, rank, layer.scaling[name], parameters, update, magnitude)
         for part, update in parts.items()
     ]

@@ -32,6 +32,7 @@ class KVCache:
         padding: Tensor,
         capacity: int,
         dtype: torch.dtype,
+        *,
         prefix: KVCache | None = None,
     ) -> None:
         shape = (layers, len(padding), heads, capacity, head_dim)

@@ -37,6 +37,7 @@ def load_model(
     device: str | torch.device = "cpu",
     block_size: int = 64,
     double_quant: bool = True,
+    *,
     quant_config: QuantConfig | None = None,
 ) -> Decoder:
     """Load a frozen decoder from a Hugging Face checkpoint folder.

@@ -13,13 +13,13 @@ from lorakit.adapters.ranks import rank_for_energy
 from lorakit.inspection.against_base import compare_with_base
 from lorakit.inspection.interference import principal_angles
 from lorakit.inspection.layers import measure_update
-from lorakit.inspection.places import Place
+from lorakit.inspection.module_paths import ModulePath
 from lorakit.inspection.similarity import compare_updates, subspace_similarity
 from lorakit.inspection.singular_vectors import complete_vectors
 from lorakit.inspection.spectrum import effective_rank, energy, noise_rank, stable_rank
-from lorakit.inspection.updates import Update
+from lorakit.inspection.updates import LayerUpdate
 
-PLACE = Place("model.layers", 3, "q_proj")
+PLACE = ModulePath("model.layers", 3, "q_proj")
 
 
 def near(value, expected, scale=1.0):
@@ -51,7 +51,7 @@ def factors(draw, most=24):
 
 def update_of(b, a, scaling=1.0, magnitude=None):
     low_rank = LowRank(b.double() * scaling, a.double())
-    return Update("m.q_proj", "m.q_proj", "linear", len(a), scaling, a.numel() + b.numel(), low_rank, magnitude)
+    return LayerUpdate("m.q_proj", "m.q_proj", "linear", len(a), scaling, a.numel() + b.numel(), low_rank, magnitude)
 
 
 @settings(max_examples=150, deadline=None)

@@ -89,7 +89,7 @@ def test_heads_that_do_not_divide_are_refused() -> None:
 
 class TestKVCache:
     def cache(self, batch: int = 3, capacity: int = 6, prefix: KVCache | None = None) -> KVCache:
-        return KVCache(2, 1, 4, torch.zeros(batch, dtype=torch.int64), capacity, torch.float32, prefix)
+        return KVCache(2, 1, 4, torch.zeros(batch, dtype=torch.int64), capacity, torch.float32, prefix=prefix)
 
     def test_it_returns_what_was_put_in_layer_by_layer(self) -> None:
         cache, parts = self.cache(), [torch.randn(2, 3, 1, n, 4) for n in (2, 1, 3)]

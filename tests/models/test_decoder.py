@@ -72,7 +72,7 @@ def model(request: pytest.FixtureRequest) -> Decoder:
 def new_cache(model: Decoder, padding: list[int], prefix: KVCache | None = None, capacity: int = 64) -> KVCache:
     config = model.config
     sizes = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
-    return KVCache(*sizes, torch.tensor(padding), capacity, model.dtype, prefix)
+    return KVCache(*sizes, torch.tensor(padding), capacity, model.dtype, prefix=prefix)
 
 
 def test_logits_are_those_of_the_papers(model: Decoder) -> None:

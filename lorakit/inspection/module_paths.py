@@ -12,7 +12,7 @@ _NUMBERED = re.compile(r"(?P<stack>.*?)\.?(?<![^.])(?P<index>\d+)\.(?P<rest>.+)"
 
 
 @dataclass(frozen=True)
-class Place:
+class ModulePath:
     """Of model.layers.7.self_attn.q_proj: stack "model.layers", index 7, module "q_proj".
 
     Attributes:
@@ -26,8 +26,8 @@ class Place:
     module: str
 
 
-def places(paths: Iterable[str]) -> dict[str, Place]:
-    """Return each path's place."""
+def module_paths(paths: Iterable[str]) -> dict[str, ModulePath]:
+    """Take each path apart."""
     split = {}
     for path in paths:
         match = _NUMBERED.fullmatch(path)
@@ -36,17 +36,17 @@ def places(paths: Iterable[str]) -> dict[str, Place]:
     for _, _, rest in split.values():
         rests.setdefault(rest.rpartition(".")[2], set()).add(rest)
     return {
-        path: Place(stack, index, last if len(rests[last := rest.rpartition(".")[2]]) == 1 else rest)
+        path: ModulePath(stack, index, last if len(rests[last := rest.rpartition(".")[2]]) == 1 else rest)
         for path, (stack, index, rest) in split.items()
     }
 
 
 def in_model_order(paths: Iterable[str]) -> list[str]:
     """Return paths, already in order of their blocks, with the modules of each block as the data flows through them."""
-    found = places(paths)
+    found = module_paths(paths)
     blocks: dict[tuple[str, int | None], list[str]] = {}
-    for path, place in found.items():
-        blocks.setdefault((place.stack, place.index), []).append(path)
+    for path, parts in found.items():
+        blocks.setdefault((parts.stack, parts.index), []).append(path)
 
     def rank(path: str) -> int:
         name = path.rpartition(".")[2]
