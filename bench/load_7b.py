@@ -32,9 +32,9 @@ import lorakit_kernels as kernels
 import torch
 
 from lorakit import load_model, quantize
+from lorakit.checkpoints.stream import map_bands
 from lorakit.measure import peak_rss_mb
 from lorakit.models import Checkpoint
-from lorakit.models.stream import map_bands
 
 from .make_llama import LLAMA_7B, make_llama, nbytes
 from .report import Target, arguments, finish

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorakit.checkpoints.safetensors_header import make_header
 from lorakit.files import atomic_write, cache_folder, write_text
 from lorakit.models import Decoder, DecoderConfig, resolve_model
-from lorakit.models.safetensors_header import make_header
 
 SHARD_BYTES = 5_000_000_000
 LLAMA_7B: dict[str, Any] = {

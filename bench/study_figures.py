@@ -16,10 +16,10 @@ from torch import Tensor
 from lorakit.adapters.adapter_folder import AdapterLayer, read_adapter_folder
 from lorakit.adapters.low_rank import LowRank
 from lorakit.inspection import compare_updates, compare_with_base, singular_vectors, subspace_similarity
-from lorakit.inspection.base_weights import BaseWeights
-from lorakit.inspection.module_paths import module_paths
-from lorakit.inspection.studies import causal_map
-from lorakit.inspection.updates import Updates
+from lorakit.inspection.interventions.studies import causal_map
+from lorakit.inspection.measure.base_weights import BaseWeights
+from lorakit.inspection.measure.module_paths import module_paths
+from lorakit.inspection.measure.updates import Updates
 
 from .study_runs import (
     ALL,

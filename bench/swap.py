@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lorakit import LoraConfig, add_adapter, load_model, set_adapter, set_trained, use_rows
 from lorakit.models import resolve_model
-from lorakit.models.loss import summed_loss
+from lorakit.models.decoder.loss import summed_loss
 
 from . import peers
 from .report import Picture, Target, arguments, finish, milliseconds, ratio

@@ -16,8 +16,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from ..checkpoints.safetensors_header import TensorEntry, read_header, read_tensors
 from ..errors import AdapterError, CheckpointError, ShapeError
-from ..models.safetensors_header import TensorEntry, read_header, read_tensors
 from .low_rank import LowRank
 from .peft_config import CONFIG_FILE, read_lora_json
 from .peft_files import WEIGHTS_FILE

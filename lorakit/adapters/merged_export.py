@@ -19,16 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.formats import BITSANDBYTES
+from ..checkpoints.prequantized import find_stored
+from ..checkpoints.shards import SHARD_BYTES, copy_small_files, grouped, write_index, write_shard
+from ..checkpoints.stream import file_order, stream_tensors
 from ..errors import AdapterError, CheckpointError, ConfigError, StorageError, did_you_mean
 from ..files import atomic_folder, write_text
 from ..layers import VARIANTS, AdaptedLayer, LoRAEmbedding, LoRALinear
-from ..models.checkpoint import Checkpoint
-from ..models.formats import BITSANDBYTES
 from ..models.load import empty_decoder, weight_formats
-from ..models.prequantized import find_stored
 from ..models.pretrained import resolve_model
-from ..models.shards import SHARD_BYTES, copy_small_files, grouped, write_index, write_shard
-from ..models.stream import file_order, stream_tensors
 from ..quantization import QuantizedWeight
 from ..quantization.bnb_format import Layout
 from ..quantization.policy import QuantConfig, WeightFormat

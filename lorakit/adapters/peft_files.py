@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ..checkpoints.safetensors_header import make_header
 from ..errors import AdapterError, CheckpointError
 from ..files import atomic_folder
-from ..models.safetensors_header import make_header
 from .attach import add_adapter, check_adapter, check_name
 from .fingerprint import base_fingerprint
 from .peft_config import CONFIG_FILE, peft_config, read_adapter_config

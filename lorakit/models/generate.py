@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, DataError
-from .cache import KVCache
-from .decoder import Decoder
-from .tokenizer import Tokenizer
+from .decoder.cache import KVCache
+from .decoder.decoder import Decoder
+from .tokenizer.tokenizer import Tokenizer
 
 Conversation = Sequence[Mapping[str, str]]
 

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.formats import StoredWeight
+from ..checkpoints.prequantized import check_request, find_stored, stream_stored
+from ..checkpoints.stream import stream_tensors
 from ..errors import CheckpointError, ConfigError, ShapeError, did_you_mean
 from ..layers import Linear4bit
 from ..quantization import QuantizedWeight
 from ..quantization.policy import QuantConfig, WeightFormat
-from .checkpoint import Checkpoint
-from .config import DecoderConfig
-from .decoder import Decoder
-from .formats import StoredWeight
-from .prequantized import check_request, find_stored, stream_stored
+from .decoder.config import DecoderConfig
+from .decoder.decoder import Decoder
 from .pretrained import resolve_model
-from .stream import stream_tensors
 
 _DERIVED = ("rotary_emb.inv_freq",)  # buffers that old checkpoints carry and every implementation recomputes
 _TIED = "lm_head.weight"

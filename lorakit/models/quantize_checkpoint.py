@@ -19,15 +19,15 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..checkpoints.formats import BITSANDBYTES
+from ..checkpoints.shards import PLAN_FILE, SHARD_BYTES, copy_small_files, write_index, write_shard
+from ..checkpoints.stream import stream_tensors
 from ..errors import StorageError
 from ..files import read_json_object, write_text
 from ..quantization import QuantizedWeight
 from ..quantization.policy import QuantConfig
-from .formats import BITSANDBYTES
 from .pretrained import resolve_model
 from .quantize_plan import QuantizePlan
-from .shards import PLAN_FILE, SHARD_BYTES, copy_small_files, write_index, write_shard
-from .stream import stream_tensors
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.formats import BITSANDBYTES
+from ..checkpoints.prequantized import find_stored
+from ..checkpoints.shards import grouped
+from ..checkpoints.stream import file_order
 from ..errors import ConfigError
 from ..quantization.bnb_format import Layout
 from ..quantization.policy import QuantConfig, WeightFormat
-from .checkpoint import Checkpoint
-from .formats import BITSANDBYTES
 from .load import check_tensors, empty_decoder, weight_formats
-from .prequantized import find_stored
-from .shards import grouped
-from .stream import file_order
 
 PLAN_VERSION = 1  # raise it when other bytes are written for the same plan
 

@@ -1,6 +1,6 @@
 """What the forward pass keeps for the backward pass, layer by layer: the bytes of each tensor.
 
-Written off `models.decoder`, `models.recompute`, `models.attention` and `lorakit_kernels.gradients`; `groups` has the
+Written off `models.decoder` (blocks, recompute, attention) and `lorakit_kernels.gradients`; `groups` has the
 linear layers. The tests count the same bytes with hooks on real decoders, so that a change there shows here.
 """
 

@@ -15,7 +15,7 @@ from lorakit_kernels.cpu.linear import bands
 from lorakit_kernels.reference_training import STATE_BLOCK_SIZE
 
 from ..layers.linear_cross_entropy import CHUNK_ELEMENTS
-from ..models.attention import QUERY_BLOCK
+from ..models.decoder.attention import QUERY_BLOCK
 from ..training.activations import SMALLEST_OFFLOADED
 from ..training.optimizers import SMALLEST_8BIT
 from .activations import (

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from ..adapters import LoraConfig
+from ..checkpoints.checkpoint import read_config
 from ..errors import AdapterError, CheckpointError, did_you_mean
 from ..files import read_json_object
-from ..models.checkpoint import read_config
-from ..models.config import DecoderConfig
-from ..models.decoder import Decoder
+from ..models.decoder.config import DecoderConfig
+from ..models.decoder.decoder import Decoder
 from ..models.load import meta_decoder, weight_formats
 from ..models.pretrained import KNOWN_MODELS, resolve_model
 from ..quantization.policy import QuantConfig, WeightFormat

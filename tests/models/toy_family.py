@@ -9,8 +9,8 @@ from small_models import small_config
 from torch import Tensor
 from torch.nn.functional import gelu
 
-from lorakit.models.blocks import MLP
-from lorakit.models.families import Family, GGUFForm
+from lorakit.models.decoder.blocks import MLP
+from lorakit.models.decoder.families import Family, GGUFForm
 
 
 def tanh_gelu(x: Tensor) -> Tensor:

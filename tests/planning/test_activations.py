@@ -14,7 +14,7 @@ from toy_family import CONFIG, TOY
 from lorakit import Decoder, LoraConfig, add_adapter
 from lorakit.layers import Linear4bit
 from lorakit.models import FAMILIES, DecoderConfig
-from lorakit.models.loss import summed_loss
+from lorakit.models.decoder.loss import summed_loss
 from lorakit.planning.activations import (
     embedding_activations,
     head_activations,

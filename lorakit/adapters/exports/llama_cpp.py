@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...errors import AdapterError, CheckpointError, LorakitError
 from ...files import atomic_write
-from ...models.families import FAMILIES, GGUFForm
+from ...models.decoder.families import FAMILIES, GGUFForm
 from .base_config import base_size
 from .parts import Export, check_plain, folded
 
