@@ -28,7 +28,7 @@ from .saving import save_adapter
 from .status import AdapterStatus, AttachedAdapter, adapter_status
 from .switching import idle_adapters, use_rows
 from .targeting import MatchReport
-from .update_report import LayerUpdate, UpdateReport
+from .update_report import LayerChange, UpdateReport
 
 __all__ = [
     "AdapterFolder",
@@ -36,8 +36,8 @@ __all__ = [
     "AdapterStatus",
     "AttachedAdapter",
     "CombineConfig",
+    "LayerChange",
     "LayerMerge",
-    "LayerUpdate",
     "LoraConfig",
     "MatchReport",
     "MergeReport",

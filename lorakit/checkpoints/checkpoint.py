@@ -69,7 +69,7 @@ class Checkpoint:
         return self._files[name]
 
     def read(self, name: str) -> torch.Tensor:
-        """Return one tensor in its stored dtype, on the CPU.
+        """Return one tensor of any shape in its stored dtype, on the CPU.
 
         The file is mapped copy-on-write: pages are read as they are touched and released with the tensor, and writing
         to the tensor never changes the file.

@@ -85,7 +85,7 @@ def stream_stored(
     device: str | torch.device,
     dequantize: bool = False,
 ) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
-    """Yield the named tensors, 4-bit weights put together from their parts, all others in `dtype`.
+    """Yield the named tensors of any shape, 4-bit weights put together from their parts, all others in `dtype`.
 
     Args:
         dequantize: yield the 4-bit weights in `dtype` too.

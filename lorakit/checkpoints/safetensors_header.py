@@ -91,7 +91,9 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, TensorEntry]:
 
 
 def read_tensors(path: Path, entries: Mapping[str, TensorEntry]) -> dict[str, Tensor]:
-    """Read tensors whose entries came from `read_header` of the same file; nothing is mapped, so the file may go after.
+    """Read tensors of any shape whose entries came from `read_header` of the same file.
+
+    Nothing is mapped: the file may be deleted afterwards.
 
     Raises:
         CheckpointError: the file is gone, or shorter than it was.

@@ -71,7 +71,7 @@ class StoredFormat(ABC):
 
     @abstractmethod
     def tensors(self, name: str, weight: QuantizedWeight, storage_dtype: torch.dtype) -> dict[str, Tensor]:
-        """Return what is written for a weight, name in the file -> tensor.
+        """Return what is written for a weight (out, in), name in the file -> tensor.
 
         Args:
             storage_dtype: what the packed bytes are called in the file.

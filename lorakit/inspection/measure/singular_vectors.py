@@ -81,7 +81,7 @@ def singular_vectors(weight: Tensor) -> SingularVectors:
 
 
 def complete_vectors(weight: Tensor) -> SingularVectors:
-    """All singular vectors, from the eigenvectors of the smaller of W Wᵀ and Wᵀ W in float64."""
+    """All singular vectors of a weight (out, in), from the eigenvectors of the smaller of W Wᵀ and Wᵀ W in float64."""
     matrix = weight.double()
     is_wide = matrix.shape[0] <= matrix.shape[1]
     squares, vectors = torch.linalg.eigh(matrix @ matrix.T if is_wide else matrix.T @ matrix)

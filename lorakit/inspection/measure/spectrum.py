@@ -17,23 +17,23 @@ _TRACY_WIDOM = 2.0234  # the 99% quantile of its law for real matrices
 
 
 def effective_rank(s: Tensor) -> float:
-    """exp of the entropy of S / ΣS (Roy and Vetterli 2007, "The effective rank", definition 1); between 1 and k."""
+    """exp of the entropy of S / ΣS, S (k,) (Roy and Vetterli 2007, "The effective rank", definition 1); from 1 to k."""
     share = s[s > 0] / s.sum()
     return float(torch.exp(-(share * share.log()).sum())) if share.numel() else 0.0
 
 
 def stable_rank(s: Tensor) -> float:
-    """‖Δ‖F² / ‖Δ‖₂² (Rudelson and Vershynin 2007, arXiv:math/0503442): unlike the rank, small noise leaves it alone."""
+    """‖Δ‖F² / ‖Δ‖₂² of S (k,) (Rudelson and Vershynin 2007, arXiv:math/0503442): small noise leaves it alone."""
     return float((s / s[0]).square().sum()) if s.numel() and s[0] > 0 else 0.0
 
 
 def numerical_rank(s: Tensor) -> int:
-    """Number of singular values above RANK_TOLERANCE times the largest."""
+    """Number of singular values (k,) above RANK_TOLERANCE times the largest."""
     return int((s > RANK_TOLERANCE * s[0]).sum()) if s.numel() else 0
 
 
 def energy(s: Tensor, k: int) -> float:
-    """Share of ‖Δ‖F² in the top k, which the best update of rank k keeps (Eckart and Young 1936); 1 for a zero one."""
+    """Share of ‖Δ‖F² in the top k of S (n,): what the best update of rank k keeps (Eckart, Young 1936); 1 for Δ = 0."""
     total = s.square().sum()
     return float(s[:k].square().sum() / total) if total > 0 else 1.0
 

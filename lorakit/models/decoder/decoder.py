@@ -25,7 +25,11 @@ from .recompute import recomputed
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each on the normalized stream and added back to it."""
+    """Attention and MLP, each on the normalized stream and added back to it.
+
+    Shapes:
+        x (tokens, hidden) -> (tokens, hidden)
+    """
 
     def __init__(self, config: DecoderConfig, index: int) -> None:
         super().__init__()

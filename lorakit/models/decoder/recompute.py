@@ -19,6 +19,7 @@ def recomputed(function: Callable[..., Tensor], module: nn.Module, x: Tensor, *r
     Args:
         function: of `module`'s trainable parameters, x and the rest; random numbers repeat themselves, and so do the
             adapters in use, whatever was switched since.
+        x: of any shape, as is the result.
         rest: what has no gradient.
     """
     if not torch.is_grad_enabled():

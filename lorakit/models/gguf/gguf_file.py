@@ -65,7 +65,7 @@ class GGUFFile:
         return tuple(int(size) for size in reversed(self.tensors[name].shape))
 
     def read(self, name: str) -> torch.Tensor:
-        """Return a tensor, dequantized to float32.
+        """Return a tensor of any shape, dequantized to float32.
 
         Raises:
             CheckpointError: its quantization type is unknown to the gguf package, or a value is not finite.

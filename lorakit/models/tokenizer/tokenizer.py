@@ -31,8 +31,6 @@ class Tokenizer:
         eos_ids: every id that ends a generation.
         pad_id: the padding token's id; the eos token's where there is none.
         special_tokens: tokenizer_config.json's, by name, as chat templates see them.
-        vocab_size: number of tokens, the added ones included.
-        chat_template: the template's text, or None.
         folder: where the tokenizer was loaded from, or None.
     """
 
@@ -61,10 +59,12 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
+        """Number of tokens, the added ones included."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     @property
     def chat_template(self) -> str | None:
+        """The template's text, or None."""
         return None if self._template is None else self._template.source
 
     def __repr__(self) -> str:
