@@ -29,7 +29,7 @@ from lorakit import disable_adapters, load_adapter, load_model, load_records, lo
 from lorakit.adapters import export_adapter
 from lorakit.data import encode_records
 from lorakit.models import resolve_model
-from lorakit.models.gguf_file import open_gguf
+from lorakit.models.gguf.gguf_file import open_gguf
 from lorakit.models.pretrained import KNOWN_MODELS
 
 MODEL = "smollm2-135m-instruct"

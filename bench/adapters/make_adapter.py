@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
+from lorakit.checkpoints.safetensors_header import make_header
 from lorakit.files import atomic_folder
-from lorakit.models.safetensors_header import make_header
 
 HIDDEN, KEYS, INNER = 8192, 1024, 28672
 MODULES = {  # (out, in)

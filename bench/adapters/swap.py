@@ -24,7 +24,7 @@ from bench.harness.report import Target, arguments, finish, milliseconds, ratio
 from bench.harness.timing import Calls, medians
 from lorakit import LoraConfig, add_adapter, load_model, set_adapter, set_trained, use_rows
 from lorakit.models import resolve_model
-from lorakit.models.loss import summed_loss
+from lorakit.models.decoder.loss import summed_loss
 
 NAMES = [f"adapter{number}" for number in range(16)]
 RANK = 16

@@ -23,9 +23,9 @@ import torch
 from lorakit_kernels.cache import cache_folder
 from torch import Tensor
 
+from lorakit.checkpoints.safetensors_header import make_header
 from lorakit.files import atomic_write, write_text
 from lorakit.models import Decoder, DecoderConfig, resolve_model
-from lorakit.models.safetensors_header import make_header
 
 SHARD_BYTES = 5_000_000_000
 LLAMA_7B: dict[str, Any] = {

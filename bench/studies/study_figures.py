@@ -31,10 +31,10 @@ from bench.studies.study_runs import (
 from lorakit.adapters.adapter_folder import AdapterLayer, read_adapter_folder
 from lorakit.adapters.low_rank import LowRank
 from lorakit.inspection import compare_updates, compare_with_base, singular_vectors, subspace_similarity
-from lorakit.inspection.base_weights import BaseWeights
-from lorakit.inspection.places import places
-from lorakit.inspection.studies import causal_map
-from lorakit.inspection.updates import Updates
+from lorakit.inspection.interventions.studies import causal_map
+from lorakit.inspection.measure.base_weights import BaseWeights
+from lorakit.inspection.measure.module_paths import module_paths
+from lorakit.inspection.measure.updates import Updates
 
 KINDS = ("q_proj", "v_proj")  # that the paper shows
 SHOWN = ((1, 1), (1, 8), (8, 8), (8, 64))  # (i, j), in the table
@@ -79,7 +79,7 @@ def similarity(lab: Lab) -> Figures:
     curves: Figures = {}
     for times in TIMES:
         eight, first, second = (_layers(lab, run.longer(times)) for run in (EIGHT, *WIDE))
-        place = places(first)
+        place = module_paths(first)
         pairs = {f"r={BUDGET_RANK} and 64": (eight, first), "two seeds, r=64": (first, second)}
         for kind, (which, directions), (pair, (a, b)) in product(KINDS, DIRECTIONS.items(), pairs.items()):
             paths = [path for path in first if place[path].module == kind]

@@ -33,7 +33,7 @@ from lorakit import (
 from lorakit.evaluation import general_text
 from lorakit.evaluation.perplexity import perplexity
 from lorakit.files import read_json_object, write_text
-from lorakit.inspection.studies import Metric, held_out_loss
+from lorakit.inspection.interventions.studies import Metric, held_out_loss
 from lorakit.models import Checkpoint, resolve_model
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

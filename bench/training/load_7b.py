@@ -34,9 +34,9 @@ import torch
 from bench.harness.make_llama import LLAMA_7B, make_llama, nbytes
 from bench.harness.report import Target, arguments, finish
 from lorakit import load_model, quantize
+from lorakit.checkpoints.stream import map_bands
 from lorakit.measure import peak_rss_mb
 from lorakit.models import Checkpoint
-from lorakit.models.stream import map_bands
 
 MAX_PEAK_GIB = 5.0
 MAX_RATIO = 1.5

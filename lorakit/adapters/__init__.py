@@ -27,7 +27,7 @@ from .resize import ResizeConfig, resize_adapter, resize_folder
 from .status import AdapterStatus, AdapterSummary, adapter_status
 from .switching import idle_adapters, use_rows
 from .targeting import MatchReport
-from .update_report import LayerUpdate, UpdateReport
+from .update_report import LayerChange, UpdateReport
 
 __all__ = [
     "AdapterFolder",
@@ -35,8 +35,8 @@ __all__ = [
     "AdapterStatus",
     "AdapterSummary",
     "CombineConfig",
+    "LayerChange",
     "LayerMerge",
-    "LayerUpdate",
     "LoraConfig",
     "MatchReport",
     "MergeReport",

@@ -19,10 +19,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ..checkpoints.safetensors_header import TensorEntry, make_header, read_header, read_tensors
 from ..errors import AdapterError, CheckpointError, ShapeError, listing
 from ..files import atomic_folder
 from ..layers import VARIANTS, AttachedAdapter, LoRAEmbedding, LoRALinear, Variant
-from ..models.safetensors_header import TensorEntry, make_header, read_header, read_tensors
 from .config import LoraConfig
 from .low_rank import LowRank
 from .peft_config import file_variant, matrix_config, read_config_file

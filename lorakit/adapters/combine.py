@@ -23,7 +23,7 @@ from . import combine_rules as rules
 from .attach import check_name
 from .entrywise import BLOCK_ENTRIES, RowBlocks, project
 from .low_rank import LowRank
-from .update_report import LayerUpdate, UpdateReport
+from .update_report import LayerChange, UpdateReport
 from .updates import FolderUpdates, attach_updates, check_one_base, model_updates, write_updates
 
 Method = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
@@ -101,7 +101,7 @@ def combine_updates(
         result, norm, error = _combine_layer(present, config)
         combined[path] = result.to(dtype)
         ranks = tuple(found[index].rank if index in found else 0 for index in range(len(sources)))
-        layers.append(LayerUpdate(path, result.shape, ranks, result.rank, norm, error / norm if norm else 0.0))
+        layers.append(LayerChange(path, result.shape, ranks, result.rank, norm, error / norm if norm else 0.0))
     return combined, UpdateReport(f"{config.method} of {len(sources)} adapters", layers)
 
 

@@ -9,10 +9,10 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.checkpoint import Checkpoint
 from ..errors import CheckpointError, LorakitError
 from ..layers import AdaptedLayer
 from ..layers.quantized_module import QuantizedModule
-from ..models.checkpoint import Checkpoint
 from ..models.pretrained import resolve_model
 from ..quantization import QuantizedWeight
 from ..quantization.weight import SOURCE_DTYPES

@@ -9,10 +9,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.checkpoint import Checkpoint
 from ..errors import AdapterError, listing
 from ..layers import AdaptedLayer, AdapterPart, LoRAParameter, ResidualLinear4bit, SavedModule, TiedHead, TrainedTokens
 from ..layers.quantized_module import QuantizedModule, frozen
-from ..models.checkpoint import Checkpoint
 from .merge_base import Base, WrongBase, open_base, weight_from
 from .merge_modules import holder, holds_weight, in_memory, new_base, standing_on
 from .merge_report import LEAST_SHARE, LayerMerge, MergeReport

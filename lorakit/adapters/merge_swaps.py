@@ -14,7 +14,7 @@ from torch import nn
 
 from ..errors import AdapterError
 from ..layers import AdapterPart
-from ..models.config import DecoderConfig
+from ..models.decoder.config import DecoderConfig
 from .state import AdapterRecord, adapter_configs, adapter_parts, forget_adapter, recall_adapter, replace_module
 
 

@@ -19,20 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.formats import BITSANDBYTES
+from ..checkpoints.prequantized import find_stored
+from ..checkpoints.shards import SHARD_BYTES, copy_small_files, grouped, write_index, write_shard
+from ..checkpoints.stream import file_order, stream_tensors
 from ..errors import AdapterError, CheckpointError, ConfigError, StorageError, did_you_mean, listing
 from ..files import atomic_folder, write_text
 from ..layers import AdaptedLayer, LoRAEmbedding, LoRALinear
-from ..models.checkpoint import Checkpoint
 from ..models.load import empty_decoder, weight_formats
-from ..models.prequantized import find_stored
 from ..models.pretrained import resolve_model
-from ..models.quantize_checkpoint import quantization_config
-from ..models.shards import SHARD_BYTES, copy_small_files, grouped, write_index, write_shard
-from ..models.stream import file_order, stream_tensors
 from ..quantization import QuantizedWeight
-from ..quantization.bnb_format import Layout, QuantState, joined, to_tensors
+from ..quantization.bnb_format import Layout
 from ..quantization.policy import QuantConfig, WeightFormat
-from ..quantization.scales import NESTED_BLOCK_SIZE
 from .adapter_folder import AdapterFolder, AdapterLayer, read_adapter_folder
 from .merge_modules import dense_linear
 from .merge_report import LayerMerge, MergeReport
@@ -228,16 +227,13 @@ class _Plan:
         if isinstance(value, Tensor):
             yield name, value
             return
-        for suffix, part in to_tensors(value, self._storage_dtype()).items():
-            yield joined(name, suffix), part
+        yield from BITSANDBYTES.tensors(name, value, self._storage_dtype()).items()
 
     def _layouts(self, name: str) -> dict[str, Layout]:
         entry, form = self.checkpoint.entry(self.copies.get(name, name)), self.formats[name]
         if form is None:
             return {name: (entry.dtype, entry.shape)}
-        nested = (NESTED_BLOCK_SIZE, -1.2345678901234567e-38) if form.double_quant else (None, None)  # at its longest
-        state = QuantState(form.quant_type, form.block_size, entry.dtype, torch.Size(entry.shape), *nested)
-        return {joined(name, suffix): layout for suffix, layout in state.layouts(self._storage_dtype()).items()}
+        return BITSANDBYTES.layouts(name, (entry.dtype, entry.shape), form, self._storage_dtype())
 
     def _storage_dtype(self) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, self.quantize.storage_dtype if self.quantize else "uint8")
@@ -256,7 +252,8 @@ class _Plan:
                 path for path, module in empty_decoder(self.checkpoint).named_modules() if isinstance(module, nn.Linear)
             ]
             dense = [path for path in linear if self.formats.get(f"{path}.weight") is None]
-            values["quantization_config"] = quantization_config(self.quantize, self.formats, dense, values)
+            section = BITSANDBYTES.config_section(self.quantize, self.formats, dense, values)
+            values["quantization_config"] = section
         return values
 
 

@@ -14,7 +14,7 @@ from .attach import check_name
 from .combine import truncate
 from .low_rank import LowRank
 from .ranks import allocate, rank_for_energy
-from .update_report import LayerUpdate, UpdateReport
+from .update_report import LayerChange, UpdateReport
 from .updates import FolderUpdates, attach_updates, model_updates, write_updates
 
 
@@ -65,7 +65,7 @@ def plan_ranks(updates: Mapping[str, LowRank], config: ResizeConfig) -> UpdateRe
     for path, rank in ranks.items():
         norm, missing = float(values[path].norm()), float(values[path][rank:].norm())
         relative = missing / norm if norm else 0.0
-        layers.append(LayerUpdate(path, shapes[path], (before[path],), rank, norm, relative))
+        layers.append(LayerChange(path, shapes[path], (before[path],), rank, norm, relative))
     return UpdateReport(f"resized to {config}", layers)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class LayerUpdate:
+class LayerChange:
     """One layer of a new adapter, beside what was asked for.
 
     Attributes:
@@ -43,7 +43,7 @@ class UpdateReport:
     """
 
     title: str
-    layers: Sequence[LayerUpdate]
+    layers: Sequence[LayerChange]
 
     @property
     def norm(self) -> float:

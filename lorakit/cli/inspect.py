@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from ..inspection import AdapterInfo, LayerInfo
     from ..inspection.probes import ProbeLog
-    from ..inspection.quantization_view import QuantizationView
+    from ..inspection.quantization.quantization_view import QuantizationView
 
 _SHADES = " ░▒▓█"
 
@@ -56,12 +56,12 @@ def inspect(
         write_text(json_file, json.dumps(info.as_json(), indent=1, allow_nan=False) + "\n")
     written = [file for file in (html, png, svg, json_file) if file]
     if html:
-        from ..inspection.page import write_page
+        from ..inspection.html.page import write_page
 
         write_page(info, html, _history(adapter), quantization)
     for file in (png, svg):
         if file:
-            from ..inspection.plot import plot
+            from ..inspection.html.plot import plot
 
             plot(info, file)
     for file in written:
@@ -70,7 +70,7 @@ def inspect(
 
 def _quantization(adapter: Path, base: str | None, quant_type: str) -> QuantizationView:
     from ..adapters import find_adapter_folder, load_adapter
-    from ..inspection.quantization_view import quantization_view
+    from ..inspection.quantization.quantization_view import quantization_view
     from ..models import load_model, resolve_model
 
     if base is None:

@@ -19,7 +19,7 @@ from .records import Problems, Record
 from .spans import Span, assistant_spans
 
 if TYPE_CHECKING:
-    from ..models.tokenizer import Tokenizer
+    from ..models.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from ..errors import DataError, LorakitError
 
 if TYPE_CHECKING:
-    from ..models.tokenizer import Tokenizer
+    from ..models.tokenizer.tokenizer import Tokenizer
 
 Span = tuple[int, int]  # characters [start, end) of the rendered conversation
 Messages = Sequence[Mapping[str, str]]

@@ -8,7 +8,7 @@ import torch
 
 from ..errors import DataError
 from ..models import Decoder, Tokenizer
-from ..models.loss import sequence_losses
+from ..models.decoder.loss import sequence_losses
 
 
 def perplexity(model: Decoder, tok: Tokenizer, text: str, window: int = 512) -> float:

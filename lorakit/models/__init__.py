@@ -1,15 +1,16 @@
 """Decoders, checkpoints, tokenizers and generation."""
 
-from .checkpoint import Checkpoint
-from .config import ARCHITECTURES, DecoderConfig
-from .decoder import Decoder
+from ..checkpoints.checkpoint import Checkpoint
+from .decoder.config import DecoderConfig
+from .decoder.decoder import Decoder
+from .decoder.families import FAMILIES
 from .generate import generate
 from .load import load_model
 from .pretrained import KNOWN_MODELS, resolve_model
-from .tokenizer import Tokenizer, load_tokenizer
+from .tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
-    "ARCHITECTURES",
+    "FAMILIES",
     "KNOWN_MODELS",
     "Checkpoint",
     "Decoder",

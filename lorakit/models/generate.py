@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, DataError
-from .cache import KVCache
-from .decoder import Decoder
-from .tokenizer import Tokenizer
+from .decoder.cache import KVCache
+from .decoder.decoder import Decoder
+from .tokenizer.tokenizer import Tokenizer
 
 Conversation = Sequence[Mapping[str, str]]
 
@@ -26,6 +26,7 @@ def generate(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    *,
     seed: int | None = None,
     batch_size: int = 32,
 ) -> str | list[str]:
@@ -57,18 +58,7 @@ def generate(
         raise ConfigError(f"temperature is {temperature} and top_p {top_p}; expected 0 or more, and above 0 to 1")
     given: Any = messages_or_prompts
     is_single = isinstance(given, str) or bool(given and isinstance(given[0], Mapping))
-    prompts = [_encode(tok, item) for item in ([given] if is_single else given)]
-    room = model.config.context_length - max_new_tokens
-    for index, prompt in enumerate(prompts):
-        if not 0 < len(prompt) <= room:
-            raise DataError(
-                f"prompt {index} has {len(prompt)} tokens; expected 1 to {room}, so that {max_new_tokens} more fit the "
-                f"context of {model.config.context_length}"
-            )
-    if model.rows is not None and len(model.rows.names) != len(prompts):
-        raise DataError(
-            f"use_rows names an adapter for {len(model.rows.names)} rows, but there are {len(prompts)} prompts"
-        )
+    prompts = _encoded(model, tok, [given] if is_single else given, max_new_tokens)
     sampler = _Sampler(temperature, top_p, seed, model.device)
     answers: list[list[int]] = [[] for _ in prompts]
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # alike lengths together: less padding
@@ -85,8 +75,24 @@ def generate(
     return texts[0] if is_single else texts
 
 
-def _encode(tok: Tokenizer, item: str | Conversation) -> list[int]:
-    return tok.encode(item if isinstance(item, str) else tok.render_chat(item, add_generation_prompt=True))
+def _encoded(
+    model: Decoder, tok: Tokenizer, given: Sequence[str | Conversation], max_new_tokens: int
+) -> list[list[int]]:
+    """Return the token ids of each prompt, having made sure that its answer fits the context."""
+    texts = [item if isinstance(item, str) else tok.render_chat(item, add_generation_prompt=True) for item in given]
+    prompts = [tok.encode(text) for text in texts]
+    room = model.config.context_length - max_new_tokens
+    for index, prompt in enumerate(prompts):
+        if not 0 < len(prompt) <= room:
+            raise DataError(
+                f"prompt {index} has {len(prompt)} tokens; expected 1 to {room}, so that {max_new_tokens} more fit the "
+                f"context of {model.config.context_length}"
+            )
+    if model.rows is not None and len(model.rows.names) != len(prompts):
+        raise DataError(
+            f"use_rows names an adapter for {len(model.rows.names)} rows, but there are {len(prompts)} prompts"
+        )
+    return prompts
 
 
 @torch.inference_mode()
@@ -138,7 +144,7 @@ def _shared_prefix(prompts: list[list[int]]) -> int:
 
 def _new_cache(model: Decoder, padding: Tensor, capacity: int, prefix: KVCache | None = None) -> KVCache:
     layers, heads = model.config.num_hidden_layers, model.config.num_key_value_heads
-    return KVCache(layers, heads, model.config.head_dim, padding, capacity, model.dtype, prefix)
+    return KVCache(layers, heads, model.config.head_dim, padding, capacity, model.dtype, prefix=prefix)
 
 
 class _Sampler:

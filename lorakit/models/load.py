@@ -13,16 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.formats import StoredWeight
+from ..checkpoints.prequantized import check_request, find_stored, stream_stored
+from ..checkpoints.stream import stream_tensors
 from ..errors import MOST_LISTED, CheckpointError, ConfigError, ShapeError, did_you_mean, listing
 from ..layers import Linear4bit
-from ..quantization import QuantizedWeight, bnb_format
+from ..quantization import QuantizedWeight
 from ..quantization.policy import QuantConfig, WeightFormat
-from .checkpoint import Checkpoint
-from .config import DecoderConfig
-from .decoder import Decoder
-from .prequantized import StoredWeight, check_request, find_stored, stream_stored
+from .decoder.config import DecoderConfig
+from .decoder.decoder import Decoder
 from .pretrained import resolve_model
-from .stream import stream_tensors
 
 _DERIVED = ("rotary_emb.inv_freq",)  # buffers that old checkpoints carry and every implementation recomputes
 _TIED = "lm_head.weight"
@@ -35,12 +36,13 @@ def load_model(
     device: str | torch.device = "cpu",
     block_size: int = 64,
     double_quant: bool = True,
+    *,
     quant_config: QuantConfig | None = None,
 ) -> Decoder:
     """Load a frozen decoder from a Hugging Face checkpoint folder.
 
-    A folder that is in bitsandbytes' 4 bits already is loaded as it is, whatever its type and block size; with
-    quant_type=None it is dequantized.
+    A folder that is in 4 bits already is loaded as it is, whatever its type and block size; with quant_type=None it is
+    dequantized.
 
     Args:
         path: the folder, or the name of a known model such as "smollm2-135m-instruct".
@@ -117,9 +119,9 @@ def check_tensors(checkpoint: Checkpoint, model: Decoder, stored: Mapping[str, S
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: checkpoint.shape(name) for name in checkpoint.names if not name.endswith(_DERIVED)}
     for name, weight in stored.items():
-        for suffix in weight.suffixes:
-            del found[bnb_format.joined(name, suffix)]
-        found[name] = tuple(weight.state.shape)
+        for part in weight.parts:
+            del found[part]
+        found[name] = weight.shape
     if model.config.tie_word_embeddings:
         del expected[_TIED]
         found.pop(_TIED, None)  # some writers store the tied head a second time

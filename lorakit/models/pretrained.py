@@ -19,12 +19,12 @@ from types import MappingProxyType
 
 from lorakit_kernels.cache import cache_folder, exclusive_lock
 
+from ..checkpoints.checkpoint import WEIGHTS_FILE
+from ..checkpoints.shards import MANIFEST_FILE
 from ..errors import CheckpointError, StorageError, did_you_mean
 from ..files import atomic_folder, read_json_object, sha256_file
-from .checkpoint import WEIGHTS_FILE
-from .gguf_import import convert_gguf
+from .gguf.gguf_import import convert_gguf
 
-MANIFEST_FILE = "lorakit-manifest.json"
 CONVERSION = 1  # raise it when gguf_import writes other bytes: older cache entries are then rebuilt
 
 
@@ -85,7 +85,7 @@ def resolve_model(path_or_name: str | os.PathLike[str]) -> Path:
     if path.is_dir():
         return path
     if path.is_file():
-        advice = "; convert it with lorakit.models.gguf_import.import_gguf" if path.suffix.lower() == ".gguf" else ""
+        advice = "; convert it with lorakit.models.gguf.import_gguf" if path.suffix.lower() == ".gguf" else ""
         raise CheckpointError(f"{path}: is a file, expected a checkpoint folder{advice}")
     name = os.fspath(path_or_name)
     if name not in KNOWN_MODELS:

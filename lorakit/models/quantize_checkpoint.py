@@ -12,23 +12,22 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
+from ..checkpoints.formats import BITSANDBYTES
+from ..checkpoints.shards import PLAN_FILE, SHARD_BYTES, copy_small_files, write_index, write_shard
+from ..checkpoints.stream import stream_tensors
 from ..errors import StorageError
 from ..files import read_json_object, write_text
 from ..quantization import QuantizedWeight
-from ..quantization.bnb_format import joined, to_tensors
-from ..quantization.policy import QuantConfig, WeightFormat
+from ..quantization.policy import QuantConfig
 from .pretrained import resolve_model
 from .quantize_plan import QuantizePlan
-from .shards import PLAN_FILE, SHARD_BYTES, copy_small_files, write_index, write_shard
-from .stream import stream_tensors
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ def _written(
     """Yield the tensors that a file gets for those of a stream."""
     for name, value in stream:
         if isinstance(value, QuantizedWeight):
-            yield from ((joined(name, suffix), part) for suffix, part in to_tensors(value, plan.storage_dtype).items())
+            yield from BITSANDBYTES.tensors(name, value, plan.storage_dtype).items()
         else:
             yield name, value
 
@@ -177,33 +176,7 @@ def _write_surroundings(plan: QuantizePlan, partial: Path) -> int:
     total = write_index(partial, list(plan.shards))
     copy_small_files(plan.checkpoint.folder, partial)
     values = plan.checkpoint.config()
-    values["quantization_config"] = quantization_config(plan.config, plan.formats, plan.dense_layers, values)
+    section = BITSANDBYTES.config_section(plan.config, plan.formats, plan.dense_layers, values)
+    values["quantization_config"] = section
     write_text(partial / "config.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
     return total
-
-
-def quantization_config(
-    config: QuantConfig,
-    formats: Mapping[str, WeightFormat | None],
-    dense_layers: Sequence[str],
-    values: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Return config.json's entry, by transformers' names; where layers differ, each one's own state is what counts.
-
-    Args:
-        config: what is quantized, and how.
-        formats: what comes of it for each tensor.
-        dense_layers: paths of the linear layers that are not quantized.
-        values: the rest of config.json.
-    """
-    some = next(form for form in formats.values() if form is not None)
-    return {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "bnb_4bit_quant_type": config.quant_type or some.quant_type,
-        "bnb_4bit_use_double_quant": config.double_quant,
-        "bnb_4bit_quant_storage": config.storage_dtype,
-        "bnb_4bit_compute_dtype": values.get("torch_dtype") or values.get("dtype") or "bfloat16",
-        "llm_int8_skip_modules": list(dense_layers),
-    }

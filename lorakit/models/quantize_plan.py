@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.formats import BITSANDBYTES
+from ..checkpoints.prequantized import find_stored
+from ..checkpoints.shards import grouped
+from ..checkpoints.stream import file_order
 from ..errors import ConfigError
-from ..quantization.bnb_format import Layout, QuantState, joined
+from ..quantization.bnb_format import Layout
 from ..quantization.policy import QuantConfig, WeightFormat
-from ..quantization.scales import NESTED_BLOCK_SIZE
-from .checkpoint import Checkpoint
 from .load import check_tensors, empty_decoder, weight_formats
-from .prequantized import find_stored
-from .shards import grouped
-from .stream import file_order
 
 PLAN_VERSION = 1  # raise it when other bytes are written for the same plan
 
@@ -95,14 +95,10 @@ class QuantizePlan:
             if form is None:
                 found[name] = entry.dtype, entry.shape
                 continue
-            if -(-math.prod(entry.shape) // 2) % self.storage_dtype.itemsize:
-                raise ConfigError(
-                    f"{self.checkpoint.file(name)}: {name}: the packed bytes of shape {list(entry.shape)} do not "
-                    f"divide into elements of {self.config.storage_dtype}; use storage_dtype uint8"
-                )
-            nested = (NESTED_BLOCK_SIZE, -1.2345678901234567e-38) if form.double_quant else (None, None)
-            state = QuantState(form.quant_type, form.block_size, entry.dtype, torch.Size(entry.shape), *nested)
-            found |= {joined(name, suffix): layout for suffix, layout in state.layouts(self.storage_dtype).items()}
+            try:
+                found |= BITSANDBYTES.layouts(name, (entry.dtype, entry.shape), form, self.storage_dtype)
+            except ConfigError as error:
+                raise ConfigError(f"{self.checkpoint.file(name)}: {error}") from None
         return found
 
     def misaligned(self) -> list[str]:

@@ -1,6 +1,6 @@
 """What the forward pass keeps for the backward pass, layer by layer: the bytes of each tensor.
 
-Written off `models.decoder`, `models.recompute`, `models.attention` and `lorakit_kernels.ops`; `groups` has the
+Written off `models.decoder` (blocks, recompute, attention) and `lorakit_kernels.ops`; `groups` has the
 linear layers. The tests count the same bytes with hooks on real decoders, so that a change there shows here.
 """
 
@@ -142,7 +142,7 @@ def _layer(shape: ModelShape, layer: LayerShape, batch: MicroBatch, before: bool
     attention += saved_by_group((layer.output,), batch, attends, again=mixed_is_kept)
     middle = before or is_trained(*layer.qkv, layer.output)
     mlp = [statistics] * middle
-    mlp += saved_by_group(layer.gate_up, batch, middle, again=True, outputs_kept=(True, True))
+    mlp += saved_by_group(layer.gate_up, batch, middle, again=True, outputs_kept=[True] * len(layer.gate_up))
     gated = middle or is_trained(*layer.gate_up)
     mlp += saved_by_group((layer.down,), batch, gated, again=True)
     if gated or recomputes_input((layer.down,), batch):  # for swiglu, or to compute what it gave again

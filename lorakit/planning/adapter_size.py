@@ -12,7 +12,7 @@ from ..adapters import LoraConfig, MatchReport
 from ..adapters.placing import Placement, place
 from ..errors import ConfigError
 from ..layers import VARIANTS, AdaptedLayer, SavedModule, TiedHead, Variant
-from ..models.decoder import Decoder
+from ..models.decoder.decoder import Decoder
 
 FP32 = 4  # bytes of an element
 

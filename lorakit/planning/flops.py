@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
-from ..models.attention import query_blocks
+from ..models.decoder.attention import query_blocks
 from .activations import Checkpointing, is_trained, layer_checkpointing
 from .groups import MicroBatch, adapter_backward_flops, adapter_forward_flops, forward_flops
 from .shape import LayerShape, LinearShape, ModelShape

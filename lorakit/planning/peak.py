@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from lorakit_kernels.cpu.linear_4bit import bands
 
 from ..layers.linear_cross_entropy import CHUNK_ELEMENTS
-from ..models.attention import QUERY_BLOCK
+from ..models.decoder.attention import QUERY_BLOCK
 from ..training.activations import SMALLEST_OFFLOADED
 from ..training.optimizers import OPTIMIZERS
 from .activations import (
@@ -179,11 +179,14 @@ def _embedding_backward(shape: ModelShape, batch: MicroBatch) -> int:
 
 
 def _mlp_backward(layer: LayerShape, batch: MicroBatch) -> int:
-    """At the gradient of SwiGLU: the stream's gradient, dh, dgate and dup. With DoRA, dgate and dup times the gains."""
-    wide, narrow = layer.down.in_features, layer.down.out_features
-    taken = batch.nbytes(narrow, 3 * wide)
+    """At the gradient of the activation: the stream's gradient, dh, and one for each input, as dgate and dup.
+
+    With DoRA, those of the inputs times the gains.
+    """
+    wide, narrow, inputs = layer.down.in_features, layer.down.out_features, len(layer.gate_up)
+    taken = batch.nbytes(narrow, (1 + inputs) * wide)
     if is_fused(layer.gate_up, batch) and any(linear.adapter.variant.has_gain for linear in layer.gate_up):
-        taken = max(taken, batch.nbytes(2 * narrow, 4 * wide))
+        taken = max(taken, batch.nbytes(2 * narrow, 2 * inputs * wide))
     return taken + _copied((*layer.gate_up, layer.down), batch)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from ..adapters import LoraConfig
 from ..errors import ConfigError
-from ..models.config import DecoderConfig
+from ..models.decoder.config import DecoderConfig
 from ..quantization.policy import QuantConfig
 from ..training import TrainConfig
 from .result import Cost, Plan, limit_bytes

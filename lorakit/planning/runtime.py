@@ -28,7 +28,7 @@ _TRAIN_TINY = """
 import torch
 from lorakit import LoraConfig, TrainConfig, add_adapter
 from lorakit.models import Decoder, DecoderConfig
-from lorakit.models.loss import summed_loss
+from lorakit.models.decoder.loss import summed_loss
 from lorakit.training.optimizers.build import build_optimizer
 model = Decoder(DecoderConfig("LlamaForCausalLM", 512, 64, 128, 2, 4, 4, 16, 512)).bfloat16()
 add_adapter(model, LoraConfig())

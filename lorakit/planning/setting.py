@@ -10,7 +10,7 @@ from types import MappingProxyType
 import torch
 
 from ..adapters import LoraConfig
-from ..models.config import DecoderConfig
+from ..models.decoder.config import DecoderConfig
 from ..quantization.policy import QuantConfig
 from ..training import TrainConfig
 from .flops import step_flops

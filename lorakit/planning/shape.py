@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from ..adapters import LoraConfig
+from ..checkpoints.checkpoint import read_config
 from ..errors import AdapterError, CheckpointError, did_you_mean
 from ..files import read_json_object
-from ..models.checkpoint import read_config
-from ..models.config import DecoderConfig
-from ..models.decoder import Decoder
+from ..models.decoder.config import DecoderConfig
+from ..models.decoder.decoder import Decoder
 from ..models.load import meta_decoder, weight_formats
 from ..models.pretrained import KNOWN_MODELS, resolve_model
 from ..quantization.policy import QuantConfig, WeightFormat
@@ -191,12 +191,13 @@ def model_shape(config: DecoderConfig, lora: LoraConfig, quant: QuantConfig, lor
     def shapes(prefix: str, names: Sequence[str]) -> tuple[LinearShape, ...]:
         return tuple(shape(f"{prefix}.{name}") for name in names)
 
+    attention, mlp = config.family.attention, config.family.mlp
     layers = tuple(
         LayerShape(
-            qkv=shapes(f"{prefix}.self_attn", ("q_proj", "k_proj", "v_proj")),
-            output=shape(f"{prefix}.self_attn.o_proj"),
-            gate_up=shapes(f"{prefix}.mlp", ("gate_proj", "up_proj")),
-            down=shape(f"{prefix}.mlp.down_proj"),
+            qkv=shapes(f"{prefix}.self_attn", attention.inputs),
+            output=shape(f"{prefix}.self_attn.{attention.output}"),
+            gate_up=shapes(f"{prefix}.mlp", mlp.inputs),
+            down=shape(f"{prefix}.mlp.{mlp.output}"),
         )
         for prefix in (f"model.layers.{index}" for index in range(config.num_hidden_layers))
     )

@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import TrainingError
-from ..models.decoder import Decoder
+from ..models.decoder.decoder import Decoder
 
 SMALLEST_OFFLOADED = 1 << 20  # bytes; a smaller copy costs more in waiting than it frees
 

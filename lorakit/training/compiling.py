@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from torch import nn
 
 from ..errors import TrainingError
-from ..models.compiled import check_compiler
-from ..models.decoder import Decoder, DecoderLayer
+from ..models.decoder.compiled import check_compiler
+from ..models.decoder.decoder import Decoder, DecoderLayer
 
 
 @contextlib.contextmanager

@@ -28,9 +28,9 @@ from ..adapters import adapter_configs, idle_adapters
 from ..data import Example, Record, batch_order, encode_records, make_batch, micro_batches
 from ..errors import DataError, TrainingError
 from ..measure import peak_rss_mb
-from ..models.decoder import Decoder
-from ..models.loss import summed_loss
-from ..models.tokenizer import Tokenizer
+from ..models.decoder.decoder import Decoder
+from ..models.decoder.loss import summed_loss
+from ..models.tokenizer.tokenizer import Tokenizer
 from .activations import saving_activations
 from .checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from .compiling import compiled_layers

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from lorakit import LoraConfig, add_adapter, load_adapter, save_adapter
 from lorakit.adapters import export_adapter, lora_layers, read_adapter_folder
 from lorakit.errors import AdapterError, CheckpointError, LorakitError
-from lorakit.models.gguf_file import open_gguf
-from lorakit.models.gguf_rows import from_gguf_rows
+from lorakit.models.gguf.gguf_file import open_gguf
+from lorakit.models.gguf.gguf_rows import from_gguf_rows
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {"lora_alpha": 3},

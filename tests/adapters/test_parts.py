@@ -14,7 +14,7 @@ from lorakit import LoraConfig, add_adapter, disable_adapters, load_adapter, rem
 from lorakit.adapters import adapter_parameters, lora_layers
 from lorakit.errors import AdapterError, CheckpointError, ConfigError
 from lorakit.layers import Linear4bit
-from lorakit.models.loss import summed_loss
+from lorakit.models.decoder.loss import summed_loss
 
 IDS = torch.tensor([[1, 2, 3, 4, 1], [7, 8, 9, 2, 2]])
 

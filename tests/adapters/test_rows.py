@@ -32,7 +32,7 @@ from lorakit import (
 from lorakit.adapters import lora_layers
 from lorakit.errors import AdapterError, DataError, ShapeError
 from lorakit.layers import BASE
-from lorakit.models.loss import summed_loss
+from lorakit.models.decoder.loss import summed_loss
 
 ADAPTERS: dict[str, dict[str, Any]] = {  # of several ranks, on several layers, one with magnitudes, one rank-stabilized
     "a": {"r": 2},

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from lorakit import LoraConfig, add_adapter, load_model, save_adapter
 from lorakit.cli.app import app
 from lorakit.errors import AdapterError, ConfigError
-from lorakit.models.gguf_file import open_gguf
+from lorakit.models.gguf.gguf_file import open_gguf
 
 
 @pytest.fixture

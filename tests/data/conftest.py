@@ -8,7 +8,7 @@ import pytest
 import small_tokenizers
 import tokenizers
 
-from lorakit.models.tokenizer import Tokenizer, load_tokenizer
+from lorakit.models.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 
 @pytest.fixture(scope="session")

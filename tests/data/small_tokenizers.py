@@ -9,7 +9,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from lorakit.models.tokenizer import Tokenizer, load_tokenizer
+from lorakit.models.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 TEXT = [
     "The quick brown fox jumps over the lazy dog.\n\nIt does so every day, and the dog does not mind.\n",

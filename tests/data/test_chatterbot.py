@@ -20,7 +20,7 @@ from lorakit.data.chatterbot import (
 )
 from lorakit.errors import DataError
 from lorakit.files import sha256_file
-from lorakit.models.tokenizer import Tokenizer
+from lorakit.models.tokenizer.tokenizer import Tokenizer
 
 Built = tuple[ChatterbotReport, list[Record], list[Record]]
 

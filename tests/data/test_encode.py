@@ -13,7 +13,7 @@ from small_tokenizers import byte_level_trimmed, newline_merging, sentencepiece
 
 from lorakit.data import Example, Message, Record, describe_example, encode_record, encode_records
 from lorakit.errors import DataError
-from lorakit.models.tokenizer import Tokenizer
+from lorakit.models.tokenizer.tokenizer import Tokenizer
 
 MakeTokenizer = Callable[..., Tokenizer]
 

@@ -11,13 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tiny_gguf_files import tiny_weights, write_gguf
 
 from lorakit.errors import CheckpointError, StorageError
 from lorakit.files import sha256_file
-from lorakit.models.gguf_import import import_gguf
+from lorakit.models.gguf.gguf_import import import_gguf
 from lorakit.models.pretrained import KNOWN_MODELS, MANIFEST_FILE, KnownModel, _from_cache, resolve_model
-
-from .conftest import tiny_weights, write_gguf
 
 NAME = "smollm2-135m-instruct"
 

@@ -17,11 +17,11 @@ from small_models import ARCHITECTURES, small_config, small_decoder, write_check
 from typer.testing import CliRunner
 
 from lorakit import Decoder, load_model, load_tokenizer
+from lorakit.checkpoints.safetensors_header import read_header
 from lorakit.cli.app import app
 from lorakit.errors import CheckpointError, ConfigError, LorakitError, StorageError
 from lorakit.models import Checkpoint
 from lorakit.models.quantize_checkpoint import quantize_checkpoint
-from lorakit.models.safetensors_header import read_header
 from lorakit.quantization.policy import QuantConfig
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lorakit import LoraConfig, add_adapter, load_model
 from lorakit.layers import rope_frequencies, rope_tables
-from lorakit.models.attention import Layout
+from lorakit.models.decoder.attention import Layout
 
 peft = importlib.import_module("peft")
 transformers = importlib.import_module("transformers")

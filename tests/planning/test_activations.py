@@ -9,11 +9,12 @@ import torch
 from planned_adapters import ADAPTERS
 from small_models import ARCHITECTURES, small_config
 from torch import Tensor, nn
+from toy_family import CONFIG, TOY
 
 from lorakit import Decoder, LoraConfig, add_adapter
 from lorakit.layers import Linear4bit
-from lorakit.models import DecoderConfig
-from lorakit.models.loss import summed_loss
+from lorakit.models import FAMILIES, DecoderConfig
+from lorakit.models.decoder.loss import summed_loss
 from lorakit.planning.activations import (
     embedding_activations,
     head_activations,
@@ -41,7 +42,7 @@ TARGETS: list[Any] = [
 
 def decoder(dtype: torch.dtype, quantized: bool, lora: LoraConfig, **changes: Any) -> Decoder:
     """Return a decoder of four layers, with its adapter, in train mode."""
-    model = Decoder(DecoderConfig.from_dict(small_config(num_hidden_layers=4, **changes))).to(dtype)
+    model = Decoder(DecoderConfig.from_dict(small_config(**{"num_hidden_layers": 4, **changes}))).to(dtype)
     if quantized:
         for layer in model.model.layers:
             for part in (layer.self_attn, layer.mlp):
@@ -92,6 +93,12 @@ def predicted_tensors(
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture(name: str, checkpointing: Any) -> None:
     check(torch.bfloat16, True, LoraConfig(r=4), checkpointing, **ARCHITECTURES[name])
+
+
+@pytest.mark.parametrize("checkpointing", KINDS)
+def test_a_family_whose_mlp_has_no_gate(checkpointing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, TOY.architecture, TOY)
+    check(torch.float32, False, LoraConfig(r=4), checkpointing, **CONFIG | {"num_hidden_layers": 4})
 
 
 @pytest.mark.parametrize("checkpointing", KINDS)

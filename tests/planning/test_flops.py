@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakit import Decoder, LoraConfig, add_adapter
 from lorakit.models import DecoderConfig
-from lorakit.models.loss import summed_loss
+from lorakit.models.decoder.loss import summed_loss
 from lorakit.planning.flops import step_flops
 from lorakit.planning.groups import MicroBatch
 from lorakit.planning.shape import model_shape

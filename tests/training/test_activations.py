@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lorakit import TrainConfig, add_adapter
 from lorakit.adapters import LoraConfig
 from lorakit.errors import ConfigError, TrainingError
-from lorakit.models.loss import summed_loss
+from lorakit.models.decoder.loss import summed_loss
 from lorakit.training.activations import HostActivations, saving_activations
 
 KINDS: list[Any] = ["none", "mlp", "layer", 2, 3]

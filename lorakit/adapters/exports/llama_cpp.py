@@ -19,17 +19,10 @@ from torch import Tensor
 
 from ...errors import AdapterError, CheckpointError, LorakitError
 from ...files import atomic_write
-from ...models.gguf_rows import to_gguf_rows
+from ...models.decoder.families import FAMILIES, GGUFForm
+from ...models.gguf.gguf_rows import to_gguf_rows
 from .base_config import base_size
 from .parts import Export, check_plain, folded
-
-# Architecture in config.json -> in GGUF, and whether the conversion to it permutes the rows of q and k.
-ARCHITECTURES = {
-    "LlamaForCausalLM": ("llama", True),
-    "MistralForCausalLM": ("llama", True),
-    "Qwen2ForCausalLM": ("qwen2", False),
-    "Qwen3ForCausalLM": ("qwen3", False),
-}
 
 
 def export_llama_cpp(export: Export, path: Path) -> None:
@@ -44,28 +37,30 @@ def export_llama_cpp(export: Export, path: Path) -> None:
     if path.is_dir() or (path.is_file() and path.read_bytes()[:4] != b"GGUF"):
         raise AdapterError(f"{path} exists and is not a GGUF file; choose another path, such as adapter.gguf")
     base = export.base()
-    architecture, permuted = _architecture(base)
-    names = _gguf_names(architecture, export.layers, base_size(base, "num_hidden_layers"))
+    form = _gguf_form(base)
+    names = _gguf_names(form.architecture, export.layers, base_size(base, "num_hidden_layers"))
     check_plain(export, "llama.cpp", *_problems(export, names, bool(base.get("tie_word_embeddings"))))
     # There is one alpha for all. Where a layer's own is another, B makes up for it; without patterns it stays as it is.
     alphas = {name: layer.scaling * layer.rank for name, layer in export.layers.items()}
     alpha = next(iter(alphas.values()))
     tensors: dict[str, Tensor] = {}
     for name, (a, b) in folded(export, {name: own / alpha for name, own in alphas.items()}).items():
-        if permuted and name.endswith((".q_proj", ".k_proj")):
+        if form.permutes_qk and name.endswith((".q_proj", ".k_proj")):
             heads = base_size(base, "num_attention_heads")
             b = _in_gguf_rows(b, heads if name.endswith(".q_proj") else base_size(base, "num_key_value_heads", heads))
         tensors[f"{names[name]}.weight.lora_a"] = a.T if export.layers[name].kind == "embedding" else a
         tensors[f"{names[name]}.weight.lora_b"] = b
-    _write(path, architecture, alpha, tensors)
+    _write(path, form.architecture, alpha, tensors)
 
 
-def _architecture(base: Mapping[str, Any]) -> tuple[str, bool]:
+def _gguf_form(base: Mapping[str, Any]) -> GGUFForm:
     name = str((base.get("architectures") or ["(none)"])[0])
-    if name not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise AdapterError(f"the base's architecture '{name}' cannot be exported to llama.cpp (known: {known})")
-    return ARCHITECTURES[name]
+    forms = {architecture: family.gguf for architecture, family in FAMILIES.items() if family.gguf}
+    if name not in forms:
+        raise AdapterError(
+            f"the base's architecture '{name}' cannot be exported to llama.cpp (known: {', '.join(forms)})"
+        )
+    return forms[name]
 
 
 def _gguf_names(architecture: str, paths: Iterable[str], layers: int) -> dict[str, str | None]:

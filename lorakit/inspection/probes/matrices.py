@@ -48,7 +48,7 @@ class Adapted:
         return float(torch.linalg.vector_norm(self.layer.base_weight(torch.float32), dtype=torch.float64))
 
     def singular_values(self) -> Tensor:
-        """Return those of the low-rank update, scaling · B A for plain LoRA, float64; those of all experts together."""
+        """Return those of the low-rank update (scaling · B A for plain LoRA), (k,) float64; of all experts together."""
         up, down = (factor.detach().double() for factor in self.layer.factors(self.adapter))
         if up.ndim == 2:
             return LowRank(up, down).singular_values
@@ -69,7 +69,7 @@ def trained_adapted(model: nn.Module) -> list[Adapted]:
 
 
 def norms(tensors: Sequence[Tensor]) -> list[float]:
-    """Return the Frobenius norm of each tensor, summed in fp32; one wait for the device."""
+    """Return the Frobenius norm of each tensor, of any shape, summed in fp32; one wait for the device."""
     if not tensors:
         return []
     found: list[float] = torch.stack(torch._foreach_norm(list(tensors), 2, torch.float32)).tolist()

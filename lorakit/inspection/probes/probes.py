@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ...data import Batch, Example
 from ...errors import ConfigError
 from ...training import TrainingProbe
-from ..spectrum import effective_rank
+from ..measure.spectrum import effective_rank
 from .config import ProbeConfig
 from .dead import DeadLayers
 from .drift import ActivationDrift, probe_rows

@@ -58,7 +58,7 @@ def test_values_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
 STEP = """
 import sys, torch
 from lorakit import TrainConfig
-from lorakit.models.recompute import recomputed
+from lorakit.models.decoder.recompute import recomputed
 from lorakit.training.optimizers.build import build_optimizer
 for name in ("adamw", "adamw_8bit", "lion"):
     layer = torch.nn.Linear(80, 80)

@@ -1,0 +1,5 @@
+"""Checkpoint folders: safetensors headers, reading in bands, writing shards, and weights that are quantized already."""
+
+from .checkpoint import Checkpoint, read_config
+
+__all__ = ["Checkpoint", "read_config"]

@@ -1,0 +1,121 @@
+"""Two updates of one layer compared: between ranks, seeds, checkpoints or adapters, from their factors alone.
+
+Angles, and what a sum of the two would be like, are those of `interference`; here is how far one has moved from the
+other, and the subspace similarity of the LoRA paper.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import cos, hypot
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...adapters.low_rank import LowRank
+from .interference import Interference, LayerMeeting, layer_meeting
+
+SHARED_COSINE = 0.9  # a direction of one update within 26 degrees of the other's counts as shared
+
+
+@dataclass(frozen=True)
+class LayerSimilarity:
+    """The update of one layer in adapter `a` against that in adapter `b`.
+
+    Attributes:
+        name: module path.
+        meeting: norms, cosine, principal angles of the leading directions, and the verdict on a sum of the two.
+        change: singular values of Δa - Δb.
+    """
+
+    name: str
+    meeting: LayerMeeting
+    change: tuple[float, ...]
+
+    @property
+    def cosine(self) -> float:
+        """<Δa, Δb> / (‖Δa‖ ‖Δb‖), 1 for the same direction; 0 where one is zero."""
+        return max(-1.0, min(1.0, self.meeting.cosine))
+
+    @property
+    def difference(self) -> float:
+        """‖Δa - Δb‖F."""
+        return hypot(*self.change)
+
+    @property
+    def relative_difference(self) -> float | None:
+        """‖Δa - Δb‖F / ‖Δb‖F; None where Δb alone is zero."""
+        if not self.difference:
+            return 0.0
+        return self.difference / self.meeting.norms[1] if self.meeting.norms[1] else None
+
+    @property
+    def cosines_in(self) -> tuple[float, ...]:
+        """Cosines of the principal angles between the leading input directions, in falling order."""
+        return tuple(map(cos, self.meeting.row_angles))
+
+    @property
+    def similarity(self) -> float:
+        """φ of the leading input directions, as in the paper (Hu et al. 2021, arXiv:2106.09685, section 7.2).
+
+        Leading are those that hold 90% of the energy of each; `chance` is what random ones of as many would have.
+        """
+        cosines = self.cosines_in
+        return sum(cosine**2 for cosine in cosines) / len(cosines) if cosines else 0.0
+
+    @property
+    def chance(self) -> float:
+        """What `similarity` is for random subspaces, on average."""
+        return self.meeting.chance[1]
+
+    @property
+    def shared(self) -> int:
+        """Leading directions that both have (cosine above SHARED_COSINE), on the input and on the output side."""
+        sides = (self.meeting.row_angles, self.meeting.column_angles)
+        return min(sum(cos(angle) > SHARED_COSINE for angle in side) for side in sides)
+
+    def row(self) -> dict[str, Any]:
+        """Return the figures as one row of a table."""
+        names = ("name", "cosine", "difference", "relative_difference", "similarity", "chance", "shared")
+        return {name: getattr(self, name) for name in names} | {"verdict": self.meeting.verdict}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two adapters, layer by layer.
+
+    Attributes:
+        source: where the other adapter is from.
+        layers: the layers that both adapt.
+        only_here, only_there: layers that one of them adapts.
+        interference: the layers that both adapt, as a whole; what a sum of the adapters would be like.
+    """
+
+    source: str
+    layers: tuple[LayerSimilarity, ...]
+    only_here: tuple[str, ...]
+    only_there: tuple[str, ...]
+    interference: Interference
+
+
+def subspace_similarity(a: Tensor, b: Tensor) -> Tensor:
+    """φ(i, j) = ‖Uiᵀ Uj‖F² / min(i, j) for the leading i columns of `a` and j of `b` (arXiv:2106.09685, equation 4).
+
+    Shapes:
+        a (n, p), b (n, q), each with orthonormal columns -> (p, q), entry (i-1, j-1); 1 where one contains the other,
+        max(i, j) / n on average for random subspaces.
+    """
+    overlap = (a.T @ b).square().cumsum(0).cumsum(1)
+    i = torch.arange(1, a.shape[1] + 1, dtype=overlap.dtype)
+    j = torch.arange(1, b.shape[1] + 1, dtype=overlap.dtype)
+    return overlap / torch.minimum(i[:, None], j)
+
+
+def compare_updates(name: str, a: LowRank, b: LowRank) -> LayerSimilarity:
+    """Compare two updates of one shape, both in float64.
+
+    Raises:
+        AdapterError: the shapes differ.
+    """
+    return LayerSimilarity(name, layer_meeting(name, a, b), tuple((a - b).singular_values.tolist()))

@@ -1,0 +1,18 @@
+"""Parts of an adapter changed for a while, and studies that measure what that does."""
+
+from .interventions import ablated, scaled, swapped, truncated, without_directions
+from .studies import causal_map, direction_map, held_out_loss, rank_curve, scale_sweep, swap_map
+
+__all__ = [
+    "ablated",
+    "causal_map",
+    "direction_map",
+    "held_out_loss",
+    "rank_curve",
+    "scale_sweep",
+    "scaled",
+    "swap_map",
+    "swapped",
+    "truncated",
+    "without_directions",
+]

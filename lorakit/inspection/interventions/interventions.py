@@ -1,0 +1,192 @@
+"""Parts of an adapter taken out, scaled, cut in rank or swapped, for as long as a context lasts.
+
+A context leaves the model as it was, to the bit, also when something raises in it: what it puts in a parameter's place
+is another object, and the old one comes back. `studies` applies them in turn and measures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ...adapters import lora_layers
+from ...adapters.low_rank import LowRank
+from ...adapters.state import apply_state, check_adapter, state_of
+from ...errors import AdapterError, did_you_mean
+from ...layers.adapted import AdaptedLayer, AdapterPart
+
+
+@contextlib.contextmanager
+def ablated(model: nn.Module, layers: Iterable[str], adapter: str | None = None) -> Iterator[nn.Module]:
+    """Within the context, the adapter does nothing on these layers.
+
+    Raises:
+        AdapterError: there is no such adapter, or a layer does not carry it.
+    """
+    name, found = active_layers(model, adapter, layers)
+    with _instead(model, {layer: {name: None} for layer in found.values()}):
+        yield model
+
+
+@contextlib.contextmanager
+def swapped(model: nn.Module, layers: Iterable[str], first: str, second: str) -> Iterator[nn.Module]:
+    """Within the context, these layers have the update of adapter `second` in the place of that of `first`.
+
+    A layer that does not carry `second` has none.
+
+    Raises:
+        AdapterError: there is no such adapter, or `first` is not active, or a layer does not carry it.
+    """
+    check_adapter(model, second)
+    if second in state_of(model).on_host:
+        raise AdapterError(f"adapter '{second}' is kept in host memory; make it active once, to have it here")
+    _, found = active_layers(model, first, layers)
+    with _instead(model, {layer: {first: second} for layer in found.values()}):
+        yield model
+
+
+@contextlib.contextmanager
+def scaled(
+    model: nn.Module, factor: float, layers: Iterable[str] | None = None, adapter: str | None = None
+) -> Iterator[nn.Module]:
+    """Within the context, lora_alpha is `factor` times what it is, on these layers or on all.
+
+    Raises:
+        AdapterError: as `ablated`.
+    """
+    name, found = active_layers(model, adapter, layers)
+    before = {layer: layer.scaling[name] for layer in found.values()}
+    try:
+        for layer, scaling in before.items():
+            layer.scaling[name] = factor * scaling
+        yield model
+    finally:
+        for layer, scaling in before.items():
+            layer.scaling[name] = scaling
+
+
+@contextlib.contextmanager
+def truncated(
+    model: nn.Module, rank: int, layers: Iterable[str] | None = None, adapter: str | None = None
+) -> Iterator[nn.Module]:
+    """Within the context, B A is its nearest matrix of at most this rank, on these layers or on all.
+
+    Raises:
+        AdapterError: as `ablated`, or the rank is negative.
+    """
+    if rank < 0:
+        raise AdapterError(f"a rank is 0 or more, got {rank}")
+    name, found = active_layers(model, adapter, layers)
+    cut = [layer for layer in found.values() if rank < len(layer.lora_A[name])]
+    with _factors(name, {layer: _product(layer, name).truncated(rank) for layer in cut}):
+        yield model
+
+
+@contextlib.contextmanager
+def without_directions(
+    model: nn.Module, layer: str, directions: Iterable[int], adapter: str | None = None
+) -> Iterator[nn.Module]:
+    """Within the context, these singular directions of a layer's B A are gone; 0 is that of the largest value.
+
+    Raises:
+        AdapterError: as `ablated`, or there is no such direction.
+    """
+    name, found = active_layers(model, adapter, [layer])
+    u, s, vh = _product(found[layer], name).svd
+    removed = sorted(set(directions))
+    if removed and not 0 <= removed[0] <= removed[-1] < len(s):
+        raise AdapterError(f"{layer} has the directions 0 to {len(s) - 1}, got {removed}")
+    kept = s.clone()
+    kept[removed] = 0.0
+    with _factors(name, {found[layer]: LowRank(u * kept, vh)}):
+        yield model
+
+
+# ---- what they are made of -------------------------------------------------------------------------------------------
+
+
+def active_layers(
+    model: nn.Module, adapter: str | None, paths: Iterable[str] | None = None
+) -> tuple[str, dict[str, AdaptedLayer]]:
+    """Return the adapter's name and its layers, all or those at `paths`, in model order.
+
+    Raises:
+        AdapterError: there is no such adapter, it is not active, or a path does not carry it.
+    """
+    active = state_of(model).active
+    if adapter is None:
+        if len(active) != 1:
+            names = ", ".join(active) or "none"
+            raise AdapterError(f"which adapter? {len(active)} are active: {names}; name one, or make one active")
+        adapter = active[0]
+    check_adapter(model, adapter)
+    if adapter not in active:
+        raise AdapterError(
+            f"adapter '{adapter}' is not active, so that changing it would show nothing; set_adapter first"
+        )
+    found = lora_layers(model, adapter)
+    if paths is None:
+        return adapter, found
+    wanted = set(paths)
+    for path in wanted - found.keys():
+        raise AdapterError(f"no layer '{path}' carries adapter '{adapter}'{did_you_mean(path, found)}")
+    return adapter, {path: layer for path, layer in found.items() if path in wanted}
+
+
+@contextlib.contextmanager
+def _instead(model: nn.Module, change: Mapping[AdapterPart, Mapping[str, str | None]]) -> Iterator[None]:
+    """Within the context, layers have other adapters in the place of active ones, whatever is switched meanwhile."""
+    open_changes = state_of(model).instead
+    open_changes.append(change)
+    apply_state(model)
+    try:
+        yield
+    finally:
+        open_changes[:] = [one for one in open_changes if one is not change]
+        apply_state(model)
+
+
+@contextlib.contextmanager
+def _factors(name: str, changed: Mapping[AdaptedLayer, LowRank]) -> Iterator[None]:
+    """Within the context, other parameters stand in the place of A and B; after it, the very same objects."""
+    before = {layer: (layer.lora_A[name], layer.lora_B[name]) for layer in changed}
+    try:
+        for layer, product in changed.items():
+            layer.lora_A[name], layer.lora_B[name] = _as_parameters(layer, name, product)
+        yield
+    finally:
+        for layer, (lora_a, lora_b) in before.items():
+            layer.lora_A[name], layer.lora_B[name] = lora_a, lora_b
+
+
+def _product(layer: AdaptedLayer, name: str) -> LowRank:
+    """Return B A in float64, without the scaling.
+
+    Raises:
+        AdapterError: the layer has one for each expert.
+    """
+    if layer.factors(name)[0].ndim != 2:
+        raise AdapterError(f"the updates of experts are not cut in rank: {type(layer).__name__}({layer.extra_repr()})")
+    lora_a, lora_b = layer.lora_A[name].detach(), layer.lora_B[name].detach()
+    return LowRank(lora_b.flatten(1).double(), lora_a.flatten(1).double())
+
+
+def _as_parameters(layer: AdaptedLayer, name: str, product: LowRank) -> tuple[nn.Parameter, nn.Parameter]:
+    """Return A and B of a product, in the layer's shapes and dtype, fp32 or better; of rank 1 at least."""
+    lora_a, lora_b = layer.lora_A[name], layer.lora_B[name]
+    up, down = product.up, product.down
+    if product.rank == 0:
+        up, down = up.new_zeros(len(up), 1), down.new_zeros(1, down.shape[1])  # kernels need one column
+
+    def parameter(matrix: Tensor, like: Tensor, shape: tuple[int, ...]) -> nn.Parameter:
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return nn.Parameter(matrix.to(dtype).reshape(shape).contiguous(), requires_grad=False)
+
+    rank = len(down)
+    return (
+        parameter(down, lora_a, (rank, *lora_a.shape[1:])),
+        parameter(up, lora_b, (len(lora_b), rank, *lora_b.shape[2:])),
+    )

@@ -1,0 +1,112 @@
+"""Where base weights come from: a checkpoint folder, 16-bit or 4-bit, or a model in memory. One weight at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...checkpoints.checkpoint import Checkpoint
+from ...checkpoints.formats import StoredWeight
+from ...checkpoints.prequantized import find_stored
+from ...errors import CheckpointError, did_you_mean
+from ...layers.adapted import AdaptedLayer
+from ...layers.quantized_module import QuantizedModule
+from ...models.pretrained import resolve_model
+from .updates import LayerUpdate
+
+
+class BaseWeights:
+    """The weights under an adapter, by module path, as float32 matrices (out, in) in the update's orientation.
+
+    Args:
+        source: a checkpoint folder (4-bit ones too), a known model's name, or a model.
+
+    Raises:
+        CheckpointError: the folder is no checkpoint, or is broken.
+    """
+
+    def __init__(self, source: str | os.PathLike[str] | nn.Module) -> None:
+        self._model = source if isinstance(source, nn.Module) else None
+        self._checkpoint: Checkpoint | None = None
+        self._stored: Mapping[str, StoredWeight] = {}
+        if not isinstance(source, nn.Module):
+            self._checkpoint = Checkpoint(resolve_model(source))
+            self._stored = find_stored(self._checkpoint)
+        self.name = type(source).__name__ if isinstance(source, nn.Module) else str(source)
+
+    def weight(self, update: LayerUpdate, transposed: bool = False) -> Tensor | None:
+        """Return the weight under an update, or None where it has no matrix of its own (experts, grouped convolutions).
+
+        Args:
+            transposed: whether square weights are stored as (in, out): PEFT's fan_in_fan_out.
+
+        Raises:
+            CheckpointError: there is no such weight, or it is of another shape; names the nearest.
+        """
+        if update.kind == "experts":
+            return None
+        shape = update.low_rank.shape
+        weight = self._adapted(update.path)
+        if weight is None:
+            weight = self.read(update.path).flatten(1)
+            may_turn = update.kind == "embedding" or (update.kind == "linear" and (transposed or shape[0] != shape[1]))
+            weight = weight.T if may_turn and weight.shape == shape[::-1] else weight
+        if update.kind == "conv" and weight.shape[0] == shape[0] and weight.shape[1] < shape[1]:
+            return None
+        if weight.shape != shape:
+            raise CheckpointError(
+                f"{self.name}: the weight of {update.path} is {tuple(weight.shape)}, the adapter's update is {shape}: "
+                "this is not the adapter's base model"
+            )
+        return weight
+
+    def _adapted(self, path: str) -> Tensor | None:
+        """Return the matrix (out, in) under a layer that the model in memory has adapted already."""
+        layer = None if self._model is None else dict(self._model.named_modules()).get(path)
+        return layer.as_matrix(layer.base_weight(torch.float32)).cpu() if isinstance(layer, AdaptedLayer) else None
+
+    def read(self, path: str) -> Tensor:
+        """Return the weight of a module as it is stored, fp32 on the CPU."""
+        if self._checkpoint is None:
+            assert self._model is not None
+            return _module_weight(self._model, path)
+        names = dict.fromkeys([*self._checkpoint.names, *self._stored])
+        name = _nearest_name(f"{path}.weight", names)
+        if name is None and path.endswith("lm_head") and self._checkpoint.config().get("tie_word_embeddings"):
+            name = _nearest_name("embed_tokens.weight", names)
+        if name is None:
+            raise CheckpointError(f"{self.name}: there is no weight of {path}{did_you_mean(f'{path}.weight', names)}")
+        if name not in self._stored:
+            return self._checkpoint.read(name).float()
+        stored = self._stored[name]
+        return stored.assemble({part: self._checkpoint.read(part) for part in stored.parts}).dequantize(torch.float32)
+
+
+def _nearest_name(name: str, names: Iterable[str]) -> str | None:
+    """Find a tensor by its module's path; checkpoints and models may differ in what stands before the first block."""
+    known = set(names)
+    shorter = name
+    while shorter.count("."):
+        if shorter in known:
+            return shorter
+        ends = [one for one in known if one.endswith(f".{shorter}")]
+        if len(ends) == 1:
+            return ends[0]
+        shorter = shorter.partition(".")[2]
+    return None
+
+
+def _module_weight(model: nn.Module, path: str) -> Tensor:
+    try:
+        module: Any = model.get_submodule(path)
+    except AttributeError:
+        names = dict(model.named_modules())
+        raise CheckpointError(f"the base model has no module {path}{did_you_mean(path, names)}") from None
+    if isinstance(module, QuantizedModule):
+        return module.quantized.dequantize(torch.float32).cpu()
+    weight: Tensor = module.weight.detach()
+    return weight.float().cpu()

@@ -1,0 +1,116 @@
+"""`AdapterInfo`: everything measured of one adapter, as plain frozen values, a tidy table and a few sentences."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from ..compare.similarity import Comparison
+from ..tables import Tidy
+from .layer_info import LayerInfo
+
+
+@dataclass(frozen=True)
+class AdapterInfo(Tidy):
+    """One adapter, measured.
+
+    Attributes:
+        source: where it is from.
+        layers: every update, in model order as far as paths tell it.
+        base: the base that it was measured against, or None.
+        extras: tensors of the folder that are no update (modules saved whole, trained biases): named, not measured.
+        changed_base: the start ("pissa", ...) that moved part of the base into the adapter, or None. The figures are of
+            B·A as the file has it, which is then not the whole change of the base.
+        other: the adapter that it was compared with, measured alike, and
+        comparison: the two, layer by layer.
+        findings: what stands out, in sentences, the most important first.
+    """
+
+    source: str
+    layers: tuple[LayerInfo, ...]
+    base: str | None = None
+    extras: tuple[str, ...] = ()
+    changed_base: str | None = None
+    other: AdapterInfo | None = None
+    comparison: Comparison | None = None
+    findings: tuple[str, ...] = field(default=(), compare=False)
+
+    @cached_property
+    def norm(self) -> float:
+        """Frobenius norm of all updates together."""
+        return float(sum(layer.norm**2 for layer in self.layers) ** 0.5)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of all A and B."""
+        return sum(layer.parameters for layer in self.layers)
+
+    def energy(self, k: int) -> float:
+        """Share of the update, as squared Frobenius norm over all layers, that rank k in every layer would keep."""
+        total = self._kept[-1]
+        return self._kept[min(k, len(self._kept) - 1)] / total if total else 1.0
+
+    @cached_property
+    def _kept(self) -> list[float]:
+        """Squared norm that rank 0, 1, 2, ... would keep."""
+        largest = max(len(layer.singular_values) for layer in self.layers)
+        squares = torch.zeros(largest + 1, dtype=torch.float64)
+        for layer in self.layers:
+            squares[1 : len(layer.singular_values) + 1] += layer.spectrum.square()
+        kept: list[float] = squares.cumsum(0).tolist()
+        return kept
+
+    def share(self, layer: LayerInfo) -> float:
+        """A layer's share of the squared Frobenius norm of all updates."""
+        return (layer.norm / self.norm) ** 2 if self.norm else 0.0
+
+    def table(self) -> list[dict[str, Any]]:
+        """Return one flat row a layer: numbers and words; with columns of the base and the comparison where known."""
+        compared = {layer.name: layer for layer in self.comparison.layers} if self.comparison else {}
+        rows = []
+        for layer in self.layers:
+            row = layer.row() | {"share": self.share(layer)}
+            if layer.name in compared:
+                row |= {f"vs_{key}": value for key, value in compared[layer.name].row().items() if key != "name"}
+            rows.append(row)
+        columns = dict.fromkeys(column for row in rows for column in row)
+        return [{column: row.get(column) for column in columns} for row in rows]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return everything as JSON values: the table, each layer's spectra, the comparison and the findings."""
+        layers = [
+            row
+            | {"singular_values": list(layer.singular_values)}
+            | ({"base": asdict(layer.base)} if layer.base else {})
+            for row, layer in zip(self.table(), self.layers, strict=True)
+        ]
+        return {
+            "source": self.source,
+            "base": self.base,
+            "norm": self.norm,
+            "parameters": self.parameters,
+            "extras": list(self.extras),
+            "findings": list(self.findings),
+            "layers": layers,
+            "comparison": None if self.comparison is None else _comparison_json(self.comparison),
+            "other": None if self.other is None else self.other.as_json(),
+        }
+
+
+def _comparison_json(comparison: Comparison) -> dict[str, Any]:
+    whole = comparison.interference
+    angles = ("row_angles", "column_angles")
+    return {
+        "source": comparison.source,
+        "cosine": whole.cosine,
+        "verdict": whole.verdict,
+        "only_here": list(comparison.only_here),
+        "only_there": list(comparison.only_there),
+        "layers": [
+            layer.row() | {"change": list(layer.change)} | {name: list(getattr(layer.meeting, name)) for name in angles}
+            for layer in comparison.layers
+        ],
+    }

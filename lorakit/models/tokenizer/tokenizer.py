@@ -1,0 +1,208 @@
+"""A checkpoint's tokenizer: text to token ids and back, with offsets, and conversations to text.
+
+The work is done by the `tokenizers` package, which reads tokenizer.json. Around it, this file settles what three JSON
+files say about special tokens: tokenizer_config.json names them, generation_config.json and config.json tell which
+tokens end a generation.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from ...errors import CheckpointError, DataError
+from ...files import read_json_object
+from ..pretrained import resolve_model
+from .chat_template import ChatTemplate, find_chat_template
+
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class Tokenizer:
+    """Text to token ids and back, and conversations to text.
+
+    Attributes:
+        eos_token: the text of the token that ends a turn or a document.
+        eos_id: its id.
+        eos_ids: every id that ends a generation.
+        pad_id: the padding token's id; the eos token's where there is none.
+        special_tokens: tokenizer_config.json's, by name, as chat templates see them.
+        folder: where the tokenizer was loaded from, or None.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        eos_ids: Sequence[int],
+        special_tokens: Mapping[str, str] | None = None,
+        template: ChatTemplate | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        self._backend = backend
+        # A tokenizer.json may carry the truncation and padding of whoever saved it; both would change ids silently.
+        backend.no_truncation()
+        backend.no_padding()
+        self._template = template
+        self.folder = folder
+        self.special_tokens = dict(special_tokens or {})
+        self.eos_ids = tuple(eos_ids)
+        eos_token = self.special_tokens.get("eos_token")
+        self.eos_id = self.eos_ids[0] if eos_token is None else self._id(eos_token, "eos_token")
+        self.eos_token = str(backend.id_to_token(self.eos_id))
+        pad_token = self.special_tokens.get("pad_token")
+        self.pad_id = self.eos_id if pad_token is None else self._id(pad_token, "pad_token")
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, the added ones included."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template's text, or None."""
+        return None if self._template is None else self._template.source
+
+    def __repr__(self) -> str:
+        return f"Tokenizer(vocab_size={self.vocab_size}, eos_token={self.eos_token!r}, folder={str(self.folder)!r})"
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Return the token ids of a text.
+
+        Special tokens written out in the text, such as a rendered chat's, always become their ids. A byte that has no
+        token gives none (SmolLM2 lacks six control characters and the unassigned planes 4 to 11).
+
+        Args:
+            add_special_tokens: also add what tokenizer.json's post-processor adds, a BOS token for instance.
+
+        Raises:
+            DataError: the text is not a string, or holds a lone surrogate, which no UTF-8 text can.
+        """
+        return self._encoding(text, add_special_tokens).ids
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the token ids and, for each, the span of characters of `text` it stands for.
+
+        A word's span includes the space before it, where its token does. A character of several bytes may be split
+        among tokens; the span of each includes the whole character.
+
+        Raises:
+            DataError: as `encode`.
+        """
+        encoding = self._encoding(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Return the text of token ids; bytes that are not valid UTF-8 become U+FFFD.
+
+        Raises:
+            DataError: an id is negative or not an integer, as the -100 of untrained targets.
+        """
+        try:
+            return self._backend.decode([int(token_id) for token_id in ids], skip_special_tokens=skip_special_tokens)
+        except (OverflowError, TypeError, ValueError) as error:
+            raise DataError(f"token ids cannot be decoded, they must be non-negative integers: {error}") from None
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False) -> str:
+        """Return a conversation as the text the model was trained on.
+
+        Equal to transformers' `apply_chat_template(messages, tokenize=False)`.
+
+        Args:
+            messages: mappings with "role" and "content".
+            add_generation_prompt: end with the opening of an assistant turn, for the model to complete.
+
+        Raises:
+            DataError: there is no chat template, there are no messages, or the template refuses or fails on them (with
+                the template's file and line).
+        """
+        if self._template is None:
+            raise DataError(
+                f"{self.folder}: there is no chat template: tokenizer_config.json has no 'chat_template' (of several, "
+                "none named 'default') and there is no chat_template.jinja; a base model has none, use its instruct "
+                "version or give plain text"
+            )
+        return self._template.render(messages, self.special_tokens, add_generation_prompt)
+
+    def _encoding(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
+        if not isinstance(text, str):
+            raise DataError(f"cannot encode a {type(text).__name__}, expected a string")
+        try:
+            return self._backend.encode(text, add_special_tokens=add_special_tokens)
+        except (UnicodeEncodeError, TypeError):
+            at = next((i for i, char in enumerate(text) if "\ud800" <= char <= "\udfff"), None)
+            raise DataError(f"cannot encode the text: character {at} is a lone surrogate, not valid Unicode") from None
+
+    def _id(self, token: str, name: str) -> int:
+        token_id = self._backend.token_to_id(token)
+        if token_id is None:
+            raise CheckpointError(f"{self.folder}: {name} is {token!r}, which tokenizer.json does not have")
+        return token_id
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """Load the tokenizer of a checkpoint folder or of a known model (see `resolve_model`).
+
+    The ids that end a generation are generation_config.json's eos_token_id, else config.json's, else the id of
+    tokenizer_config.json's eos_token.
+
+    Raises:
+        CheckpointError: tokenizer.json is missing or malformed, a JSON file beside it is malformed, the chat template
+            does not parse, or a special token is unknown to tokenizer.json.
+    """
+    folder = resolve_model(path)
+    file = folder / "tokenizer.json"
+    read_json_object(file)  # for its errors, which have line and column
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the tokenizers package raises plain Exception
+        raise CheckpointError(f"{file}: not a tokenizer: {error}") from None
+    config = _optional_json(folder / "tokenizer_config.json")
+    special_tokens = _special_tokens(config, folder / "tokenizer_config.json")
+    eos_ids = _eos_ids(folder, backend, special_tokens)
+    template = find_chat_template(folder, config)
+    return Tokenizer(backend, eos_ids=eos_ids, special_tokens=special_tokens, template=template, folder=folder)
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return read_json_object(path) if path.exists() else {}
+
+
+def _special_tokens(config: Mapping[str, Any], where: Path) -> dict[str, str]:
+    """Return the named special tokens; each is a string, {"content": string, ...} or null."""
+    found = {}
+    for name in SPECIAL_TOKENS:
+        value = config.get(name)
+        if isinstance(value, Mapping):
+            value = value.get("content", value)
+        if value is not None and not isinstance(value, str):
+            raise CheckpointError(f"{where}: {name} is {value!r}, expected a string or an object with 'content'")
+        if value is not None:
+            found[name] = value
+    return found
+
+
+def _eos_ids(folder: Path, backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str]) -> list[int]:
+    for name in ("generation_config.json", "config.json"):
+        value = _optional_json(folder / name).get("eos_token_id")
+        if value is None:
+            continue
+        ids = value if isinstance(value, list) else [value]
+        # type(...) is int: JSON's true is an int to Python. A token the model has and the tokenizer lacks is unusable.
+        if not ids or not all(type(i) is int and i >= 0 and backend.id_to_token(i) is not None for i in ids):
+            raise CheckpointError(f"{folder / name}: eos_token_id is {value!r}, expected ids that tokenizer.json has")
+        return ids
+    eos_token = special_tokens.get("eos_token")
+    if eos_token is None:
+        raise CheckpointError(
+            f"{folder}: no eos token: neither generation_config.json nor config.json has an eos_token_id, and "
+            "tokenizer_config.json no eos_token"
+        )
+    eos_id = backend.token_to_id(eos_token)
+    if eos_id is None:
+        raise CheckpointError(f"{folder}: eos_token is {eos_token!r}, which tokenizer.json does not have")
+    return [eos_id]
