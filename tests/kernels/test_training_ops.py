@@ -9,7 +9,7 @@ import lorakit_kernels as kernels
 import pytest
 import torch
 from lorakit_kernels import reference_training, training_ops
-from tolerances import assert_within, rounding
+from tolerances import assert_alike, assert_within, rounding
 from torch import Tensor
 from torch.library import opcheck
 from torch.nn.functional import cross_entropy
@@ -57,8 +57,9 @@ def test_layers_compile_forward_and_backward_without_graph_breaks() -> None:
         for function in (step, compiled):
             losses.append(function(norm, x, tables, head, targets))
             gradients.append(torch.autograd.grad(losses[-1], x)[0])
-        torch.testing.assert_close(*losses)
-        torch.testing.assert_close(*gradients)
+        terms = 16 // 2 + 16 + 11 + tokens + 40  # the norm, the head, the softmax, the loss, and the functions
+        assert_alike(*losses, terms)
+        assert_alike(*gradients, terms)
 
 
 def test_overwriting_the_logits_is_noticed_by_autograd() -> None:
