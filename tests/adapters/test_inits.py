@@ -13,7 +13,7 @@ from lorakit import Linear4bit, LoraConfig, add_adapter, load_adapter, quantize,
 from lorakit.adapters import adapter_configs, adapter_parameters, lora_layers
 from lorakit.errors import AdapterError, ConfigError
 
-# Roundings through `model`: sums over 12 and 10 inputs and up to 6 ranks, tanh, and a start that is added and taken away.
+# Roundings through `model`: sums over 12 and 10 inputs and up to 6 ranks, tanh; a start added and taken away.
 TERMS = 12 + 10 + 4 * 6 + 8
 # Of a singular value or vector of a 12 x 10 matrix in fp32: a modest multiple of its size (Higham 2002, chapter 19).
 FACTORED = 10 * 12

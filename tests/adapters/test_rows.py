@@ -35,7 +35,7 @@ from lorakit.errors import AdapterError, DataError, ShapeError
 from lorakit.layers import BASE
 from lorakit.models.loss import summed_loss
 
-# Roundings through `TestPlainModels.layers`: sums over 6 and 8 inputs and 2 ranks each, DoRA's norms over as many, tanh.
+# Roundings through `TestPlainModels.layers`: sums over 6 and 8 inputs and 2 ranks each, DoRA's norms, tanh.
 TERMS = 2 * (6 + 8) + 2 * 4 + 12
 
 
