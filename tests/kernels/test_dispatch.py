@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import lorakit_kernels as kernels
 import pytest
 import torch
 from lorakit_kernels import cpu, dispatch, reference
-from tolerances import assert_within, matmul_rounding, unit
+from tolerances import assert_alike, assert_within, matmul_rounding, unit
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
@@ -87,14 +88,17 @@ def test_pytorch_accepts_the_operation(operation: str, backend: str) -> None:
 def test_backends_agree(operation: str) -> None:
     results = []
     torch.manual_seed(0)
-    given = arguments(77)[operation]
+    fixed = arguments(77)[operation]
     for backend in ON_CPU:
+        given = copy.deepcopy(fixed)  # one of them may be written to
         with kernels.use_backend(backend):
             result = getattr(kernels, operation.split()[0])(*given)
-        tensors = [given[4].clone()] if result is None else [result] if isinstance(result, Tensor) else list(result)
-        results.append(tensors)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        written = [x for x in given if isinstance(x, Tensor) and x.is_floating_point()] if result is None else []
+        results.append([result] if isinstance(result, Tensor) else list(result or written))
+    if "linear" in operation:  # a BLAS adds up what each backend cuts its own way: 77 inputs or 3 outputs, 5 ranks
+        assert_alike(results[1], results[0], terms=77 + 5 + 3, stores=2)
+    else:
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_products_are_those_of_the_values() -> None:
