@@ -66,8 +66,9 @@ def assert_within(found: Tensor, exact: Tensor, bound: Tensor | float) -> None:
 def assert_alike(found: object, expected: object, terms: int, stores: int = 1) -> None:
     """Assert that two tensors, or two collections of them, are roundings of one value.
 
-    Each may be off by n·u of the largest element: among n summands of either sign Σ|a||b| is about sqrt(n) of their
-    sum, and of n roundings that go either way sqrt(n) count.
+    Each addition rounds a partial sum, which among summands of either sign is no larger than the result: n roundings
+    that go either way leave about sqrt(n)·u / 2 of it, in the root mean square. Each of the two may be off by four
+    times sqrt(n)·u of the largest element, some twenty standard deviations.
 
     Args:
         terms: n, the roundings in fp32, or in float64 where the tensors are, that a summand goes through at most.
@@ -83,7 +84,7 @@ def assert_alike(found: object, expected: object, terms: int, stores: int = 1) -
         return
     assert isinstance(found, Tensor) and found.dtype == expected.dtype
     largest = expected.detach().double().abs().nan_to_num(0.0, 0.0, 0.0).max() if expected.numel() else 0.0
-    bound = terms * unit(torch.promote_types(found.dtype, torch.float32)) * float(largest)
+    bound = min(terms, 4 * math.sqrt(terms)) * unit(torch.promote_types(found.dtype, torch.float32)) * float(largest)
     if found.dtype.itemsize < 4:
         bound += stores * unit(found.dtype) * float(largest)
     assert_within(found, expected, 2 * bound)  # each of them may be off
