@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError
+from ..sums import product
 
 CHUNK_ELEMENTS = 1 << 24  # logits held at a time: 32 MiB in bf16, 341 rows of a vocabulary of 49,152
 
@@ -58,7 +59,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if losses is not None:
                 losses[start : start + len(t)] = each
             if gradient is not None:  # the logits are now their own gradient
-                gradient[start : start + len(t)] = logits @ weight.to(hidden.dtype)
+                gradient[start : start + len(t)] = product(logits, weight.to(hidden.dtype))
             start += len(t)
             del logits  # or this chunk would still be there while the next one is made
         if gradient is not None:
@@ -80,4 +81,4 @@ def _chunks(hidden: Tensor, weight: Tensor, targets: Tensor) -> list[tuple[Tenso
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    return hidden @ weight.to(hidden.dtype).T
+    return product(hidden, weight.to(hidden.dtype).T)

@@ -31,6 +31,7 @@ from ..measure import peak_rss_mb
 from ..models.decoder.decoder import Decoder
 from ..models.decoder.loss import summed_loss
 from ..models.tokenizer.tokenizer import Tokenizer
+from ..sums import flat_slices
 from .activations import saving_activations
 from .checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from .compiling import compiled_layers
@@ -158,7 +159,10 @@ def take_step(
     for probe in probes:
         probe.before_update()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    norm = float(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
+    gradients = [part for one in parameters if one.grad is not None for part in flat_slices(one.grad)]
+    total_norm = nn.utils.get_total_norm(gradients)
+    nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, total_norm)
+    norm = float(total_norm)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         sources = ", ".join(example.source for example in batch[:4])
         raise TrainingError(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from small_models import ARCHITECTURES, small_decoder
+from tolerances import assert_alike
 from torch import Tensor, nn
 
 from lorakit import (
@@ -25,6 +26,10 @@ from lorakit import (
 )
 from lorakit.adapters import adapter_configs, count_parameters, lora_layers
 from lorakit.errors import AdapterError, ConfigError
+
+# Roundings through `mlp`: sums over 6, 8 and 8 inputs and up to 8 ranks each, and weights with an update added.
+TERMS = 6 + 8 + 8 + 3 * 12
+
 
 Snapshot = tuple[dict[str, int], dict[str, bytes], list[str]]
 
@@ -107,7 +112,7 @@ def test_scaling_patterns_and_the_closed_form(rslora: bool, scaling: float) -> N
     assert layers["2.1"].scaling["default"] == 16
     for path, layer in layers.items():
         dense.get_submodule(path).weight.data += layer.delta_weight("default").detach()
-    torch.testing.assert_close(model(X), dense(X))
+    assert_alike(model(X), dense(X), TERMS)
 
 
 def test_the_report_counts() -> None:
@@ -262,7 +267,7 @@ class TestSwitching:
                 dense.get_submodule(path).weight.data += layer.delta_weight(name).detach()
         for names in (["a", "b"], ["b", "a"], ("a", "b", "a")):
             set_adapter(model, names)
-            torch.testing.assert_close(model(X), dense(X))
+            assert_alike(model(X), dense(X), TERMS)
         set_trained(model, ["a", "b"])
         assert len(self.trained(model)) == 8
 

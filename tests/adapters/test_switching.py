@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_models import conversations, small_decoder, small_tokenizer
+from tolerances import assert_alike
 from torch import Tensor, nn
 
 from lorakit import (
@@ -34,6 +35,10 @@ from lorakit import (
 from lorakit.adapters import idle_adapters, lora_layers, offload_adapter, onload_adapter
 from lorakit.errors import AdapterError, CheckpointError, TrainingError
 from lorakit.layers import Linear4bit, LoRALinear
+
+# Roundings through `mlp`: sums over 6, 8 and 8 inputs and 2 or 3 ranks each, with DoRA's norms over as many.
+TERMS = 2 * (6 + 8 + 8) + 3 * 6
+
 
 X = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
 
@@ -193,10 +198,10 @@ class TestHotSwap:
         add_adapter(model, config(r=4, use_dora=values.get("use_dora", False)), "slot")
         scaling = lora_layers(model)["0"].scaling["slot"]
         swap_adapter(model, "slot", folder)
-        torch.testing.assert_close(model(X), other(X))
+        assert_alike(model(X), other(X), TERMS)
         assert lora_layers(model)["0"].scaling["slot"] == scaling
         load_adapter(other, save_adapter(model, tmp_path / "again", "slot"), "again")  # and saved, it is the same
-        torch.testing.assert_close(model(X), other(X))
+        assert_alike(model(X), other(X), TERMS)
 
     def test_a_captured_optimizer_goes_on(self, tmp_path: Path) -> None:
         folder, _ = self.saved(tmp_path)
@@ -264,7 +269,7 @@ class TestHotSwap:
         assert seen
         for _ in range(2):
             swap_adapter(model, "slot", folder)
-            torch.testing.assert_close(compiled(X), other(X))
+            assert_alike(compiled(X), other(X), TERMS)
         assert len(graphs) == seen and not torch.equal(first, compiled(X))
 
 
@@ -284,7 +289,7 @@ class TestHostMemory:
             assert torch.equal(model(X), outputs[name])
         with use_rows(model, ["a", "b", "c", "b", "__base__"]):
             rows = model(X)
-        torch.testing.assert_close(rows[1], outputs["b"][1])
+        assert_alike(rows[1], outputs["b"][1], TERMS)
         assert objects == {name: [id(p) for p in adapter_parameters(model, name)] for name in "abc"}
         onload_adapter(model, ["a", "b"])
         assert [info.on_host for info in adapter_status(model).adapters.values()] == [False, False, True]

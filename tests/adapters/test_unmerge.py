@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_merging import DTYPES, X, adapt, full_snapshot, mlp
 from small_models import small_decoder
+from tolerances import assert_alike
 from torch import nn
 
 from lorakit import (
@@ -24,6 +25,10 @@ from lorakit import (
 )
 from lorakit.adapters import lora_layers
 from lorakit.errors import AdapterError
+
+# Roundings through `small_merging.mlp`: sums over 64 inputs, 4 ranks, 48 hidden and 4 ranks;
+# the merged weights have three more, DoRA's norm as many as it has inputs.
+TERMS = 64 + 4 + 48 + 4 + 2 * 3
 
 
 class TestUnmerging:
@@ -112,7 +117,7 @@ class TestUnmerging:
         merge_adapter(model, "b")
         unmerge_adapter(model)
         set_adapter(model, [])
-        torch.testing.assert_close(model(X), expected)
+        assert_alike(model(X), expected, TERMS)
 
 
 class TestRefusals:
@@ -183,7 +188,7 @@ class TestRefusals:
         expected = model(X)
         assert "quantize=False only" in self.refused(model, lambda m: merge_adapter(m, "b", quantize=True))
         merge_adapter(model, "b")
-        torch.testing.assert_close(model(X), expected)
+        assert_alike(model(X), expected, TERMS)
 
 
 class TestReport:

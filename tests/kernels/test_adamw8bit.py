@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lorakit_kernels import STATE_BLOCK_SIZE, AdamWStep, Moment8bit, cpu, reference
+from tolerances import assert_within, rounding
 from torch import Tensor
 from torch.library import opcheck
 
@@ -114,7 +115,12 @@ def test_the_definition_is_the_formula(problem: tuple[Tensor, Tensor, list[Tenso
     found = p.clone()
     reference.adamw_8bit(found, g, *moments(state), AdamWStep(*HYPER, step))
     expected = torch.tensor(exact, dtype=torch.float64).reshape(-1, 3)
-    torch.testing.assert_close(found.double(), expected[:, 0], rtol=1e-5, atol=1e-6)
+    # Factors, moments, root, quotient and update are some ten roundings of what is at most lr·(1 - beta1^t)^-1 times
+    # |m| / sqrt(v); the parameter itself has three.
+    change = (expected[:, 0] - (1 - HYPER[0] * HYPER[4]) * p.double()).abs()
+    magnitude = HYPER[0] / (1 - HYPER[1] ** step) * (HYPER[1] * m.abs() + (1 - HYPER[1]) * g.abs())
+    magnitude = magnitude / (expected[:, 2].sqrt() / math.sqrt(1 - HYPER[2] ** step) + HYPER[3])
+    assert_within(found, expected[:, 0], rounding(3, p.abs() + change) + rounding(16, magnitude))
     for moment, codes, absmax, (values, _) in (
         (expected[:, 1], *state[:2], SIGNED),
         (expected[:, 2], *state[2:], UNSIGNED),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import chain
 from typing import Any
 
@@ -9,6 +10,7 @@ import lorakit_kernels as kernels
 import pytest
 import torch
 from lorakit_kernels import Weight4bit, cpu, dispatch, reference
+from tolerances import assert_alike, assert_within, matmul_rounding, unit
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
@@ -94,24 +96,30 @@ def test_pytorch_accepts_the_operation(operation: str, backend: str) -> None:
 def test_backends_agree(operation: str) -> None:
     results = []
     torch.manual_seed(0)
-    given = arguments(77)[operation]
+    fixed = arguments(77)[operation]
     for backend in ON_CPU:
+        given = copy.deepcopy(fixed)  # one of them may be written to
         with kernels.use_backend(backend):
             result = getattr(kernels, operation.split()[0])(*given)
-        tensors = [given[1].clone()] if result is None else [result] if isinstance(result, Tensor) else list(result)
+        tensors = [given[1]] if result is None else [result] if isinstance(result, Tensor) else list(result)
         results.append(tensors)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    if "linear" in operation:  # a BLAS adds up what each backend cuts its own way: 77 inputs or 3 outputs, 5 ranks
+        assert_alike(results[1], results[0], terms=77 + 5 + 3, stores=2)
+    else:
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_products_are_those_of_the_values() -> None:
     x, weight, bias, (u, lora_b), scaling = arguments(50)["linear_4bit"]
     values = kernels.dequantize_4bit(weight, torch.float32)
     y = kernels.linear_4bit(x, weight, bias, (u, lora_b), scaling)
-    assert torch.allclose(y, x @ values.T + bias + scaling * (u @ lora_b.T), atol=1e-5)
+    exact = x.double() @ values.double().T + bias + scaling * (u.double() @ lora_b.double().T)
+    of_sums = matmul_rounding(x, values.T, more=3) + scaling * matmul_rounding(u, lora_b.T, more=4)
+    assert_within(y, exact, of_sums + 3 * unit(torch.float32) * bias.abs())
     dy, lora_a = torch.randn_like(y), torch.randn(5, 50)
     dx = kernels.linear_4bit_dx(dy, weight, (u, lora_a))
-    assert torch.allclose(dx, dy @ values + u @ lora_a, atol=1e-5)
+    exact = dy.double() @ values.double() + u.double() @ lora_a.double()
+    assert_within(dx, exact, matmul_rounding(dy, values, more=3) + matmul_rounding(u, lora_a, more=3))
 
 
 def round_trip(x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from lorakit_kernels import cpu, dispatch
 from lorakit_kernels import reference as definition
 from lorakit_kernels.ops.dropout import philox
+from tolerances import assert_alike, assert_within, rounding
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
@@ -314,8 +315,9 @@ def test_cross_entropy_of_the_extremes() -> None:
     logits = torch.tensor([[0.0, -inf, 1.0], [3e38, -3e38, 0.0], [nan, 0.0, 0.0], [inf, 0.0, 0.0], [-inf, -inf, -inf]])
     targets, theirs = torch.tensor([0, 0, 1, 1, 2]), logits.clone()
     found, expected = cpu.cross_entropy(logits, targets, True), definition.cross_entropy(theirs, targets, True)
-    torch.testing.assert_close(found, expected, equal_nan=True)
-    torch.testing.assert_close(logits, theirs, equal_nan=True)
+    for ours, other in ((found, expected), (logits, theirs)):
+        assert_same(ours.isnan(), other.isnan())
+        assert_within(ours.nan_to_num(0.0), other.nan_to_num(0.0), rounding(8, other.nan_to_num(0.0).abs()))
 
 
 def test_a_target_outside_of_the_vocabulary_is_named() -> None:
@@ -357,7 +359,7 @@ def test_views() -> None:
     x, dy, z = torch.randn(3, 40, 30).transpose(1, 2)
     weight = torch.randn(40, 2)[:, 0]
     (y, rstd), (expected, _) = cpu.rms_norm(x, weight, 1e-5), definition.rms_norm(x, weight, 1e-5)
-    torch.testing.assert_close(y, expected)
+    assert_alike(y, expected, terms=40 // 2 + 6)  # the root of a sum of 40
     assert_same(
         cpu.rms_norm_backward(dy, x, weight, rstd),
         cpu.rms_norm_backward(dy.contiguous(), x.contiguous(), weight.contiguous(), rstd),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from tolerances import assert_within, rounding
 from torch import Tensor
 
 from lorakit.layers import swiglu
@@ -24,7 +27,8 @@ def test_value_is_the_formula_and_the_inputs_are_left_alone(shape: tuple[int, ..
     torch.manual_seed(1)
     gate, up = torch.randn(shape), torch.randn(shape)
     copies = gate.clone(), up.clone()
-    torch.testing.assert_close(swiglu(gate, up), formula(gate, up))
+    expected = formula(gate.double(), up.double())
+    assert_within(swiglu(gate, up), expected, rounding(6, expected.abs()))  # e^x (two), 1 + e^x, quotient, product
     assert torch.equal(gate, copies[0]) and torch.equal(up, copies[1])
 
 
@@ -45,8 +49,9 @@ def test_saturated_gates_stay_finite(value: float) -> None:
     up = torch.ones(3, requires_grad=True)
     y = swiglu(gate, up)
     y.sum().backward()
-    torch.testing.assert_close(y, torch.full((3,), max(0.0, value)))
-    torch.testing.assert_close(gate.grad, torch.full((3,), float(value > 0)))
+    least = abs(value) * math.exp(-87)  # where the exponential of a backend may end
+    assert_within(y, torch.full((3,), max(0.0, value)), least)
+    assert_within(gate.grad, torch.full((3,), float(value > 0)), least)
 
 
 @pytest.mark.parametrize("frozen", ["gate", "up"])

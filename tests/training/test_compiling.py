@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from small_models import ARCHITECTURES, small_decoder
+from tolerances import SMALL_DECODER, assert_alike, assert_gradients_alike
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -63,9 +64,9 @@ def check_step(model: Decoder, lengths: list[int]) -> None:
     wanted_loss, wanted = loss_and_gradients(model, lengths)
     with compiled_layers(model, True):
         loss, gradients = loss_and_gradients(model, lengths)
-    torch.testing.assert_close(loss, wanted_loss, rtol=1e-6, atol=0)
-    for one, other in zip(gradients, wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6 * float(other.abs().max()))
+    # Up to four layers, once forward and twice as much backward, and the tokens that a gradient adds up.
+    assert_alike(loss, wanted_loss, 2 * SMALL_DECODER)
+    assert_gradients_alike(gradients, wanted, 3 * 2 * SMALL_DECODER + sum(lengths))
 
 
 @pytest.mark.usefixtures("without_generated_code")

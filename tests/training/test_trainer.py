@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import ARCHITECTURES, conversations, small_decoder, small_tokenizer
 from small_training import CONVERSATIONS, adapted, config, logged, same, timeless, values_of
+from tolerances import SMALL_DECODER, rounding
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -55,13 +56,16 @@ def examples(draw: st.DrawFn) -> list[Example]:
     return found
 
 
+OF_LOSS = float(rounding(SMALL_DECODER, 1.0))  # how far a loss of random weights, all of one size, may be off
+
+
 def assert_close(ours: list[Tensor], theirs: list[Tensor]) -> None:
-    """Assert that gradients differ by no more than the fp32 rounding of sums over so few tokens.
+    """Assert that gradients differ by no more than the roundings forward and, twice as many, backward.
 
     Against the norm of them all: those of q and k are nothing but rounding where every trained token sees only itself.
     """
     a, b = (torch.cat([gradient.reshape(-1) for gradient in of]) for of in (ours, theirs))
-    assert (a - b).norm() <= 2e-6 * b.norm()
+    assert (a - b).norm() <= 2 * rounding(3 * SMALL_DECODER, b.norm())
 
 
 class TestOneStep:
@@ -79,7 +83,7 @@ class TestOneStep:
         loss, trained, gradients = self.gradients(batch, 10_000)
         other_loss, other_trained, other_gradients = self.gradients(batch, budget)
         assert trained == other_trained == sum(sum(example.loss_mask) for example in batch)
-        assert other_loss == pytest.approx(loss, rel=1e-6)
+        assert other_loss == pytest.approx(loss, rel=OF_LOSS)
         assert_close(other_gradients, gradients)
 
     @given(batch=examples())
@@ -93,7 +97,7 @@ class TestOneStep:
             parts.append(cross_entropy(logits, torch.tensor(example.input_ids[1:]), reduction="none")[mask])
         plain = torch.cat(parts).mean()
         expected = torch.autograd.grad(plain, [p for p in self.MODEL.parameters() if p.requires_grad])
-        assert loss == pytest.approx(plain.item(), rel=1e-6)
+        assert loss == pytest.approx(plain.item(), rel=OF_LOSS)
         assert_close(gradients, list(expected))
 
     def test_nothing_to_train_in_the_batch(self) -> None:
@@ -105,8 +109,8 @@ class TestOneStep:
         model = adapted(lora_dropout=0.5, init_lora_weights=False).train()
         batch = encode_records(tok, CONVERSATIONS, 100)
         first, second = mean_loss(model, batch, 1000), mean_loss(model, batch, 20)
-        assert first == pytest.approx(second, rel=1e-5)
-        assert first == pytest.approx(accumulate_gradients(model.eval(), batch, 1000)[0], rel=1e-5)
+        assert first == pytest.approx(second, rel=OF_LOSS)
+        assert first == pytest.approx(accumulate_gradients(model.eval(), batch, 1000)[0], rel=OF_LOSS)
         assert not model.training
         with pytest.raises(DataError, match="no example"):
             mean_loss(model, [], 100)

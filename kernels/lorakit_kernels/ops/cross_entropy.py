@@ -28,7 +28,9 @@ def cross_entropy(logits: Tensor, targets: Tensor, with_gradient: bool) -> Tenso
     Returns:
         (rows,) fp32.
     """
-    log_probs = logits.float().log_softmax(dim=-1)
+    shifted = logits.float() - logits.amax(dim=-1, keepdim=True).float()
+    # Not log_softmax, whose sum has one accumulator a lane: over millions of logits it loses four digits.
+    log_probs = shifted.sub_(shifted.exp().sum(dim=-1, keepdim=True).log_())
     losses = -log_probs.gather(1, targets[:, None]).squeeze(1)
     if with_gradient:
         gradient = torch.exp(log_probs, out=logits if logits.dtype == torch.float32 else log_probs)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ...adapters import lora_layers
 from ...adapters.low_rank import LowRank
 from ...layers.adapted import AdaptedLayer
+from ...sums import norms
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,14 +67,6 @@ def trained_adapted(model: nn.Module) -> list[Adapted]:
     ]
     alone = len({name for *_, name in found}) == 1
     return [Adapted(path if alone else f"{path}:{name}", layer, name) for path, layer, name in found]
-
-
-def norms(tensors: Sequence[Tensor]) -> list[float]:
-    """Return the Frobenius norm of each tensor, of any shape, summed in fp32; one wait for the device."""
-    if not tensors:
-        return []
-    found: list[float] = torch.stack(torch._foreach_norm(list(tensors), 2, torch.float32)).tolist()
-    return found
 
 
 class Movement:

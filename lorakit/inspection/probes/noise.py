@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ...sums import flat_slices
 from .log import rounded
 
 WINDOW = 50  # estimates that a mean is taken over
@@ -112,4 +113,4 @@ class GradientNoise:
         self._handles = []
 
     def _note(self, gradient: Tensor) -> None:
-        self._norms.append(torch.linalg.vector_norm(gradient, dtype=torch.float32))
+        self._norms += [torch.linalg.vector_norm(part, dtype=torch.float32) for part in flat_slices(gradient)]

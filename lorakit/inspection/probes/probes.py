@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from ...data import Batch, Example
 from ...errors import ConfigError
+from ...sums import norms
 from ...training import TrainingProbe
 from ..measure.spectrum import effective_rank
 from .config import ProbeConfig
 from .dead import DeadLayers
 from .drift import ActivationDrift, probe_rows
 from .log import FILE, Header, ProbeFile, ProbeLog
-from .matrices import Adapted, Movement, norms, trained_adapted
+from .matrices import Adapted, Movement, trained_adapted
 from .noise import WINDOW, GradientNoise, NoiseEstimate
 from .tensorboard import TensorBoard
 from .token_losses import TokenLosses

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from typing import Any
 
 import pytest
 import torch
+from tolerances import assert_within, unit
 from torch import nn
 
 from lorakit.errors import TrainingError
@@ -33,7 +35,11 @@ def test_steps_are_those_of_torch(hyper: dict[str, Any]) -> None:
         for optimizer in optimizers:
             optimizer.step()
     for mine, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, other, rtol=2e-6, atol=2e-7)
+        # A step rounds the parameter three times and the update, at most lr·(1 - beta1) / sqrt(1 - beta2) where one
+        # gradient is all there was, some sixteen times. Both optimizers do, in twenty steps.
+        lr, (beta1, beta2) = optimizers[0].defaults["lr"], optimizers[0].defaults["betas"]
+        largest = lr * max(1.0, (1 - beta1) / math.sqrt(1 - beta2))
+        assert_within(mine, other, 2 * 20 * unit(torch.float32) * (3 * (other.abs() + 20 * largest) + 16 * largest))
 
 
 def test_parameters_in_16_bits_have_fp32_moments() -> None:
@@ -46,7 +52,7 @@ def test_parameters_in_16_bits_have_fp32_moments() -> None:
         optimizer.step()
     for ours, exact in zip(narrow, wide, strict=True):
         assert optimizers[0].state[ours]["exp_avg_sq"].dtype == torch.float32
-        torch.testing.assert_close(ours, exact.bfloat16(), rtol=2**-8, atol=0)
+        assert_within(ours, exact, 1.01 * unit(torch.bfloat16) * exact.abs())  # one rounding, of a number near this
 
 
 @pytest.mark.parametrize("wrong", [{"lr": -1.0}, {"betas": (0.9, 1.0)}, {"eps": 0.0}, {"weight_decay": -0.1}])

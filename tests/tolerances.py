@@ -1,0 +1,99 @@
+"""How far a rounded result may be from the exact one: bounds that follow from the arithmetic, not from a trial.
+
+A number rounded to a dtype is off by at most u = eps / 2 of itself. A sum of n products therefore is off by at most
+n·u·Σ|a||b|, whatever the order of addition and whoever adds (Higham 2002, Accuracy and Stability of Numerical
+Algorithms, eq. 3.5). Roundings go either way, so that also λ·sqrt(n)·u·Σ|a||b| holds, with probability
+1 - 2·n·exp(-λ²/2) (Higham and Mary 2019, doi:10.1137/18M1226312): for λ = 10 and n = 10^7 it fails once in 10^14.
+
+Three ways to compare, the first one best:
+
+- bit equality, where both sides do the same arithmetic in the same order;
+- `assert_within` a `rounding` of the result in float64, where Σ|a||b| is at hand;
+- `assert_alike` for two computations of one thing through several layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+LAMBDA = 10.0
+
+# Roundings through `small_models.small_decoder`. A layer adds up 32 terms for queries, keys and values, 8 or 16 for a
+# score, a row of probabilities, 64 for its output, twice 32 for the MLP's halves, 48 for its output; two norms, the
+# rotation and the functions make it 256 at most. Two layers; the last norm and the head are 64.
+SMALL_DECODER = 2 * 256 + 64
+
+
+def unit(dtype: torch.dtype) -> float:
+    """Return u, the largest relative error of one rounding to the dtype."""
+    return torch.finfo(dtype).eps / 2
+
+
+def rounding(terms: int, magnitude: Tensor | float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return how far a sum of `terms` products may be from the exact one, float64.
+
+    Args:
+        terms: roundings that a summand goes through at most; sums that follow each other add their numbers.
+        magnitude: Σ|a||b| of each result, or the largest.
+        dtype: of the accumulator.
+    """
+    growth = min(float(terms), LAMBDA * math.sqrt(terms))
+    return growth * unit(dtype) * torch.as_tensor(magnitude, dtype=torch.float64).detach()
+
+
+def matmul_rounding(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float32, more: int = 1) -> Tensor:
+    """Return `rounding` of each element of a @ b; `more` counts the roundings besides those of the sum."""
+    return rounding(a.shape[-1] + more, a.detach().double().abs() @ b.detach().double().abs(), dtype)
+
+
+def assert_within(found: Tensor, exact: Tensor, bound: Tensor | float) -> None:
+    """Assert that each element of `found` is at most `bound` from that of `exact`, of the same shape."""
+    assert found.shape == exact.shape, (found.shape, exact.shape)
+    found, exact = found.detach().double(), exact.detach().double()
+    error = (found - exact).abs()
+    allowed = torch.as_tensor(bound, dtype=torch.float64).detach().expand(error.shape)
+    off = ~((error <= allowed) | (found == exact))  # so that nan is off, and an infinity that is expected is not
+    assert not off.any(), (
+        f"{int(off.sum())} of {off.numel()} are off, by up to {float(error[off].max()):.3g} "
+        f"where {float(allowed[off].max()):.3g} is allowed"
+    )
+
+
+def assert_alike(found: object, expected: object, terms: int, stores: int = 1) -> None:
+    """Assert that two tensors, or two collections of them, are roundings of one value.
+
+    Each addition rounds a partial sum, which among summands of either sign is no larger than the result: n roundings
+    that go either way leave about sqrt(n)·u / 2 of it, in the root mean square. Each of the two may be off by four
+    times sqrt(n)·u of the largest element, some twenty standard deviations.
+
+    Args:
+        terms: n, the roundings in fp32, or in float64 where the tensors are, that a summand goes through at most.
+        stores: roundings to the tensors' dtype on top, where it is shorter than fp32.
+    """
+    if isinstance(expected, Mapping):
+        assert isinstance(found, Mapping) and found.keys() == expected.keys()
+        found, expected = list(found.values()), [expected[key] for key in found]
+    if not isinstance(expected, Tensor):
+        assert isinstance(found, Sequence) and isinstance(expected, Sequence) and len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert_alike(one, other, terms, stores)
+        return
+    assert isinstance(found, Tensor) and found.dtype == expected.dtype
+    largest = expected.detach().double().abs().nan_to_num(0.0, 0.0, 0.0).max() if expected.numel() else 0.0
+    bound = min(terms, 4 * math.sqrt(terms)) * unit(torch.promote_types(found.dtype, torch.float32)) * float(largest)
+    if found.dtype.itemsize < 4:
+        bound += stores * unit(found.dtype) * float(largest)
+    assert_within(found, expected, 2 * bound)  # each of them may be off
+
+
+def assert_gradients_alike(found: Sequence[Tensor], expected: Sequence[Tensor], terms: int) -> None:
+    """Assert that the gradients of several tensors are alike, next to the largest of them all.
+
+    Some are nothing but rounding, as those of queries and keys are where every token sees only itself.
+    """
+    assert [one.shape for one in found] == [one.shape for one in expected]
+    assert_alike(torch.cat([one.flatten() for one in found]), torch.cat([one.flatten() for one in expected]), terms)
