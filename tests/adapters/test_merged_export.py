@@ -24,6 +24,7 @@ CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "rslora": {"use_rslora": True, "rank_pattern": {"q_proj": 3}, "alpha_pattern": {"down_proj": 1}},
     "dora": {"use_dora": True},
+    "hira": {"variant": "hira"},
     "head": {"target_modules": r".*(_proj|lm_head)"},
 }
 

@@ -239,3 +239,41 @@ def test_evaluation_computes_the_gain_once_and_follows_every_change() -> None:
             assert not torch.equal(changed, first)
             assert_alike(changed, merged(layer)(x), TERMS)
             first = changed
+
+
+class TestHiRA:
+    @pytest.mark.parametrize("base", BASES)
+    def test_gradients_are_those_of_the_definition(self, base: str) -> None:
+        layer = adapted(base, "hira").double()
+        x = input_of(base)
+        if isinstance(layer.base_layer, Linear4bit):
+            layer.base_layer.bias.data = layer.base_layer.bias.data.double()
+        x = x.double() if x.is_floating_point() else x
+        own = list(layer.parameters_of("a").values())
+        found = torch.autograd.grad(layer(x).sin().sum(), own)
+        dense = merged(layer).double()
+        weight = layer.as_matrix(layer.base_weight(torch.float64))
+        whole = weight * (1 + 0.7 * own[1].flatten(1) @ own[0].flatten(1))
+        y = torch.func.functional_call(dense, {"weight": layer.as_weight(whole)}, (x,))
+        for ours, theirs in zip(found, torch.autograd.grad(y.sin().sum(), own), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+    def test_a_fresh_adapter_changes_nothing(self) -> None:
+        base = nn.Linear(6, 5).requires_grad_(False)
+        layer = LoRALinear(base)
+        layer.add("a", AdapterSpec(2, 1.0, variant=VARIANTS["hira"]))
+        layer.active, x = ("a",), torch.randn(3, 6)
+        assert torch.equal(layer(x), base(x))
+
+    def test_one_matrix_of_the_weights_size_is_kept(self) -> None:
+        layer, saved = LoRALinear(Linear4bit(quantize(torch.randn(48, 64)))), list[tuple[int, ...]]()
+        layer.add("a", AdapterSpec(2, 1.0, variant=VARIANTS["hira"], neutral_start=False))
+        layer.active = ("a",)
+        x = torch.randn(8, 64, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
+            layer(x)
+        assert sum(shape in ((48, 64), (64, 48)) for shape in saved) == 1
+
+    def test_a_rank_of_one_changes_the_weight_at_full_rank(self) -> None:
+        layer = adapted("linear-no-bias", "hira", r=1)
+        assert torch.linalg.matrix_rank(layer.delta_weight("a").detach()) == 5

@@ -40,7 +40,7 @@ class LayerUpdate:
     parameters: int
     low_rank: LowRank
     magnitude: Tensor | None
-    is_whole: bool
+    is_whole: bool = True
 
 
 class Updates:
