@@ -15,7 +15,7 @@ from lorakit_kernels import cpu
 from torch import nn
 
 from lorakit.layers import lora_linear
-from lorakit.models import attention, decoder
+from lorakit.models.decoder import attention, blocks
 from lorakit.training import optimizers
 
 
@@ -31,14 +31,14 @@ def _whole_attention() -> None:
 
 def _keep_what_norms_and_activations_give() -> None:
     together = lora_linear.linear_together
-    _replace(decoder, "linear_together", lambda x, *layers, again=None: together(x, *layers))
+    _replace(blocks, "linear_together", lambda x, *layers, again=None: together(x, *layers))
 
 
 def _layers_one_by_one() -> None:
     def one_by_one(x: torch.Tensor, *layers: nn.Module, again: Any = None) -> tuple[torch.Tensor, ...]:
         return tuple(lora_linear.linear_together(x, layer, again=again)[0] for layer in layers)
 
-    _replace(decoder, "linear_together", one_by_one)
+    _replace(blocks, "linear_together", one_by_one)
 
 
 def _pytorch_between_the_products() -> None:
