@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from lorakit import Decoder, LoraConfig, adapter_parameters, add_adapter
 from lorakit.errors import ConfigError, TrainingError
 from lorakit.layers import Linear4bit
-from lorakit.models import compiled
+from lorakit.models.decoder import compiled
 from lorakit.models.decoder.loss import summed_loss
 from lorakit.training.activations import saving_activations
 from lorakit.training.compiling import compiled_layers

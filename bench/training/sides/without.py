@@ -16,7 +16,7 @@ from lorakit_kernels import cpu
 from torch import nn
 
 from lorakit.layers import lora_linear
-from lorakit.models import attention, decoder
+from lorakit.models.decoder import attention, blocks
 from lorakit.training import optimizers
 
 
@@ -32,14 +32,14 @@ def _whole_attention() -> None:
 
 def _keep_what_norms_and_activations_give() -> None:
     together = lora_linear.linear_together
-    _replace(decoder, "linear_together", lambda x, *layers, recompute=None: together(x, *layers))
+    _replace(blocks, "linear_together", lambda x, *layers, recompute=None: together(x, *layers))
 
 
 def _layers_one_by_one() -> None:
     def one_by_one(x: torch.Tensor, *layers: nn.Module, recompute: Any = None) -> tuple[torch.Tensor, ...]:
         return tuple(lora_linear.linear_together(x, layer, recompute=recompute)[0] for layer in layers)
 
-    _replace(decoder, "linear_together", one_by_one)
+    _replace(blocks, "linear_together", one_by_one)
 
 
 def _pytorch_between_the_products() -> None:
