@@ -35,10 +35,10 @@ quickstart: setup  ## fine-tune SmolLM2-135M on small conversations, and measure
 	$(BIN)/lorakit train recipes/quickstart.yaml
 
 test: setup $(STAMPS)/dev  ## run the tests (but those against the peers, and the sanitizers)
-	$(BIN)/python -m pytest --ignore=tests/peers --ignore=tests/kernels/test_sanitizers.py
+	$(BIN)/python -m pytest --ignore=tests/peers --ignore=tests/kernels/cpu/test_sanitizers.py
 
 sanitize: setup $(STAMPS)/dev  ## run the C++ kernels under the sanitizers for memory and for threads
-	$(BIN)/python -m pytest tests/kernels/test_sanitizers.py tests/layers/test_threads.py
+	$(BIN)/python -m pytest tests/kernels/cpu/test_sanitizers.py tests/layers/test_threads.py
 
 peers: setup $(STAMPS)/dev $(STAMPS)/peers  ## install the libraries that lorakit is compared with
 

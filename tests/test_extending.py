@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 
 import lorakit as lk
 from lorakit.adapters.exports import EXPORTS
-from lorakit.adapters.exports.parts import Export
-from lorakit.adapters.inits import STARTS, Start
-from lorakit.adapters.inits.matrices import base_matrix, set_factors
+from lorakit.adapters.exports.export import Export
+from lorakit.adapters.starts import STARTS, Start
+from lorakit.adapters.starts.matrices import base_matrix, set_factors
 from lorakit.cli.app import app
 from lorakit.evaluation.metrics import METRICS, Metric, MetricConfig
 from lorakit.layers import AdaptedLayer

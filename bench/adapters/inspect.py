@@ -29,7 +29,7 @@ from torch import Tensor
 
 from bench.adapters.make_adapter import make_adapter
 from bench.harness.report import NOT_INSTALLED, Target, arguments, finish
-from lorakit.adapters.adapter_folder import read_adapter_folder
+from lorakit.adapters.peft.folder import read_adapter_folder
 from lorakit.models import Checkpoint, resolve_model
 
 BASE = "smollm2-135m-instruct"

@@ -41,7 +41,7 @@ from lorakit import (
     unmerge_adapter,
 )
 from lorakit.adapters import lora_layers
-from lorakit.adapters.merge_report import share_of
+from lorakit.adapters.merging.report import share_of
 from lorakit.data.chatterbot import build_chatterbot
 from lorakit.evaluation import Score, evaluate_outputs, split_record
 from lorakit.layers import AdaptedLayer

@@ -28,8 +28,8 @@ from bench.studies.study_runs import (
     budget_runs,
     module_shapes,
 )
-from lorakit.adapters.adapter_folder import AdapterLayer, read_adapter_folder
 from lorakit.adapters.low_rank import LowRank
+from lorakit.adapters.peft.folder import AdapterLayer, read_adapter_folder
 from lorakit.inspection import compare_updates, compare_with_base, singular_vectors, subspace_similarity
 from lorakit.inspection.interventions.studies import causal_map
 from lorakit.inspection.measure.base_weights import BaseWeights

@@ -1,10 +1,9 @@
 """Adapters: configuration, attaching and switching, PEFT's files."""
 
-from .adapter_folder import AdapterFolder, AdapterLayer, find_adapter_folder, read_adapter_folder
-from .attach import (
+from .attach.add import (
     adapter_configs,
+    adapter_modules,
     adapter_parameters,
-    adapter_parts,
     add_adapter,
     count_parameters,
     disable_adapters,
@@ -13,21 +12,22 @@ from .attach import (
     set_adapter,
     set_trained,
 )
-from .combine import CombineConfig, combine_adapters, combine_folders
+from .attach.host_memory import offload_adapter, onload_adapter
+from .attach.switching import idle_adapters, use_rows
+from .attach.targeting import MatchReport
+from .combining.combine import CombineConfig, combine_adapters, combine_folders
+from .combining.report import LayerChange, UpdateReport
+from .combining.resize import ResizeConfig, resize_adapter, resize_folder
 from .config import LoraConfig
 from .exports import export_adapter
-from .host_memory import offload_adapter, onload_adapter
-from .hot_swap import swap_adapter
-from .merge import merge_adapter, unmerge_adapter
-from .merge_report import LayerMerge, MergeReport
-from .merged_export import merge_checkpoint
-from .peft_config import read_adapter_config
-from .peft_files import load_adapter, save_adapter
-from .resize import ResizeConfig, resize_adapter, resize_folder
+from .load_save import load_adapter, save_adapter
+from .merging.checkpoint import merge_checkpoint
+from .merging.merge import merge_adapter, unmerge_adapter
+from .merging.report import LayerMerge, MergeReport
+from .peft.config import read_adapter_config
+from .peft.folder import AdapterFolder, AdapterLayer, find_adapter_folder, read_adapter_folder
+from .peft.hot_swap import swap_adapter
 from .status import AdapterStatus, AdapterSummary, adapter_status
-from .switching import idle_adapters, use_rows
-from .targeting import MatchReport
-from .update_report import LayerChange, UpdateReport
 
 __all__ = [
     "AdapterFolder",
@@ -43,8 +43,8 @@ __all__ = [
     "ResizeConfig",
     "UpdateReport",
     "adapter_configs",
+    "adapter_modules",
     "adapter_parameters",
-    "adapter_parts",
     "adapter_status",
     "add_adapter",
     "combine_adapters",

@@ -9,7 +9,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, field_validator, mode
 from ..errors import did_you_mean
 from ..layers import VARIANTS, Variant
 from ..settings import Settings
-from .inits import Start, find_start, start_names
+from .starts import Start, find_start, start_names
 
 Token = Annotated[int, Field(ge=0)]
 
@@ -117,7 +117,7 @@ class LoraConfig(Settings):
 
     @property
     def start(self) -> Start:
-        """What A and B start from: the entry of `lorakit.adapters.inits.STARTS` that `init_lora_weights` names."""
+        """What A and B start from: the entry of `lorakit.adapters.starts.STARTS` that `init_lora_weights` names."""
         return find_start(self.init_lora_weights)
 
     @property

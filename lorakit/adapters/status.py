@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..layers import AdaptedLayer, AdapterPart
-from .merge_swaps import merged_state
-from .state import adapter_parts, known_parts, state_of
-from .switching import idle_adapters
+from ..layers import AdaptedLayer, AdapterModule
+from .attach.state import adapter_modules, known_modules, state_of
+from .attach.switching import idle_adapters
+from .merging.swaps import merged_state
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def adapter_status(model: nn.Module) -> AdapterStatus:
     for name in merged.names if merged else ():
         key = f"{name} (merged)" if name in adapters else name  # whose name a new adapter may have taken
         adapters[key] = AdapterSummary(name, active=False, trained=False, merged=True)
-    found, known = adapter_parts(model), known_parts(model)
+    found, known = adapter_modules(model), known_modules(model)
     problems = [
         f"{path} was not put in by add_adapter: switching does not reach it"
         for path, part in found.items()
@@ -98,7 +98,7 @@ def adapter_status(model: nn.Module) -> AdapterStatus:
 
 def _info(model: nn.Module, name: str) -> AdapterSummary:
     state = state_of(model)
-    parts = adapter_parts(model, name)
+    parts = adapter_modules(model, name)
     layers = [part for part in parts.values() if isinstance(part, AdaptedLayer)]
     parameters = [p for part in parts.values() for p in part.parameters_of(name).values()]
     return AdapterSummary(
@@ -115,7 +115,7 @@ def _info(model: nn.Module, name: str) -> AdapterSummary:
     )
 
 
-def _irregularities(model: nn.Module, name: str, parts: dict[str, AdapterPart]) -> list[str]:
+def _irregularities(model: nn.Module, name: str, parts: dict[str, AdapterModule]) -> list[str]:
     state = state_of(model)
     is_trained = name in state.trained
     is_active = name in state.active and not state.disabled and not state.rows

@@ -2,21 +2,21 @@
 
 from torch import nn
 
-from .adapted import AdaptedLayer, AdapterPart, AdapterSpec
-from .embedding4bit import Embedding4bit
+from .adapted import AdaptedLayer, AdapterModule, AdapterSpec
+from .frozen.embedding4bit import Embedding4bit
+from .frozen.linear4bit import Linear4bit
+from .frozen.linear_cross_entropy import linear_cross_entropy, token_losses
+from .frozen.norm import RMSNorm
+from .frozen.residual4bit import ResidualLinear4bit
+from .frozen.rope import apply_rope, rope_frequencies, rope_tables
+from .frozen.swiglu import swiglu
 from .in_use import AdaptersInUse
-from .linear4bit import Linear4bit
-from .linear_cross_entropy import linear_cross_entropy, token_losses
 from .lora_conv import LoRAConv
 from .lora_embedding import LoRAEmbedding
 from .lora_linear import LoRALinear, Recompute, linear_together
 from .lora_parameter import LoRAParameter
-from .norm import RMSNorm
-from .residual4bit import ResidualLinear4bit
-from .rope import apply_rope, rope_frequencies, rope_tables
 from .row_adapters import BASE, RowAdapters, RowAware
 from .saved_module import SavedModule
-from .swiglu import swiglu
 from .trained_tokens import TiedHead, TrainedTokens
 from .variants import VARIANTS, AttachedAdapter, FrozenWeight, Variant, variants_read
 
@@ -34,7 +34,7 @@ __all__ = [
     "LAYER_KINDS",
     "VARIANTS",
     "AdaptedLayer",
-    "AdapterPart",
+    "AdapterModule",
     "AdapterSpec",
     "AdaptersInUse",
     "AttachedAdapter",

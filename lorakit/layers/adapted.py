@@ -16,7 +16,7 @@ from .row_adapters import RowAware
 from .variants import VARIANTS, AttachedAdapter, Variant
 
 
-class AdapterPart(RowAware, nn.Module):
+class AdapterModule(RowAware, nn.Module):
     """A module that stands in the place of a frozen one and holds, for each adapter, what is to be trained of it.
 
     What it holds of one adapter comes off as a record and can be attached again, to this module or to one like it.
@@ -81,7 +81,7 @@ class _Held(Mapping[str, nn.Parameter]):
     PyTorch moves, shards and replaces the parameters of a module's tables; a second holder would fall behind.
     """
 
-    def __init__(self, module: AdapterPart, name: str) -> None:
+    def __init__(self, module: AdapterModule, name: str) -> None:
         self._module, self._name = module, name
 
     def __getitem__(self, table: str) -> nn.Parameter:
@@ -138,7 +138,7 @@ class AdapterSpec:
     neutral_start: bool = True
 
 
-class AdaptedLayer(AdapterPart):
+class AdaptedLayer(AdapterModule):
     """A frozen layer plus named low-rank updates of its weight (Hu et al. 2021, arXiv:2106.09685, eq. 3).
 
     With the weight as a matrix W (out_features, in_features), whatever shape the layer keeps it in, an adapter is
@@ -250,7 +250,7 @@ class AdaptedLayer(AdapterPart):
         """Attach a new adapter.
 
         A is uniform within 1 / sqrt(in_features) (Kaiming with a = sqrt(5), as in the paper's code); B is zero.
-        `lorakit.adapters.inits` has other starts.
+        `lorakit.adapters.starts` has other starts.
 
         Args:
             dtype: of its parameters.

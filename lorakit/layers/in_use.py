@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from .adapted import AdapterPart
+from .adapted import AdapterModule
 from .row_adapters import RowAdapters
 
 
@@ -18,7 +18,7 @@ class AdaptersInUse:
     """The state of all adapted layers within a module, as it is now."""
 
     def __init__(self, module: nn.Module) -> None:
-        parts = [part for part in module.modules() if isinstance(part, AdapterPart)]
+        parts = [part for part in module.modules() if isinstance(part, AdapterModule)]
         self._state = [(part, part.active, part.rows) for part in parts]
         self._rows = next((part.rows for part in parts if part.rows is not None), None)
         self._lengths = None if self._rows is None else self._rows.lengths
@@ -35,6 +35,6 @@ class AdaptersInUse:
             _put(now)
 
 
-def _put(state: list[tuple[AdapterPart, tuple[str, ...], RowAdapters | None]]) -> None:
+def _put(state: list[tuple[AdapterModule, tuple[str, ...], RowAdapters | None]]) -> None:
     for part, active, rows in state:
         part.active, part.rows = active, rows

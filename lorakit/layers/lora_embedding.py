@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from .adapted import AdaptedLayer
-from .embedding4bit import Embedding4bit
+from .frozen.embedding4bit import Embedding4bit
 from .gains import compose
 from .row_products import forward_by_rows
 

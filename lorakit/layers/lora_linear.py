@@ -14,8 +14,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ..errors import ShapeError
 from .adapted import AdaptedLayer
 from .dropout import draw_seed
+from .frozen.linear4bit import Linear4bit, add_frozen_linear_dx, frozen_linear, frozen_linear_dx, is_conv1d
 from .gains import gain_minus_one
-from .linear4bit import Linear4bit, add_frozen_linear_dx, frozen_linear, frozen_linear_dx, is_conv1d
 from .row_products import forward_by_rows, linear_with_rows
 
 _ROWS = 64  # of (rows, columns) that are cast up at a time, so that they stay in the cache

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from .adapted import AdaptedLayer, AdapterPart
+from .adapted import AdaptedLayer, AdapterModule
 from .dropout import dropout
 from .gains import compose
 from .row_adapters import BASE, Groups, RowAdapters
@@ -44,7 +44,7 @@ class _Kept(NamedTuple):
     versions: list[int]
 
 
-def forward_by_rows(part: AdapterPart, x: Tensor) -> Tensor:
+def forward_by_rows(part: AdapterModule, x: Tensor) -> Tensor:
     """Run a module's forward once for each adapter, on that adapter's rows, and put the results together.
 
     For modules of which several adapters have no batched product: embeddings, convolutions, copies, biases. Without

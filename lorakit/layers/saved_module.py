@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError
-from .adapted import AdapterPart
+from .adapted import AdapterModule
 from .row_products import forward_by_rows
 
 
@@ -28,7 +28,7 @@ class SavedCopy:
     trained: tuple[str, ...]
 
 
-class SavedModule(AdapterPart):
+class SavedModule(AdapterModule):
     """A frozen module of which each adapter trains a full copy (`modules_to_save`) or a copy of some parameters.
 
     The copy of the active adapter computes; of several active adapters only one may have a copy, as there is no sum of

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from .adapted import AdapterPart
+from .adapted import AdapterModule
 from .row_products import forward_by_rows
 from .saved_module import SavedModule
 
@@ -38,7 +38,7 @@ class FollowedEmbedding:
     """What a `TiedHead` holds of one adapter: nothing of its own; it follows what the embedding has."""
 
 
-class TrainedTokens(AdapterPart):
+class TrainedTokens(AdapterModule):
     """An embedding with trained rows: y = rows[i] where ids equals the adapter's token i, else base(ids).
 
     Of several active adapters that train one token, the last one's row counts.
@@ -104,7 +104,7 @@ class TrainedTokens(AdapterPart):
         return y
 
 
-class TiedHead(AdapterPart):
+class TiedHead(AdapterModule):
     """An output head whose weight is that of an embedding, also while an adapter trains the embedding or rows of it."""
 
     base_layer: nn.Linear

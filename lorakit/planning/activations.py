@@ -130,7 +130,7 @@ def _layer(shape: ModelShape, layer: LayerShape, batch: MicroBatch, before: bool
     query, key, value = layer.qkv
     attention = [statistics] * before
     is_normed = config.qk_norm  # and those norms keep what q and k are
-    attention += saved_by_group(layer.qkv, batch, before, again=True, outputs_kept=(is_normed, is_normed, True))
+    attention += saved_by_group(layer.qkv, batch, before, recomputes_x=True, outputs_kept=(is_normed, is_normed, True))
     for linear in (query, key) if is_normed else ():
         if before or linear.is_trained:
             attention += [batch.nbytes(linear.out_features), statistics * linear.out_features // config.head_dim]
@@ -139,12 +139,12 @@ def _layer(shape: ModelShape, layer: LayerShape, batch: MicroBatch, before: bool
         if not batch.on_cpu:  # PyTorch's keeps its result, too, and the logsumexp of each row
             attention += [batch.nbytes(query.out_features), statistics * config.num_attention_heads]
     mixed_is_kept = attends and not batch.on_cpu
-    attention += saved_by_group((layer.output,), batch, attends, again=mixed_is_kept)
+    attention += saved_by_group((layer.output,), batch, attends, recomputes_x=mixed_is_kept)
     middle = before or is_trained(*layer.qkv, layer.output)
     mlp = [statistics] * middle
-    mlp += saved_by_group(layer.gate_up, batch, middle, again=True, outputs_kept=[True] * len(layer.gate_up))
+    mlp += saved_by_group(layer.gate_up, batch, middle, recomputes_x=True, outputs_kept=[True] * len(layer.gate_up))
     gated = middle or is_trained(*layer.gate_up)
-    mlp += saved_by_group((layer.down,), batch, gated, again=True)
+    mlp += saved_by_group((layer.down,), batch, gated, recomputes_x=True)
     if gated or recomputes_input((layer.down,), batch):  # for swiglu, or to compute what it gave again
         mlp += [batch.nbytes(linear.out_features) for linear in layer.gate_up]
     return LayerActivations(

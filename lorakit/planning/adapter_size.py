@@ -9,7 +9,7 @@ from typing import Literal
 from torch import nn
 
 from ..adapters import LoraConfig, MatchReport
-from ..adapters.placing import Placement, place
+from ..adapters.attach.placement import Placement, plan_placements
 from ..errors import ConfigError
 from ..layers import VARIANTS, AdaptedLayer, SavedModule, TiedHead, Variant
 from ..models.decoder.decoder import Decoder
@@ -80,7 +80,7 @@ def adapter_sizes(model: Decoder, lora: LoraConfig, lora_fa: bool) -> dict[str, 
     if lora.target_parameters:
         raise ConfigError("target_parameters cannot be planned: name the layers in target_modules, where they are")
     report = MatchReport("default")
-    placements = place(model, lora, report)
+    placements = plan_placements(model, lora, report)
     if lora_fa and not any("lora_A" in placement.shapes for placement in placements):
         raise ConfigError("lora_fa freezes lora_A, but the adapter has none")
     found = {placement.path: _size(placement, lora, report, lora_fa) for placement in placements}

@@ -61,19 +61,19 @@ def saved_by_group(
     group: Sequence[LinearShape],
     batch: MicroBatch,
     x_has_gradient: bool,
-    again: bool = False,
+    recomputes_x: bool = False,
     outputs_kept: Sequence[bool] = (),
 ) -> list[int]:
     """Return the bytes of each tensor that the layers of a group keep.
 
     Args:
-        again: whether x is computed again where the group is one function, or is kept by something else anyway.
+        recomputes_x: whether x is computed again where the group is one function, or is kept by something else anyway.
         outputs_kept: for each layer whether the next operation keeps what it gives; default: none does.
     """
     together, tensors, keeps_x = is_fused(group, batch), list[int](), False
     for linear, is_kept in zip(group, outputs_kept or [False] * len(group), strict=True):
         if is_fused((linear,), batch):
-            keeps_x = keeps_x or (linear.trains_a and not (together and again))
+            keeps_x = keeps_x or (linear.trains_a and not (together and recomputes_x))
             tensors += [] if together else [batch.nbytes(linear.adapter.rank)]
             tensors += _fused_gain(linear, batch, is_kept)
         elif linear.adapter.rank and linear.adapter.variant.is_dense:

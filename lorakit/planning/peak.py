@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from lorakit_kernels.cpu.linear_4bit import bands
 
-from ..layers.linear_cross_entropy import CHUNK_ELEMENTS
+from ..layers.frozen.linear_cross_entropy import CHUNK_ELEMENTS
 from ..models.decoder.attention import QUERY_BLOCK
 from ..training.activations import SMALLEST_OFFLOADED
 from ..training.optimizers import OPTIMIZERS

@@ -1,6 +1,6 @@
 """The rules of the house as functions over source text: path -> source in, breaches out. Nothing of it is imported.
 
-A path is relative to the repository's root ("lorakit/layers/norm.py"). test_architecture.py holds the table that says
+A path is relative to the repository's root ("lorakit/layers/frozen/norm.py"). test_architecture.py holds the table of
 what is allowed, and applies the rules to the tree; test_source_rules.py applies each to a planted breach.
 """
 

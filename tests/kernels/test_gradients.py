@@ -55,7 +55,8 @@ def test_rms_norm_and_its_weight(trained: bool) -> None:
     dy = torch.randn(2, 5, 8)
     kernels.rms_norm(x, weight, 1e-5)[0].backward(dy)
     (wide_weight * wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt()).backward(dy.double())
-    # As in tests/layers/test_norm.py: two sums over 8, ten roundings besides. The weight: half of one, six, ten rows.
+    # As in tests/layers/frozen/test_norm.py: two sums over 8, ten roundings besides.
+    # The weight: half of one, six, ten rows.
     exact = x.detach().double()
     rstd = (exact.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
     g, normed = (dy * weight.detach()).double().abs(), (exact * rstd).abs()

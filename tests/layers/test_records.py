@@ -12,7 +12,7 @@ from torch import nn
 
 from lorakit.layers import (
     VARIANTS,
-    AdapterPart,
+    AdapterModule,
     AdapterSpec,
     LoRAEmbedding,
     LoRALinear,
@@ -43,7 +43,7 @@ def two(part: Any, *arguments: Any) -> Any:
     return part
 
 
-PARTS: dict[str, Callable[[], AdapterPart]] = {
+PARTS: dict[str, Callable[[], AdapterModule]] = {
     **{variant: lambda variant=variant: lora(variant) for variant in VARIANTS},
     "embedding": embedding,
     "copy": lambda: two(SavedModule(nn.Linear(6, 5))),

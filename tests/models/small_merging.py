@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lorakit import Linear4bit, LoraConfig, add_adapter
-from lorakit.adapters import adapter_configs, adapter_parts, lora_layers
+from lorakit.adapters import adapter_configs, adapter_modules, lora_layers
 
 X = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
 IDS = torch.tensor([[1, 5, 99, 17, 3, 250]])
@@ -46,5 +46,5 @@ def full_snapshot(model: nn.Module) -> tuple[dict[str, int], dict[str, bytes], s
     tensors = dict(sorted((*model.named_parameters(), *model.named_buffers())))
     modules |= {name: id(tensor) for name, tensor in tensors.items()}
     raw = {name: t.detach().reshape(-1).view(torch.uint8).numpy().tobytes() for name, t in tensors.items()}
-    active = [set(layer.active) for layer in adapter_parts(model).values()]
+    active = [set(layer.active) for layer in adapter_modules(model).values()]
     return modules, raw, set(adapter_configs(model)), [t.requires_grad for t in tensors.values()], active

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from ...errors import AdapterError, did_you_mean
-from ..adapter_folder import read_adapter_folder
+from ..peft.folder import read_adapter_folder
 from .base_config import base_of, read_base_config
+from .export import Export, check_ranks
 from .llama_cpp import export_llama_cpp
-from .parts import Export, check_ranks
 from .tgi import export_tgi
 from .vllm import export_vllm
 

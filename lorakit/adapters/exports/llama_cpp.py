@@ -22,7 +22,7 @@ from ...files import atomic_write
 from ...models.decoder.families import FAMILIES, GGUFForm
 from ...models.gguf.gguf_rows import to_gguf_rows
 from .base_config import base_size
-from .parts import Export, check_plain, folded
+from .export import Export, check_plain, folded
 
 
 def export_llama_cpp(export: Export, path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from .base_config import base_size
-from .parts import Export, check_plain
+from .export import Export, check_plain
 from .uniform_scale import Matrices, uniform, write_uniform
 
 _KNOWN = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)|lm_head")

@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..adapter_folder import write_adapter_folder
-from ..peft_names import matrix_names
-from .parts import Export, folded
+from ..peft.folder import write_adapter_folder
+from ..peft.names import matrix_names
+from .export import Export, folded
 
 Matrices = dict[str, tuple[Tensor, Tensor]]  # module path -> A (R, in), B (out, R)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .parts import Export, check_plain
+from .export import Export, check_plain
 from .uniform_scale import uniform, write_uniform
 
 

@@ -1,6 +1,7 @@
 """Advice on ranks: what a trained adapter says about the rank that each of its layers needs.
 
-The same choice as resizing makes (`lorakit.adapters.resize`), without the new adapter: for a config to train with.
+The choice is that of resizing (`lorakit.adapters.combining.resize`). It makes no new adapter; it says which ranks the
+config of the next training run should have.
 """
 
 from __future__ import annotations
@@ -8,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ...adapters.combining.ranks import allocate, config_for_ranks, rank_pattern
+from ...adapters.combining.report import UpdateReport
+from ...adapters.combining.resize import ResizeConfig, plan_ranks
 from ...adapters.config import LoraConfig
 from ...adapters.low_rank import LowRank
-from ...adapters.ranks import allocate, config_for_ranks, rank_pattern
-from ...adapters.resize import ResizeConfig, plan_ranks
-from ...adapters.update_report import UpdateReport
 
 
 @dataclass(frozen=True)

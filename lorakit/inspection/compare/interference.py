@@ -15,8 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ...adapters.combining.ranks import rank_for_energy
 from ...adapters.low_rank import LowRank
-from ...adapters.ranks import rank_for_energy
 from ...errors import AdapterError
 
 Verdict = Literal["independent", "aligned", "opposed", "entangled"]

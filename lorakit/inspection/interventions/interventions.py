@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ...adapters import lora_layers
+from ...adapters.attach.state import apply_state, check_adapter, state_of
 from ...adapters.low_rank import LowRank
-from ...adapters.state import apply_state, check_adapter, state_of
 from ...errors import AdapterError, did_you_mean
-from ...layers.adapted import AdaptedLayer, AdapterPart
+from ...layers.adapted import AdaptedLayer, AdapterModule
 
 
 @contextlib.contextmanager
@@ -27,7 +27,7 @@ def ablated(model: nn.Module, layers: Iterable[str], adapter: str | None = None)
         AdapterError: there is no such adapter, or a layer does not carry it.
     """
     name, found = active_layers(model, adapter, layers)
-    with _instead(model, {layer: {name: None} for layer in found.values()}):
+    with _overriding(model, {layer: {name: None} for layer in found.values()}):
         yield model
 
 
@@ -44,7 +44,7 @@ def swapped(model: nn.Module, layers: Iterable[str], first: str, second: str) ->
     if second in state_of(model).on_host:
         raise AdapterError(f"adapter '{second}' is kept in host memory; make it active once, to have it here")
     _, found = active_layers(model, first, layers)
-    with _instead(model, {layer: {first: second} for layer in found.values()}):
+    with _overriding(model, {layer: {first: second} for layer in found.values()}):
         yield model
 
 
@@ -137,9 +137,9 @@ def active_layers(
 
 
 @contextlib.contextmanager
-def _instead(model: nn.Module, change: Mapping[AdapterPart, Mapping[str, str | None]]) -> Iterator[None]:
+def _overriding(model: nn.Module, change: Mapping[AdapterModule, Mapping[str, str | None]]) -> Iterator[None]:
     """Within the context, layers have other adapters in the place of active ones, whatever is switched meanwhile."""
-    open_changes = state_of(model).instead
+    open_changes = state_of(model).overrides
     open_changes.append(change)
     apply_state(model)
     try:

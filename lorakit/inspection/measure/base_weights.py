@@ -14,7 +14,7 @@ from ...checkpoints.formats import StoredWeight
 from ...checkpoints.prequantized import find_stored
 from ...errors import CheckpointError, did_you_mean
 from ...layers.adapted import AdaptedLayer
-from ...layers.quantized_module import QuantizedModule
+from ...layers.frozen.quantized_module import QuantizedModule
 from ...models.pretrained import resolve_model
 from .updates import LayerUpdate
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...adapters.ranks import rank_for_energy
+from ...adapters.combining.ranks import rank_for_energy
 from .against_base import AgainstBase
 from .module_paths import ModulePath
 from .spectrum import effective_rank, energy, noise_rank, numerical_rank, stable_rank

@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...adapters import lora_layers
-from ...adapters.adapter_folder import AdapterFolder, read_adapter_folder
-from ...adapters.attach import adapter_configs, check_adapter
-from ...adapters.inits import changed_base_in_peft
+from ...adapters.attach.add import adapter_configs, check_adapter
 from ...adapters.low_rank import LowRank
+from ...adapters.peft.folder import AdapterFolder, read_adapter_folder
+from ...adapters.starts import changed_base_in_peft
 from ...layers.adapted import AdaptedLayer
 from .module_paths import in_model_order
 

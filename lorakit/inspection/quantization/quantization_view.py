@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from ...adapters import adapter_configs
-from ...adapters.attach import check_adapter
+from ...adapters.attach.add import check_adapter
+from ...adapters.attach.targeting import linear_layers
 from ...adapters.low_rank import LowRank
-from ...adapters.targeting import linear_layers
 from ...errors import CheckpointError
 from ...layers.adapted import AdaptedLayer
-from ...layers.quantized_module import QuantizedModule
+from ...layers.frozen.quantized_module import QuantizedModule
 from ...models.decoder.decoder import Decoder
 from ...quantization import QuantizationError, QuantizedWeight, quantize
 from ..measure.base_weights import BaseWeights

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import ConfigError
-from ...layers.rope import rope_frequencies
+from ...layers.frozen.rope import rope_frequencies
 from .families import Family, find_family
 from .families.family import sliding_window
 from .shape import DecoderShape

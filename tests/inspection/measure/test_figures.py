@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_adapters import gaussian, orthonormal
 
+from lorakit.adapters.combining.ranks import rank_for_energy
 from lorakit.adapters.low_rank import LowRank
-from lorakit.adapters.ranks import rank_for_energy
 from lorakit.inspection.compare.interference import principal_angles
 from lorakit.inspection.compare.similarity import compare_updates, subspace_similarity
 from lorakit.inspection.measure.against_base import compare_with_base

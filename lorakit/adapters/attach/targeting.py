@@ -1,0 +1,303 @@
+"""Which layers an adapter goes to: PEFT's matching rules, with a report and no silent miss."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from torch import nn
+
+from ...errors import AdapterError, did_you_mean
+from ...layers import AdaptedLayer, AdapterModule, LoRALinear, adapted_kind
+from ..config import LoraConfig
+
+_Value = TypeVar("_Value")
+
+
+@dataclass
+class MatchReport:
+    """What add_adapter matched and what it will train.
+
+    Attributes:
+        name: of the adapter.
+        matched: each pattern of target_modules -> the module paths it matched, exclude_modules taken out.
+        parameters: each pattern of target_parameters -> the paths of the parameters it matched.
+        saved: each name of modules_to_save -> the paths of the modules that are trained in full.
+        excluded: each pattern of exclude_modules -> what it took out of target_modules.
+        patterns: each key of rank_pattern and alpha_pattern -> the adapted paths it matched.
+        ranks: path of the module, or of the parameter of target_parameters -> rank.
+        trainable, total: parameter counts; a 4-bit weight counts as the weights it stands for.
+    """
+
+    name: str
+    matched: dict[str, list[str]] = field(default_factory=dict)
+    parameters: dict[str, list[str]] = field(default_factory=dict)
+    saved: dict[str, list[str]] = field(default_factory=dict)
+    excluded: dict[str, list[str]] = field(default_factory=dict)
+    patterns: dict[str, list[str]] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
+    trainable: int = 0
+    total: int = 0
+
+    @property
+    def modules(self) -> list[str]:
+        """The adapted paths, in model order."""
+        return list(self.ranks)
+
+    def __str__(self) -> str:
+        lines = [f"  {pattern}: {len(paths)} layers" for pattern, paths in self.matched.items()]
+        lines += [f"  {pattern}: {len(paths)} parameters" for pattern, paths in self.parameters.items()]
+        lines += [f"  {pattern}: {', '.join(paths)} in full" for pattern, paths in self.saved.items()]
+        lines += [f"  not {pattern}: {len(paths)} layers" for pattern, paths in self.excluded.items()]
+        listing = "\n".join([f"adapter '{self.name}' on {len(self.ranks)} layers", *lines])
+        return f"{listing}\n{trainable_share(self.trainable, self.total)}"
+
+
+def trainable_share(trainable: int, total: int) -> str:
+    """Return the counts in the words of PEFT's print_trainable_parameters."""
+    share = 100 * trainable / max(1, total)
+    return f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}"
+
+
+def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return every layer that can be adapted, path -> layer; an adapted layer gives its base layer.
+
+    Not among them are the model itself, which nothing could hold in its place, and what lies inside a module that an
+    adapter trains in full.
+    """
+    found: dict[str, nn.Module] = {}
+    inside: list[str] = []
+    for path, module in model.named_modules():
+        if isinstance(module, AdapterModule):
+            inside.append(f"{path}.")
+            if isinstance(module, AdaptedLayer) and adapted_kind(module.base_layer):
+                found[path] = module.base_layer
+        elif path and not path.startswith(tuple(inside)) and adapted_kind(module):
+            found[path] = module
+    return found
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the adaptable layers that are linear: "all-linear" with the output head."""
+    layers = adaptable_layers(model).items()
+    return {path: layer for path, layer in layers if adapted_kind(layer) is LoRALinear}
+
+
+def match_modules(model: nn.Module, config: LoraConfig) -> dict[str, list[str]]:
+    """Return what each pattern of target_modules matches, after exclude_modules and layers_to_transform.
+
+    As in PEFT, layers_to_transform does not narrow a path of target_modules that is spelled out in full, and what
+    modules_to_save trains in full is not adapted as well.
+
+    Raises:
+        AdapterError: a pattern or a number of layers_to_transform matches nothing; all of them are named, with the
+            nearest module names. Or exclude_modules leaves nothing of what they match.
+    """
+    report = MatchReport("")
+    match_targets(model, config, report)
+    return report.matched
+
+
+def match_targets(model: nn.Module, config: LoraConfig, report: MatchReport) -> None:
+    """Fill in the report's `matched` and `excluded`; as `match_modules`."""
+    layers = adaptable_layers(model)
+    targets = config.target_modules
+    saved = [_saved_matcher(name) for name in config.modules_to_save or ()]
+    free = [path for path in layers if not any(is_saved(path) for is_saved in saved)]
+    candidates = [path for path in free if _layer_selected(path, config)]
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        head = _unwrapped(getattr(model, "get_output_embeddings", lambda: None)())
+        linear = [path for path in candidates if adapted_kind(layers[path]) is LoRALinear]
+        matched = {"all-linear": [path for path in linear if layers[path] is not head]}
+    elif isinstance(targets, str):
+        matched = {targets: list(filter(_matcher(targets), candidates))}
+    else:
+        candidates = [path for path in free if path in targets or path in candidates]
+        matched = match_names(targets, candidates)
+    missed = [pattern for pattern, paths in matched.items() if not paths]
+    is_other_work = config.target_parameters or config.modules_to_save or config.trainable_token_indices
+    if missed or not (matched or is_other_work):
+        raise AdapterError(_nothing_matched(missed, free, config.layers_to_transform))
+    if config.exclude_modules:
+        named = [config.exclude_modules] if isinstance(config.exclude_modules, str) else config.exclude_modules
+        matchers = {one: _matcher(one if isinstance(config.exclude_modules, str) else [one]) for one in named}
+        every = list(dict.fromkeys(path for paths in matched.values() for path in paths))
+        report.excluded = {one: list(filter(is_excluded, every)) for one, is_excluded in matchers.items()}
+        excluded = {path for paths in report.excluded.values() for path in paths}
+        matched = {pattern: [path for path in paths if path not in excluded] for pattern, paths in matched.items()}
+    if matched and not any(matched.values()):
+        raise AdapterError(f"exclude_modules {config.exclude_modules!r} leaves nothing of target_modules {targets!r}")
+    report.matched = matched
+
+
+def check_numbers(paths: Iterable[str], config: LoraConfig) -> None:
+    """Raise AdapterError where a number of layers_to_transform names no layer of those that are adapted."""
+    numbers = config.layers_to_transform
+    wanted = [numbers] if isinstance(numbers, int) else numbers or []
+    found = {_layer_number(path, config.layers_pattern) for path in paths}
+    wrong = [number for number in wanted if number not in found]
+    if wrong:
+        known = sorted(number for number in found if number is not None)
+        raise AdapterError(f"layers_to_transform names {wrong}, but the adapted layers have the numbers {known}")
+
+
+def check_patterns(paths: Iterable[str], config: LoraConfig) -> dict[str, list[str]]:
+    """Return what each key of rank_pattern and alpha_pattern matches of the adapted paths.
+
+    Raises:
+        AdapterError: a key matches nothing, or is not a regular expression.
+    """
+    paths = list(paths)
+    keys = dict.fromkeys([*config.rank_pattern, *config.alpha_pattern])
+    matched = {key: [path for path in paths if pattern_value({key: True}, path, False)] for key in keys}
+    missed = [key for key, found in matched.items() if not found]
+    if missed:
+        names = _last_names(paths)
+        lines = [f"no adapted layer matches the pattern '{key}'{did_you_mean(key, names)}" for key in missed]
+        raise AdapterError("\n".join(lines))
+    return matched
+
+
+def match_saved(model: nn.Module, config: LoraConfig) -> dict[str, list[str]]:
+    """Return what each name of modules_to_save matches: the outermost modules of that name.
+
+    Raises:
+        AdapterError: a name matches nothing.
+    """
+    modules = [path for path, _ in _plain_modules(model)]
+    matched = match_names(config.modules_to_save or (), modules)
+    for name, paths in matched.items():
+        if not paths:
+            hint = did_you_mean(name, _last_names(modules))
+            raise AdapterError(f"no module matches '{name}' of modules_to_save{hint}")
+    return matched
+
+
+def match_parameters(model: nn.Module, config: LoraConfig) -> dict[str, list[str]]:
+    """Return what each name of target_parameters matches: paths of parameters, in model order.
+
+    Raises:
+        AdapterError: a name matches nothing.
+    """
+    own = [
+        f"{path}.{name}"
+        for path, module in _plain_modules(model)
+        if path
+        for name, _ in module.named_parameters(recurse=False)
+    ]
+    matched = match_names(config.target_parameters or (), own)
+    for target, paths in matched.items():
+        if not paths:
+            raise AdapterError(f"no parameter matches '{target}' of target_parameters{did_you_mean(target, own)}")
+    return matched
+
+
+def _plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of the model as they were before any adapter, under the paths they had."""
+    inside: list[str] = []
+    for path, module in model.named_modules():
+        if path.startswith(tuple(inside)):
+            continue
+        if isinstance(module, AdapterModule):
+            inside.append(f"{path}.")
+            module = unwrapped(module)
+        yield path, module
+
+
+def match_names(names: Iterable[str], paths: Collection[str]) -> dict[str, list[str]]:
+    """Return what each name, a module's own or a dotted suffix of its path, matches of the paths, in their order."""
+    return {name: list(filter(_matcher([name]), paths)) for name in names}
+
+
+def last_name(path: str) -> str:
+    """Return the module's own name, "q_proj" of "layers.0.q_proj"."""
+    return path.rsplit(".", 1)[-1]
+
+
+def _last_names(paths: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(map(last_name, paths)))
+
+
+def pattern_value(patterns: Mapping[str, _Value], path: str, default: _Value) -> _Value:
+    """Return the value of the first pattern that matches a module path, as PEFT reads rank_pattern, alpha_pattern.
+
+    Raises:
+        AdapterError: a pattern is not a regular expression.
+    """
+    for pattern, value in patterns.items():
+        if _compiled(pattern, rf"(.*\.)?({pattern})$").match(path):
+            return value
+    return default
+
+
+def rank_and_scaling(config: LoraConfig, path: str) -> tuple[int, float]:
+    """Return the rank of the layer at a path, and the factor on its B @ A, as a config and its patterns say.
+
+    Raises:
+        AdapterError: a pattern is not a regular expression.
+    """
+    rank = pattern_value(config.rank_pattern, path, config.r)
+    return rank, config.scaling(rank, pattern_value(config.alpha_pattern, path, config.lora_alpha))
+
+
+def _matcher(patterns: list[str] | str) -> Callable[[str], bool]:
+    """A list holds names or dotted suffixes; a lone string is a regular expression on the whole path."""
+    if isinstance(patterns, str):
+        expression = _compiled(patterns)
+        return lambda path: expression.fullmatch(path) is not None
+    return lambda path: any(path == suffix or path.endswith(f".{suffix}") for suffix in patterns)
+
+
+def _compiled(pattern: str, whole: str | None = None) -> re.Pattern[str]:
+    try:
+        return re.compile(whole or pattern)
+    except re.error as error:
+        raise AdapterError(f"'{pattern}' is not a regular expression: {error}") from None
+
+
+def _saved_matcher(name: str) -> Callable[[str], bool]:
+    """PEFT's rule of what modules_to_save takes out of the targets: the module, and all inside it."""
+    expression = _compiled(name, rf"(^|.*\.){name}($|\..*)")
+    return lambda path: expression.match(path) is not None
+
+
+def _layer_selected(path: str, config: LoraConfig) -> bool:
+    numbers = config.layers_to_transform
+    if numbers is None or numbers == []:  # PEFT reads an empty list as all
+        return True
+    found = _layer_number(path, config.layers_pattern)
+    return found is not None and found in ([numbers] if isinstance(numbers, int) else numbers)
+
+
+def _layer_number(path: str, layers_pattern: list[str] | str | None) -> int | None:
+    """The first number among the names of a path, or the one after the name of the list of layers."""
+    patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
+    for pattern in patterns or [""]:
+        expression = _compiled(pattern, rf"(?:^|.*?\.){pattern}\.(\d+)\." if pattern else r".*?\.(\d+)\.")
+        if found := expression.match(path):
+            return int(found[1])
+    return None
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the module that an adapter's parts stand in for, or the module itself."""
+    while isinstance(module, AdapterModule):
+        module = module.base_layer
+    return module
+
+
+def _unwrapped(module: object) -> object:
+    return unwrapped(module) if isinstance(module, nn.Module) else module
+
+
+def _nothing_matched(missed: list[str], layers: Iterable[str], numbers: list[int] | int | None) -> str:
+    names = _last_names(layers)
+    if not names:
+        return "the model has no linear layer to adapt"
+    if not missed:
+        return "target_modules is empty; name layers, or 'all-linear'"
+    among = "" if numbers in (None, []) else f" among layers {numbers}"
+    lines = [f"no module matches '{pattern}'{among}{did_you_mean(pattern, names)}" for pattern in missed]
+    return "\n".join(lines) + f"\n(adaptable layers here: {', '.join(names[:20])})"

@@ -1,0 +1,1 @@
+"""Several adapters combined into one, and one adapter at another rank, on their true updates."""

@@ -1,0 +1,159 @@
+"""The updates of an adapter, out of a model or a folder, and a new adapter made of updates.
+
+Only adapters that are nothing but low-rank updates are taken: of what else an adapter may hold, sums and ranks have no
+meaning. A new adapter has a scaling of 1 in every layer.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import AdapterError
+from ..attach.add import adapter_modules, add_adapter, check_adapter, lora_layers
+from ..low_rank import LowRank
+from ..peft.config import attachable_config
+from ..peft.folder import AdapterLayer, read_adapter_folder, write_adapter_folder
+from ..peft.names import BASE_KEY, CONFIG_FILE, matrix_names
+from .ranks import config_for_ranks, rank_pattern
+
+_INHERITED = ("base_model_name_or_path", "fan_in_fan_out", "revision", "task_type")
+
+
+def model_updates(model: nn.Module, name: str) -> dict[str, LowRank]:
+    """Return module path -> update (out_features, in_features) of an attached adapter, in the dtype of its A and B.
+
+    Raises:
+        AdapterError: no such adapter, or it is more than low-rank updates.
+    """
+    check_adapter(model, name)
+    layers = lora_layers(model, name)
+    where = f"adapter '{name}'"
+    if others := [path for path in adapter_modules(model, name) if path not in layers]:
+        raise AdapterError(f"{where} holds more than low-rank updates: {', '.join(others[:5])}")
+    updates = {}
+    for path, layer in layers.items():
+        variant = layer.adapters[name].variant
+        if variant.multiplies_base:
+            raise AdapterError(f"{where} {variant.not_low_rank}")
+        extras = sorted(layer.parameters_of(name).keys() - {*layer.matrices, *(variant.trained * variant.is_low_rank)})
+        if extras:
+            raise AdapterError(f"{where} holds more than low-rank updates: {', '.join(extras)} of {path}")
+        up, down = (factor.detach() for factor in layer.factors(name))
+        if up.ndim != 2:
+            raise AdapterError(f"{where} adapts {path}, which holds several matrices: these are not combined")
+        updates[path] = LowRank(up, down)
+    return updates
+
+
+def attach_updates(model: nn.Module, updates: Mapping[str, LowRank], name: str, dtype: torch.dtype) -> None:
+    """Attach an adapter that consists of these updates, and make it active, as `add_adapter` does.
+
+    Raises:
+        AdapterError: the name is taken or cannot be one, or nothing is left to attach. The model is then unchanged.
+    """
+    add_adapter(model, config_for_ranks(ranks_of(updates)), name, dtype)
+    with torch.no_grad():
+        for path, layer in lora_layers(model, name).items():
+            update = updates[path]
+            layer.lora_A[name].copy_(update.down.reshape(layer.lora_A[name].shape))
+            layer.lora_B[name].copy_(update.up.reshape(layer.lora_B[name].shape))
+
+
+class FolderUpdates(Mapping[str, LowRank]):
+    """Module path -> update of an adapter on disk; each is read when it is asked for.
+
+    Updates are (out, in), of an embedding (dim, vocab), of a convolution (out, in·kernel), in float32 or, where the
+    file has them so, float64.
+
+    Attributes:
+        adapter: the folder, opened.
+        base: fingerprint of the base model, where the file has it.
+
+    Raises:
+        AdapterError: the adapter is more than low-rank updates, or was trained on a base that its start had changed.
+        CheckpointError: as `read_adapter_folder`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.adapter = read_adapter_folder(path)
+        where = self.adapter.folder
+        # This refuses starts that changed the base.
+        config = attachable_config(self.adapter.config, where / CONFIG_FILE)
+        if not config.update_variant.is_low_rank:
+            raise AdapterError(f"{where} {config.update_variant.not_low_rank}")
+        if self.adapter.extras:
+            names = ", ".join(list(self.adapter.extras)[:5])
+            raise AdapterError(f"{where} holds more than low-rank updates: {names}")
+        if config.target_parameters:
+            raise AdapterError(f"{where} adapts parameters that hold several matrices: these are not combined")
+        self.base = self.adapter.base
+
+    def __getitem__(self, path: str) -> LowRank:
+        layer = self.adapter.layers[path]
+        where = f"{self.adapter.folder}: {path}"
+        if layer.kind == "conv" and layer.lora_B.shape[1] != layer.lora_A.shape[0]:
+            raise AdapterError(f"{where} is a grouped convolution, whose update is several: these are not combined")
+        return layer.update(dtype=torch.promote_types(layer.lora_A.dtype, torch.float32))
+
+    def __contains__(self, path: object) -> bool:
+        return path in self.adapter.layers  # without reading it
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.adapter.layers)
+
+    def __len__(self) -> int:
+        return len(self.adapter.layers)
+
+
+def write_updates(
+    path: str | os.PathLike[str],
+    updates: Mapping[str, LowRank],
+    sources: Sequence[FolderUpdates],
+    dtype: torch.dtype,
+) -> Path:
+    """Write a PEFT folder of updates that come from the layers of `sources`; whole, or not at all.
+
+    Raises:
+        AdapterError: nothing is left to write, or the folder holds something that is not an adapter.
+        StorageError: writing failed; what stood there is untouched.
+    """
+    ranks = ranks_of(updates)
+    config = config_for_ranks(ranks).model_dump(mode="json")
+    r, pattern = rank_pattern(ranks)
+    first = sources[0].adapter.config
+    config |= {"lora_alpha": r, "alpha_pattern": pattern}  # whole numbers
+    config |= {key: first[key] for key in _INHERITED if key in first}
+    config |= {"peft_type": "LORA", "inference_mode": True, "init_lora_weights": True}
+    tensors: dict[str, Tensor] = {}
+    for module_path, update in updates.items():
+        if update.rank:
+            layers = next(source.adapter.layers for source in sources if module_path in source)
+            tensors |= _tensors(update, layers[module_path], dtype)
+    base = next((source.base for source in sources if source.base), None)
+    return write_adapter_folder(path, tensors, config, {BASE_KEY: base} if base else {})
+
+
+def check_one_base(sources: Sequence[FolderUpdates]) -> None:
+    """Raise AdapterError if two adapters say that they were trained on different base models."""
+    known = {source.base: source.adapter.folder for source in sources if source.base}
+    if len(known) > 1:
+        folders = ", ".join(f"{folder} (fingerprint {base[:16]})" for base, folder in known.items())
+        raise AdapterError(f"these adapters are of different base models: {folders}")
+
+
+def ranks_of(updates: Mapping[str, LowRank]) -> dict[str, int]:
+    """Return module path -> rank."""
+    return {path: update.rank for path, update in updates.items()}
+
+
+def _tensors(update: LowRank, like: AdapterLayer, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return a layer's tensors under PEFT's names, in the shapes that `like` has at its rank."""
+    down = update.down.reshape(update.rank, *like.lora_A.shape[1:])
+    up = update.up.reshape(like.lora_B.shape[0], update.rank, *like.lora_B.shape[2:])
+    names = matrix_names(like.path, like.kind == "embedding")
+    return {name: matrix.to("cpu", dtype).contiguous() for name, matrix in zip(names, (down, up), strict=True)}

@@ -1,0 +1,297 @@
+"""`merge_checkpoint`: a 16-bit checkpoint folder and an adapter folder to a merged checkpoint folder, tensor by tensor.
+
+No model is built: the source is streamed, one tensor at a time is in memory, and each is merged by the very layers that
+a model would have, so the folder holds, to the bit, the weights that `merge_adapter` gives.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...checkpoints.checkpoint import Checkpoint
+from ...checkpoints.formats import BITSANDBYTES
+from ...checkpoints.prequantized import find_stored
+from ...checkpoints.shards import SHARD_BYTES, copy_small_files, grouped, write_index, write_shard
+from ...checkpoints.stream import file_order, stream_tensors
+from ...errors import AdapterError, CheckpointError, ConfigError, StorageError, did_you_mean, listing
+from ...files import atomic_folder, write_text
+from ...layers import AdaptedLayer, LoRAEmbedding, LoRALinear
+from ...models.load import empty_decoder, weight_formats
+from ...models.pretrained import resolve_model
+from ...quantization import QuantizedWeight
+from ...quantization.bnb_format import Layout
+from ...quantization.policy import QuantConfig, WeightFormat
+from ..peft.folder import AdapterFolder, AdapterLayer, read_adapter_folder
+from ..peft.names import BASE_LAYER
+from .modules import dense_linear
+from .report import LayerMerge, MergeReport
+from .weights import MergedWeight, MergeUpdate, merged_4bit, merged_dense, quantized
+
+_HEAD = "lm_head.weight"
+_EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight", "embed_tokens.weight", "wte.weight")
+
+
+def merge_checkpoint(
+    adapter: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,
+    quantize: QuantConfig | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Callable[[int, int], None] | None = None,
+) -> MergeReport:
+    """Write a checkpoint folder with an adapter merged into its weights, for lorakit and for transformers.
+
+    Args:
+        adapter: the adapter's folder, or that of a run.
+        target: the folder to write; it must not exist, and appears when it is whole.
+        base: folder or known name of the 16-bit checkpoint; None: the one that the adapter's config names.
+        quantize: write linear layers in 4 bits, as bitsandbytes and transformers read them; None: every tensor keeps
+            its dtype.
+        shard_bytes: most bytes in one file, unless a single tensor has more.
+        progress: called with the bytes of the source that are done, and all of them.
+
+    Raises:
+        AdapterError: the adapter has something that a checkpoint cannot hold; every such tensor is named.
+        CheckpointError: the base or the adapter is missing or malformed, or they do not fit each other.
+        ConfigError: the base is in 4 bits already, or no base is named; with `quantize`, the architecture is not
+            supported or a pattern has no effect.
+        StorageError: the target exists, or cannot be written. Nothing is left half-written.
+    """
+    target = Path(target)
+    if target.exists():
+        raise StorageError(f"{target} exists already; name a new folder, or remove it first")
+    folder = read_adapter_folder(adapter)
+    checkpoint = Checkpoint(_base_of(folder) if base is None else resolve_model(base))
+    if find_stored(checkpoint):
+        raise ConfigError(f"{checkpoint.folder} is in 4 bits already; merge into the 16-bit model it was made from")
+    plan = _CheckpointMerge.make(folder, checkpoint, quantize)
+    with atomic_folder(target) as part:
+        return plan.write(part, shard_bytes, progress)
+
+
+def _base_of(folder: AdapterFolder) -> Path:
+    """Return the folder of the base model that an adapter's config names."""
+    named = folder.config.get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        raise ConfigError(f"{folder.folder}: its config names no base model; say which it is with base=")
+    try:
+        return resolve_model(named)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{folder.folder}: the base model of its config is not here; name it with base=: {error}"
+        ) from None
+
+
+@dataclass
+class _CheckpointMerge:
+    """What will be written.
+
+    Attributes:
+        checkpoint, folder: the sources.
+        layers: tensor -> path of the adapter's layer that changes it.
+        biases: the same, for what the adapter adds to a bias.
+        replaced: tensor -> key of the adapter's tensor that takes its place.
+        copies: further tensor -> the one whose values it starts from: an output head that was tied.
+        formats: tensor -> how it is quantized, or None.
+        quantize: the settings behind that.
+    """
+
+    checkpoint: Checkpoint
+    folder: AdapterFolder
+    layers: dict[str, str] = field(default_factory=dict)
+    biases: dict[str, str] = field(default_factory=dict)
+    replaced: dict[str, str] = field(default_factory=dict)
+    copies: dict[str, str] = field(default_factory=dict)
+    formats: dict[str, WeightFormat | None] = field(default_factory=dict)
+    quantize: QuantConfig | None = None
+
+    @staticmethod
+    def make(folder: AdapterFolder, checkpoint: Checkpoint, quantize: QuantConfig | None) -> _CheckpointMerge:
+        """Find what each of the adapter's tensors changes; errors as `merge_checkpoint`."""
+        plan = _CheckpointMerge(checkpoint, folder, quantize=quantize)
+        plan._match()
+        names = [name for name in file_order(checkpoint, checkpoint.names) if name not in plan.copies]
+        plan.formats = dict.fromkeys([*names, *plan.copies])
+        if quantize is not None:
+            plan.formats |= weight_formats(empty_decoder(checkpoint), quantize, names)
+            if not any(plan.formats.values()):
+                raise ConfigError("nothing would be quantized: quant_type is null, or all linear layers are skipped")
+        return plan
+
+    def _match(self) -> None:
+        """Fill in layers, biases, replaced and copies."""
+        names, problems = set(self.checkpoint.names), []
+        tied = self.checkpoint.config().get("tie_word_embeddings", False)
+        embedding = next((name for name in _EMBEDDINGS if name in names), None)
+        if tied and embedding is not None:
+            changed = {f"{path}.weight" for path in self.folder.layers} | set(self.folder.extras)
+            if changed & {_HEAD, embedding}:
+                self.copies[_HEAD] = embedding
+                names.add(_HEAD)
+        for path, layer in self.folder.layers.items():
+            weight, bias = f"{path}.weight", f"{path}.bias"
+            if layer.kind not in ("linear", "embedding") or self.folder.config.get("fan_in_fan_out"):
+                kind = "Conv1D" if layer.kind == "linear" else layer.kind
+                problems.append(f"{path}: {kind} layers are not merged from files; merge the loaded model and save it")
+            elif weight not in names:
+                problems.append(f"{weight} is not in the base{did_you_mean(weight, names)}")
+            else:
+                self.layers[weight] = path
+                if layer.attached(torch.float32).offset is not None:
+                    self.biases[bias] = path
+                    problems += [] if bias in names else [f"{bias} is not in the base, and the adapter adds to it"]
+        for key in self.folder.extras:
+            name = key if key in names else key.replace(f".{BASE_LAYER}.", ".")
+            if name not in names:
+                problems.append(f"{key} has no place in a checkpoint: no tensor {name}")
+            self.replaced[name] = key
+        if problems:
+            raise AdapterError(
+                f"{self.folder.folder} cannot be merged into {self.checkpoint.folder}:{listing(problems)}"
+            )
+
+    def write(self, part: Path, shard_bytes: int, progress: Callable[[int, int], None] | None) -> MergeReport:
+        """Write the whole folder."""
+        layouts = {name: self._layouts(name) for name in self.formats}
+        sizes = {
+            name: sum(math.prod(shape) * dtype.itemsize for dtype, shape in parts.values())
+            for name, parts in layouts.items()
+        }
+        if sum(sizes.values()) > (free := shutil.disk_usage(part).free):
+            raise StorageError(f"cannot write {part}: {sum(sizes.values()):,} bytes are needed, {free:,} are free")
+        report = MergeReport((str(self.folder.folder),), [], self.checkpoint.folder)
+        shards, stream = grouped(sizes, shard_bytes), self._tensors(report, progress)
+        for file, names in shards.items():
+            expected = {key: layout for name in names for key, layout in layouts[name].items()}
+            stored = (pair for name, value in islice(stream, len(names)) for pair in self._stored(name, value))
+            write_shard(part / file, expected, stored)
+        write_index(part, list(shards))
+        copy_small_files(self.checkpoint.folder, part)
+        write_text(part / "config.json", json.dumps(self._config(), indent=2, ensure_ascii=False) + "\n")
+        if self.copies:
+            report.notes.append(f"{_HEAD} was tied to {self.copies[_HEAD]}, and has its own values from now on")
+        return report
+
+    def _tensors(
+        self, report: MergeReport, progress: Callable[[int, int], None] | None
+    ) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
+        """Yield every tensor that is written, in order, with its update."""
+        total = sum(self._entry_bytes(name) for name in self.formats)
+        done = 0
+        streamed = [name for name in self.formats if name not in self.copies]
+        unchanged = stream_tensors(self.checkpoint, dict.fromkeys(streamed))
+        copied = ((name, self.checkpoint.read(source).clone()) for name, source in self.copies.items())
+        for tensors in (unchanged, copied):
+            for name, tensor in tensors:
+                assert isinstance(tensor, Tensor)  # no format was given
+                done += self._entry_bytes(name)
+                changed = self._changed(name, tensor, report)
+                if progress is not None:
+                    progress(done, total)  # before the last yield, after which nobody comes back
+                yield name, changed
+
+    def _changed(self, name: str, tensor: Tensor, report: MergeReport) -> Tensor | QuantizedWeight:
+        """Return a tensor as it is written."""
+        form = self.formats[name]
+        if name in self.replaced:
+            new = self.folder.extras[self.replaced[name]]
+            if new.shape != tensor.shape:
+                raise AdapterError(
+                    f"{self.replaced[name]} has shape {tuple(new.shape)}, the base has {tuple(tensor.shape)}"
+                )
+            tensor = new.to(tensor.dtype)
+        if name in self.biases:
+            layer = self.folder.layers[self.biases[name]]
+            offset = layer.attached(torch.float32).offset
+            assert offset is not None  # that is why it is among the biases
+            tensor = (tensor.float() + offset).to(tensor.dtype)
+        if name in self.layers:
+            merged, entry = merge_tensor(self.folder.layers[self.layers[name]], tensor, form)
+            report.layers.append(entry)
+            return merged.weight
+        return tensor if form is None else quantized(tensor, form, tensor.dtype)
+
+    def _stored(self, name: str, value: Tensor | QuantizedWeight) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors that stand for one in the file."""
+        if isinstance(value, Tensor):
+            yield name, value
+            return
+        yield from BITSANDBYTES.tensors(name, value, self._storage_dtype()).items()
+
+    def _layouts(self, name: str) -> dict[str, Layout]:
+        entry, form = self.checkpoint.entry(self.copies.get(name, name)), self.formats[name]
+        if form is None:
+            return {name: (entry.dtype, entry.shape)}
+        return BITSANDBYTES.layouts(name, (entry.dtype, entry.shape), form, self._storage_dtype())
+
+    def _storage_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.quantize.storage_dtype if self.quantize else "uint8")
+        return dtype
+
+    def _entry_bytes(self, name: str) -> int:
+        entry = self.checkpoint.entry(self.copies.get(name, name))
+        return entry.end - entry.start
+
+    def _config(self) -> dict[str, Any]:
+        values = self.checkpoint.config()
+        if self.copies:
+            values["tie_word_embeddings"] = False
+        if self.quantize is not None:
+            linear = [
+                path for path, module in empty_decoder(self.checkpoint).named_modules() if isinstance(module, nn.Linear)
+            ]
+            dense = [path for path in linear if self.formats.get(f"{path}.weight") is None]
+            section = BITSANDBYTES.config_section(self.quantize, self.formats, dense, values)
+            values["quantization_config"] = section
+        return values
+
+
+@torch.no_grad()
+def merge_tensor(layer: AdapterLayer, weight: Tensor, form: WeightFormat | None) -> tuple[MergedWeight, LayerMerge]:
+    """Merge one layer of an adapter's files into its base weight, with the arithmetic of the layer itself.
+
+    Args:
+        layer: from the adapter's files.
+        weight: (out, in), or of an embedding (vocab, dim).
+        form: how the result is quantized, or None: it keeps the weight's dtype.
+
+    Raises:
+        AdapterError: the shapes do not fit, or the result would hold inf or nan.
+    """
+    expected = layer.update().shape
+    if weight.shape != expected:
+        raise AdapterError(f"{layer.path}: the adapter is for a weight of shape {expected}, not {tuple(weight.shape)}")
+    update = MergeUpdate.of(_adapted(layer, weight), [_NAME])
+    if form is None:
+        merged = merged_dense(weight, update.dense, weight.dtype, "16-bit base + update")
+    else:
+        merged = merged_4bit(weight, update.dense, form, weight.dtype, "4 bits of base + update")
+    if not torch.isfinite(merged.real).all():
+        raise AdapterError(f"{layer.path}: the merged weight would hold inf or nan in {weight.dtype}")
+    nbytes = weight.nbytes, merged.nbytes
+    return merged, LayerMerge.measure(layer.path, merged.how, weight, update.dense, merged.real, nbytes)
+
+
+_NAME = "merged"
+
+
+def _adapted(layer: AdapterLayer, weight: Tensor) -> AdaptedLayer:
+    """Return the layer that a model would have for this part of the adapter."""
+    adapted: AdaptedLayer
+    if layer.kind == "embedding":
+        adapted = LoRAEmbedding(nn.Embedding.from_pretrained(weight))
+    else:
+        adapted = LoRALinear(dense_linear(weight, None))
+    adapted.attach(_NAME, layer.attached(torch.float32))
+    return adapted

@@ -1,0 +1,116 @@
+"""`merge_adapter` and `unmerge_adapter`: an adapter becomes part of the weights, and the weights come back to the bit.
+
+A merge never writes to a weight. It computes all new weights, and only when the last of them is done puts them in the
+place of the old, which are kept with the adapter's own matrices. So a merge that fails changes nothing, a weight that
+something else shares (a tied embedding) stays what it was, and unmerging is putting back what was taken out.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+from torch import nn
+
+from ...errors import AdapterError
+from ..attach.host_memory import move_in, move_out
+from ..attach.state import adapter_configs, check_adapter, check_not_in_a_row
+from .base import Base
+from .plan import plan_merge
+from .report import LEAST_SHARE, MergeReport
+from .swaps import apply_merge, check_reversal, merged_state, undo_merge
+
+
+def merge_adapter(
+    model: nn.Module,
+    name: str | Sequence[str] = "default",
+    base: Base = None,
+    quantize: bool = False,
+    residual_rank: int | None = None,
+    reversible: bool = True,
+) -> MergeReport:
+    """Add an adapter's update, or the sum of several, to the weights of its layers, active or not.
+
+    The adapter is no longer attached then; a layer that carries no other becomes a plain one. A layer in 16 or 32 bits
+    keeps its dtype. A 4-bit layer becomes dense, unless `quantize` asks for 4 bits:
+
+    =========  =================================  ==========================================================
+    quantize   with a 16-bit base                 without
+    =========  =================================  ==========================================================
+    False      base + update                      dequantize(W) + update
+    True       quantize(base + update)            4 bits, and the update as a low-rank part beside them
+    =========  =================================  ==========================================================
+
+    Merging onto adapters that are merged already merges them all anew, from the original weights: the order makes no
+    difference.
+
+    Args:
+        base: folder or known name of the 16-bit checkpoint that a 4-bit model was quantized from; None: the folder the
+            model was loaded from, if the weights are there; False: none.
+        quantize: leave 4-bit layers in 4 bits, each in its own format.
+        residual_rank: most columns of the low-rank part that is kept beside 4 bits; None: as many as the update has,
+            which keeps all of it.
+        reversible: keep what `unmerge_adapter` needs, which is the original weights.
+
+    Returns:
+        For each layer how much of the update survived. A warning is issued where that is less than 0.95.
+
+    Raises:
+        AdapterError: there is no such adapter, or it is merged already; a merged weight would hold inf or nan; less
+            than 0.95 of an update would survive beside 4 bits at the residual_rank given; or merging would change what
+            another adapter means. The model is unchanged.
+        CheckpointError: the base that was named is missing, malformed, or not what the model was made from.
+    """
+    names = (name,) if isinstance(name, str) else tuple(dict.fromkeys(name))
+    earlier = merged_state(model)
+    _check_names(model, names)
+    if earlier is not None:
+        check_reversal(model, earlier)
+        undo_merge(model, earlier)
+    try:
+        everything = (*(earlier.names if earlier else ()), *names)
+        move_in(model, everything)
+        merge, report = plan_merge(model, everything, base, quantize, residual_rank)
+    except BaseException:
+        if earlier is not None:
+            apply_merge(model, earlier)
+        raise
+    finally:
+        move_out(model)
+    apply_merge(model, merge)
+    if not reversible:
+        del model.lora_merged
+    if report.warnings:
+        least = min(layer.share for layer in report.layers)
+        warnings.warn(
+            f"in {len(report.warnings)} of {len(report.layers)} layers less than {LEAST_SHARE} of the update survived "
+            f"the merge (least: {least:.3f}); print the report",
+            stacklevel=2,
+        )
+    return report
+
+
+def unmerge_adapter(model: nn.Module) -> None:
+    """Undo all merges: the weights are the very tensors they were, and the adapters are attached again, as they were.
+
+    Raises:
+        AdapterError: nothing is merged, or it was with reversible=False; a merged layer is no longer in the model; or a
+            new adapter has taken the name of a merged one. The model is unchanged.
+    """
+    state = merged_state(model)
+    if state is None:
+        raise AdapterError("nothing is merged into this model that could be undone")
+    check_reversal(model, state)
+    undo_merge(model, state)
+    move_out(model)
+
+
+def _check_names(model: nn.Module, names: Sequence[str]) -> None:
+    merged = merged_state(model)
+    if not names:
+        raise AdapterError("no adapter is named; nothing to merge")
+    for name in names:
+        if merged is not None and name in merged.names and name not in adapter_configs(model):
+            raise AdapterError(f"the adapter '{name}' is merged already; unmerge_adapter(model) takes it out again")
+        check_adapter(model, name)
+        check_not_in_a_row(model, name)

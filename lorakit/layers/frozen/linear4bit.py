@@ -1,0 +1,150 @@
+"""`Linear4bit`: a frozen linear layer that keeps its weight in 4 bits and multiplies by the dequantized values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lorakit_kernels as kernels
+import torch
+from torch import Tensor, nn
+
+from ...errors import ShapeError
+from ...quantization import QuantizedWeight, quantize
+from .quantized_module import QuantizedModule, frozen
+
+
+class Linear4bit(QuantizedModule):
+    """A frozen linear layer with a 4-bit weight (QLoRA, arXiv:2305.14314, eq. 5, without the adapter).
+
+        y = x @ dequantize(W).T + bias
+
+    Shapes:
+        x (..., in_features) -> y (..., out_features), in x's dtype; packed (out_features, in_features / 2) uint8.
+
+    Args:
+        weight: the quantized weight, of shape (out_features, in_features).
+        bias: (out_features,) or None.
+        compute_dtype: dtype of the product; None: that of x.
+        storage_dtype: dtype that the packed bytes are held as: uint8, or a float dtype, as FSDP1 can shard no other.
+
+    Raises:
+        ShapeError: the weight is not two-dimensional, or x's last dimension is not in_features.
+    """
+
+    def __init__(
+        self,
+        weight: QuantizedWeight,
+        bias: Tensor | None = None,
+        compute_dtype: torch.dtype | None = None,
+        storage_dtype: torch.dtype = torch.uint8,
+    ) -> None:
+        super().__init__(weight, storage_dtype)
+        self.out_features, self.in_features = weight.shape
+        self.compute_dtype = compute_dtype
+        self.bias = None if bias is None else frozen(bias)
+
+    @staticmethod
+    def from_linear(
+        dense: nn.Linear,
+        quant_type: str = "nf4",
+        block_size: int = 64,
+        double_quant: bool = True,
+        compute_dtype: torch.dtype | None = None,
+        storage_dtype: torch.dtype = torch.uint8,
+    ) -> Linear4bit:
+        """Quantize a dense layer, which is not changed; the bias is copied.
+
+        Raises:
+            ShapeError, ConfigError: as `lorakit.quantize`.
+        """
+        weight = quantize(dense.weight, quant_type, block_size, double_quant)
+        bias = None if dense.bias is None else dense.bias.detach().clone()
+        return Linear4bit(weight, bias, compute_dtype, storage_dtype)
+
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """Return the dequantized weight, (out_features, in_features) in `dtype`; a fresh tensor."""
+        return self.quantized.dequantize(dtype)
+
+    def add_residual(self, y: Tensor, x: Tensor) -> Tensor:
+        """Add to y = x Wᵀ, in place, what the layer's weight has beside its codes: here nothing."""
+        return y
+
+    def add_residual_dx(self, dx: Tensor, dy: Tensor) -> Tensor:
+        """Add to dx = dy W, in place, what the layer's weight has beside its codes: here nothing."""
+        return dx
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.in_features:
+            raise ShapeError(f"Linear4bit({self.in_features} -> {self.out_features}) got x of shape {tuple(x.shape)}")
+        given = x.dtype
+        x = x if self.compute_dtype is None else x.to(self.compute_dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        is_differentiated = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+        # torch.compile (2.13) fails on the function, whose weight is no argument; the operation has the same gradients.
+        if is_differentiated and not torch.compiler.is_compiling():
+            y: Tensor = _FrozenLinear.apply(x, bias, self)
+        else:
+            y = frozen_linear(self, x, bias)
+        return y.to(given)
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """y = x Wᵀ + b and dx = dy W, from the codes in each pass. Saves nothing: the layer is there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: Linear4bit) -> Tensor:
+        ctx.layer = layer
+        return frozen_linear(layer, x, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        (dy,) = grads
+        bias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None  # if someone trains the bias
+        return frozen_linear_dx(ctx.layer, dy), bias, None
+
+
+# ---- products with a frozen weight, dense or in 4 bits, for the functions that differentiate by hand -----------------
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Return whether a module is GPT-2's "Conv1D", a linear layer whose weight is (in_features, out_features)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and not isinstance(module, nn.Conv1d)
+
+
+def _dense(base: nn.Linear, dtype: torch.dtype) -> Tensor:
+    weight = base.weight.to(dtype)
+    return weight if isinstance(base, nn.Linear) else weight.T
+
+
+def frozen_linear(
+    base: nn.Linear | Linear4bit, x: Tensor, bias: Tensor | None, lora: Sequence[Tensor] = (), scaling: float = 1.0
+) -> Tensor:
+    """Return y = x Wᵀ + bias + scaling u Bᵀ.
+
+    Shapes:
+        x (..., in_features) -> (..., out_features); lora: u (..., r) and B (out_features, r), of x's dtype, or nothing
+    """
+    if isinstance(base, Linear4bit):
+        return base.add_residual(kernels.linear_4bit(x, base.operand, bias, lora, scaling), x)
+    return kernels.dense_linear(x, _dense(base, x.dtype), bias, lora, scaling)
+
+
+def frozen_linear_dx(base: nn.Linear | Linear4bit, dy: Tensor, lora: Sequence[Tensor] = ()) -> Tensor:
+    """Return dx = dy W + t A.
+
+    Shapes:
+        dy (..., out_features) -> (..., in_features); lora: t (..., r) and A (r, in_features), of dy's dtype, or nothing
+    """
+    if isinstance(base, Linear4bit):
+        return base.add_residual_dx(kernels.linear_4bit_dx(dy, base.operand, lora), dy)
+    return kernels.dense_linear_dx(dy, _dense(base, dy.dtype), lora)
+
+
+def add_frozen_linear_dx(dx: Tensor, base: nn.Linear | Linear4bit, dy: Tensor) -> None:
+    """Add dy W to dx, for layers that read the same x; both (tokens, features)."""
+    if isinstance(base, Linear4bit):
+        kernels.add_linear_4bit_dx(dx, dy, base.operand)
+        base.add_residual_dx(dx, dy)
+    else:
+        dx.addmm_(dy, _dense(base, dy.dtype))
