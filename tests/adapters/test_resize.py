@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -47,13 +47,13 @@ def test_an_allocation_against_all_others(values: dict[str, Tensor], price_list:
         assert kept == pytest.approx(best)
 
 
+@example({"0": torch.tensor([2.0], dtype=F64), "1": torch.tensor([4.0], dtype=F64)}, [1, 4, 1, 1], 4)  # worth as much
 @given(LAYERS, st.lists(st.integers(1, 7), min_size=4, max_size=4), st.integers(0, 40))
 def test_what_greedy_spends_it_spends_best(values: dict[str, Tensor], price_list: list[int], budget: int) -> None:
     """Of a budget that is spent to the last parameter before anything was too dear, no other choice keeps more."""
     prices = dict(zip(values, price_list, strict=False))
-    offers = sorted(
-        ((float(x) ** 2 / prices[p], prices[p]) for p, v in values.items() for x in v if x > 0), reverse=True
-    )
+    offers = [(float(x) ** 2 / prices[p], prices[p]) for p, v in values.items() for x in v if x > 0]
+    offers.sort(key=lambda offer: -offer[0])  # of what is worth as much, the first layer's first
     spent = list(itertools.accumulate(price for _, price in offers))
     exact = max((s for s in spent if s <= budget), default=0)
     found = allocate(values, prices, exact)
