@@ -95,7 +95,7 @@ def apply_merge(model: nn.Module, merge: MergeState) -> None:
 
 
 def undo_merge(model: nn.Module, merge: MergeState) -> None:
-    """Reverse `apply_merge`. Adapters may have been attached to the merged layers since; call `check_reversal` first."""
+    """Reverse `apply_merge`, even if adapters were attached to the merged layers since; call `check_reversal` first."""
     for swap in reversed(merge.swaps):  # of parts around each other, the inner one first
         part = _host(model, swap)
         if part is None:

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lorakit.adapters.attach.add.targeting import linear_layers, match_modules, pattern_value
 from small_models import small_decoder
 from torch import nn
 
 from lorakit import LoraConfig, add_adapter
+from lorakit.adapters.attach.targeting import linear_layers, match_modules, pattern_value
 from lorakit.errors import AdapterError
 
 MODEL = small_decoder()

@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from lorakit.adapters.attach.add.targeting import pattern_value
 from torch import Tensor
 
+from lorakit.adapters.attach.targeting import pattern_value
 from lorakit.adapters.combining.ranks import allocate, config_for_ranks, rank_for_energy, rank_pattern
 from lorakit.adapters.combining.resize import ResizeConfig, resize_updates
 from lorakit.adapters.low_rank import LowRank
@@ -47,6 +47,7 @@ def test_an_allocation_against_all_others(values: dict[str, Tensor], price_list:
         assert kept == pytest.approx(best)
 
 
+@example({"0": torch.tensor([2.0], dtype=F64), "1": torch.tensor([4.0], dtype=F64)}, [1, 4, 1, 1], 4)  # worth as much
 @given(LAYERS, st.lists(st.integers(1, 7), min_size=4, max_size=4), st.integers(0, 40))
 @example({"a": torch.tensor([2.0], dtype=F64), "b": torch.tensor([4.0], dtype=F64)}, [1, 4], 4)  # of equal worth
 def test_what_greedy_spends_it_spends_best(values: dict[str, Tensor], price_list: list[int], budget: int) -> None:

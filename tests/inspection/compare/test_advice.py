@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lorakit.adapters.attach.add.targeting import pattern_value
 from torch import Tensor
 
+from lorakit.adapters.attach.targeting import pattern_value
 from lorakit.adapters.combining.resize import ResizeConfig, resize_updates
 from lorakit.adapters.low_rank import LowRank
 from lorakit.inspection.compare.advice import advise_ranks
