@@ -53,10 +53,23 @@ def dynamic_map(signed: bool = True) -> Codebook:
     """
     positive: list[float] = []
     for decade in range(7):
-        edges = torch.linspace(0.1, 1.0, 2 ** (decade + (not signed)) + 1, dtype=torch.float32)
+        edges = _edges(2 ** (decade + (not signed)))
         positive += (10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
     values = sorted([*positive, *((-x for x in positive) if signed else ()), 0.0, 1.0])
     return Codebook.from_values("dynamic", torch.tensor(values, dtype=torch.float32))
+
+
+def _edges(count: int) -> Tensor:
+    """Return the edges of `count` equal parts of [0.1, 1], (count + 1,) fp32, each rounded once, on every processor.
+
+    They are those of torch.linspace where the processor fuses the product and the sum. Where it does not, linspace
+    rounds twice, and a sixth of the map is one unit off: the same file would hold other weights.
+    """
+    start, end = torch.tensor([0.1, 1.0], dtype=torch.float32)
+    step = ((end - start) / count).double()
+    index = torch.arange(count + 1, dtype=torch.float64)
+    upward, downward = start.double() + step * index, end.double() - step * (count - index)
+    return torch.where(index < (count + 1) // 2, upward, downward).float()
 
 
 def normal_float(bits: int, offset: float) -> Tensor:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 FOLDER = Path(__file__).parent
 
@@ -30,7 +30,10 @@ def dynamic_map() -> np.ndarray:
     """The signed 8-bit dynamic map, 256 fp32 values, ascending."""
     positive: list[np.float32] = []
     for decade in range(7):
-        edges = torch.linspace(0.1, 1.0, 2**decade + 1, dtype=torch.float32).numpy()
+        count, start, end = 2**decade, np.float32(0.1), np.float32(1)
+        step, index = np.float64((end - start) / np.float32(count)), np.arange(count + 1)
+        upward, downward = np.float64(start) + step * index, np.float64(end) - step * (count - index)
+        edges = np.where(index < (count + 1) // 2, upward, downward).astype(np.float32)  # each rounded once
         middles = (edges[:-1] + edges[1:]) / np.float32(2)
         positive += list(np.float32(10.0 ** (decade - 6)) * middles)
     return np.sort(np.array([*positive, *(-x for x in positive), 0, 1], dtype=np.float32))
@@ -78,23 +81,25 @@ def contents(quant_type: str, block_size: int) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    """Write one file per 4-bit type."""
+    """Write one file per 4-bit type, from the inputs of a file that is there: draws differ between processors."""
     dynamic = dynamic_map()
     for quant_type, values in CODEBOOKS.items():
+        path = FOLDER / f"{quant_type}.safetensors"
+        stored = {key: tensor.clone() for key, tensor in load_file(path).items()} if path.exists() else {}
         tensors: dict[str, torch.Tensor] = {}
         for block_size in (32, 64, 128, 256, 512, 1024, 2048, 4096):
             for dtype_name, dtype in DTYPES.items():
                 if block_size > 64 and dtype_name != "bf16":
                     continue
                 for content, tensor in contents(quant_type, block_size).items():
-                    source = tensor.to(dtype)
+                    key = f"{content}.{dtype_name}.{block_size}"
+                    source = stored.get(f"{key}.input", tensor.to(dtype))
                     codes, scales = quantize(source.reshape(-1).float().numpy(), values, block_size)
                     padding = np.array([0 if quant_type == "fp4" else 7] * (len(codes) % 2), np.uint8)
                     padded = np.concatenate([codes, padding])
                     offset = np.float32(scales.astype(np.float64).mean()) if len(scales) else np.float32(0)
                     scale_codes, nested = quantize(scales - offset, dynamic, 256)
                     expanded = dequantize(scale_codes, dynamic, nested, 256) + offset
-                    key = f"{content}.{dtype_name}.{block_size}"
                     arrays = {
                         "packed": padded[0::2] << 4 | padded[1::2],
                         "absmax": scales,
@@ -106,7 +111,7 @@ def main() -> None:
                     }
                     tensors[f"{key}.input"] = source.contiguous()
                     tensors |= {f"{key}.{name}": torch.from_numpy(array.copy()) for name, array in arrays.items()}
-        save_file(tensors, FOLDER / f"{quant_type}.safetensors")
+        save_file(tensors, path)
 
 
 if __name__ == "__main__":
