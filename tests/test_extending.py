@@ -8,6 +8,7 @@ planning, the command line. Nothing else in lorakit may need to know the entry.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,6 +142,14 @@ def command(*arguments: object) -> str:
     return called.output
 
 
+def edited_config(adapter: Path, copy: Path, **changes: Any) -> Path:
+    """Copy an adapter's folder and change settings of its adapter_config.json; return the copy."""
+    shutil.copytree(adapter, copy)
+    file = copy / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+    return copy
+
+
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path / "model", small_decoder())
@@ -153,7 +162,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Life:
 
 
 @pytest.mark.parametrize("quant_type", [None, "nf4"])
-def test_a_start(quant_type: str | None, register: Register, base: Path, plain: Life) -> None:
+def test_a_start(quant_type: str | None, register: Register, base: Path, plain: Life, tmp_path: Path) -> None:
     register(STARTS, "first_rows", FirstRows())
     life = live(base, PLAIN.model_copy(update={"init_lora_weights": "first_rows"}), quant_type=quant_type)
     assert life.losses[1] != plain.losses[1]
@@ -161,6 +170,9 @@ def test_a_start(quant_type: str | None, register: Register, base: Path, plain: 
     assert lk.inspect_adapter(life.adapter).layers[0].rank == 8
     assert life.plan.adapter_parameters == 2 * life.plan.trainable
     assert "'first_rows' decomposes each weight" in life.plan.notes[0]
+    peft = edited_config(plain.adapter, tmp_path / "peft", init_lora_weights="first_rows")
+    with pytest.raises(lk.LorakitError, match="init_lora_weights 'first_rows', which changed the base model"):
+        lk.load_adapter(lk.load_model(base), peft)
     with pytest.raises(lk.LorakitError, match=r"a start inside the base weight \('first_rows'\) exclude each other"):
         lk.LoraConfig(init_lora_weights="first_rows", use_dora=True)
 
@@ -181,6 +193,8 @@ def test_a_variant(register: Register, base: Path, plain: Life, tmp_path: Path) 
     assert json.loads((life.adapter / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"] == "LORAKIT"
     with pytest.raises(lk.LorakitError, match="variant 'weighted': an update whose rows have weights"):
         lk.save_adapter(life.model, tmp_path / "export", target="vllm")
+    with pytest.raises(lk.LorakitError, match="use_dora and variant 'weighted' exclude each other"):
+        lk.LoraConfig(variant="weighted", use_dora=True)
     command("combine", tmp_path / "half", f"{life.adapter}=0.5")
     assert lk.inspect_adapter(tmp_path / "half").norm == pytest.approx(lk.inspect_adapter(life.adapter).norm / 2)
 
@@ -196,6 +210,7 @@ def test_a_codebook(register: Register, base: Path, tmp_path: Path) -> None:
     assert {row["quant_type"] for row in view.table()} == {"even"}
     assert life.losses != live(base, quant_type="nf4", block_size=128).losses
 
+    assert "weights" in command("plan", base, "--quant-type", "even")
     command("quantize", base, tmp_path / "4bit", "--quant-type", "even", "--block-size", 128)
     assert torch.equal(
         logits(lk.load_model(tmp_path / "4bit", dtype=torch.float32)),
@@ -316,6 +331,35 @@ def test_an_operation(backend: str) -> None:
         assert torch.equal(leaky(x, 0.25), leaky.definition(x, 0.25))
         assert torch.autograd.gradcheck(lambda x: leaky(x, 0.25), x)
         torch.library.opcheck(torch.ops.lorakit.leaky.default, (x, 0.25))
+
+
+def test_a_recipe_names_several(register: Register, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    register(VARIANTS, "weighted", Weighted())
+    register(QUANT_TYPES, "even", even)
+    register(OPTIMIZERS, "sign", SignDescent)
+    register(METRICS, "shared", SHARED)
+    write_run_folder(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    settings = ["lora.variant=weighted", "model.quant_type=even", "train.optimizer=sign", "eval.metrics=[shared]"]
+    train_run(load_recipe("recipe.yaml", [*settings, "train.max_steps=2"]), lambda line: None)
+    report = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+    assert "in EVEN" in report and "sign" in report and "weighted" in report
+    assert "shared_characters" in command("eval", "run")
+
+
+def test_the_command_line_lists_each_table() -> None:
+    listed = {
+        ("quantize",): QUANT_TYPES,
+        ("plan",): QUANT_TYPES,
+        ("merge",): QUANT_TYPES,
+        ("inspect",): QUANT_TYPES,
+        ("export",): EXPORTS,
+        ("data", "build"): DATA_SETS,
+        ("data", "show"): RECORD_FORMATS,
+    }
+    for names, table in listed.items():
+        text = command(*names, "--help")
+        assert all(name in text for name in table), text
 
 
 def test_nothing_of_them_stays() -> None:
