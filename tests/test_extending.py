@@ -343,7 +343,7 @@ def test_a_recipe_names_several(register: Register, tmp_path: Path, monkeypatch:
     settings = ["lora.variant=weighted", "model.quant_type=even", "train.optimizer=sign", "eval.metrics=[shared]"]
     train_run(load_recipe("recipe.yaml", [*settings, "train.max_steps=2"]), lambda line: None)
     report = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
-    assert "in EVEN" in report and "sign" in report and "weighted" in report
+    assert "in EVEN" in report and "optimizer: sign" in report and "variant: weighted" in report
     assert "shared_characters" in command("eval", "run")
 
 
