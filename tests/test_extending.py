@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_models import conversations, small_decoder, write_checkpoint, write_run_folder
-from torch import Tensor
+from torch import Tensor, nn
 from toy_codebook import even
 from toy_data_set import build_sums
 from toy_export import export_scalings
@@ -115,12 +115,18 @@ def live(base: Path, lora: lk.LoraConfig = PLAIN, *, optimizer: str = "adamw", *
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     lk.merge_adapter(model, base=False, quantize=False)
     torch.testing.assert_close(logits(model), trained, rtol=0, atol=bound)
+    merged = {name: module.weight for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     lk.unmerge_adapter(model)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
     measured, attached = lk.inspect_adapter(saved), lk.inspect_adapter(model)
     assert [layer.name for layer in measured.layers] == [layer.name for layer in attached.layers] and measured.norm > 0
     assert attached.norm == pytest.approx(measured.norm, rel=1e-5)
+    for layer in measured.layers:
+        base_layer = lora_layers(model)[layer.name].base_layer
+        if isinstance(base_layer, nn.Linear):  # the measured norm is that of what the merge changed
+            changed = float((merged[layer.name] - base_layer.weight).norm())
+            assert layer.norm == pytest.approx(changed, rel=1e-3)
 
     plan = lk.plan(base, lora, settings, sequence_length=32, **{**loading, "device": "cpu"})
     assert (plan.trainable, plan.parameters + plan.adapter_parameters) == (report.trainable, report.total)
