@@ -9,9 +9,11 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from ..adapters.exports import EXPORTS
 from ..data.data_sets import DATA_SETS, build_data_set
 from ..data.formats import AUTO, RECORD_FORMATS
 from ..errors import ConfigError
+from ..quantization import QUANT_TYPES
 from .combine import combine, resize
 from .console import console, say
 from .generate import generate
@@ -82,7 +84,7 @@ def quantize(
     source: Annotated[str, typer.Argument(help="folder of a 16-bit model, or a known name", show_default=False)],
     target: Annotated[Path, typer.Argument(help="folder to write", show_default=False)],
     *,
-    quant_type: Annotated[str, typer.Option(help="nf4 or fp4")] = "nf4",
+    quant_type: Annotated[str, typer.Option(help=f"codebook: {' or '.join(QUANT_TYPES)}")] = "nf4",
     block_size: Annotated[int, typer.Option(help="elements that share a scale: 32, 64, ..., 4096")] = 64,
     double_quant: Annotated[bool, typer.Option(help="store the scales in 8 bits")] = True,
     storage_dtype: Annotated[str, typer.Option(help="of the bytes: uint8, bfloat16, float16, float32")] = "uint8",
@@ -117,13 +119,13 @@ def quantize(
 @app.command()
 def export(
     adapter: Annotated[Path, typer.Argument(help="adapter folder, or that of a run", show_default=False)],
-    target: Annotated[str, typer.Option(help="who is to read it: vllm, tgi or llama.cpp", show_default=False)],
+    target: Annotated[str, typer.Option(help=f"program that reads it: {', '.join(EXPORTS)}", show_default=False)],
     out: Annotated[Path, typer.Option(help="what to write: a folder, for llama.cpp a file", show_default=False)],
     base: Annotated[str | None, typer.Option(help="folder or known name of the base; default: as it says")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the adapter's")] = None,
     max_rank: Annotated[int | None, typer.Option(help="refuse ranks above this, e.g. vLLM's limit")] = None,
 ) -> None:
-    """Write an adapter in the form that vLLM, TGI or llama.cpp reads right."""
+    """Write an adapter in the form that another program reads right."""
     import torch
 
     from ..adapters import export_adapter
@@ -157,7 +159,7 @@ def plan(
     lora: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="an adapter's setting in YAML, e.g. use_dora=true")
     ] = None,
-    quant_type: Annotated[str, typer.Option(help="nf4, fp4 or none")] = "nf4",
+    quant_type: Annotated[str, typer.Option(help=f"codebook: {', '.join(QUANT_TYPES)} or none")] = "nf4",
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     dataset_tokens: Annotated[int | None, typer.Option(help="tokens of the training data, for the time")] = None,
     flops_per_second: Annotated[float | None, typer.Option(help="that the machine reaches; default: measured")] = None,

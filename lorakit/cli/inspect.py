@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import ConfigError
+from ..quantization import QUANT_TYPES
 from .console import console, say
 
 if TYPE_CHECKING:
@@ -37,7 +38,10 @@ def inspect(
     svg: Annotated[Path | None, typer.Option(help="the same as vectors")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write every figure")] = None,
     quant_type: Annotated[
-        str | None, typer.Option(help="nf4 or fp4: also what these 4 bits do to the 16-bit base, beside the update")
+        str | None,
+        typer.Option(
+            help=f"{' or '.join(QUANT_TYPES)}: also what these 4 bits do to the 16-bit base, beside the update"
+        ),
     ] = None,
 ) -> None:
     """Look inside an adapter: what it changed, how much of its rank it uses, what stands out."""

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..quantization import QUANT_TYPES
 from .console import console, say
 
 
@@ -19,7 +20,7 @@ def merge(
         typer.Option(help="folder of the 16-bit model, or a known name; default: what the adapter was trained on"),
     ] = None,
     quantize: Annotated[
-        str | None, typer.Option(metavar="TYPE", help="write nf4 or fp4, not the base's own dtype")
+        str | None, typer.Option(metavar="TYPE", help=f"write {' or '.join(QUANT_TYPES)}, not the base's own dtype")
     ] = None,
     block_size: Annotated[int, typer.Option(help="with --quantize: elements that share a scale")] = 64,
     double_quant: Annotated[bool, typer.Option(help="with --quantize: store the scales in 8 bits")] = True,

@@ -46,7 +46,7 @@ class QuantState:
     """What the JSON says of a weight.
 
     Attributes:
-        quant_type: "nf4" or "fp4".
+        quant_type: a name in `QUANT_TYPES`, such as "nf4".
         block_size: elements that share a scale.
         dtype, shape: of the original weight.
         nested_block_size: scales that share a scale of their own; None without double quantization.

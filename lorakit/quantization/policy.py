@@ -61,7 +61,7 @@ class Override(_Checked):
     """What is different for the modules that one pattern matches; None: as for all others.
 
     Attributes:
-        quant_type: "nf4" or "fp4".
+        quant_type: a name in `QUANT_TYPES`, such as "nf4".
         block_size: elements that share a scale.
         double_quant: whether the scales are stored in 8 bits.
         skip: leave these modules in 16 bits.
@@ -83,7 +83,7 @@ class QuantConfig(_Checked):
     """Which linear layers are quantized to 4 bits, and how.
 
     Attributes:
-        quant_type: "nf4", "fp4", or null: nothing but what an override gives a quant_type.
+        quant_type: a name in `QUANT_TYPES`, or null: nothing but what an override gives a quant_type.
         block_size: elements that share a scale, one of 32, 64, ..., 4096.
         double_quant: store the scales in 8 bits.
         storage_dtype: what the packed bytes are called in files; the bytes are the same. FSDP1 wants a float type.

@@ -179,7 +179,7 @@ def quantize(
 
     Args:
         weight: any shape; fp32, bf16 or fp16. It is not changed.
-        quant_type: name of the codebook, one of `QUANT_TYPES`: "nf4" or "fp4".
+        quant_type: name of the codebook, one of `QUANT_TYPES`, such as "nf4".
         block_size: elements that share a scale, one of 32, 64, ..., 4096.
         double_quant: store the scales themselves in 8 bits.
 

@@ -1,18 +1,16 @@
-"""Record formats: one definition and one line make a format that loads, trains, is saved, and is named in errors."""
+"""Record formats: how a file's format is told, and the errors that name it."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from small_models import small_tokenizer
-from small_training import adapted, config
+from toy_record_format import QUIZ as TOY
 
-from lorakit import Record, load_records, save_records, train
+from lorakit import Record, load_records, save_records
 from lorakit.data import Message, iter_records
-from lorakit.data.formats import RECORD_FORMATS, RecordFormat
+from lorakit.data.formats import RECORD_FORMATS
 from lorakit.errors import ConfigError, DataError
 from lorakit.runs.recipe import DataSection
 
@@ -20,16 +18,9 @@ MESSAGES = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant"
 QUIZ = {"question": "Hi", "answer": "Hello", "level": 3}
 
 
-def parse_quiz(value: dict[str, Any], source: str) -> Record:
-    question, answer = value.pop("question"), value.pop("answer")
-    if not isinstance(answer, str):
-        raise DataError(f'{source}: "answer" must be a string')
-    return Record((Message("user", question), Message("assistant", answer)), source, value)
-
-
 @pytest.fixture
 def quiz(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(RECORD_FORMATS, "quiz", RecordFormat(("question", "answer"), parse_quiz, {"reply": "answer"}))
+    monkeypatch.setitem(RECORD_FORMATS, "quiz", TOY)
 
 
 def written(folder: Path, *values: object) -> Path:
@@ -39,16 +30,14 @@ def written(folder: Path, *values: object) -> Path:
 
 
 @pytest.mark.usefixtures("quiz")
-class TestAFormatOfOneDefinitionAndOneLine:
+class TestTwoFormats:
     @pytest.mark.parametrize("name", ["auto", "quiz"])
-    def test_loads_trains_and_is_saved(self, name: str, tmp_path: Path) -> None:
+    def test_loads_and_is_saved(self, name: str, tmp_path: Path) -> None:
         path = written(tmp_path, QUIZ, {**QUIZ, "answer": "Good day"})
         records = load_records(path, name)
         assert records[0] == Record(
             (Message("user", "Hi"), Message("assistant", "Hello")), "train.jsonl:1", {"level": 3}
         )
-        settings = config(max_steps=2, batch_size=2)
-        assert train(adapted(), small_tokenizer(tmp_path), records, settings).steps == 2
         save_records(path, records)
         assert load_records(path) == records == load_records(path, "messages")
 

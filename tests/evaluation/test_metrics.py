@@ -6,14 +6,13 @@ import sys
 import numpy as np
 import pytest
 from sacrebleu.metrics import CHRF
+from toy_metric import SHARED
 
 from lorakit.data import Message, Record
 from lorakit.errors import ConfigError, DataError
 from lorakit.evaluation import EvalConfig, key_for_metrics, verdict
 from lorakit.evaluation.metrics import (
     METRICS,
-    Metric,
-    MetricConfig,
     check_references,
     evaluate_outputs,
     metric_config,
@@ -108,17 +107,13 @@ def test_json_field_chrf_scores_text_in_a_field():
     assert found[0] == 100.0 and 50 < found[1] < 100 and found[2:] == [0.0, 0.0]
 
 
-def test_a_metric_is_one_function_and_one_line(monkeypatch):
-    def letters(metric, outputs, references):
-        return np.array([5.0 * (len(set(a) & set(b)) / len(set(b))) for a, b in zip(outputs, references, strict=True)])
-
-    line = Metric(MetricConfig, letters, "letters", 5.0, "some text", lambda metric, reference: reference[0])
-    monkeypatch.setitem(METRICS, "letters", line)
-    config = EvalConfig(metrics=["letters", "exact_match"], base_prompt={"examples": 2})
+def test_a_new_metric_is_scored_judged_and_tells_examples_apart(monkeypatch):
+    monkeypatch.setitem(METRICS, "shared", SHARED)
+    config = EvalConfig(metrics=["shared", "exact_match"], base_prompt={"examples": 2})
     scores = evaluate_outputs(["ab", "cd"], ["ab", "ce"], config.metrics)
-    assert scores["letters"].rows.tolist() == [5.0, 2.5] and scores["letters"].best == 5.0
+    assert scores["shared_characters"].rows.tolist() == [5.0, 2.5] and scores["shared_characters"].best == 5.0
     judged = verdict(evaluate_outputs(["b", "d"], ["ab", "ce"], config.metrics), scores)
-    assert "letters 1.2 -> 3.8" in judged.sentence
+    assert "shared_characters 1.2 -> 3.8" in judged.sentence
     assert key_for_metrics(config.metrics)(Record((Message("user", "?"), Message("assistant", "ab")), "a:1")) == "a"
 
 

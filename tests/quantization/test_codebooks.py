@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from toy_codebook import even
 
 from lorakit.errors import ConfigError
 from lorakit.layers import Linear4bit
@@ -41,7 +42,7 @@ def test_normal_float_has_an_exact_zero_and_ends_and_one_more_value_above(bits: 
     assert values[2 ** (bits - 1) - 1] == 0
 
 
-def test_a_codebook_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_codebook_of_equal_steps_rounds_to_integers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(QUANT_TYPES, "int4", lambda block_size: torch.arange(-8, 8).float() / 8)
     weight = torch.randint(-8, 8, (6, 64)).float()
     weight[:, 0] = -8  # the largest of each block, so that all others are codes times it
@@ -55,17 +56,15 @@ def test_a_codebook_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_values_may_depend_on_the_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(
-        QUANT_TYPES, "wide", lambda block_size: torch.linspace(-1, 1, 16) ** (1 if block_size < 128 else 3)
-    )
+    monkeypatch.setitem(QUANT_TYPES, "even", even)
     for block_size, power in ((64, 1), (128, 3)):
-        quantized = quantize(torch.randn(4, 256), "wide", block_size)
+        quantized = quantize(torch.randn(4, 256), "even", block_size)
         assert torch.equal(quantized.code_values, torch.linspace(-1, 1, 16) ** power)
-        assert torch.equal(codebook("wide", block_size).values, quantized.code_values)
+        assert torch.equal(codebook("even", block_size).values, quantized.code_values)
 
 
 def test_where_a_codebook_is_first_asked_for_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(QUANT_TYPES, "even", lambda block_size: torch.linspace(-1, 1, 16))
+    monkeypatch.setitem(QUANT_TYPES, "even", even)
     with torch.device("meta"), torch.inference_mode():
         values = codebook("even").values
     assert values.is_cpu and not values.is_inference()

@@ -233,6 +233,18 @@ class TestRefusals:
         with pytest.raises(ConfigError, match=next(iter(values))):
             LoraConfig(**values)
 
+    @pytest.mark.parametrize(
+        ("variant", "message"),
+        [
+            ("hiar", "did you mean 'hira'"),
+            ("dora", "PEFT has a setting of its own for 'dora': use_dora=true"),
+            ("residual", "'residual' is not a variant"),
+        ],
+    )
+    def test_a_variant_that_cannot_be_named(self, variant: str, message: str) -> None:
+        with pytest.raises(ConfigError, match=message):
+            LoraConfig(variant=variant)
+
     def test_neutral_values_of_what_is_not_supported(self) -> None:
         LoraConfig(use_dora=False, bias="none", modules_to_save=[])
         LoraConfig(modules_to_save=None)

@@ -1,4 +1,4 @@
-"""A family of its own from one definition: it loads, trains, saves, merges, is inspected, planned and exported."""
+"""A model family's own parts: its MLP, its norms, its switches, its form in GGUF."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import lorakit_kernels as kernels
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_models import conversations, write_checkpoint
+from small_models import write_checkpoint
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 from toy_family import CONFIG, TOY
@@ -24,8 +24,6 @@ from lorakit.errors import AdapterError, ConfigError
 from lorakit.layers import RMSNorm
 from lorakit.models import FAMILIES, DecoderConfig
 from lorakit.models.decoder.blocks import Attention
-from lorakit.models.load import meta_decoder
-from lorakit.models.quantize_checkpoint import quantize_checkpoint
 
 
 class OffsetNorm(RMSNorm):
@@ -100,38 +98,6 @@ def test_it_loads(folder: Path) -> None:
     assert isinstance(quantized.model.layers[1].mlp.fc2, lk.Linear4bit)
 
 
-def test_it_is_quantized_to_a_folder(folder: Path, tmp_path: Path) -> None:
-    quantize_checkpoint(folder, tmp_path / "4bit")
-    assert torch.equal(lk.load_model(tmp_path / "4bit")(ids()), lk.load_model(folder)(ids()))
-
-
-def test_it_trains_and_is_saved_loaded_merged_and_inspected(folder: Path, tmp_path: Path) -> None:
-    def load() -> lk.Decoder:
-        return lk.load_model(folder, quant_type=None, dtype=torch.float32)
-
-    model, tok = load(), lk.load_tokenizer(folder)
-    report = lk.add_adapter(model, lk.LoraConfig(r=4))
-    assert "model.layers.1.mlp.fc1" in report.matched["all-linear"]
-    before = model(ids())
-    lk.train(model, tok, conversations(8), lk.TrainConfig(max_steps=3, batch_size=4, lr=1e-2, progress=False))
-    trained = model(ids())
-    assert not torch.allclose(trained, before, atol=1e-4)
-
-    other = load()
-    lk.load_adapter(other, lk.save_adapter(model, tmp_path / "adapter"))
-    assert torch.equal(other(ids()), trained)
-
-    info = lk.inspect_adapter(tmp_path / "adapter", base=folder)
-    fc1 = next(layer for layer in info.layers if layer.name == "model.layers.0.mlp.fc1")
-    assert fc1.norm > 0
-    assert fc1.base is not None
-
-    lk.merge_adapter(model)
-    assert not isinstance(dict(model.named_modules())["model.layers.0.mlp.fc1"], lk.LoRALinear)
-    scale = trained.abs().max()
-    assert (model(ids()) - trained).abs().max() < 1e-4 * scale
-
-
 def test_checkpointing_changes_nothing() -> None:
     def gradients(how: Any) -> list[Tensor]:
         model = small()
@@ -145,16 +111,6 @@ def test_checkpointing_changes_nothing() -> None:
     assert kept
     assert all(map(torch.equal, kept, gradients("layer")))
     assert all(map(torch.equal, kept, gradients("mlp")))
-
-
-def test_it_is_planned(folder: Path) -> None:
-    train = lk.TrainConfig(batch_size=2, max_length=64)
-    plan = lk.plan(folder, lk.LoraConfig(r=4), train, quant_type=None, dtype=torch.float32, flops_per_second=1e9)
-    config = DecoderConfig.from_dict(CONFIG)
-    assert plan.parameters == sum(parameter.numel() for parameter in meta_decoder(config).parameters())
-    model = small()
-    lk.add_adapter(model, lk.LoraConfig(r=4))
-    assert plan.trainable == sum(parameter.numel() for parameter in lk.adapter_parameters(model))
 
 
 def test_it_is_exported_in_its_gguf_form(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
-from small_models import small_decoder, small_tokenizer
+from small_models import small_tokenizer
 from small_training import CONVERSATIONS, adapted, config, interrupted, same, timeless, values_of
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from toy_optimizer import SignDescent
 
-from lorakit import LoraConfig, Plan, Tokenizer, TrainConfig, plan, train
+from lorakit import Tokenizer, TrainConfig, train
 from lorakit.errors import ConfigError, TrainingError
-from lorakit.training.optimizers import OPTIMIZERS, SMALLEST_8BIT, AdamW, AdamW8bit, Lion, Optimizer
+from lorakit.training.optimizers import OPTIMIZERS, SMALLEST_8BIT, AdamW, AdamW8bit, Lion
 from lorakit.training.optimizers.build import build_optimizer, set_learning_rate
 
 KINDS: dict[str, type[torch.optim.Optimizer]] = {"adamw": AdamW, "adamw_8bit": AdamW8bit, "lion": Lion}
@@ -59,51 +59,14 @@ def test_the_state_is_what_the_optimizer_says_it_keeps(name: str, size: int) -> 
     assert {key: value.nbytes for key, value in optimizer.state[parameter].items()} == optimizer.state_bytes(size)
 
 
-class SignDescent(Optimizer):
-    """An optimizer that only this file knows: p -= lr * sign(g), with a decay of its own."""
-
-    summary: ClassVar[str] = "steps by the sign alone"
-    settings: ClassVar[tuple[str, ...]] = ("weight_decay",)
-
-    def __init__(self, params: Iterable[Any], lr: float = 1e-3, weight_decay: float = 0.5) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-
-    @staticmethod
-    def state_bytes(size: int) -> dict[str, int]:
-        return {"signs": size}
-
-    @staticmethod
-    def step_bytes(size: int) -> int:
-        return 3 * size
-
-    def _take_step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        for parameter in parameters:
-            assert parameter.grad is not None
-            self.state[parameter]["signs"] = parameter.grad.sign().to(torch.int8)
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.sub_(self.state[parameter]["signs"], alpha=group["lr"])
-
-
-class TestAnOptimizerOfOneClassAndOneLine:
-    @pytest.fixture(autouse=True)
-    def line(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(OPTIMIZERS, "sign", SignDescent)
-
-    def test_trains_saves_and_resumes(self, tok: Tokenizer, tmp_path: Path) -> None:
-        run = config(optimizer="sign", output=tmp_path / "run", checkpoint_every=2, lr=1e-3)
-        whole, stopped, resumed = (adapted() for _ in range(3))
-        train(whole, tok, CONVERSATIONS, run.model_copy(update={"output": None}))
-        interrupted(stopped, tok, run, at_pass=4)
-        train(resumed, tok, CONVERSATIONS, run, resume=True)
-        assert same(values_of(resumed), values_of(whole)) and not same(values_of(whole), values_of(adapted()))
-
-    def test_is_planned(self) -> None:
-        def planned(name: str) -> Plan:
-            return plan(small_decoder().config, LoraConfig(r=4), TrainConfig(optimizer=name))
-
-        trainable = planned("sign").trainable
-        assert planned("sign").parts["optimizer"] == trainable
-        assert planned("lion").parts["optimizer"] == 4 * trainable
+def test_a_new_optimizer_resumes(tok: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OPTIMIZERS, "sign", SignDescent)
+    run = config(optimizer="sign", output=tmp_path / "run", checkpoint_every=2, lr=1e-3)
+    whole, stopped, resumed = (adapted() for _ in range(3))
+    train(whole, tok, CONVERSATIONS, run.model_copy(update={"output": None}))
+    interrupted(stopped, tok, run, at_pass=4)
+    train(resumed, tok, CONVERSATIONS, run, resume=True)
+    assert same(values_of(resumed), values_of(whole)) and not same(values_of(whole), values_of(adapted()))
 
 
 class TestLoraPlus:
