@@ -12,7 +12,7 @@ import torch
 from lorakit_kernels import STATE_BLOCK_SIZE, AdamWStep, Moment8bit
 from torch import Tensor
 
-from lorakit.layers import AdapterSpec, Linear4bit, LoRALinear, RMSNorm, apply_rope, swiglu
+from lorakit.layers import AdapterSpec, Linear4bit, LoRALinear, RMSNorm, apply_rope
 from lorakit.quantization import dynamic_map, quantize
 
 THREADS, ROUNDS = 8, 5
