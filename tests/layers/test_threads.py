@@ -76,7 +76,7 @@ def around_the_layers(tokens: int, heads: int, size: int) -> Work:
         x = given.clone().requires_grad_()
         y = norm(x).view(tokens, heads, size)
         q, k = apply_rope(y, y[:, :1], cos, sin)
-        z = swiglu(q, y) + k
+        z = kernels.swiglu(q, y) + k
         return [z.detach(), *torch.autograd.grad(z.float().square().sum(), x)]
 
     return work
