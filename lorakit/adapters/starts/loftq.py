@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
 from ...errors import AdapterError
 from ...layers import AdaptedLayer
@@ -38,14 +37,10 @@ class LoftQ(Start):
         for path, layer in layers.items():
             if f"{path}.weight" not in data.sources:
                 raise AdapterError(f"`sources` has no '{path}.weight', the weight before quantization")
-            _approximate_loss(layer, name, data.sources[f"{path}.weight"])
-
-
-def _approximate_loss(layer: AdaptedLayer, name: str, source: Tensor) -> None:
-    rank = len(layer.lora_A[name])
-    quantized = base_matrix(layer, rank)
-    source = layer.as_matrix(source.to(quantized.device, torch.float32))
-    if source.shape != quantized.shape:
-        raise AdapterError(f"a weight of shape {tuple(source.shape)} is no source of {tuple(quantized.shape)}")
-    u, s, vh = torch.linalg.svd(source - quantized, full_matrices=False)
-    set_product(layer, name, u[:, :rank], s[:rank], vh[:rank])
+            rank = len(layer.lora_A[name])
+            quantized = base_matrix(layer, rank)
+            source = layer.as_matrix(data.sources[f"{path}.weight"].to(quantized.device, torch.float32))
+            if source.shape != quantized.shape:
+                raise AdapterError(f"a weight of shape {tuple(source.shape)} is no source of {tuple(quantized.shape)}")
+            u, s, vh = torch.linalg.svd(source - quantized, full_matrices=False)
+            set_product(layer, name, u[:, :rank], s[:rank], vh[:rank])
