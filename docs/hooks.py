@@ -1,4 +1,4 @@
-"""What the site builds from the code itself, so that it cannot drift: recipe keys, public names, linked sources, colors.
+"""What the site builds from the code, so that it cannot drift: recipe keys, public names, linked sources, code colors.
 
 MkDocs calls the `on_` functions. A setting without a meaning fails the build.
 """

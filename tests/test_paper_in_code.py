@@ -268,7 +268,7 @@ def test_a_source_that_strays_is_a_breach(page: str, tmp_path: Path) -> None:
         ("`lk.LoraConfig.scaling` | 0", "`lk.LoraConfig.scaling` | 1", "1 hops, and 0 calls"),
         ("`lk.LoraConfig.scaling` | 0", "`lk.Scaling.scaling` | 0", "is not public"),
         ("`lk.LoraConfig.scaling` | 0", "`lk.LoraConfig.factor` | 0", "there is no"),
-        ("\n- PiSSA:", "\n- Pizza:", "3 hops, and no reason"),
+        ("\n- From the trainer:", "\n- From afar:", "5 hops, and no reason"),
     ],
 )
 def test_a_chain_that_strays_is_a_breach(page: str, old: str, new: str, breach: str) -> None:

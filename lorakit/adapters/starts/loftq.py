@@ -14,7 +14,7 @@ import torch
 
 from ...errors import AdapterError
 from ...layers import AdaptedLayer
-from .matrices import base_matrix, set_product
+from .matrices import base_matrix, set_factors
 from .start import Start, StartData
 
 
@@ -43,4 +43,5 @@ class LoftQ(Start):
             if source.shape != quantized.shape:
                 raise AdapterError(f"a weight of shape {tuple(source.shape)} is no source of {tuple(quantized.shape)}")
             u, s, vh = torch.linalg.svd(source - quantized, full_matrices=False)
-            set_product(layer, name, u[:, :rank], s[:rank], vh[:rank])
+            root = (s[:rank] / layer.scaling[name]).sqrt()
+            set_factors(layer, name, root[:, None] * vh[:rank], u[:, :rank] * root)
