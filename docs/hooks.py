@@ -1,10 +1,11 @@
-"""What the site builds from the code itself, so that it cannot drift: the recipe's keys, the public names, code colors.
+"""What the site builds from the code, so that it cannot drift: recipe keys, public names, linked sources, code colors.
 
 MkDocs calls the `on_` functions. A setting without a meaning fails the build.
 """
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -26,22 +27,28 @@ from lorakit.settings import Settings
 RECIPE_MARK = "<!-- recipe keys -->"
 METRICS_MARK = "<!-- metrics -->"
 NAMES_MARK = "<!-- public names -->"
+ROOT = Path(__file__).parents[1]
+SOURCE_LINK = re.compile(r"\]\((?:\.\./)+((?:lorakit|kernels)/[\w/]+\.py)\)")  # as it works in the repository
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the style sheet that colors code, for light and dark pages."""
+    """Add the style sheet that colors code, for light and dark pages, and the source files that pages link to."""
     light = HtmlFormatter(style="default").get_style_defs(".highlight")
     dark = HtmlFormatter(style="github-dark").get_style_defs("[data-bs-theme=dark] .highlight")
     files.append(File.generated(config, "pygments.css", content=f"{light}\n{dark}\n"))
+    linked = {path for file in files.documentation_pages() for path in SOURCE_LINK.findall(file.content_string)}
+    for path in sorted(linked):
+        files.append(File.generated(config, f"source/{path}.txt", content=(ROOT / path).read_text(encoding="utf-8")))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Fill in the generated parts of a page."""
+    """Fill in the generated parts of a page, and lead its links to source files to their copies in the site."""
     for mark, build in ((RECIPE_MARK, _recipe_keys), (METRICS_MARK, _metrics), (NAMES_MARK, _public_names)):
         if mark in markdown:
             markdown = markdown.replace(mark, "\n".join(build()))
-    return markdown
+    up = "../" * page.file.src_uri.count("/")
+    return SOURCE_LINK.sub(lambda link: f"]({up}source/{link[1]}.txt)", markdown)
 
 
 def _recipe_keys(section: type[Settings] = Recipe, prefix: str = "") -> Iterator[str]:

@@ -20,7 +20,7 @@ from .ops.codec import (
 )
 from .ops.cross_entropy import cross_entropy
 from .ops.dropout import drop
-from .ops.linear_4bit import add_linear_4bit_dx, dense_linear, dense_linear_dx, linear_4bit, linear_4bit_dx
+from .ops.linear_4bit import add_linear_4bit_dx, linear_4bit, linear_4bit_dx
 from .ops.rms_norm import rms_norm, rms_norm_backward
 from .ops.rope import rope
 from .ops.swiglu import swiglu, swiglu_backward
@@ -35,8 +35,6 @@ __all__ = [
     "adamw_8bit",
     "add_linear_4bit_dx",
     "cross_entropy",
-    "dense_linear",
-    "dense_linear_dx",
     "dequantize_4bit",
     "dequantize_4bit_out",
     "dequantize_8bit",

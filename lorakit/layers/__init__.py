@@ -9,7 +9,6 @@ from .frozen.linear_cross_entropy import linear_cross_entropy, token_losses
 from .frozen.norm import RMSNorm
 from .frozen.residual4bit import ResidualLinear4bit
 from .frozen.rope import apply_rope, rope_frequencies, rope_tables
-from .frozen.swiglu import swiglu
 from .in_use import AdaptersInUse
 from .lora_conv import LoRAConv
 from .lora_embedding import LoRAEmbedding
@@ -60,7 +59,6 @@ __all__ = [
     "linear_together",
     "rope_frequencies",
     "rope_tables",
-    "swiglu",
     "token_losses",
     "variants_read",
 ]

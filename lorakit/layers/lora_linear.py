@@ -82,7 +82,8 @@ class LoRALinear(AdaptedLayer):
         if x.shape[-1] != self.in_features:
             raise ShapeError(f"LoRALinear({self.in_features} -> {self.out_features}) got x of shape {tuple(x.shape)}")
         if self.can_fuse(x):
-            return _fused(x, self)[0]
+            y: Tensor = _LoRALinearFunction.apply(*_arguments(x, (self,)))[0]
+            return y
         if self.rows is not None:
             return linear_with_rows(x, self)[0] if self.can_batch_rows() else forward_by_rows(self, x)
         return self.with_updates(self.base_layer(x), x)
@@ -125,7 +126,8 @@ def linear_together(x: Tensor, *layers: nn.Module, recompute: Recompute | None =
     """
     adapted = [layer for layer in layers if isinstance(layer, LoRALinear) and not _has_hooks(layer)]
     if len(adapted) == len(layers) and all(layer.can_fuse(x) for layer in adapted) and _drop_alike(adapted):
-        return _fused(x, *adapted, recompute=recompute)
+        ys: tuple[Tensor, ...] = _LoRALinearFunction.apply(*_arguments(x, adapted, recompute))
+        return ys
     if len(adapted) == len(layers) and all(layer.can_batch_rows() for layer in adapted):
         return linear_with_rows(x, *adapted)
     return tuple(layer(x) for layer in layers)
@@ -140,7 +142,8 @@ def _has_hooks(layer: nn.Module) -> bool:
     return any(hooks)
 
 
-def _fused(x: Tensor, *layers: LoRALinear, recompute: Recompute | None = None) -> tuple[Tensor, ...]:
+def _arguments(x: Tensor, layers: Sequence[LoRALinear], recompute: Recompute | None = None) -> tuple[Any, ...]:
+    """Return the arguments of `_LoRALinearFunction` for layers that `can_fuse` x, (..., in_features)."""
     adapters = [layer.adapters[layer.active[0]] for layer in layers]
     rate = layers[0].drop_rate(layers[0].active[0])
     pairs = list(zip(layers, adapters, strict=True))
@@ -153,10 +156,7 @@ def _fused(x: Tensor, *layers: LoRALinear, recompute: Recompute | None = None) -
     lora_b = (adapter.lora_B for adapter in adapters)
     function, sources = recompute or (None, ())
     present = (gain for gain in gains if gain is not None)
-    result: tuple[Tensor, ...] = _LoRALinearFunction.apply(
-        x, frozen, function, rate, draw_seed() if rate else None, *lora_a, *lora_b, *present, *sources
-    )
-    return result
+    return x, frozen, function, rate, draw_seed() if rate else None, *lora_a, *lora_b, *present, *sources
 
 
 class _FrozenLayer(NamedTuple):

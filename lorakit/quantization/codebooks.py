@@ -110,6 +110,7 @@ QUANT_TYPES: dict[str, Callable[[int], Tensor]] = {
     "nf4": lambda block_size: normal_float(bits=4, offset=0.9677083),
     "fp4": lambda block_size: float4(),
 }
+_built: dict[tuple[str, Callable[[int], Tensor], int], Codebook] = {}  # name, its values, block size -> codebook
 
 
 def codebook(quant_type: str, block_size: int = 64) -> Codebook:
@@ -119,7 +120,12 @@ def codebook(quant_type: str, block_size: int = 64) -> Codebook:
         ConfigError: there is none.
     """
     check_quant_type(quant_type)
-    return _built(quant_type, QUANT_TYPES[quant_type], block_size)
+    values = QUANT_TYPES[quant_type]
+    key = quant_type, values, block_size
+    if key not in _built:
+        with torch.device("cpu"), torch.inference_mode(False):  # wherever it is first asked for, it is kept for all
+            _built[key] = Codebook.from_values(quant_type, values(block_size))
+    return _built[key]
 
 
 def check_quant_type(quant_type: str) -> None:
@@ -127,9 +133,3 @@ def check_quant_type(quant_type: str) -> None:
     if quant_type not in QUANT_TYPES:
         known = ", ".join(QUANT_TYPES)
         raise ConfigError(f"unknown quant_type '{quant_type}'{did_you_mean(quant_type, QUANT_TYPES)} (known: {known})")
-
-
-@cache
-def _built(name: str, values: Callable[[int], Tensor], block_size: int) -> Codebook:
-    with torch.device("cpu"), torch.inference_mode(False):  # wherever it is first asked for, it is kept for all
-        return Codebook.from_values(name, values(block_size))

@@ -8,13 +8,13 @@ from typing import Any
 import lorakit_kernels as kernels
 import pytest
 import torch
-from lorakit_kernels import dispatch, reference
+from lorakit_kernels import dispatch, reference, swiglu
 from tolerances import assert_alike, assert_within, rounding
 from torch import Tensor
 from torch.library import opcheck
 from torch.nn.functional import cross_entropy
 
-from lorakit.layers import RMSNorm, apply_rope, linear_cross_entropy, rope_frequencies, rope_tables, swiglu
+from lorakit.layers import RMSNorm, apply_rope, linear_cross_entropy, rope_frequencies, rope_tables
 
 
 def arguments(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:

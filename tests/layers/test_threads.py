@@ -12,7 +12,7 @@ import torch
 from lorakit_kernels import STATE_BLOCK_SIZE, AdamWStep, Moment8bit
 from torch import Tensor
 
-from lorakit.layers import AdapterSpec, Linear4bit, LoRALinear, RMSNorm, apply_rope, swiglu
+from lorakit.layers import AdapterSpec, Linear4bit, LoRALinear, RMSNorm, apply_rope
 from lorakit.quantization import dynamic_map, quantize
 
 THREADS, ROUNDS = 8, 5
@@ -76,7 +76,7 @@ def around_the_layers(tokens: int, heads: int, size: int) -> Work:
         x = given.clone().requires_grad_()
         y = norm(x).view(tokens, heads, size)
         q, k = apply_rope(y, y[:, :1], cos, sin)
-        z = swiglu(q, y) + k
+        z = kernels.swiglu(q, y) + k
         return [z.detach(), *torch.autograd.grad(z.float().square().sum(), x)]
 
     return work

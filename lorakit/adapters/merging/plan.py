@@ -110,7 +110,10 @@ class _MergePlan:
         with standing_on(layer, origin):  # the update of some variants depends on the weight that it is added to
             update = MergeUpdate.of(layer, names)
             base = layer.base_weight(update.dense.dtype)
-        merged = self._merged(path, layer, update, base, origin is not None)
+        if self.quantize and isinstance(old, QuantizedModule):
+            merged = self._merged_4bit(path, old, update, base, is_source=origin is not None)
+        else:
+            merged = merged_dense(base, update.dense, *self._dense_form(layer, is_source=origin is not None))
         if not torch.isfinite(merged.real).all():
             raise AdapterError(f"{path}: the merged weight would hold inf or nan in {str(merged.weight.dtype)[6:]}")
         rank = merged.residual.rank if merged.residual else 0
@@ -129,20 +132,26 @@ class _MergePlan:
             swap.exchanges.append(Exchange(swap.new, "bias", before, frozen(after)))
         return swap, entry, merged.limited
 
-    def _merged(
-        self, path: str, layer: AdaptedLayer, update: MergeUpdate, base: Tensor, is_source: bool
+    def _dense_form(self, layer: AdaptedLayer, is_source: bool) -> tuple[torch.dtype, str]:
+        """Return the dtype of a merged weight in 16 or 32 bits, and how it comes about in a few words."""
+        if isinstance(layer.base_layer, QuantizedModule):
+            return self.dtype, "16-bit base + update" if is_source else "dequantized + update"
+        module, name = holder(layer)
+        return cast(Tensor, module._parameters[name]).dtype, "weight + update"
+
+    def _merged_4bit(
+        self, path: str, module: QuantizedModule, update: MergeUpdate, base: Tensor, *, is_source: bool
     ) -> MergedWeight:
-        module = layer.base_layer
-        if not isinstance(module, QuantizedModule):
-            module, name = holder(layer)
-            return merged_dense(base, update.dense, cast(Tensor, module._parameters[name]).dtype, "weight + update")
+        """Put an update into a layer that stays in 4 bits.
+
+        Args:
+            base: the weight, (out_features, in_features), as its 16-bit source has it if `is_source`, else dequantized.
+        """
         own = module.quantized
-        if not self.quantize:
-            how = "16-bit base + update" if is_source else "dequantized + update"
-            return merged_dense(base, update.dense, self.dtype, how)
         if is_source:
             return merged_4bit(base, update.dense, format_of(own), own.dtype, "4 bits of base + update")
-        if others := [name for name in update.names if not layer.adapters[name].variant.is_factored]:
+        adapters = update.layer.adapters
+        if others := [name for name in update.names if not adapters[name].variant.is_factored]:
             raise AdapterError(
                 f"{path}: the update of '{others[0]}' is not of low rank, and 4 bits alone would lose it; give a "
                 "16-bit base, or quantize=False"

@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
 from ...errors import AdapterError
 from ...layers import AdaptedLayer
-from .matrices import base_matrix, set_product
+from .matrices import base_matrix, set_factors
 from .start import Start, StartData
 
 
@@ -38,14 +37,11 @@ class LoftQ(Start):
         for path, layer in layers.items():
             if f"{path}.weight" not in data.sources:
                 raise AdapterError(f"`sources` has no '{path}.weight', the weight before quantization")
-            _approximate_loss(layer, name, data.sources[f"{path}.weight"])
-
-
-def _approximate_loss(layer: AdaptedLayer, name: str, source: Tensor) -> None:
-    rank = len(layer.lora_A[name])
-    quantized = base_matrix(layer, rank)
-    source = layer.as_matrix(source.to(quantized.device, torch.float32))
-    if source.shape != quantized.shape:
-        raise AdapterError(f"a weight of shape {tuple(source.shape)} is no source of {tuple(quantized.shape)}")
-    u, s, vh = torch.linalg.svd(source - quantized, full_matrices=False)
-    set_product(layer, name, u[:, :rank], s[:rank], vh[:rank])
+            rank = len(layer.lora_A[name])
+            quantized = base_matrix(layer, rank)
+            source = layer.as_matrix(data.sources[f"{path}.weight"].to(quantized.device, torch.float32))
+            if source.shape != quantized.shape:
+                raise AdapterError(f"a weight of shape {tuple(source.shape)} is no source of {tuple(quantized.shape)}")
+            u, s, vh = torch.linalg.svd(source - quantized, full_matrices=False)
+            root = (s[:rank] / layer.scaling[name]).sqrt()
+            set_factors(layer, name, root[:, None] * vh[:rank], u[:, :rank] * root)

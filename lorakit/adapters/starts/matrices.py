@@ -31,13 +31,3 @@ def set_factors(layer: AdaptedLayer, name: str, lora_a: Tensor, lora_b: Tensor) 
     own_a.copy_(lora_a.reshape(own_a.shape))
     own_b.copy_(lora_b.reshape(own_b.shape))
     layer.restart(name)
-
-
-def set_product(layer: AdaptedLayer, name: str, u: Tensor, s: Tensor, vh: Tensor) -> None:
-    """Set A and B such that s B A = U S Vᵀ: A = √(S / s) Vᵀ and B = U √(S / s), with s the adapter's scaling.
-
-    Shapes:
-        u (out_features, r), s (r,), vh (r, in_features)
-    """
-    root = (s / layer.scaling[name]).sqrt()
-    set_factors(layer, name, root[:, None] * vh, u * root)

@@ -13,7 +13,7 @@ import torch
 
 from ...errors import AdapterError
 from ...layers import AdaptedLayer
-from .matrices import base_matrix, set_product
+from .matrices import base_matrix, set_factors
 from .start import Start
 
 
@@ -39,4 +39,5 @@ class MiLoRA(Start):
                 f"'milora' at rank {rank} finds no minor directions: a weight of shape {tuple(weight.shape)} has rank "
                 f"{int((s > largest_zero).sum())}; choose a higher rank or leave this layer out"
             )
-        set_product(layer, name, u[:, -rank:], s[-rank:], vh[-rank:])
+        root = (s[-rank:] / layer.scaling[name]).sqrt()
+        set_factors(layer, name, root[:, None] * vh[-rank:], u[:, -rank:] * root)

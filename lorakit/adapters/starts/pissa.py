@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 
 import torch
+from torch import Tensor
 
 from ...layers import AdaptedLayer
-from .matrices import base_matrix, set_product
+from .matrices import base_matrix, set_factors
 from .start import Start
 
 
@@ -26,8 +27,14 @@ class Pissa(Start):
 
     def set_layer(self, layer: AdaptedLayer, name: str) -> None:
         rank = len(layer.lora_A[name])
-        u, s, vh = torch.linalg.svd(base_matrix(layer, rank), full_matrices=False)
-        set_product(layer, name, u[:, :rank], s[:rank], vh[:rank])
+        u, s, vh = self._decomposed(base_matrix(layer, rank), rank)
+        root = (s[:rank] / layer.scaling[name]).sqrt()
+        set_factors(layer, name, root[:, None] * vh[:rank], u[:, :rank] * root)
+
+    def _decomposed(self, weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return U (out_features, k), S (k,) and Vᵀ (k, in_features) of a weight, k at least the rank."""
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        return u, s, vh
 
 
 class RandomizedPissa(Pissa):
@@ -48,8 +55,7 @@ class RandomizedPissa(Pissa):
         match = re.fullmatch(r"pissa_niter_([1-9]\d*)", str(value))
         return RandomizedPissa(int(match[1])) if match else None
 
-    def set_layer(self, layer: AdaptedLayer, name: str) -> None:
+    def _decomposed(self, weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         assert self.iterations is not None  # `named` has set it
-        rank = len(layer.lora_A[name])
-        u, s, v = torch.svd_lowrank(base_matrix(layer, rank), rank, self.iterations)
-        set_product(layer, name, u, s, v.T)
+        u, s, v = torch.svd_lowrank(weight, rank, self.iterations)
+        return u, s, v.T

@@ -8,6 +8,7 @@ from typing import Any
 import lorakit_kernels as kernels
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from ...errors import ShapeError
 from ...quantization import QuantizedWeight, quantize
@@ -123,22 +124,26 @@ def frozen_linear(
     """Return y = x Wᵀ + bias + scaling u Bᵀ.
 
     Shapes:
-        x (..., in_features) -> (..., out_features); lora: u (..., r) and B (out_features, r), of x's dtype, or nothing
+        x (..., in_features) -> (..., out_features), all of x's dtype
+        lora: nothing, or u (tokens, r) and B (out_features, r), where x is (tokens, in_features)
     """
     if isinstance(base, Linear4bit):
         return base.add_residual(kernels.linear_4bit(x, base.operand, bias, lora, scaling), x)
-    return kernels.dense_linear(x, _dense(base, x.dtype), bias, lora, scaling)
+    y = linear(x, _dense(base, x.dtype), bias)
+    return torch.addmm(y, lora[0], lora[1].T, alpha=scaling) if lora else y
 
 
 def frozen_linear_dx(base: nn.Linear | Linear4bit, dy: Tensor, lora: Sequence[Tensor] = ()) -> Tensor:
     """Return dx = dy W + t A.
 
     Shapes:
-        dy (..., out_features) -> (..., in_features); lora: t (..., r) and A (r, in_features), of dy's dtype, or nothing
+        dy (..., out_features) -> (..., in_features), all of dy's dtype
+        lora: nothing, or t (tokens, r) and A (r, in_features), where dy is (tokens, out_features)
     """
     if isinstance(base, Linear4bit):
         return base.add_residual_dx(kernels.linear_4bit_dx(dy, base.operand, lora), dy)
-    return kernels.dense_linear_dx(dy, _dense(base, dy.dtype), lora)
+    dx = dy @ _dense(base, dy.dtype)
+    return torch.addmm(dx, lora[0], lora[1]) if lora else dx
 
 
 def add_frozen_linear_dx(dx: Tensor, base: nn.Linear | Linear4bit, dy: Tensor) -> None:

@@ -46,18 +46,21 @@ class DoRA(Variant):
 
     def gain(self, layer: FrozenWeight, adapter: AttachedAdapter, dtype: torch.dtype) -> Tensor:
         magnitude = adapter.parameters["lora_magnitude_vector"]
-        if torch.is_grad_enabled():
-            adapter.kept_gain = None
-            return _gain(magnitude, row_norms(layer, *self.factors(adapter), dtype))
-        # One token after another, the norms would cost as much as the layer: they are kept while nothing changes. What
-        # they come from is compared by value, as a write to `.data` changes no version.
+        # One token after another, the norms would cost as much as the layer: without gradient the gain is kept while
+        # nothing changes. What it comes from is compared by value, as a write to `.data` changes no version.
         sources, kept = (magnitude, adapter.lora_A, adapter.lora_B), adapter.kept_gain
-        is_same = kept is not None and (kept.dtype, kept.scaling) == (dtype, adapter.scaling)
-        if kept is None or not is_same or not all(map(_same, sources, kept.sources)):
-            gain = _gain(magnitude, row_norms(layer, *self.factors(adapter), dtype))
-            kept = KeptGain(dtype, adapter.scaling, gain, tuple(source.detach().clone() for source in sources))
-            adapter.kept_gain = kept
-        return kept.gain
+        adapter.kept_gain = None
+        if not torch.is_grad_enabled() and kept is not None:
+            is_same = (kept.dtype, kept.scaling) == (dtype, adapter.scaling)
+            if is_same and all(map(_same, sources, kept.sources)):
+                adapter.kept_gain = kept
+                return kept.gain
+        norms = row_norms(layer, *self.factors(adapter), dtype)
+        gain = magnitude / norms.masked_fill(norms == 0, 1)  # a row of zeros, whose magnitude is zero too, stays one
+        if not torch.is_grad_enabled():
+            own = tuple(source.detach().clone() for source in sources)
+            adapter.kept_gain = KeptGain(dtype, adapter.scaling, gain, own)
+        return gain
 
     def file_shape(self, layer: FrozenWeight, table: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """A convolution's magnitudes are (1, out_features, 1, ...)."""
@@ -75,11 +78,6 @@ class DoRA(Variant):
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
-
-
-def _gain(magnitude: Tensor, norms: Tensor) -> Tensor:
-    """Return m / n; a row of zeros, whose magnitude is zero too, stays one."""
-    return magnitude / norms.masked_fill(norms == 0, 1)
 
 
 @torch.no_grad()

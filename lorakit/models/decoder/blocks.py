@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
+from lorakit_kernels import swiglu
 from torch import Tensor, nn
 
-from ...layers import Recompute, RMSNorm, apply_rope, linear_together, swiglu
+from ...layers import Recompute, RMSNorm, apply_rope, linear_together
 from .attention import Layout
 from .cache import KVCache
 from .shape import DecoderShape

@@ -51,9 +51,20 @@ class AdamW8bit(Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def _take_step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        beta1, beta2 = group["betas"]
         for parameter in parameters:
-            assert parameter.grad is not None
-            _take_step(parameter, parameter.grad, self._state(parameter), group)
+            state, gradient = self._state(parameter), parameter.grad
+            assert gradient is not None
+            state["step"] += 1
+            step = AdamWStep(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], int(state["step"]))
+            if "exp_avg_absmax" not in state:
+                kernels.adamw(parameter, gradient, state["exp_avg"], state["exp_avg_sq"], step)
+                continue
+            first, second = (
+                Moment8bit(state[key], state[f"{key}_absmax"], *_dynamic_map(parameter.device, signed))
+                for key, signed in (("exp_avg", True), ("exp_avg_sq", False))
+            )
+            kernels.adamw_8bit(parameter, gradient, first, second, step)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, in its own dtypes: torch would turn all states into the parameter's."""
@@ -87,19 +98,6 @@ class AdamW8bit(Optimizer):
                 state[name] = zero.to(torch.uint8).repeat(parameter.numel())
                 state[f"{name}_absmax"] = torch.zeros(blocks, device=parameter.device)
         return state
-
-
-def _take_step(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-    state["step"] += 1
-    beta1, beta2 = group["betas"]
-    step = AdamWStep(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], int(state["step"]))
-    if "exp_avg_absmax" not in state:
-        return kernels.adamw(parameter, gradient, state["exp_avg"], state["exp_avg_sq"], step)
-    first, second = (
-        Moment8bit(state[key], state[f"{key}_absmax"], *_dynamic_map(parameter.device, signed))
-        for key, signed in (("exp_avg", True), ("exp_avg_sq", False))
-    )
-    return kernels.adamw_8bit(parameter, gradient, first, second, step)
 
 
 @cache
