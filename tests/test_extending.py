@@ -17,8 +17,8 @@ from typing import Any
 import lorakit_kernels as kernels
 import pytest
 import torch
+from made import conversations, small_decoder, write_checkpoint, write_run_folder
 from safetensors.torch import load_file
-from small_models import conversations, small_decoder, write_checkpoint, write_run_folder
 from torch import Tensor, nn
 from toy_codebook import even
 from toy_data_set import build_sums

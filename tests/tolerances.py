@@ -22,7 +22,7 @@ from torch import Tensor
 
 LAMBDA = 10.0
 
-# Roundings through `small_models.small_decoder`. A layer adds up 32 terms for queries, keys and values, 8 or 16 for a
+# Roundings through `made.small_decoder`. A layer adds up 32 terms for queries, keys and values, 8 or 16 for a
 # score, a row of probabilities, 64 for its output, twice 32 for the MLP's halves, 48 for its output; two norms, the
 # rotation and the functions make it 256 at most. Two layers; the last norm and the head are 64.
 SMALL_DECODER = 2 * 256 + 64

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import small_decoder, write_checkpoint
+from made import small_decoder, write_checkpoint
 
 import lorakit as lk
 from lorakit.adapters import combine_adapters, lora_layers

@@ -13,8 +13,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made import ARCHITECTURES, small_decoder
 from safetensors.torch import load_file, save_file
-from small_models import ARCHITECTURES, small_decoder
 from torch import Tensor, nn
 
 from lorakit import (

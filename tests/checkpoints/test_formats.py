@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from made import small_config, small_decoder, write_checkpoint, write_weights
 from safetensors.torch import load_file
-from small_models import small_config, small_decoder, write_checkpoint, write_weights
 from toy_stored_format import ROWS, write_stored
 
 import lorakit as lk

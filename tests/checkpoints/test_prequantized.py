@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from made import ARCHITECTURES, small_config, small_decoder, write_checkpoint, write_weights
 from safetensors.torch import load_file, save_file
-from small_models import ARCHITECTURES, small_config, small_decoder, write_checkpoint, write_weights
 from tolerances import SMALL_DECODER, assert_alike
 
 from lorakit import Linear4bit, load_model

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import RECIPE, conversations
+from made import RECIPE, conversations
 from typer.testing import CliRunner
 
 from lorakit import generate, load_model, load_tokenizer, merge_adapter, save_adapter, save_records

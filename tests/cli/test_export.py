@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from made import small_decoder, write_checkpoint
 from safetensors.torch import load_file
-from small_models import small_decoder, write_checkpoint
 from typer.testing import CliRunner
 
 from lorakit import LoraConfig, add_adapter, load_model, save_adapter

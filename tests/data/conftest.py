@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import made
 import pytest
-import small_tokenizers
 import tokenizers
 
 from lorakit.models.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -19,11 +19,11 @@ def make_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., To
         template: str,
         special: Sequence[str],
         eos: Sequence[str],
-        build: Callable[[], tokenizers.Tokenizer] = small_tokenizers.byte_level,
+        build: Callable[[], tokenizers.Tokenizer] = made.byte_level,
         plain: Sequence[str] = (),
     ) -> Tokenizer:
         folder = tmp_path_factory.mktemp("tokenizer")
-        return small_tokenizers.make_tokenizer(folder, template, special, eos, build, plain)
+        return made.make_tokenizer(folder, template, special, eos, build, plain)
 
     return make
 

@@ -8,8 +8,8 @@ from itertools import groupby
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from made import byte_level_trimmed, newline_merging, sentencepiece
 from rich.text import Text
-from small_tokenizers import byte_level_trimmed, newline_merging, sentencepiece
 
 from lorakit.data import Example, Message, Record, describe_example, encode_record, encode_records
 from lorakit.errors import DataError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-from small_models import small_config
+from made import small_config
 from torch import Tensor
 from torch.nn.functional import gelu
 

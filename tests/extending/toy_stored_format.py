@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from made import small_config, small_decoder, write_checkpoint, write_weights
 from safetensors.torch import load_file
-from small_models import small_config, small_decoder, write_checkpoint, write_weights
 from torch import Tensor, nn
 
 import lorakit as lk

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from small_models import conversations, small_decoder
+from made import adapted, conversations
 from torch import Tensor, nn
 
-from lorakit import Decoder, LoraConfig, TrainConfig, add_adapter
+from lorakit import Decoder, TrainConfig
 from lorakit.adapters import adapter_parameters
 from lorakit.inspection.probes import ProbeConfig
-from lorakit.layers import Linear4bit
 
 CONVERSATIONS = conversations(10)
 BINS = {"0": [0], "1-2": [1, 2], "3-6": range(3, 7), "7-14": range(7, 15), "15-30": range(15, 31)}
@@ -24,16 +22,9 @@ def config(**values: Any) -> TrainConfig:
     return TrainConfig(**given | values)
 
 
-def adapted(quantized: bool = False, **lora: Any) -> Decoder:
-    model = small_decoder()
-    if quantized:
-        for path, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and path != "lm_head":
-                parent, _, name = path.rpartition(".")
-                setattr(model.get_submodule(parent), name, Linear4bit.from_linear(module))
-    torch.manual_seed(0)
-    add_adapter(model, LoraConfig(**{"r": 4, "lora_alpha": 8, "lora_dropout": 0.2, **lora}))
-    return model
+def dropping(quantized: bool = False, **lora: Any) -> Decoder:
+    """Return an adapted small decoder whose adapter has dropout."""
+    return adapted(quantized=quantized, **{"lora_dropout": 0.2, **lora})
 
 
 def weights(model: nn.Module) -> list[Tensor]:

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import tokenizers
 import torch
-from small_models import ARCHITECTURES, small_decoder, small_tokenizer
+from made import ARCHITECTURES, small_decoder, small_tokenizer
 from torch import nn
 
 from lorakit import Decoder, LoraConfig, Tokenizer, add_adapter, generate

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from made import ARCHITECTURES, small_config, small_decoder, write_checkpoint, write_weights
 from safetensors.torch import load_file, save_file
-from small_models import ARCHITECTURES, small_config, small_decoder, write_checkpoint, write_weights
 from torch import nn
 
 from lorakit import Decoder, Linear4bit, load_model, load_tokenizer, quantize

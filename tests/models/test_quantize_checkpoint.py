@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from made import ARCHITECTURES, small_config, small_decoder, write_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from small_models import ARCHITECTURES, small_config, small_decoder, write_checkpoint
 from typer.testing import CliRunner
 
 from lorakit import Decoder, load_model, load_tokenizer

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from made import ARCHITECTURES, small_config
 from planned_adapters import ADAPTERS
-from small_models import ARCHITECTURES, small_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakit import Decoder, LoraConfig, add_adapter

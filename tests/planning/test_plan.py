@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from made import ARCHITECTURES, small_config
 from planned_adapters import ADAPTERS
-from small_models import ARCHITECTURES, small_config
 
 from lorakit import Decoder, LoraConfig, TrainConfig, add_adapter, plan
 from lorakit.errors import AdapterError, ConfigError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from small_models import write_run_folder
+from made import write_run_folder
 
 
 @pytest.fixture

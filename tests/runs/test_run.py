@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import conversations
+from made import conversations
 
 from lorakit import generate, load_adapter, load_model, load_records, load_tokenizer, save_records
 from lorakit.adapters import lora_layers

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import small_decoder
-from small_training import adapted
+from made import adapted, small_decoder
 from torch import Tensor, nn
 
 from lorakit import TrainConfig, add_adapter

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import ARCHITECTURES, small_decoder
+from made import ARCHITECTURES, small_decoder
 from tolerances import SMALL_DECODER, assert_alike, assert_gradients_alike
 from torch import Tensor, nn
 from torch._dynamo.utils import counters

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_models import small_tokenizer
-from small_training import CONVERSATIONS, adapted, config
+from made import adapted, small_tokenizer
+from small_training import CONVERSATIONS, config
 from torch import nn
 
 from lorakit import Tokenizer, adapter_parameters, train

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from made import adapted, conversations, small_tokenizer
 from safetensors.torch import load_file
-from small_models import conversations, small_tokenizer
-from small_training import CONVERSATIONS, adapted, config, interrupted, logged, same, timeless, values_of
+from small_training import CONVERSATIONS, config, interrupted, logged, same, timeless, values_of
 
 from lorakit import Decoder, Tokenizer, TrainConfig, TrainResult, train
 from lorakit.errors import CheckpointError, TrainingError
@@ -56,15 +56,15 @@ class TestResuming:
         script = (
             "import sys, pathlib\n"
             "from lorakit import train\n"
-            "from small_models import small_tokenizer\n"
-            "from small_training import CONVERSATIONS, adapted, config\n"
+            "from made import adapted, small_tokenizer\n"
+            "from small_training import CONVERSATIONS, config\n"
             "output = pathlib.Path(sys.argv[1])\n"
             "tok = small_tokenizer(pathlib.Path(sys.argv[2]))\n"
             "settings = config(max_steps=100, output=output, checkpoint_every=7)\n"
             "train(adapted(lora_dropout=0.2), tok, CONVERSATIONS, settings)\n"
         )
         tests = Path(__file__).parents[1]
-        path = os.pathsep.join(map(str, [tests / "models", tests / "data", *filter(None, sys.path)]))
+        path = os.pathsep.join(map(str, [tests, tests / "training", *filter(None, sys.path)]))
         (tmp_path / "tok").mkdir()
         process = subprocess.Popen(
             [sys.executable, "-c", script, str(tmp_path), str(tmp_path / "tok")], env=os.environ | {"PYTHONPATH": path}

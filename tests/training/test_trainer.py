@@ -12,8 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import ARCHITECTURES, conversations, small_decoder, small_tokenizer
-from small_training import CONVERSATIONS, adapted, config, logged, same, timeless, values_of
+from made import ARCHITECTURES, adapted, conversations, small_decoder, small_tokenizer
+from small_training import CONVERSATIONS, config, logged, same, timeless, values_of
 from tolerances import SMALL_DECODER, rounding
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy

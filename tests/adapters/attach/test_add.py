@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import ARCHITECTURES, small_decoder
+from made import ARCHITECTURES, small_decoder
 from tolerances import assert_alike
 from torch import Tensor, nn
 

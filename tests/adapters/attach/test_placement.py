@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import small_decoder
+from made import small_decoder
 from tolerances import SMALL_DECODER, assert_alike
 from torch import Tensor, nn
 

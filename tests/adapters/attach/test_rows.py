@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import ARCHITECTURES, small_decoder, small_tokenizer
+from made import ARCHITECTURES, small_decoder, small_tokenizer
 from tolerances import assert_alike, assert_gradients_alike, assert_within, rounding
 from torch import Tensor, nn
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from made import conversations, small_decoder, small_tokenizer
 from safetensors.torch import load_file, save_file
-from small_models import conversations, small_decoder, small_tokenizer
 from tolerances import assert_alike
 from torch import Tensor, nn
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import small_decoder
+from made import small_decoder
 from torch import nn
 
 from lorakit import LoraConfig, add_adapter

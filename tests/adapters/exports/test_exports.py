@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from made import ARCHITECTURES, small_config, small_decoder
 from safetensors.torch import load_file, save_file
-from small_models import ARCHITECTURES, small_config, small_decoder
 from tolerances import SMALL_DECODER, assert_alike
 from torch import Tensor, nn
 

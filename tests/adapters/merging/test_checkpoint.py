@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from made import CHATML, small_config, small_decoder, write_checkpoint
 from safetensors.torch import load_file, save_file
-from small_models import CHATML, small_config, small_decoder, write_checkpoint
 from torch import nn
 
 from lorakit import LoraConfig, add_adapter, load_adapter, load_model, load_tokenizer, merge_adapter, save_adapter

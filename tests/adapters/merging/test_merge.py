@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_merging import DTYPES, IDS, X, adapt, full_snapshot, mlp
-from small_models import small_config, small_decoder, write_checkpoint
+from made import DTYPES, IDS, X, adapt, full_snapshot, mlp, small_config, small_decoder, write_checkpoint
 from tolerances import SMALL_DECODER, assert_alike, assert_within, rounding
 from torch import nn
 

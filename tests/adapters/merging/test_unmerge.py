@@ -9,8 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_merging import DTYPES, X, adapt, full_snapshot, mlp
-from small_models import small_decoder
+from made import DTYPES, X, adapt, full_snapshot, mlp, small_decoder
 from tolerances import assert_alike
 from torch import nn
 
@@ -26,7 +25,7 @@ from lorakit import (
 from lorakit.adapters import lora_layers
 from lorakit.errors import AdapterError
 
-# Roundings through `small_merging.mlp`: sums over 64 inputs, 4 ranks, 48 hidden and 4 ranks;
+# Roundings through `made.mlp`: sums over 64 inputs, 4 ranks, 48 hidden and 4 ranks;
 # the merged weights have three more, DoRA's norm as many as it has inputs.
 TERMS = 64 + 4 + 48 + 4 + 2 * 3
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import conversations, small_config, small_decoder, write_checkpoint
+from made import conversations, small_config, small_decoder, write_checkpoint
 
 from bench import pages
 from bench.studies import study, study_figures, study_plots, study_runs

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_models import conversations, small_decoder, write_checkpoint
+from made import conversations, small_decoder, write_checkpoint
 
 from bench.adapters import dora
 from bench.harness.make_llama import SMOLLM2, make_llama

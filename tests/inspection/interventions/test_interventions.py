@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import conversations, small_decoder, small_tokenizer
+from made import conversations, small_decoder, small_tokenizer
 from tolerances import assert_alike
 from torch import Tensor, nn
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from small_models import small_tokenizer
+from made import small_tokenizer
 
 from lorakit import Tokenizer
 

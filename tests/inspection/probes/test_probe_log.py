@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from probed import CLOSE, CONVERSATIONS, adapted, config
-from small_models import write_run_folder
+from made import write_run_folder
+from probed import CLOSE, CONVERSATIONS, config, dropping
 
 from lorakit import Tokenizer, train
 from lorakit.errors import ConfigError, DataError
@@ -28,7 +28,7 @@ from lorakit.training import TrainingProbe
 
 class TestAlarms:
     def test_a_dead_layer_is_named_once(self, tok: Tokenizer) -> None:
-        model, said = adapted(), []
+        model, said = dropping(), []
         dead = model.get_submodule("model.layers.1.self_attn.v_proj")
         dead.scaling["default"] = 0.0  # so that no gradient can reach it, and B stays zero
         probes = Probes(CLOSE, said.append)
@@ -45,15 +45,15 @@ class TestAlarms:
 
     def test_a_healthy_run_raises_none(self, tok: Tokenizer) -> None:
         probes = Probes(CLOSE)
-        train(adapted(), tok, CONVERSATIONS, config(), probes=[probes])
+        train(dropping(), tok, CONVERSATIONS, config(), probes=[probes])
         assert probes.log.alarms == []
 
 
 class TestFile:
     def test_it_is_the_same_without_a_folder(self, tok: Tokenizer, tmp_path: Path) -> None:
         inside, written = Probes(CLOSE), Probes(CLOSE)
-        train(adapted(), tok, CONVERSATIONS, config(), probes=[inside])
-        train(adapted(), tok, CONVERSATIONS, config(output=tmp_path), probes=[written])
+        train(dropping(), tok, CONVERSATIONS, config(), probes=[inside])
+        train(dropping(), tok, CONVERSATIONS, config(output=tmp_path), probes=[written])
         read = read_probes(tmp_path)
         assert inside.log.header == read.header == read_probes(tmp_path / "probes.jsonl").header
         assert [as_json(row) for row in inside.log.rows] == [as_json(row) for row in read.rows]
@@ -61,25 +61,25 @@ class TestFile:
 
     def test_an_interruption_anywhere_leaves_no_trace(self, tok: Tokenizer, tmp_path: Path) -> None:
         whole, cut = tmp_path / "whole", tmp_path / "cut"
-        train(adapted(), tok, CONVERSATIONS, config(output=whole), probes=[Probes(CLOSE)])
+        train(dropping(), tok, CONVERSATIONS, config(output=whole), probes=[Probes(CLOSE)])
         for at_step in (2, 3, 5):
             stop = Stop(at_step)
             with pytest.raises(KeyboardInterrupt):
                 settings = config(output=cut, checkpoint_every=2)
-                train(adapted(), tok, CONVERSATIONS, settings, probes=[Probes(CLOSE), stop])
-            train(adapted(), tok, CONVERSATIONS, settings, resume=True, probes=[Probes(CLOSE)])
+                train(dropping(), tok, CONVERSATIONS, settings, probes=[Probes(CLOSE), stop])
+            train(dropping(), tok, CONVERSATIONS, settings, resume=True, probes=[Probes(CLOSE)])
             assert (cut / "probes.jsonl").read_bytes() == (whole / "probes.jsonl").read_bytes()
 
     def test_after_kill_9(self, tok: Tokenizer, tmp_path: Path) -> None:
         script = (
             "import sys, pathlib\n"
-            "from probed import CLOSE, CONVERSATIONS, adapted, config\n"
-            "from small_models import small_tokenizer\n"
+            "from probed import CLOSE, CONVERSATIONS, dropping, config\n"
+            "from made import small_tokenizer\n"
             "from lorakit import train\n"
             "from lorakit.inspection.probes import Probes\n"
             "tok = small_tokenizer(pathlib.Path(sys.argv[2]))\n"
             "settings = config(max_steps=30, output=pathlib.Path(sys.argv[1]), checkpoint_every=4)\n"
-            "train(adapted(), tok, CONVERSATIONS, settings, probes=[Probes(CLOSE)])\n"
+            "train(dropping(), tok, CONVERSATIONS, settings, probes=[Probes(CLOSE)])\n"
         )
         run, folder = tmp_path / "run", tmp_path / "tok"
         folder.mkdir()
@@ -93,8 +93,8 @@ class TestFile:
         assert process.wait() == -signal.SIGKILL
         assert 8 <= len(file.read_text().splitlines()) < 31
         settings = config(max_steps=30, output=run, checkpoint_every=4)
-        train(adapted(), tok, CONVERSATIONS, settings, resume=True, probes=[Probes(CLOSE)])
-        train(adapted(), tok, CONVERSATIONS, config(max_steps=30, output=tmp_path / "whole"), probes=[Probes(CLOSE)])
+        train(dropping(), tok, CONVERSATIONS, settings, resume=True, probes=[Probes(CLOSE)])
+        train(dropping(), tok, CONVERSATIONS, config(max_steps=30, output=tmp_path / "whole"), probes=[Probes(CLOSE)])
         assert file.read_bytes() == (tmp_path / "whole" / "probes.jsonl").read_bytes()
         assert [row["step"] for row in read_probes(run).rows] == [*range(1, 31)]
 
@@ -102,7 +102,7 @@ class TestFile:
         import pyarrow.parquet
 
         probes = Probes(CLOSE.model_copy(update={"parquet": True}))
-        train(adapted(), tok, CONVERSATIONS, config(output=tmp_path), probes=[probes])
+        train(dropping(), tok, CONVERSATIONS, config(output=tmp_path), probes=[probes])
         assert pyarrow.parquet.read_table(tmp_path / "probes.parquet").to_pylist() == probes.log.table()
 
     def test_tensorboard_reads_what_was_written(self, tok: Tokenizer, tmp_path: Path) -> None:
@@ -111,8 +111,8 @@ class TestFile:
         board = CLOSE.model_copy(update={"tensorboard": True})
         settings = config(output=tmp_path, checkpoint_every=2)
         with pytest.raises(KeyboardInterrupt):
-            train(adapted(), tok, CONVERSATIONS, settings, probes=[Probes(board), Stop(4)])
-        result = train(adapted(), tok, CONVERSATIONS, settings, resume=True, probes=[Probes(board)])
+            train(dropping(), tok, CONVERSATIONS, settings, probes=[Probes(board), Stop(4)])
+        result = train(dropping(), tok, CONVERSATIONS, settings, resume=True, probes=[Probes(board)])
         written = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
         losses = written.Scalars("train/loss")
         assert [event.step for event in losses] == [*range(1, 7)]

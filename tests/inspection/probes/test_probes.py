@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from probed import BINS, CLOSE, CONVERSATIONS, EXACT, adapted, config, weights
+from probed import BINS, CLOSE, CONVERSATIONS, EXACT, config, dropping, weights
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -39,7 +39,7 @@ class TestNothingChanges:
     ) -> None:
         seen = []
         for probes in ([], [Probes(CLOSE)]):
-            model = adapted(quantized)
+            model = dropping(quantized)
             result = train(model, tok, CONVERSATIONS, config(**change), CONVERSATIONS[:3], probes=probes)
             figures = [(row["loss"], row["grad_norm"], row.get("eval_loss")) for row in result.history]
             seen.append((figures, weights(model), torch.get_rng_state(), model.training))
@@ -54,7 +54,7 @@ class TestNothingChanges:
         class Wrapped(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
-                self.inner = adapted()
+                self.inner = dropping()
 
             def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
                 return type("Output", (), {"logits": self.inner(input_ids)})()
@@ -68,7 +68,7 @@ class TestNothingChanges:
         assert all(map(torch.equal, seen[0][1], seen[1][1]))
 
     def test_they_let_go_when_training_fails(self, tok: Tokenizer) -> None:
-        model, probes = adapted(), Probes(CLOSE)
+        model, probes = dropping(), Probes(CLOSE)
         model.model.norm.weight.data.fill_(float("nan"))
         with pytest.raises(Exception, match="the loss is nan"):
             train(model, tok, CONVERSATIONS, config(), probes=[probes])
@@ -128,7 +128,7 @@ class TestFigures:
     @pytest.fixture(scope="module")
     @staticmethod
     def run(tok: Tokenizer) -> tuple[ProbeLog, Witness, Decoder]:
-        model, probes, witness = adapted(), Probes(CLOSE), Witness()
+        model, probes, witness = dropping(), Probes(CLOSE), Witness()
         train(model, tok, CONVERSATIONS, config(), CONVERSATIONS[:3], probes=[probes, witness])
         return probes.log, witness, model
 
@@ -194,7 +194,7 @@ class TestFigures:
         assert max(last["drift"]) > 0.01 and min(last["cka"]) < 0.9999
 
     def test_losses_by_position_and_conversation(self, tok: Tokenizer) -> None:
-        model, probes = adapted(lora_dropout=0.0), Probes(CLOSE)
+        model, probes = dropping(lora_dropout=0.0), Probes(CLOSE)
         expected = [one_by_one(model, example) for example in encode_records(tok, CONVERSATIONS, 100)]
         settings = config(max_steps=1, batch_size=10)
         train(model, tok, CONVERSATIONS, settings, probes=[probes])
@@ -229,7 +229,7 @@ class TestFigures:
         assert table[0]["effective_rank"] is table[0]["saturation"] is table[0]["drift"] is None
 
     def test_two_active_adapters_are_told_apart(self, tok: Tokenizer) -> None:
-        model, probes = adapted(target_modules=["q_proj"]), Probes(CLOSE)
+        model, probes = dropping(target_modules=["q_proj"]), Probes(CLOSE)
         add_adapter(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]), name="other")
         set_adapter(model, ["default", "other"])
         set_trained(model, ["default", "other"])
@@ -241,7 +241,7 @@ class TestFigures:
 
     def test_an_adapted_head_is_among_the_layers(self, tok: Tokenizer) -> None:
         probes = Probes(CLOSE)
-        train(adapted(target_modules=["q_proj", "lm_head"]), tok, CONVERSATIONS, config(max_steps=3), probes=[probes])
+        train(dropping(target_modules=["q_proj", "lm_head"]), tok, CONVERSATIONS, config(max_steps=3), probes=[probes])
         assert probes.log.header.layers[-1] == "lm_head"
         assert all(value > 0 for value in probes.log.rows[-1]["drift"])
 
@@ -292,13 +292,13 @@ class TestNoise:
     def test_one_micro_batch_says_nothing(self, tok: Tokenizer) -> None:
         assert estimate_noise([1.0], [5], 1.0) is None and noise_scale([]) is None
         probes = Probes(CLOSE)
-        train(adapted(), tok, CONVERSATIONS, config(micro_batch_tokens=4096, max_steps=2), probes=[probes])
+        train(dropping(), tok, CONVERSATIONS, config(micro_batch_tokens=4096, max_steps=2), probes=[probes])
         assert [row["noise"] for row in probes.log.rows] == [None, None]
         assert probes.log.steps()[0] == {"step": 1, "signal": None, "trace": None, "noise_scale": None}
 
     def test_what_the_estimates_converge_to(self, tok: Tokenizer) -> None:
         """Gradients of single conversations, drawn at random: the mean of the estimates is the known variance."""
-        model = adapted(lora_dropout=0.0, init_lora_weights=False)
+        model = dropping(lora_dropout=0.0, init_lora_weights=False)
         gradients = []
         for example in encode_records(tok, CONVERSATIONS, 100):
             model.zero_grad()

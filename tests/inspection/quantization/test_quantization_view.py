@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import small_config, small_decoder, write_checkpoint
+from made import small_config, small_decoder, write_checkpoint
 from torch import Tensor, nn
 
 from lorakit import Decoder, LoraConfig, add_adapter, load_model, quantize

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from small_models import ARCHITECTURES, small_config
+from made import ARCHITECTURES, small_config
 
 from lorakit.errors import ConfigError
 from lorakit.models import DecoderConfig

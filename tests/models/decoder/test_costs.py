@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from counting import adapted_linears, costs
-from small_models import ARCHITECTURES, small_decoder
+from made import ARCHITECTURES, small_decoder
 from torch import Tensor, nn
 
 from lorakit import Decoder, LoraConfig, add_adapter

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import ARCHITECTURES, VOCABULARY, small_config, small_decoder
+from made import ARCHITECTURES, VOCABULARY, small_config, small_decoder
 from tolerances import SMALL_DECODER, assert_alike, assert_gradients_alike
 from torch import Tensor
 from torch.nn.functional import linear, silu

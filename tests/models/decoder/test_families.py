@@ -12,8 +12,8 @@ import gguf
 import lorakit_kernels as kernels
 import pytest
 import torch
+from made import write_checkpoint
 from safetensors.torch import load_file
-from small_models import write_checkpoint
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 from toy_family import CONFIG, TOY

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from made import small_config, small_decoder, write_checkpoint
 from migration_rows import Names, Row, rows_of, run
 from safetensors.torch import load_file
-from small_models import small_config, small_decoder, write_checkpoint
 from torch import Tensor, nn
 
 import lorakit

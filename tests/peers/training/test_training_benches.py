@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_models import conversations, small_config, small_decoder, write_checkpoint
+from made import conversations, small_config, small_decoder, write_checkpoint
 
 from bench.harness.make_llama import SMOLLM2, make_llama
 from bench.training.sft import SETTINGS, Files, write_files

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import small_tokenizer
-from small_training import CONVERSATIONS, adapted, config, interrupted, same, timeless, values_of
+from made import adapted, small_tokenizer
+from small_training import CONVERSATIONS, config, interrupted, same, timeless, values_of
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from toy_optimizer import SignDescent

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_training import adapted
+from made import adapted
 from torch import Tensor, nn
 
 from lorakit import TrainConfig

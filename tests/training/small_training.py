@@ -9,20 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import conversations, small_decoder
+from made import conversations
 from torch import Tensor, nn
 
-from lorakit import Decoder, LoraConfig, Tokenizer, TrainConfig, adapter_parameters, add_adapter, train
+from lorakit import Decoder, Tokenizer, TrainConfig, adapter_parameters, train
 
 TIMES = ("seconds", "step_seconds", "peak_rss_mb")
 CONVERSATIONS = conversations(10)
-
-
-def adapted(seed: int = 0, **lora: Any) -> Decoder:
-    model = small_decoder()
-    torch.manual_seed(seed)
-    add_adapter(model, LoraConfig(**{"r": 4, "lora_alpha": 8, **lora}))
-    return model
 
 
 def config(**values: Any) -> TrainConfig:
