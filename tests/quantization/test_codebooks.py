@@ -42,17 +42,17 @@ def test_normal_float_has_an_exact_zero_and_ends_and_one_more_value_above(bits: 
     assert values[2 ** (bits - 1) - 1] == 0
 
 
-def test_a_codebook_of_equal_steps_rounds_to_integers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(QUANT_TYPES, "int4", lambda block_size: torch.arange(-8, 8).float() / 8)
-    weight = torch.randint(-8, 8, (6, 64)).float()
-    weight[:, 0] = -8  # the largest of each block, so that all others are codes times it
-    quantized = quantize(-weight, "int4", double_quant=False)
-    assert quantized.quant_type == "int4" and torch.equal(quantized.code_values * 8, torch.arange(-8.0, 8))
-    assert torch.equal(quantized.dequantize().clamp(max=7), (-weight).clamp(max=7))
-    layer = Linear4bit.from_linear(nn.Linear(64, 6), "int4")
+def test_a_new_codebook_rounds_to_its_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(QUANT_TYPES, "even", even)
+    steps = 2 * torch.randint(0, 16, (6, 64)).float() - 15
+    steps[:, 0] = 15  # the largest of each block, so that all others are one of the values times it
+    quantized = quantize(steps + 0.9 * (torch.rand_like(steps) * steps.abs().lt(15)), "even", double_quant=False)
+    assert quantized.quant_type == "even" and torch.equal(quantized.code_values, torch.linspace(-1, 1, 16))
+    assert torch.equal(quantized.dequantize().round(), steps)
+    layer = Linear4bit.from_linear(nn.Linear(64, 6), "even")
     torch.testing.assert_close(layer(torch.eye(64)), layer.dense_weight(torch.float32).T + layer.bias)
-    formats = QuantConfig(quant_type="int4").assign(["q_proj"])
-    assert formats["q_proj"] is not None and formats["q_proj"].quant_type == "int4"
+    formats = QuantConfig(quant_type="even").assign(["q_proj"])
+    assert formats["q_proj"] is not None and formats["q_proj"].quant_type == "even"
 
 
 def test_values_may_depend_on_the_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
