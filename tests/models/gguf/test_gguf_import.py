@@ -186,7 +186,7 @@ MISSING = {name: tensor for name, tensor in tiny_weights().items() if name != "m
         ({"extra": {"rope_freqs.weight": np.ones(4, np.float32)}}, r"unknown tensor 'rope_freqs\.weight'"),
         ({"extra": {"blk.0.attn_q.bias": np.ones(4, np.float32)}}, r"unknown .*did you mean 'blk\.0\.attn_q\.weight'"),
         ({"weights": MISSING}, r"tensor 'blk\.1\.ffn_up\.weight' is missing"),
-        ({"weights": WRONG_SHAPE}, r"'output_norm\.weight' has shape \(33,\), its metadata say \(32,\)"),
+        ({"weights": WRONG_SHAPE}, r"'output_norm\.weight' has shape \(33,\), the metadata say \(32,\)"),
         ({"weights": NOT_FINITE}, r"'output_norm\.weight' holds values that are not finite"),
         ({"metadata": {"llama.expert_count": 8}}, r"'llama\.expert_count' is set"),
         ({"metadata": {"llama.rope.scaling.type": "linear"}}, r"'llama\.rope\.scaling\.type' is set"),
