@@ -190,7 +190,7 @@ MISSING = {name: tensor for name, tensor in tiny_weights().items() if name != "m
         ({"weights": NOT_FINITE}, r"'output_norm\.weight' holds values that are not finite"),
         ({"metadata": {"llama.expert_count": 8}}, r"'llama\.expert_count' is set"),
         ({"metadata": {"llama.rope.scaling.type": "linear"}}, r"'llama\.rope\.scaling\.type' is set"),
-        ({"metadata": {"llama.rope.dimension_count": 4}}, "head size 8 of which 4 are rotated"),
+        ({"metadata": {"llama.rope.dimension_count": 4}}, "head size 8 with 4 rotated"),
         ({"metadata": {"llama.attention.head_count_kv": 3}}, "4 heads, 3 key-value heads"),
         ({"metadata": {"llama.block_count": None}}, r"'llama\.block_count' is missing"),
         ({"metadata": {"llama.block_count": 0}}, "expected a positive size"),
