@@ -116,8 +116,8 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 def _existing_folder(folder: str | os.PathLike[str]) -> Path:
     path = Path(folder)
     if not path.is_dir():
-        what = "is a file, expected a checkpoint folder" if path.exists() else "there is no such folder"
-        raise CheckpointError(f"{path}: {what}")
+        problem = "is a file, expected a checkpoint folder" if path.exists() else "there is no such folder"
+        raise CheckpointError(f"{path}: {problem}")
     return path
 
 

@@ -117,25 +117,25 @@ def check_tensors(checkpoint: Checkpoint, model: Decoder, stored: Mapping[str, S
         CheckpointError: naming every one that is missing, unexpected or mis-shaped.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: checkpoint.shape(name) for name in checkpoint.names if not name.endswith(_DERIVED)}
+    shapes = {name: checkpoint.shape(name) for name in checkpoint.names if not name.endswith(_DERIVED)}
     for name, weight in stored.items():
         for part in weight.parts:
-            del found[part]
-        found[name] = weight.shape
+            del shapes[part]
+        shapes[name] = weight.shape
     if model.config.tie_word_embeddings:
         del expected[_TIED]
-        found.pop(_TIED, None)  # some writers store the tied head a second time
+        shapes.pop(_TIED, None)  # some writers store the tied head a second time
     linear = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Linear)}
-    unexpected = [name for name in found if name not in expected]
-    missing = [name for name in expected if name not in found]
+    unexpected = [name for name in shapes if name not in expected]
+    missing = [name for name in expected if name not in shapes]
     # Only those that will be shown get a hint: hints take longer to find than all the rest.
     hints = {name: did_you_mean(name, unexpected) for name in missing[:MOST_LISTED]}
     problems = [f"{name} is missing{hints.get(name, '')} (expected shape {expected[name]})" for name in missing]
     problems += [f"{name} is not a tensor of {model.config.architecture}" for name in unexpected]
     problems += [
-        f"{name} has shape {found[name]}, expected {shape}"
+        f"{name} has shape {shapes[name]}, expected {shape}"
         for name, shape in expected.items()
-        if found.get(name, shape) != shape
+        if shapes.get(name, shape) != shape
     ]
     problems += [
         f"{name} is in 4 bits, but only the weight of a linear layer can be"

@@ -162,16 +162,16 @@ def _intruders(info: AdapterInfo) -> Iterator[str]:
     measured = [layer for layer in info.layers if layer.base]
     intruded = [layer for layer in measured if layer.base and layer.base.intruders]
     partial = [layer for layer in measured if layer.base and not layer.base.svd_complete]
-    against = "the base's leading ones (no others were computed)" if partial else "all of the base's"
+    against = "the base's leading ones, the only ones computed" if partial else "all of the base's"
     limit = f"below {intruders.COSINE:g} to {against}"
     if not intruded:
-        yield f"no intruder dimension: no tuned weight's top {intruders.TOP} singular vectors have a cosine {limit}"
+        yield f"no intruder dimension: of a tuned weight's top {intruders.TOP} singular vectors none has cosine {limit}"
         return
     count = sum(len(layer.base.intruders) for layer in intruded if layer.base)
     words = _listed([f"{layer.name} ({len(layer.base.intruders)})" for layer in intruded if layer.base])
     yield (
-        f"{count} intruder dimensions, among a tuned weight's top {intruders.TOP} singular vectors those with cosine "
-        f"{limit}, in {len(intruded)} of {len(measured)} layers: {words}"
+        f"{count} intruder dimensions (of a tuned weight's top {intruders.TOP} singular vectors, those with cosine "
+        f"{limit}) in {len(intruded)} of {len(measured)} layers: {words}"
     )
 
 

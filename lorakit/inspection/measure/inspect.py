@@ -60,15 +60,20 @@ def inspect_adapter(
         vectors: SingularVectors | None = None  # of the base weight, computed once for all its updates
         for updates, measured in ((ours, layers), (theirs, others)):
             for update in updates:
-                weight, against = weights.weight(update, is_transposed) if weights else None, None
+                weight = weights.weight(update, is_transposed) if weights else None
+                against = None
                 if weight is not None:
                     if min(weight.shape) <= EXACT_UP_TO:
                         weight = weight.double()  # once, for everything that follows
                     vectors = vectors or singular_vectors(weight)
                     against = compare_with_base(update.low_rank, weight, vectors, update.magnitude)
                 measured.append(measure_update(update, parts[path], against))
-        both = {update.name: update for update in theirs}
-        similar += [compare_updates(u.name, u.low_rank, both[u.name].low_rank) for u in ours if u.name in both]
+        others_by_name = {update.name: update.low_rank for update in theirs}
+        similar += [
+            compare_updates(update.name, update.low_rank, others_by_name[update.name])
+            for update in ours
+            if update.name in others_by_name
+        ]
         progress(done, len(paths))
     info = _info(here, layers, weights)
     if there is not None:
