@@ -188,7 +188,7 @@ def _compared(info: AdapterInfo) -> Iterator[str]:
         yield f"{cosine}; the difference is {difference:.3g}{relative}"
     yield f"added together, the two are {whole.verdict}: {whole.meaning}"
     similar, chance = median(layer.similarity for layer in layers), median(layer.chance for layer in layers)
-    yield f"leading input subspaces overlap by {_percent(similar)}, by chance {_percent(chance)} (medians)"
+    yield f"leading input subspaces overlap by {_percent(similar)}; chance gives {_percent(chance)} (medians)"
     shared = [layer for layer in layers if layer.shared]
     if shared:
         words = _listed([f"{layer.name} ({layer.shared})" for layer in sorted(shared, key=lambda layer: -layer.shared)])

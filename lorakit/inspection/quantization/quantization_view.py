@@ -333,7 +333,7 @@ def _source(model: nn.Module, source: str | os.PathLike[str] | nn.Module | None)
         return source
     if isinstance(model, Decoder) and model.folder is not None:
         return model.folder
-    raise CheckpointError("the model does not know its 16-bit weights; give their folder as source")
+    raise CheckpointError("the model does not know its source; give the folder of its 16-bit weights as source")
 
 
 def _findings(layers: tuple[LayerQuantization, ...]) -> Iterator[str]:
