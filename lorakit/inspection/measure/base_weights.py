@@ -45,7 +45,7 @@ class BaseWeights:
             transposed: whether square weights are stored as (in, out): PEFT's fan_in_fan_out.
 
         Raises:
-            CheckpointError: there is no such weight, where the message names the nearest, or it has another shape.
+            CheckpointError: there is no such weight (the message names the nearest), or it has another shape.
         """
         if update.kind == "experts":
             return None

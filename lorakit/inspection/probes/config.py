@@ -29,7 +29,7 @@ class ProbeConfig(Settings):
     dead_after: int = Field(
         10,
         ge=1,
-        description="steps after which a layer is reported whose B is still zero, or that got no gradient for so long",
+        description="steps after which a layer is reported if B is still zero or no gradient has arrived for so long",
     )
     parquet: bool = Field(False, description="also write probes.parquet at the end; needs pyarrow")
     tensorboard: bool = Field(False, description="also write TensorBoard files to tensorboard/; needs tensorboard")

@@ -49,7 +49,7 @@ def estimate_noise(squares: Sequence[float], tokens: Sequence[int], square: floa
     if len(squares) < 2:
         return None
     total = sum(tokens)
-    mean = sum(n * of_batch for n, of_batch in zip(tokens, squares, strict=True)) / total
+    mean = sum(n * squared for n, squared in zip(tokens, squares, strict=True)) / total
     trace = (mean - square) * total / (len(squares) - 1)
     return NoiseEstimate(signal=square - trace / total, trace=trace)
 
