@@ -1,4 +1,4 @@
-"""Checkpoint folders: safetensors headers, reading in bands, writing shards, and weights that are quantized already."""
+"""Checkpoint folders: safetensors headers, reading in bands, writing shards, and weights that are already quantized."""
 
 from .checkpoint import Checkpoint, read_config
 

@@ -2,7 +2,7 @@
 
 A folder holds config.json and either model.safetensors or model.safetensors.index.json with the shards it lists. The
 index, every shard's header and every file's size are checked when the folder is opened: a download that stopped half
-way is refused before the first weight is read, not after the last.
+way is refused before its first weight is read, not after the last.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 def _existing_folder(folder: str | os.PathLike[str]) -> Path:
     path = Path(folder)
     if not path.is_dir():
-        what = "is a file, expected a checkpoint folder" if path.exists() else "there is no such folder"
-        raise CheckpointError(f"{path}: {what}")
+        problem = "is a file, expected a checkpoint folder" if path.exists() else "there is no such folder"
+        raise CheckpointError(f"{path}: {problem}")
     return path
 
 
@@ -147,9 +147,9 @@ def _shard_entries(folder: Path, files: dict[str, Path]) -> dict[str, TensorEntr
 
 
 def _advice(folder: Path) -> str:
-    """Say what to do about weights of another kind lying in the folder."""
-    if found := sorted(folder.glob("*.gguf")):
-        return f"; convert {found[0].name} with lorakit.models.gguf.import_gguf"
-    if found := sorted([*folder.glob("pytorch_model*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]):
-        return f"; {found[0].name} is a pickle, which lorakit never loads: save the model as safetensors first"
+    """Suggest what to do with weights of another kind that the folder holds."""
+    if gguf_files := sorted(folder.glob("*.gguf")):
+        return f"; convert {gguf_files[0].name} with lorakit.models.gguf.import_gguf"
+    if pickles := sorted([*folder.glob("pytorch_model*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]):
+        return f"; {pickles[0].name} is a pickle, which lorakit never loads: save the model as safetensors first"
     return ""

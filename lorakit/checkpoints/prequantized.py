@@ -1,7 +1,6 @@
-"""Reading checkpoint folders whose weights are quantized already, in any of the `STORED_FORMATS`.
+"""Reading checkpoint folders whose weights are already quantized, in any of the `STORED_FORMATS`.
 
-Which weights are quantized is read from the tensors themselves; config.json is asked only whether the folder is of a
-kind that can be read at all.
+The tensors themselves say which weights are quantized. config.json only says whether the folder's format can be read.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ def declared_format(values: Mapping[str, Any]) -> StoredFormat | None:
     """Return the format that a config.json says its weights are quantized in, None for 16-bit weights.
 
     Raises:
-        ConfigError: it says that they are quantized in a way that cannot be read.
+        ConfigError: it names a format that cannot be read.
     """
     section = values.get("quantization_config")
     if section is None:
@@ -42,24 +41,24 @@ def declared_format(values: Mapping[str, Any]) -> StoredFormat | None:
 
 
 def find_stored(checkpoint: Checkpoint) -> dict[str, StoredWeight]:
-    """Find a checkpoint's quantized weights, name -> what is stored, and check them as far as headers allow.
+    """Return a checkpoint's quantized weights, name -> stored weight, checked as far as headers allow.
 
     Raises:
-        CheckpointError: naming file and tensor: one is missing or of a wrong dtype or size, or is malformed; or
+        CheckpointError: naming file and tensor: one is missing, malformed, or has a wrong dtype or size; or
             config.json promises 4-bit weights, and there are none.
-        ConfigError: config.json says that the weights are quantized in a way that cannot be read.
+        ConfigError: config.json names a format that cannot be read.
     """
     declared = declared_format(checkpoint.config())
-    found: dict[str, StoredWeight] = {}
+    weights: dict[str, StoredWeight] = {}
     for form in [declared] if declared else STORED_FORMATS.values():
-        found |= form.find(checkpoint)
-    if declared and not found:
-        raise CheckpointError(f"{checkpoint.folder}: config.json says that the weights are in 4 bits, but none is")
-    return found
+        weights |= form.find(checkpoint)
+    if declared and not weights:
+        raise CheckpointError(f"{checkpoint.folder}: config.json says that the weights are in 4 bits, but none are")
+    return weights
 
 
 def check_request(requested: QuantConfig, stored: Mapping[str, StoredWeight], folder: object) -> None:
-    """Raise ConfigError if other settings are asked for than a 4-bit folder has; the defaults ask for nothing."""
+    """Raise ConfigError if a requested setting differs from a 4-bit folder's. Default values request nothing."""
     asked = {
         key: value
         for key, field in QuantConfig.model_fields.items()
@@ -72,7 +71,7 @@ def check_request(requested: QuantConfig, stored: Mapping[str, StoredWeight], fo
         if different := [key for key, value in asked.items() if value != getattr(form, key, None)]:
             has = ", ".join(f"{key} {getattr(form, key)}" for key in ("quant_type", "block_size", "double_quant"))
             raise ConfigError(
-                f"{folder} is in 4 bits already ({name}: {has}) and is loaded as it is; the {different[0]} asked for "
+                f"{folder} is in 4 bits already ({name}: {has}) and is loaded as it is; the requested {different[0]} "
                 f"needs the 16-bit model, or quant_type=None, which dequantizes"
             )
 
@@ -85,7 +84,7 @@ def stream_stored(
     device: str | torch.device,
     dequantize: bool = False,
 ) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
-    """Yield the named tensors of any shape, 4-bit weights put together from their parts, all others in `dtype`.
+    """Yield the named tensors, of any shape: 4-bit weights assembled from their parts, all others in `dtype`.
 
     Args:
         dequantize: yield the 4-bit weights in `dtype` too.

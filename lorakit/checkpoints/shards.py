@@ -1,4 +1,4 @@
-"""Writing a checkpoint folder: shards one tensor at a time, their index, and the small files that go along."""
+"""Writing a checkpoint folder: shards, one tensor at a time, their index, and the small files beside them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .checkpoint import INDEX_FILE, WEIGHTS_FILE
 from .safetensors_header import make_header, read_header
 
 SHARD_BYTES = 5_000_000_000
-PLAN_FILE = "lorakit-plan.json"  # of a folder that is being quantized
+PLAN_FILE = "lorakit-plan.json"  # in a folder that is being quantized
 MANIFEST_FILE = "lorakit-manifest.json"  # hashes of a known model's files
 
 _COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
@@ -25,11 +25,11 @@ _LICENSES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 
 
 def grouped(sizes: Mapping[str, int], shard_bytes: int) -> dict[str, list[str]]:
-    """Fill one shard after the other: file -> names, in the order given.
+    """Assign tensors to shards, filling one after the other: file -> names, in the order given.
 
     Args:
         sizes: name -> bytes.
-        shard_bytes: most bytes in one file, unless a single tensor has more.
+        shard_bytes: most bytes in one file; a larger tensor gets a file of its own.
     """
     groups: list[list[str]] = []
     room = 0
@@ -44,15 +44,15 @@ def grouped(sizes: Mapping[str, int], shard_bytes: int) -> dict[str, list[str]]:
 
 
 def write_shard(path: Path, expected: Mapping[str, Layout], tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write one file, whole or not at all; the header last, as how long a state's JSON is, is found out on the way.
+    """Write one file, whole or not at all.
 
-    Tensors of an odd length, which are the small ones, come after all others, so that each starts at a multiple of its
-    itemsize.
+    The header is written last: only then is the length of each state's JSON known. Tensors whose size is not a multiple
+    of 8 bytes, which are the small ones, come after all others, so that each starts at a multiple of its itemsize.
 
     Args:
         path: of the file.
-        expected: name -> (dtype, shape) of the tensors, at their largest: for these the header leaves room.
-        tensors: (name, tensor), on the CPU.
+        expected: name -> (dtype, shape) of the tensors at their largest; the header leaves room for these.
+        tensors: (name, tensor) of any shape, on the CPU.
     """
     room = len(make_header(expected)) + 32 * len(expected)  # offsets may have more digits in another order
     layouts: dict[str, Layout] = {}
@@ -77,7 +77,7 @@ def write_shard(path: Path, expected: Mapping[str, Layout], tensors: Iterable[tu
 
 
 def write_index(folder: Path, shards: Sequence[str]) -> int:
-    """Write the index of a folder's shards, where there are several; return the bytes of all tensors."""
+    """Write the index of a folder's shards, if there are several; return the bytes of all tensors."""
     headers = {file: read_header(folder / file) for file in shards}
     total = sum(entry.end - entry.start for header in headers.values() for entry in header.values())
     if len(headers) > 1:

@@ -1,11 +1,11 @@
 """Reading a checkpoint's tensors in bands, and quantizing them on the way.
 
 Two workers take one band after the other, in the order of the bytes on disk, across tensors and files without a pause.
-One of them reads at a time; meanwhile the other quantizes, or copies out, the band that it has read. So loading takes
-little longer than reading the files where the disk is the slower part, keeps the processors busy where they are, and
-needs two bands of memory besides the result, however large the model.
+One worker reads while the other quantizes, or copies out, the band that it has read. If the disk is the slower part,
+loading takes little longer than reading the files; if the processors are, they stay busy. Besides the result, loading
+needs two bands of memory, however large the model.
 
-Plain reads into reused buffers, not a memory map: mapped pages count as resident until the system takes them back, and
+Bands are read into reused buffers, not mapped: mapped pages count as resident until the system takes them back, and
 every page of a map costs a fault.
 """
 
@@ -32,10 +32,10 @@ from ..quantization.weight import SOURCE_DTYPES, assemble
 from .checkpoint import Checkpoint
 from .safetensors_header import read_header
 
-BAND_BYTES = 4 << 20  # up to 64 MiB are as fast; at 1 MiB the handing over shows
+BAND_BYTES = 4 << 20  # up to 64 MiB are as fast; at 1 MiB the handover shows
 _WORKERS = 2
-_AHEAD = 8  # bands whose results may wait, so that the workers need not
-_ALIGNMENT = max(BLOCK_SIZES)  # elements; a band starts at a whole block, whatever the block size
+_AHEAD = 8  # finished bands that may wait for the caller, so that the workers need not
+_ALIGNMENT = max(BLOCK_SIZES)  # elements; a band starts where a block does, whatever the block size
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class Band:
     """A part of a tensor, and where it is.
 
     Attributes:
-        file: that holds it.
-        name: of the tensor.
-        offset: of its first byte in the file.
+        file: the file that holds it.
+        name: the tensor's.
+        offset: position of its first byte in the file.
         dtype: as stored.
         start: index of its first element in the flat tensor.
-        count: of its elements.
+        count: number of its elements.
         is_last: whether it completes the tensor.
     """
 
@@ -62,11 +62,11 @@ class Band:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file."""
+        """Its bytes in the file."""
         return self.count * self.dtype.itemsize
 
     def read(self, buffer: Tensor) -> Tensor:
-        """Fill the start of a buffer of uint8; return that part of it as (count,) in the stored dtype.
+        """Read into the start of a uint8 buffer (bytes,); return that part as (count,) in the stored dtype.
 
         Raises:
             CheckpointError: the file cannot be read or ends early.
@@ -96,14 +96,14 @@ def map_bands(
     work: Callable[[Band, Tensor], object],
     band_bytes: int = BAND_BYTES,
 ) -> Iterator[Band]:
-    """Call work(band, values) in another thread for all bands of the named tensors; yield each that is done.
+    """Call work(band, values) in another thread for every band of the named tensors; yield each band when it is done.
 
-    Bands are yielded in the order of their bytes on disk. `work` may be called for two bands at a time, in any order;
-    its values, (count,) in the stored dtype, are overwritten when it has returned.
+    Bands are yielded in the order of their bytes on disk. `work` may run for two bands at a time, in any order; its
+    values, (count,) in the stored dtype, are overwritten once it has returned.
 
     Raises:
-        CheckpointError: naming file and tensor: a file cannot be read, or changed since the checkpoint was opened. And
-            whatever `work` raises.
+        CheckpointError: naming file and tensor: a file cannot be read, or changed since the checkpoint was opened.
+            Whatever `work` raises is raised too.
     """
     bands = list(_bands(checkpoint, names, band_bytes))
     buffers: SimpleQueue[Tensor] = SimpleQueue()
@@ -114,9 +114,9 @@ def map_bands(
     def run(band: Band) -> None:
         buffer = buffers.get()
         try:
-            with reading:  # in turn: disks are fastest in sequence
+            with reading:  # one at a time: disks are fastest in sequence
                 values = band.read(buffer)
-            with kernels.one_thread():  # else the threads that each worker's kernels start would spin between bands
+            with kernels.one_thread():  # otherwise the threads of each worker's kernels would spin between bands
                 work(band, values)
         finally:
             buffers.put(buffer)
@@ -145,21 +145,21 @@ def stream_tensors(
     """Yield (name, tensor) in the order of their bytes on disk, quantized on the way where a format is given.
 
     Args:
-        checkpoint: where the tensors are.
+        checkpoint: where the tensors are, of any shape.
         formats: tensor name -> how to quantize it, or None.
         dtype: of the tensors that are not quantized; None: as stored.
-        device: where they all go. Bands are quantized there.
-        band_bytes: read at a time.
+        device: where all tensors go, and where bands are quantized.
+        band_bytes: bytes to read at a time.
         progress: called with the bytes of every band that is done.
 
     Raises:
-        CheckpointError: as `map_bands`, or a tensor cannot be quantized: of another dtype, or with inf or nan.
+        CheckpointError: as `map_bands`, or a tensor cannot be quantized: it has another dtype, or holds inf or nan.
     """
     targets: dict[str, _Dense | _Quantized] = {}
     creating = Lock()
     for name, form in formats.items():
         if form is not None and checkpoint.dtype(name) not in SOURCE_DTYPES:
-            raise _named(checkpoint, name, f"cannot quantize a tensor of {checkpoint.dtype(name)}")
+            raise _tensor_error(checkpoint, name, f"cannot quantize a tensor of {checkpoint.dtype(name)}")
 
     def add(band: Band, values: Tensor) -> None:
         with creating:
@@ -179,7 +179,7 @@ def stream_tensors(
             try:
                 result = targets.pop(band.name).finish()
             except ShapeError as error:
-                raise _named(checkpoint, band.name, str(error)) from None
+                raise _tensor_error(checkpoint, band.name, str(error)) from None
             yield band.name, result
 
 
@@ -197,7 +197,7 @@ class _Dense:
 
 
 class _Quantized:
-    """A weight whose codes and scales are filled in band by band, as blocks do not depend on each other."""
+    """A weight whose codes and scales are filled in band by band: blocks do not depend on each other."""
 
     def __init__(self, shape: torch.Size, dtype: torch.dtype, form: WeightFormat, device: str | torch.device) -> None:
         book, count = codebook(form.quant_type, form.block_size), math.prod(shape)
@@ -218,7 +218,7 @@ class _Quantized:
 
 
 def _finished(ahead: deque[tuple[Band, Future[None]]]) -> Band:
-    """Wait for the first of the bands, and take it off."""
+    """Wait for the first band of the queue, and remove it."""
     band, future = ahead.popleft()
     future.result()
     return band
@@ -240,7 +240,7 @@ def _bands(checkpoint: Checkpoint, names: Iterable[str], band_bytes: int) -> Ite
 
 
 def _data_origin(checkpoint: Checkpoint, file: Path, names: Iterable[str]) -> int:
-    """Return where a file's data part starts, having made sure that the file is still the one that was opened."""
+    """Return where a file's data part starts, after checking that the file is still the one that was opened."""
     entries = read_header(file)
     for name in names:
         if checkpoint.file(name) == file and entries.get(name) != checkpoint.entry(name):
@@ -249,5 +249,5 @@ def _data_origin(checkpoint: Checkpoint, file: Path, names: Iterable[str]) -> in
         return 8 + int.from_bytes(handle.read(8), "little")
 
 
-def _named(checkpoint: Checkpoint, name: str, message: str) -> CheckpointError:
+def _tensor_error(checkpoint: Checkpoint, name: str, message: str) -> CheckpointError:
     return CheckpointError(f"{checkpoint.file(name)}: {name}: {message}")

@@ -1,4 +1,4 @@
-"""Inspection: what is inside an adapter, in figures, a table, sentences and a page; while it trains, too."""
+"""Inspection: figures, tables, sentences and a page about what is inside an adapter, also while it trains."""
 
 from .compare.similarity import Comparison, LayerSimilarity, compare_updates, subspace_similarity
 from .measure.against_base import AgainstBase, compare_with_base

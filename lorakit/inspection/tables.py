@@ -1,4 +1,4 @@
-"""Tidy tables: what every result here gives as a list of rows, as a data frame where pandas or polars is installed."""
+"""Tidy tables: every result here gives a list of rows, and a data frame where pandas or polars is installed."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from ..errors import LorakitError
 
 
 class Tidy:
-    """A result that is a table: one flat row an observation."""
+    """A result that is a table: one flat row per observation."""
 
     def table(self) -> list[dict[str, Any]]:
-        """Return the rows, each column a number, a word or None."""
+        """Return the rows; each column holds a number, a word or None."""
         raise NotImplementedError
 
     def to_pandas(self) -> Any:

@@ -41,27 +41,30 @@ def generate(
         top_p: sample among the most likely tokens that together reach this probability (Holtzman et al. 2020,
             arXiv:1904.09751).
         seed: makes sampling repeatable.
-        batch_size: prompts computed at a time.
+        batch_size: prompts to compute at a time.
 
     Returns:
         The new text alone: a str for one prompt or conversation, a list for a list.
 
     Raises:
         ConfigError: a number is out of range.
-        DataError: an empty prompt, or one that leaves no room for max_new_tokens in the context; or `use_rows` names
-            adapters for more or fewer prompts.
+        DataError: a prompt is empty or leaves no room for max_new_tokens in the context; or `use_rows` names adapters
+            for another number of prompts.
     """
     for name, value in {"max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
         if value < 1:
             raise ConfigError(f"{name} is {value}, expected at least 1")
     if not (0 <= temperature < math.inf and 0 < top_p <= 1):
-        raise ConfigError(f"temperature is {temperature} and top_p {top_p}; expected 0 or more, and above 0 to 1")
-    given: Any = messages_or_prompts
-    is_single = isinstance(given, str) or bool(given and isinstance(given[0], Mapping))
-    prompts = _encoded(model, tok, [given] if is_single else given, max_new_tokens)
+        raise ConfigError(
+            f"temperature is {temperature} and top_p {top_p}; expected a temperature of at least 0, and top_p above 0 "
+            f"and at most 1"
+        )
+    inputs: Any = messages_or_prompts
+    is_single = isinstance(inputs, str) or bool(inputs and isinstance(inputs[0], Mapping))
+    prompts = _encoded(model, tok, [inputs] if is_single else inputs, max_new_tokens)
     sampler = _Sampler(temperature, top_p, seed, model.device)
     answers: list[list[int]] = [[] for _ in prompts]
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # alike lengths together: less padding
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together: less padding
     was_training = model.training
     model.eval()
     try:
@@ -76,10 +79,10 @@ def generate(
 
 
 def _encoded(
-    model: Decoder, tok: Tokenizer, given: Sequence[str | Conversation], max_new_tokens: int
+    model: Decoder, tok: Tokenizer, inputs: Sequence[str | Conversation], max_new_tokens: int
 ) -> list[list[int]]:
-    """Return the token ids of each prompt, having made sure that its answer fits the context."""
-    texts = [item if isinstance(item, str) else tok.render_chat(item, add_generation_prompt=True) for item in given]
+    """Return each prompt's token ids, after checking that its answer fits the context."""
+    texts = [item if isinstance(item, str) else tok.render_chat(item, add_generation_prompt=True) for item in inputs]
     prompts = [tok.encode(text) for text in texts]
     room = model.config.context_length - max_new_tokens
     for index, prompt in enumerate(prompts):
@@ -106,7 +109,7 @@ def _continue(
 ) -> Iterator[tuple[int, int]]:
     """Yield (prompt, token) as tokens are generated for the chosen ones; end-of-turn tokens are not yielded."""
     prompts = [all_prompts[index] for index in chosen]
-    prefix = _shared_prefix(prompts) if model.rows is None else 0  # each adapter computes even the same tokens anew
+    prefix = _shared_prefix(prompts) if model.rows is None else 0  # each adapter has its own result
     longest = max(map(len, prompts))
     padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=model.device)
     shared = None
@@ -114,28 +117,28 @@ def _continue(
         shared = _new_cache(model, torch.zeros_like(padding[:1]), prefix)
         model.hidden_states(torch.tensor([prompts[0][:prefix]], device=model.device), cache=shared)
     cache = _new_cache(model, padding, longest - prefix + max_new_tokens, shared)
-    # Any id will do as padding: it is masked, and the tokenizer's own may be one that the model has no row for.
+    # Any id will do as padding, which is masked; the model may have no row for the tokenizer's own padding id.
     rest = [[0] * (longest - len(prompt)) + prompt[prefix:] for prompt in prompts]
     ids = torch.tensor(rest, device=model.device)  # (batch, longest - prefix)
     rows = torch.tensor(chosen, device=model.device)
     stops = torch.tensor(list(eos_ids), device=model.device)
-    going = torch.ones_like(rows, dtype=torch.bool)
+    unfinished = torch.ones_like(rows, dtype=torch.bool)
     for _ in range(max_new_tokens):
         with contextlib.nullcontext() if model.rows is None else model.rows.selected(rows.tolist()):
             logits = model.lm_head(model.hidden_states(ids, cache=cache)[:, -1]).float()  # (batch, vocab)
         tokens = sampler(logits)
-        going &= ~torch.isin(tokens, stops)
-        yield from zip(rows[going].tolist(), tokens[going].tolist(), strict=True)
-        if not going.any():
+        unfinished &= ~torch.isin(tokens, stops)
+        yield from zip(rows[unfinished].tolist(), tokens[unfinished].tolist(), strict=True)
+        if not unfinished.any():
             return
-        if 4 * int(going.sum()) <= 3 * len(rows):  # dropping rows copies the cache, as much work as half a step
-            cache.select(going.nonzero().squeeze(1))
-            rows, tokens, going = rows[going], tokens[going], going[going]
+        if 4 * int(unfinished.sum()) <= 3 * len(rows):  # dropping rows copies the cache, as much work as half a step
+            cache.select(unfinished.nonzero().squeeze(1))
+            rows, tokens, unfinished = rows[unfinished], tokens[unfinished], unfinished[unfinished]
         ids = tokens[:, None]
 
 
 def _shared_prefix(prompts: list[list[int]]) -> int:
-    """Return how many leading tokens all prompts share; at least one token of each is left over."""
+    """Return how many leading tokens all prompts share, leaving at least one token of each."""
     if len(prompts) < 2:
         return 0
     same = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False))

@@ -1,6 +1,6 @@
-"""`load_model`: a Hugging Face folder to a `Decoder`, tensor by tensor, quantizing on the way.
+"""`load_model`: read a Hugging Face folder into a `Decoder`, tensor by tensor, quantizing on the way.
 
-At no time is more than one 16-bit tensor, or two bands of one, in memory besides the result (`stream`).
+Besides the result, memory never holds more than one 16-bit tensor, or two bands of one (`stream`).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def load_model(
         dtype: of everything that is not quantized, and of the computation.
         device: where the model goes.
         block_size, double_quant: as in `lorakit.quantize`.
-        quant_config: in place of quant_type, block_size and double_quant: these and exceptions by module name.
+        quant_config: replaces quant_type, block_size and double_quant, and allows exceptions by module name.
 
     Returns:
         The model in eval mode, every parameter without gradient.
@@ -58,7 +58,7 @@ def load_model(
     Raises:
         CheckpointError: a file or tensor is missing, truncated, mis-shaped or unexpected, or cannot be quantized.
         ConfigError: the architecture or a feature of it is not supported, a setting is unknown or matches no module,
-            or the folder is quantized already, in another way than asked for or than can be read.
+            or the folder is already quantized in a way that was not asked for or cannot be read.
     """
     requested = _requested(quant_type, block_size, double_quant, quant_config)
     folder = resolve_model(path)
@@ -73,7 +73,7 @@ def load_model(
         tensors = stream_tensors(checkpoint, weight_formats(model, requested, names), dtype, device)
     for name, tensor in tensors:
         try:
-            _place(model, name, tensor, getattr(torch, requested.storage_dtype))
+            _assign(model, name, tensor, getattr(torch, requested.storage_dtype))
         except ShapeError as error:
             raise CheckpointError(f"{checkpoint.file(name)}: {name}: {error}") from None
     if model.config.tie_word_embeddings:
@@ -82,7 +82,7 @@ def load_model(
 
 
 def empty_decoder(checkpoint: Checkpoint) -> Decoder:
-    """Return the decoder that a checkpoint's config.json describes, on the meta device: without memory.
+    """Return the decoder that a checkpoint's config.json describes, on the meta device, which takes no memory.
 
     Raises:
         ConfigError: the architecture or a feature of it is not supported.
@@ -93,7 +93,7 @@ def empty_decoder(checkpoint: Checkpoint) -> Decoder:
 
 
 def meta_decoder(config: DecoderConfig) -> Decoder:
-    """Return a decoder on the meta device: the modules and shapes, without memory."""
+    """Return a decoder on the meta device: modules and shapes that take no memory."""
     with torch.device("meta"), _NoInit():
         return Decoder(config)
 
@@ -102,7 +102,7 @@ def weight_formats(model: Decoder, config: QuantConfig, names: list[str]) -> dic
     """Return how each tensor of a decoder is quantized, None for those that are not.
 
     Raises:
-        ConfigError: a pattern has no effect, or an output head that is tied to the embedding would be quantized.
+        ConfigError: a pattern has no effect, or it would quantize an output head that is tied to the embedding.
     """
     formats = config.assign(path for path, module in model.named_modules() if isinstance(module, nn.Linear))
     if model.config.tie_word_embeddings and formats["lm_head"] is not None:
@@ -117,28 +117,28 @@ def check_tensors(checkpoint: Checkpoint, model: Decoder, stored: Mapping[str, S
         CheckpointError: naming every one that is missing, unexpected or mis-shaped.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: checkpoint.shape(name) for name in checkpoint.names if not name.endswith(_DERIVED)}
+    shapes = {name: checkpoint.shape(name) for name in checkpoint.names if not name.endswith(_DERIVED)}
     for name, weight in stored.items():
         for part in weight.parts:
-            del found[part]
-        found[name] = weight.shape
+            del shapes[part]
+        shapes[name] = weight.shape
     if model.config.tie_word_embeddings:
         del expected[_TIED]
-        found.pop(_TIED, None)  # some writers store the tied head a second time
+        shapes.pop(_TIED, None)  # some writers store the tied head a second time
     linear = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Linear)}
-    unexpected = [name for name in found if name not in expected]
-    missing = [name for name in expected if name not in found]
+    unexpected = [name for name in shapes if name not in expected]
+    missing = [name for name in expected if name not in shapes]
     # Only those that will be shown get a hint: hints take longer to find than all the rest.
     hints = {name: did_you_mean(name, unexpected) for name in missing[:MOST_LISTED]}
     problems = [f"{name} is missing{hints.get(name, '')} (expected shape {expected[name]})" for name in missing]
     problems += [f"{name} is not a tensor of {model.config.architecture}" for name in unexpected]
     problems += [
-        f"{name} has shape {found[name]}, expected {shape}"
+        f"{name} has shape {shapes[name]}, expected {shape}"
         for name, shape in expected.items()
-        if found.get(name, shape) != shape
+        if shapes.get(name, shape) != shape
     ]
     problems += [
-        f"{name} is in 4 bits, which only the weight of a linear layer can be"
+        f"{name} is in 4 bits, but only the weight of a linear layer can be"
         for name in stored
         if name in expected and name not in linear
     ]
@@ -148,7 +148,7 @@ def check_tensors(checkpoint: Checkpoint, model: Decoder, stored: Mapping[str, S
 
 
 class _NoInit(TorchFunctionMode):
-    """Make nn.init do nothing: a meta tensor has nothing to fill, but its `normal_` imports torch._dynamo, for 1 s."""
+    """Make nn.init do nothing: a meta tensor has nothing to fill, yet `normal_` imports torch._dynamo, for 1 s."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -168,12 +168,12 @@ def _requested(
     return quant_config
 
 
-def _place(model: Decoder, name: str, tensor: Tensor | QuantizedWeight, storage_dtype: torch.dtype) -> None:
+def _assign(model: Decoder, name: str, tensor: Tensor | QuantizedWeight, storage_dtype: torch.dtype) -> None:
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     if isinstance(tensor, QuantizedWeight):
         assert isinstance(module, nn.Linear)
-        # Its bias came before it, or is a meta tensor that is replaced when its own turn comes.
+        # The bias came before the weight, or is a meta tensor that is replaced when its own turn comes.
         model.set_submodule(owner, Linear4bit(tensor, module.bias, storage_dtype=storage_dtype))
     else:
         setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))

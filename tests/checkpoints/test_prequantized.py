@@ -103,7 +103,7 @@ def test_asking_for_what_it_is_or_for_nothing(same: dict[str, Any], tmp_path: Pa
 )
 def test_asking_for_something_else(other: dict[str, Any], named: str, tmp_path: Path) -> None:
     message = refused(folder_4bit(tmp_path), ConfigError, **other)
-    assert "is in 4 bits already (" in message and f"the {named} asked for needs the 16-bit model" in message
+    assert "is in 4 bits already (" in message and f"the requested {named} needs the 16-bit model" in message
     assert "quant_type nf4, block_size 64, double_quant True" in message
 
 
@@ -132,7 +132,7 @@ def test_other_kinds_of_quantization(section: Any, message: str, tmp_path: Path)
 def test_a_promise_of_4_bits_that_is_not_kept(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, small_decoder())
     change_config(tmp_path, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
-    assert "says that the weights are in 4 bits, but none is" in refused(tmp_path)
+    assert "says that the weights are in 4 bits, but none are" in refused(tmp_path)
 
 
 # malformed files
@@ -180,7 +180,7 @@ def test_only_linear_layers_can_be_in_4_bits(tmp_path: Path) -> None:
     save_file(tensors | {f"model.norm.weight{s}": t.clone() for s, t in parts.items()}, folder / "model.safetensors")
     message = refused(folder)
     assert "model.norm.weight has shape (1536,), expected (32,)" in message
-    assert "model.norm.weight is in 4 bits, which only the weight of a linear layer can be" in message
+    assert "model.norm.weight is in 4 bits, but only the weight of a linear layer can be" in message
 
 
 @pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", ".."])

@@ -173,7 +173,7 @@ def test_a_run_with_other_settings_does_not_mix(tmp_path: Path) -> None:
     src, dst = source(tmp_path), tmp_path / "dst"
     partial = killed(src, dst)
     before = contents(partial).keys()
-    with pytest.raises(StorageError, match="holds an unfinished run of another source or other settings"):
+    with pytest.raises(StorageError, match="holds an unfinished run with another source or other settings"):
         quantize_checkpoint(src, dst, QuantConfig(block_size=32), shard_bytes=20_000)
     (src / "model.safetensors").touch()
     with pytest.raises(StorageError, match="another source"):

@@ -1,6 +1,6 @@
 """Foreign formats of quantized weights in checkpoint folders: one file each, and one line in `STORED_FORMATS`.
 
-`prequantized` reads folders through the table. What lorakit writes in 4 bits is in the format of `BITSANDBYTES`.
+`prequantized` reads folders through the table. lorakit writes its own 4-bit weights in the `BITSANDBYTES` format.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """4-bit weights of bitsandbytes, as transformers saves them. `quantization.bnb_format` describes the tensors.
 
-Each weight's own state counts, whatever config.json says of all: a folder may mix types and block sizes.
+Each weight is read by its own state, not by config.json: a folder may mix types and block sizes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ...quantization.scales import NESTED_BLOCK_SIZE
 from ..checkpoint import Checkpoint
 from .stored_format import StoredFormat, StoredWeight
 
-_LONGEST_OFFSET = -1.2345678901234567e-38  # no double is longer in JSON
+_LONGEST_OFFSET = -1.2345678901234567e-38  # no double takes more characters in JSON
 
 
 class BitsAndBytes(StoredFormat):
@@ -39,9 +39,9 @@ class BitsAndBytes(StoredFormat):
         return "8-bit weights of bitsandbytes cannot be loaded" if is_8bit else None
 
     def find(self, checkpoint: Checkpoint) -> dict[str, StoredWeight]:
-        found = {}
-        for name, others in bnb_format.group_parts(checkpoint.names).items():
-            suffixes = ("", *others) if name in checkpoint else tuple(others)
+        weights = {}
+        for name, state_suffixes in bnb_format.group_parts(checkpoint.names).items():
+            suffixes = ("", *state_suffixes) if name in checkpoint else tuple(state_suffixes)
             parts = {suffix: bnb_format.joined(name, suffix) for suffix in suffixes}
             try:
                 key = bnb_format.state_suffix(name, suffixes)
@@ -52,8 +52,8 @@ class BitsAndBytes(StoredFormat):
                 raise CheckpointError(f"{checkpoint.file(min(parts.values()))}: {error}") from None
             form = WeightFormat(state.quant_type, state.block_size, state.nested_block_size is not None)
             assemble = partial(_assemble, name, parts)
-            found[name] = StoredWeight(tuple(parts.values()), tuple(state.shape), form, assemble)
-        return found
+            weights[name] = StoredWeight(tuple(parts.values()), tuple(state.shape), form, assemble)
+        return weights
 
     def tensors(self, name: str, weight: QuantizedWeight, storage_dtype: torch.dtype) -> dict[str, Tensor]:
         parts = bnb_format.to_tensors(weight, storage_dtype)
@@ -78,12 +78,12 @@ class BitsAndBytes(StoredFormat):
         dense_layers: Sequence[str],
         values: Mapping[str, Any],
     ) -> dict[str, Any]:
-        some = next(form for form in formats.values() if form is not None)
+        first_format = next(form for form in formats.values() if form is not None)
         return {
             "quant_method": self.method,
             "load_in_4bit": True,
             "load_in_8bit": False,
-            "bnb_4bit_quant_type": config.quant_type or some.quant_type,
+            "bnb_4bit_quant_type": config.quant_type or first_format.quant_type,
             "bnb_4bit_use_double_quant": config.double_quant,
             "bnb_4bit_quant_storage": config.storage_dtype,
             "bnb_4bit_compute_dtype": values.get("torch_dtype") or values.get("dtype") or "bfloat16",

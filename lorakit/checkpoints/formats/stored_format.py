@@ -1,4 +1,4 @@
-"""`StoredFormat`: a way in which a checkpoint folder keeps weights that are quantized already."""
+"""`StoredFormat`: a way in which a checkpoint folder stores weights that are already quantized."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ..checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """A quantized weight of a checkpoint, whose tensors were checked against each other but not read.
+    """A quantized weight of a checkpoint. Its tensors were checked against each other but not read.
 
     Attributes:
-        parts: names of its tensors in the file; the first is that of the packed bytes.
-        shape: of the weight.
+        parts: names of its tensors in the file; the first holds the packed bytes.
+        shape: the weight's.
         format: how it is quantized.
-        assemble: puts the weight together from its tensors, name in the file -> tensor, all on one device. It raises
-            CheckpointError, naming the tensor, where one holds inf or nan or does not fit the others.
+        assemble: builds the weight from its tensors, name in the file -> tensor, all on one device. It raises
+            CheckpointError, naming the tensor, if one holds inf or nan or does not fit the others.
     """
 
     parts: tuple[str, ...]
@@ -35,12 +35,12 @@ class StoredWeight:
 
 
 class StoredFormat(ABC):
-    """A format: how it is recognized, checked and read, and how a quantized weight is written in it.
+    """A format: how a folder in it is recognized, checked and read, and how a quantized weight is written in it.
 
     Attributes:
         method: "quant_method" in config.json's quantization_config.
-        description: what can be read of it, for errors.
-        method_is_optional: whether a quantization_config without a method is of this format.
+        description: what lorakit can read of it, for error messages.
+        method_is_optional: whether a quantization_config without a method means this format.
     """
 
     method: ClassVar[str]
@@ -51,35 +51,35 @@ class StoredFormat(ABC):
 
     @abstractmethod
     def declares(self, section: Mapping[str, Any]) -> bool:
-        """Whether a quantization_config with this method promises quantized weights."""
+        """Return whether a quantization_config with this method promises quantized weights."""
 
     def refusal(self, section: Mapping[str, Any]) -> str | None:
-        """Say why a quantization_config with this method cannot be loaded, or None where it can."""
+        """Return why a quantization_config with this method cannot be loaded, or None if it can."""
         return None
 
     @abstractmethod
     def find(self, checkpoint: Checkpoint) -> dict[str, StoredWeight]:
-        """Find the weights in this format, name -> what is stored, by the names of their tensors.
+        """Return the weights in this format, name -> stored weight, found by the names of their tensors.
 
-        Only headers are read, and tensors that describe others.
+        Only headers and the tensors that describe others are read.
 
         Raises:
-            CheckpointError: naming file and tensor: one is missing, or of a wrong dtype or size.
+            CheckpointError: naming file and tensor: one is missing, or has a wrong dtype or size.
         """
 
     # ---- writing ----
 
     @abstractmethod
     def tensors(self, name: str, weight: QuantizedWeight, storage_dtype: torch.dtype) -> dict[str, Tensor]:
-        """Return what is written for a weight (out, in), name in the file -> tensor.
+        """Return the tensors to write for a weight (out, in): name in the file -> tensor.
 
         Args:
-            storage_dtype: what the packed bytes are called in the file.
+            storage_dtype: the dtype that the file gives for the packed bytes.
         """
 
     @abstractmethod
     def layouts(self, name: str, source: Layout, form: WeightFormat, storage_dtype: torch.dtype) -> dict[str, Layout]:
-        """Return name -> (dtype, shape) of what `tensors` gives, each at its longest.
+        """Return name -> (dtype, shape) of the tensors that `tensors` returns, each at its greatest length.
 
         Args:
             source: dtype and shape of the weight before it is quantized.
@@ -100,7 +100,7 @@ class StoredFormat(ABC):
 
         Args:
             config: what is quantized, and how.
-            formats: what comes of it for each tensor.
+            formats: each tensor's format, None where it is not quantized.
             dense_layers: paths of the linear layers that are not quantized.
             values: the rest of config.json.
         """

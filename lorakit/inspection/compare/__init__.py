@@ -1,4 +1,4 @@
-"""Updates compared: two adapters, what a sum of them would be like, and the ranks that one needs."""
+"""Comparing updates: two adapters with each other, the effect of adding them, and the ranks that one needs."""
 
 from .advice import RankAdvice, advise_ranks
 from .interference import Interference, interference

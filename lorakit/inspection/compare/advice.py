@@ -1,7 +1,7 @@
 """Advice on ranks: what a trained adapter says about the rank that each of its layers needs.
 
-The choice is that of resizing (`lorakit.adapters.combining.resize`). It makes no new adapter; it says which ranks the
-config of the next training run should have.
+The ranks are chosen as in resizing (`lorakit.adapters.combining.resize`). The advice makes no new adapter; it says
+which ranks the config of the next training run should have.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class RankAdvice:
     """A rank per layer.
 
     Attributes:
-        report: the ranks, and what the trained update would lose by them, layer by layer and altogether.
-        bound: share of the energy that no other ranks within the same budget of parameters could exceed; `kept` itself
-            where there was no budget.
+        report: the ranks, and how much of the trained update they would lose, layer by layer and in total.
+        bound: upper bound on the share of the energy that any ranks within the same parameter budget could keep;
+            `kept` itself if there was no budget.
     """
 
     report: UpdateReport
@@ -36,7 +36,7 @@ class RankAdvice:
 
     @property
     def rank_pattern(self) -> dict[str, int]:
-        """The layers whose rank is not `r`, as a LoraConfig takes them; layers of rank 0 are not in it."""
+        """The layers whose rank is not `r`, as a LoraConfig takes them, without layers of rank 0."""
         return rank_pattern(self.report.ranks)[1]
 
     @property
@@ -57,7 +57,11 @@ class RankAdvice:
 
     def __str__(self) -> str:
         pattern = "".join(f"\n  {key}: {rank}" for key, rank in self.rank_pattern.items())
-        short = f"\nno choice of ranks keeps more than {self.bound:.4%} within that" if self.bound > self.kept else ""
+        short = (
+            f"\nno choice of ranks keeps more than {self.bound:.4%} within that budget"
+            if self.bound > self.kept
+            else ""
+        )
         return (
             f"{self.report}\n{self.kept:.4%} of the energy is kept{short}\nr: {self.r}\nrank_pattern:{pattern or ' {}'}"
         )
@@ -73,12 +77,12 @@ def advise_ranks(
     """Return a rank for each layer of an adapter, given as module path -> update.
 
     Args:
-        rank: no layer gets more.
-        energy: share of a layer's squared norm that it keeps at least.
-        parameters: that all layers together may take; spent on the directions with most energy per parameter.
+        rank: the most that a layer gets.
+        energy: least share of its squared norm that a layer keeps.
+        parameters: budget of all layers together; spent on the directions with most energy per parameter.
 
     Raises:
-        ConfigError: not one of the three, or out of range.
+        ConfigError: not exactly one of the three is given, or it is out of range.
     """
     config = ResizeConfig(rank=rank, energy=energy, parameters=parameters)
     report = plan_ranks(updates, config)

@@ -1,7 +1,7 @@
-"""Two updates of one layer compared: between ranks, seeds, checkpoints or adapters, from their factors alone.
+"""Comparing two updates of one layer, of other ranks, seeds, checkpoints or adapters, from their factors alone.
 
-Angles, and what a sum of the two would be like, are those of `interference`; here is how far one has moved from the
-other, and the subspace similarity of the LoRA paper.
+`interference` gives the angles and the effect of adding the two. This module adds how far one has moved from the other,
+and the subspace similarity of the LoRA paper.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class LayerSimilarity:
 
     @property
     def relative_difference(self) -> float | None:
-        """‖Δa - Δb‖F / ‖Δb‖F; None where Δb alone is zero."""
+        """‖Δa - Δb‖F / ‖Δb‖F; None where only Δb is zero."""
         if not self.difference:
             return 0.0
         return self.difference / self.meeting.norms[1] if self.meeting.norms[1] else None
@@ -59,14 +59,14 @@ class LayerSimilarity:
     def similarity(self) -> float:
         """φ of the leading input directions, as in the paper (Hu et al. 2021, arXiv:2106.09685, section 7.2).
 
-        Leading are those that hold 90% of the energy of each; `chance` is what random ones of as many would have.
+        The leading directions of each hold 90% of its energy; `chance` is φ for as many random directions.
         """
         cosines = self.cosines_in
         return sum(cosine**2 for cosine in cosines) / len(cosines) if cosines else 0.0
 
     @property
     def chance(self) -> float:
-        """What `similarity` is for random subspaces, on average."""
+        """Mean `similarity` of random subspaces."""
         return self.meeting.chance[1]
 
     @property
@@ -88,8 +88,8 @@ class Comparison:
     Attributes:
         source: where the other adapter is from.
         layers: the layers that both adapt.
-        only_here, only_there: layers that one of them adapts.
-        interference: the layers that both adapt, as a whole; what a sum of the adapters would be like.
+        only_here, only_there: layers that only one of them adapts.
+        interference: the layers that both adapt as a whole, and the effect of adding the adapters.
     """
 
     source: str

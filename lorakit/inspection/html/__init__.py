@@ -1,4 +1,4 @@
-"""What was measured, as a page and as a picture."""
+"""Results of an inspection as an HTML page and as a picture."""
 
 from .page import write_page
 from .plot import plot

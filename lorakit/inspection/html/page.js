@@ -1,5 +1,5 @@
 "use strict";
-// Draws the page from the JSON beside it. No library, no request: a page is opened years later, offline.
+// Draws the page from the JSON beside it. No library, no request: the page must still open years later, offline.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const [first, second] = data.adapters;
@@ -28,7 +28,7 @@ function valueOf(adapter, name, measure) {
   return row === undefined || !column ? null : column[row];
 }
 
-// Lightness rises evenly from dark blue to light yellow: read the same by every kind of color vision, and in gray.
+// Lightness rises evenly from dark blue to light yellow: it reads the same to every kind of color vision, and in gray.
 function color(share) {
   const t = Math.min(1, Math.max(0, share));
   return `oklab(${0.27 + 0.66 * t} ${(-0.015 - 0.03 * t * (1 - t)).toFixed(4)} ${(-0.11 + 0.25 * t).toFixed(4)})`;
@@ -163,9 +163,9 @@ function choose(name) {
   const quantized = data.quantization[name];
   if (quantized) {
     const errors = [spectra[0], quantized.spectrum];
-    charts.push(chart("Singular values of the update and of the quantization error", errors, { names: ["update", "error of 4 bits"] }));
+    charts.push(chart("Singular values of the update and of the quantization error", errors, { names: ["update", "quantization error"] }));
     const codes = [quantized.shares, quantized.expected];
-    charts.push(chart("How often each 4-bit code is used", codes, { names: ["used", "by normal weights"], ticks: quantized.values.map(figure) }));
+    charts.push(chart("How often each 4-bit code is used", codes, { names: ["used", "expected of normal weights"], ticks: quantized.values.map(figure) }));
   }
   byId("charts").replaceChildren(...charts);
   drawFigures(name);
@@ -192,7 +192,7 @@ function drawFigures(name) {
   byId("figures").tBodies[0].replaceChildren(...rows);
 }
 
-// top: of the scale; line: drawn across; ticks: what stands below each place; names: of the two series.
+// top: of the scale; line: a value to draw across; ticks: labels below the values; names: of the two series.
 function chart(title, series, { top = null, line = null, ticks = null, names = null, dots = true } = {}) {
   const [width, height, left, bottom] = [360, 190, 44, 24];
   const drawn = series.filter((values) => values?.length);
@@ -239,7 +239,7 @@ function describe(series) {
   return series.map((values) => `${values.length} values from ${figure(values[0])} to ${figure(values.at(-1))}`).join("; ");
 }
 
-// ---- the whole -------------------------------------------------------------------------------------------------------
+// ---- the page --------------------------------------------------------------------------------------------------------
 
 function drawTable() {
   if (byId("table").tHead.rows.length) return;

@@ -1,7 +1,7 @@
-"""The page: one HTML file that needs nothing else, with an adapter's figures inside as JSON, which its script draws.
+"""The page: one self-contained HTML file. It holds an adapter's figures as JSON, and its script draws them.
 
-The figures are those of the API, cut to `DIGITS` significant digits; by columns, so that an adapter of hundreds of
-layers stays small.
+The figures are the API's, rounded to `DIGITS` significant digits. They are stored by column, so that the page of an
+adapter with hundreds of layers stays small.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from ..probes import ProbeLog
 from ..quantization.quantization_view import LayerQuantization, QuantizationView
 
 DIGITS = 7
-MOST_VALUES = 128  # singular values of a layer on the page; of higher ranks the smallest are left out
-_MEASURES = {  # column -> what the page calls it; only those with a number in some layer are offered
+MOST_VALUES = 128  # most singular values of a layer on the page; of higher ranks the smallest are left out
+_MEASURES = {  # column -> its name on the page, which offers the columns with a number in some layer
     "norm": "norm of the update",
     "share": "share of the whole update",
     "effective_rank": "effective rank",
@@ -56,11 +56,11 @@ _QUANTIZATION = {
     "quant_snr_db": "signal to noise of 4 bits, dB",
     "quant_repaired": "share of the quantization error repaired",
     "quant_alignment": "alignment with the best repair",
-    "quant_outliers": "outlying weights",
+    "quant_outliers": "outlier weights",
     "quant_code_entropy": "bits of information in a code",
 }
 _HISTORY = {"delta_norm": "Norm of the update", "effective_rank": "Effective rank", "drift": "Drift of the output"}
-_HISTORY_NUMBERS = 60_000  # figures of history on a page: of longer ones, every so many steps
+_HISTORY_NUMBERS = 60_000  # most figures of history on a page; a longer history is thinned out evenly
 
 
 def write_page(
@@ -72,8 +72,8 @@ def write_page(
     """Write the page, whole or not at all.
 
     Args:
-        history: what probes saw while the adapter was trained.
-        quantization: what 4 bits did to the base, beside the adapter.
+        history: the probes' log of the training run.
+        quantization: the base's quantization error, beside the adapter.
 
     Raises:
         StorageError: it cannot be written.
@@ -85,20 +85,20 @@ def page(info: AdapterInfo, history: ProbeLog | None = None, quantization: Quant
     """Return the page's HTML; arguments as in `write_page`."""
     folder = files("lorakit.inspection.html")
     data = json.dumps(page_data(info, history, quantization), allow_nan=False, separators=(",", ":"))
-    parts = {
+    fields = {
         "TITLE": str(escape(info.source)),
         "STYLE": (folder / "page.css").read_text(encoding="utf-8"),
         "SCRIPT": (folder / "page.js").read_text(encoding="utf-8"),
         "DATA": data.replace("<", "\\u003c"),  # so that no "</script>" in a name ends the script
     }
     html = (folder / "page.html").read_text(encoding="utf-8")
-    return re.sub("@@([A-Z]+)@@", lambda match: parts[match[1]], html)
+    return re.sub("@@([A-Z]+)@@", lambda match: fields[match[1]], html)
 
 
 def page_data(
     info: AdapterInfo, history: ProbeLog | None = None, quantization: QuantizationView | None = None
 ) -> dict[str, Any]:
-    """Return what the page shows, as JSON values: `adapters`, one or two, each with `columns` and `spectra`."""
+    """Return the page's contents as JSON values; `adapters`, one or two, have `columns` and `spectra` each."""
     adapters = [_adapter(info)] + ([_adapter(info.other)] if info.other else [])
     if quantization:
         adapters[0]["columns"] |= _quantization_columns(info, quantization)
@@ -152,17 +152,17 @@ def _quantized(layer: LayerQuantization) -> dict[str, Any]:
 
 
 def _history(log: ProbeLog) -> dict[str, Any]:
-    """Figures of the adapter's layers over time: title -> {steps, values by layer}; of each, the steps that have it."""
-    found = {}
+    """Return figures of layers over time: title -> {steps, values by layer}, for the steps that have the figure."""
+    charts = {}
     for figure, title in _HISTORY.items():
         rows = [row for row in log.rows if figure in row]
         every = -(-len(rows) * len(log.header.layers) * len(_HISTORY) // _HISTORY_NUMBERS) or 1
-        rows = [row for place, row in enumerate(rows) if place % every == 0 or place == len(rows) - 1]
+        rows = [row for number, row in enumerate(rows) if number % every == 0 or number == len(rows) - 1]
         if rows:
             values = zip(*(row[figure] for row in rows), strict=True)
             layers = dict(zip(log.header.layers, map(_rounded, map(list, values)), strict=True))
-            found[title] = {"steps": [row["step"] for row in rows], "layers": layers}
-    return found
+            charts[title] = {"steps": [row["step"] for row in rows], "layers": layers}
+    return charts
 
 
 def _rounded(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A picture for papers: the map of one measure over blocks and modules, and the updates' spectra, by matplotlib."""
+"""A picture for papers, drawn by matplotlib: one measure over blocks and modules, and the updates' spectra."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def plot(info: AdapterInfo, path: str | os.PathLike[str], measure: str = "norm")
         measure: a column of `info.table()`.
 
     Raises:
-        ConfigError: an unknown ending, or a measure that is no column of numbers.
+        ConfigError: the ending is unknown, or the measure is not a column of numbers.
         LorakitError: matplotlib is not installed.
         StorageError: it cannot be written.
     """
@@ -31,7 +31,7 @@ def plot(info: AdapterInfo, path: str | os.PathLike[str], measure: str = "norm")
         raise ConfigError(f"{target}: expected a name that ends in {', '.join(_KINDS)}")
     table = info.table()
     if not any(isinstance(row.get(measure), int | float) for row in table):
-        raise ConfigError(f"no figure is called '{measure}'{did_you_mean(measure, table[0])}")
+        raise ConfigError(f"there is no figure '{measure}'{did_you_mean(measure, table[0])}")
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
@@ -70,14 +70,14 @@ def _draw_spectra(axes: Any, info: AdapterInfo) -> None:
         if not spectra:
             continue
         columns = [sorted(values) for values in zip(*spectra, strict=False)]
-        places = range(1, len(columns) + 1)
-        look = {"color": _COLORS[number % len(_COLORS)], "linestyle": _LINES[number // len(_COLORS) % len(_LINES)]}
-        axes.plot(places, [values[len(values) // 2] for values in columns], linewidth=1.4, label=module, **look)
+        numbers = range(1, len(columns) + 1)
+        style = {"color": _COLORS[number % len(_COLORS)], "linestyle": _LINES[number // len(_COLORS) % len(_LINES)]}
+        axes.plot(numbers, [values[len(values) // 2] for values in columns], linewidth=1.4, label=module, **style)
         axes.fill_between(
-            places,
+            numbers,
             [values[0] for values in columns],
             [values[-1] for values in columns],
-            color=look["color"],
+            color=style["color"],
             alpha=0.08,
         )
     axes.set_xlabel("singular value: median and range over the layers of each kind")

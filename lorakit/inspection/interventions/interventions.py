@@ -1,7 +1,7 @@
-"""Parts of an adapter taken out, scaled, cut in rank or swapped, for as long as a context lasts.
+"""Contexts that ablate, scale, truncate or swap parts of an adapter for as long as they last.
 
-A context leaves the model as it was, to the bit, also when something raises in it: what it puts in a parameter's place
-is another object, and the old one comes back. `studies` applies them in turn and measures.
+A context leaves the model as it was, bit for bit, even when something raises in it: it puts another object in a
+parameter's place and brings the old object back. `studies` applies the contexts in turn and measures their effect.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ def ablated(model: nn.Module, layers: Iterable[str], adapter: str | None = None)
     Raises:
         AdapterError: there is no such adapter, or a layer does not carry it.
     """
-    name, found = active_layers(model, adapter, layers)
-    with _overriding(model, {layer: {name: None} for layer in found.values()}):
+    name, chosen = active_layers(model, adapter, layers)
+    with _overriding(model, {layer: {name: None} for layer in chosen.values()}):
         yield model
 
 
 @contextlib.contextmanager
 def swapped(model: nn.Module, layers: Iterable[str], first: str, second: str) -> Iterator[nn.Module]:
-    """Within the context, these layers have the update of adapter `second` in the place of that of `first`.
+    """Within the context, these layers have the update of adapter `second` instead of that of `first`.
 
-    A layer that does not carry `second` has none.
+    A layer that does not carry `second` has neither.
 
     Raises:
         AdapterError: there is no such adapter, or `first` is not active, or a layer does not carry it.
     """
     check_adapter(model, second)
     if second in state_of(model).on_host:
-        raise AdapterError(f"adapter '{second}' is kept in host memory; make it active once, to have it here")
-    _, found = active_layers(model, first, layers)
-    with _overriding(model, {layer: {first: second} for layer in found.values()}):
+        raise AdapterError(f"adapter '{second}' is kept in host memory; make it active once to bring it to the device")
+    _, chosen = active_layers(model, first, layers)
+    with _overriding(model, {layer: {first: second} for layer in chosen.values()}):
         yield model
 
 
@@ -52,13 +52,13 @@ def swapped(model: nn.Module, layers: Iterable[str], first: str, second: str) ->
 def scaled(
     model: nn.Module, factor: float, layers: Iterable[str] | None = None, adapter: str | None = None
 ) -> Iterator[nn.Module]:
-    """Within the context, lora_alpha is `factor` times what it is, on these layers or on all.
+    """Within the context, lora_alpha is multiplied by `factor`, on these layers or on all.
 
     Raises:
         AdapterError: as `ablated`.
     """
-    name, found = active_layers(model, adapter, layers)
-    before = {layer: layer.scaling[name] for layer in found.values()}
+    name, chosen = active_layers(model, adapter, layers)
+    before = {layer: layer.scaling[name] for layer in chosen.values()}
     try:
         for layer, scaling in before.items():
             layer.scaling[name] = factor * scaling
@@ -72,16 +72,16 @@ def scaled(
 def truncated(
     model: nn.Module, rank: int, layers: Iterable[str] | None = None, adapter: str | None = None
 ) -> Iterator[nn.Module]:
-    """Within the context, B A is its nearest matrix of at most this rank, on these layers or on all.
+    """Within the context, the nearest matrix of at most this rank replaces B A, on these layers or on all.
 
     Raises:
         AdapterError: as `ablated`, or the rank is negative.
     """
     if rank < 0:
-        raise AdapterError(f"a rank is 0 or more, got {rank}")
-    name, found = active_layers(model, adapter, layers)
-    cut = [layer for layer in found.values() if rank < len(layer.lora_A[name])]
-    with _factors(name, {layer: _product(layer, name).truncated(rank) for layer in cut}):
+        raise AdapterError(f"expected a rank of 0 or more, got {rank}")
+    name, chosen = active_layers(model, adapter, layers)
+    to_cut = [layer for layer in chosen.values() if rank < len(layer.lora_A[name])]
+    with _replacing(name, {layer: _product(layer, name).truncated(rank) for layer in to_cut}):
         yield model
 
 
@@ -89,23 +89,23 @@ def truncated(
 def without_directions(
     model: nn.Module, layer: str, directions: Iterable[int], adapter: str | None = None
 ) -> Iterator[nn.Module]:
-    """Within the context, these singular directions of a layer's B A are gone; 0 is that of the largest value.
+    """Within the context, these singular directions of a layer's B A are removed; 0 is that of the largest value.
 
     Raises:
         AdapterError: as `ablated`, or there is no such direction.
     """
-    name, found = active_layers(model, adapter, [layer])
-    u, s, vh = _product(found[layer], name).svd
+    name, chosen = active_layers(model, adapter, [layer])
+    u, s, vh = _product(chosen[layer], name).svd
     removed = sorted(set(directions))
     if removed and not 0 <= removed[0] <= removed[-1] < len(s):
-        raise AdapterError(f"{layer} has the directions 0 to {len(s) - 1}, got {removed}")
+        raise AdapterError(f"{layer} has directions 0 to {len(s) - 1}, got {removed}")
     kept = s.clone()
     kept[removed] = 0.0
-    with _factors(name, {found[layer]: LowRank(u * kept, vh)}):
+    with _replacing(name, {chosen[layer]: LowRank(u * kept, vh)}):
         yield model
 
 
-# ---- what they are made of -------------------------------------------------------------------------------------------
+# ---- the parts that they share ---------------------------------------------------------------------------------------
 
 
 def active_layers(
@@ -120,25 +120,25 @@ def active_layers(
     if adapter is None:
         if len(active) != 1:
             names = ", ".join(active) or "none"
-            raise AdapterError(f"which adapter? {len(active)} are active: {names}; name one, or make one active")
+            raise AdapterError(f"{len(active)} adapters are active ({names}); name one, or make exactly one active")
         adapter = active[0]
     check_adapter(model, adapter)
     if adapter not in active:
         raise AdapterError(
-            f"adapter '{adapter}' is not active, so that changing it would show nothing; set_adapter first"
+            f"adapter '{adapter}' is not active, so that changing it would have no effect; call set_adapter first"
         )
-    found = lora_layers(model, adapter)
+    layers = lora_layers(model, adapter)
     if paths is None:
-        return adapter, found
+        return adapter, layers
     wanted = set(paths)
-    for path in wanted - found.keys():
-        raise AdapterError(f"no layer '{path}' carries adapter '{adapter}'{did_you_mean(path, found)}")
-    return adapter, {path: layer for path, layer in found.items() if path in wanted}
+    for path in wanted - layers.keys():
+        raise AdapterError(f"no layer '{path}' carries adapter '{adapter}'{did_you_mean(path, layers)}")
+    return adapter, {path: layer for path, layer in layers.items() if path in wanted}
 
 
 @contextlib.contextmanager
 def _overriding(model: nn.Module, change: Mapping[AdapterModule, Mapping[str, str | None]]) -> Iterator[None]:
-    """Within the context, layers have other adapters in the place of active ones, whatever is switched meanwhile."""
+    """Within the context, layers use other adapters instead of active ones, whatever is switched meanwhile."""
     open_changes = state_of(model).overrides
     open_changes.append(change)
     apply_state(model)
@@ -150,11 +150,11 @@ def _overriding(model: nn.Module, change: Mapping[AdapterModule, Mapping[str, st
 
 
 @contextlib.contextmanager
-def _factors(name: str, changed: Mapping[AdaptedLayer, LowRank]) -> Iterator[None]:
-    """Within the context, other parameters stand in the place of A and B; after it, the very same objects."""
-    before = {layer: (layer.lora_A[name], layer.lora_B[name]) for layer in changed}
+def _replacing(name: str, products: Mapping[AdaptedLayer, LowRank]) -> Iterator[None]:
+    """Within the context, other parameters replace A and B; after it, the very same objects are back."""
+    before = {layer: (layer.lora_A[name], layer.lora_B[name]) for layer in products}
     try:
-        for layer, product in changed.items():
+        for layer, product in products.items():
             layer.lora_A[name], layer.lora_B[name] = _as_parameters(layer, name, product)
         yield
     finally:
@@ -169,7 +169,9 @@ def _product(layer: AdaptedLayer, name: str) -> LowRank:
         AdapterError: the layer has one for each expert.
     """
     if layer.factors(name)[0].ndim != 2:
-        raise AdapterError(f"the updates of experts are not cut in rank: {type(layer).__name__}({layer.extra_repr()})")
+        raise AdapterError(
+            f"the updates of experts cannot be cut in rank: {type(layer).__name__}({layer.extra_repr()})"
+        )
     lora_a, lora_b = layer.lora_A[name].detach(), layer.lora_B[name].detach()
     return LowRank(lora_b.flatten(1).double(), lora_a.flatten(1).double())
 
@@ -179,7 +181,7 @@ def _as_parameters(layer: AdaptedLayer, name: str, product: LowRank) -> tuple[nn
     lora_a, lora_b = layer.lora_A[name], layer.lora_B[name]
     up, down = product.up, product.down
     if product.rank == 0:
-        up, down = up.new_zeros(len(up), 1), down.new_zeros(1, down.shape[1])  # kernels need one column
+        up, down = up.new_zeros(len(up), 1), down.new_zeros(1, down.shape[1])  # kernels need at least one column
 
     def parameter(matrix: Tensor, like: Tensor, shape: tuple[int, ...]) -> nn.Parameter:
         dtype = torch.promote_types(like.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""Which parts of an adapter matter: interventions, one after another, and a metric measured at each.
+"""Finding the parts of an adapter that matter: apply interventions one after another and measure a metric at each.
 
     metric = held_out_loss(tok, records)
     causal_map(model, metric, by="kind").table()       # the loss without q_proj's updates, without k_proj's, ...
@@ -31,7 +31,7 @@ By = Literal["module", "kind", "block"]
 def held_out_loss(
     tok: Tokenizer, records: Sequence[Record], max_length: int = 1024, micro_batch_tokens: int = 2048
 ) -> Metric:
-    """Return the metric "nats per trained token of these conversations".
+    """Return a metric: nats per trained token of these conversations.
 
     Raises:
         DataError: a record cannot be encoded, or there is none.
@@ -42,15 +42,15 @@ def held_out_loss(
 
 @dataclass(frozen=True)
 class Effect:
-    """What one intervention did.
+    """The effect of one intervention.
 
     Attributes:
         what: the layer, kind, block or direction.
         layers: the paths that were changed.
         value: the metric's.
         change: value - the metric of the whole adapter.
-        share: change / (metric without the adapter, or with the other one - metric of the whole adapter), so that 1 is
-            all that the adapter does; None where that is nothing.
+        share: change / (metric without the adapter, or with the other one - metric of the whole adapter): 1 is all that
+            the adapter does; None where the adapter does nothing.
     """
 
     what: str
@@ -66,7 +66,7 @@ class CausalMap(Tidy):
 
     Attributes:
         whole: the metric with the adapter as it is.
-        other: without the adapter; of a swap, with the other adapter.
+        other: the metric without the adapter; for a swap, with the other adapter.
         effects: in model order.
     """
 
@@ -75,11 +75,11 @@ class CausalMap(Tidy):
     effects: tuple[Effect, ...]
 
     def ranked(self) -> list[Effect]:
-        """Return the effects, the greatest change first."""
+        """Return the effects, with the greatest change first."""
         return sorted(self.effects, key=lambda effect: -abs(effect.change))
 
     def table(self) -> list[dict[str, Any]]:
-        """Return one row an effect."""
+        """Return one row per effect."""
         return [asdict(effect) | {"layers": len(effect.layers)} for effect in self.effects]
 
 
@@ -96,31 +96,30 @@ class Curve(Tidy):
     points: tuple[tuple[float, float], ...]
 
     def table(self) -> list[dict[str, Any]]:
-        """Return one row a point."""
+        """Return one row per point."""
         return [{self.setting: x, "value": value} for x, value in self.points]
 
 
 def causal_map(
     model: nn.Module, metric: Metric, by: By = "module", adapter: str | None = None, keep: bool = False
 ) -> CausalMap:
-    """Ablate every part in turn: which does the metric need?
+    """Ablate every part in turn, to see which ones the metric needs.
 
     Args:
         by: a part is a module ("module"), all modules of a kind such as q_proj ("kind"), or a block ("block").
-        keep: ablate everything but the part instead: which does the metric suffice with?
+        keep: ablate everything but the part instead, to see which parts are enough.
 
     Raises:
         AdapterError: there is no such adapter, or several are active and none is named.
     """
-    name, found = active_layers(model, adapter)
-    parts = {what: (paths, [path for path in found if path not in paths] if keep else paths)
-             for what, paths in _parts(found, by).items()}  # fmt: skip
+    name, layers = active_layers(model, adapter)
+    groups = _grouped(layers, by)
     whole = _measured(model, metric)
     with disable_adapters(model):
         other = _measured(model, metric)
     effects = []
-    for what, (paths, removed) in parts.items():
-        with ablated(model, removed, name):
+    for what, paths in groups.items():
+        with ablated(model, [path for path in layers if path not in paths] if keep else paths, name):
             effects.append(_effect(what, paths, _measured(model, metric), whole, other))
     return CausalMap(whole, other, tuple(effects))
 
@@ -128,20 +127,20 @@ def causal_map(
 def direction_map(
     model: nn.Module, metric: Metric, layers: Iterable[str], adapter: str | None = None, top: int = 4
 ) -> CausalMap:
-    """Take the leading singular directions of these layers' updates out, one at a time.
+    """Remove the leading singular directions of these layers' updates, one at a time.
 
     Args:
-        top: directions a layer.
+        top: directions per layer.
 
     Raises:
         AdapterError: as `ablated`.
     """
-    name, found = active_layers(model, adapter, layers)
+    name, chosen = active_layers(model, adapter, layers)
     whole = _measured(model, metric)
     with disable_adapters(model):
         other = _measured(model, metric)
     effects = []
-    for path, layer in found.items():
+    for path, layer in chosen.items():
         for direction in range(min(top, len(layer.lora_A[name]))):
             with without_directions(model, path, [direction], name):
                 effects.append(_effect(f"{path}[{direction}]", (path,), _measured(model, metric), whole, other))
@@ -149,17 +148,17 @@ def direction_map(
 
 
 def swap_map(model: nn.Module, metric: Metric, first: str, second: str, by: By = "module") -> CausalMap:
-    """Give every part of adapter `first`, which is active, the update that adapter `second` has there, in turn.
+    """Replace each part of the active adapter `first` by the update of adapter `second` there, one part at a time.
 
     Raises:
         AdapterError: there is no such adapter, or `first` is not active.
     """
-    _, found = active_layers(model, first)
+    _, layers = active_layers(model, first)
     whole = _measured(model, metric)
-    with swapped(model, found, first, second):
+    with swapped(model, layers, first, second):
         other = _measured(model, metric)
     effects = []
-    for what, paths in _parts(found, by).items():
+    for what, paths in _grouped(layers, by).items():
         with swapped(model, paths, first, second):
             effects.append(_effect(what, paths, _measured(model, metric), whole, other))
     return CausalMap(whole, other, tuple(effects))
@@ -169,7 +168,7 @@ def scale_sweep(
     model: nn.Module, metric: Metric, factors: Sequence[float] = (0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2),
     layers: Iterable[str] | None = None, adapter: str | None = None,
 ) -> Curve:  # fmt: skip
-    """Measure with lora_alpha at several multiples of what it is.
+    """Measure with lora_alpha multiplied by several factors.
 
     Raises:
         AdapterError: as `ablated`.
@@ -190,9 +189,9 @@ def rank_curve(
     Raises:
         AdapterError: as `truncated`.
     """
-    name, found = active_layers(model, adapter)
+    name, layers = active_layers(model, adapter)
     if ranks is None:
-        largest = max(len(layer.lora_A[name]) for layer in found.values())
+        largest = max(len(layer.lora_A[name]) for layer in layers.values())
         ranks = [0, *(2**power for power in range(largest.bit_length()) if 2**power < largest), largest]
     points = []
     for rank in ranks:
@@ -201,17 +200,17 @@ def rank_curve(
     return Curve("rank", tuple(points))
 
 
-def _parts(layers: Iterable[str], by: By) -> dict[str, tuple[str, ...]]:
-    """Group paths: each by itself, by the kind of module, or by block."""
+def _grouped(layers: Iterable[str], by: By) -> dict[str, tuple[str, ...]]:
+    """Group paths: each on its own, by the kind of module, or by block."""
     if by not in ("module", "kind", "block"):
         raise AdapterError(
-            f"parts are by module, kind or block, got '{by}'{did_you_mean(by, ('module', 'kind', 'block'))}"
+            f"expected parts by module, kind or block, got '{by}'{did_you_mean(by, ('module', 'kind', 'block'))}"
         )
-    found: dict[str, list[str]] = {}
-    for path, parts in module_paths(layers).items():
-        block = path if parts.index is None else f"{parts.stack}.{parts.index}"
-        found.setdefault({"module": path, "kind": parts.module, "block": block}[by], []).append(path)
-    return {what: tuple(paths) for what, paths in found.items()}
+    groups: dict[str, list[str]] = {}
+    for path, place in module_paths(layers).items():
+        block = path if place.index is None else f"{place.stack}.{place.index}"
+        groups.setdefault({"module": path, "kind": place.module, "block": block}[by], []).append(path)
+    return {what: tuple(paths) for what, paths in groups.items()}
 
 
 def _effect(what: str, paths: Sequence[str], value: float, whole: float, other: float) -> Effect:

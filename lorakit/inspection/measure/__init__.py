@@ -1,4 +1,4 @@
-"""One adapter measured: its updates alone and against the base weights."""
+"""Measuring one adapter: its updates alone, and against the base weights."""
 
 from .against_base import AgainstBase, compare_with_base
 from .info import AdapterInfo

@@ -1,6 +1,6 @@
-"""An update against the weight that it changes: how large, whether along what the weight does already, and what is new.
+"""An update against the weight that it changes: how large it is, how far it follows the weight, and what is new.
 
-The base weight is passed through once, in pieces of rows in float64; beyond that only its singular vectors are needed.
+The base weight is read once, in pieces of rows in float64; everything else needs only its singular vectors.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ class AgainstBase:
 
     Attributes:
         base_norm, base_spectral_norm: ‖W‖F and ‖W‖₂.
-        relative_norm, relative_spectral_norm: ‖tuned - W‖F / ‖W‖F (of plain LoRA ‖Δ‖F / ‖W‖F), and ‖Δ‖₂ / ‖W‖₂.
-        amplification: ‖Δ‖F / ‖Uᵀ W V‖F with U, V the singular vectors of Δ: by how much it strengthens what W does in
-            its directions (Hu et al. 2021, arXiv:2106.09685, section 7.3); None for a zero update.
+        relative_norm, relative_spectral_norm: ‖tuned - W‖F / ‖W‖F (for plain LoRA ‖Δ‖F / ‖W‖F), and ‖Δ‖₂ / ‖W‖₂.
+        amplification: ‖Δ‖F / ‖Uᵀ W V‖F with U, V the singular vectors of Δ: how much it amplifies W in its own
+            directions (Hu et al. 2021, arXiv:2106.09685, section 7.3); None for a zero update.
         alignment_out, alignment_in: share of ‖Δ‖F² within the span of W's leading left, right singular vectors, as many
-            as Δ's rank, at most 64; chance_out, chance_in: of a random update.
+            as Δ's rank, at most 64; chance_out, chance_in: those of a random update.
         tuned_values, tuned_cosines: of the ten leading left singular vectors of the tuned weight, the singular
             value and the largest |cosine| to one of W's (Shuttleworth et al. 2024, arXiv:2410.21228, algorithm 1).
-        magnitude_change: mean over rows of |‖tuned row‖ - ‖W row‖| / ‖W row‖, and
-        direction_change: mean of 1 - cos(tuned row, W row) (Liu et al. 2024, arXiv:2402.09353, equations 3 and 4; there
-            the magnitude's change is not relative).
-        svd_error: bound on the singular values of W that were used, as a share of the largest.
-        svd_complete: whether all singular vectors of W were compared, or the leading ones.
+        magnitude_change: mean over rows of |‖tuned row‖ - ‖W row‖| / ‖W row‖.
+        direction_change: mean over rows of 1 - cos(tuned row, W row) (Liu et al. 2024, arXiv:2402.09353, equations 3
+            and 4; there the magnitude's change is not relative).
+        svd_error: bound on the error of W's singular values used here, as a share of the largest.
+        svd_complete: whether all singular vectors of W were compared, not only the leading ones.
         has_magnitude: whether the adapter is DoRA.
     """
 
@@ -57,7 +57,7 @@ class AgainstBase:
 
     @property
     def intruders(self) -> tuple[int, ...]:
-        """Intruder dimensions: positions, from 0, among the tuned weight's leading singular vectors that W has not."""
+        """Intruder dimensions: positions, from 0, of the tuned weight's leading singular vectors that W lacks."""
         return tuple(number for number, cosine in enumerate(self.tuned_cosines) if cosine < COSINE)
 
     def row(self) -> dict[str, Any]:
@@ -70,13 +70,13 @@ class AgainstBase:
 
 
 class RowChanges:
-    """What becomes of each row of W, from its products with the same row of Δ.
+    """The change of each row of W, computed from its products with the same row of Δ.
 
     Args:
         base: ‖W row‖², (out,).
-        inner: <W row, Δ row>.
-        update: ‖Δ row‖².
-        magnitude: DoRA's, or None.
+        inner: <W row, Δ row>, (out,).
+        update: ‖Δ row‖², (out,).
+        magnitude: DoRA's, (out,), or None.
     """
 
     def __init__(self, base: Tensor, inner: Tensor, update: Tensor, magnitude: Tensor | None) -> None:
@@ -84,11 +84,11 @@ class RowChanges:
         self._before, self._after = base.sqrt(), (base + 2 * inner + update).clamp(min=0).sqrt()
         self._is_plain = magnitude is None
         self._target = self._after if magnitude is None else magnitude.double().flatten()
-        self._real = (self._before > 0) & (self._after > 0)
+        self._nonzero = (self._before > 0) & (self._after > 0)
 
     @property
     def scale(self) -> Tensor:
-        """m / ‖W + Δ‖, 1 without a magnitude."""
+        """m / ‖W + Δ‖, (out,); 1 without a magnitude."""
         return torch.where(self._after > 0, self._target / self._after, 1.0)
 
     @property
@@ -102,12 +102,12 @@ class RowChanges:
     @property
     def magnitude_change(self) -> float:
         """Mean of |‖tuned row‖ - ‖W row‖| / ‖W row‖."""
-        return _mean(((self._target - self._before).abs() / self._before)[self._real])
+        return _mean(((self._target - self._before).abs() / self._before)[self._nonzero])
 
     @property
     def direction_change(self) -> float:
         """Mean of 1 - cos(tuned row, W row)."""
-        return _mean((1 - (self._base + self._inner) / (self._before * self._after))[self._real])
+        return _mean((1 - (self._base + self._inner) / (self._before * self._after))[self._nonzero])
 
 
 def compare_with_base(

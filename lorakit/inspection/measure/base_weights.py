@@ -1,4 +1,4 @@
-"""Where base weights come from: a checkpoint folder, 16-bit or 4-bit, or a model in memory. One weight at a time."""
+"""Reading base weights, one at a time, from a checkpoint folder, 16-bit or 4-bit, or from a model in memory."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class BaseWeights:
     """The weights under an adapter, by module path, as float32 matrices (out, in) in the update's orientation.
 
     Args:
-        source: a checkpoint folder (4-bit ones too), a known model's name, or a model.
+        source: a checkpoint folder, 16-bit or 4-bit, a known model's name, or a model.
 
     Raises:
-        CheckpointError: the folder is no checkpoint, or is broken.
+        CheckpointError: the folder is not a checkpoint, or it is broken.
     """
 
     def __init__(self, source: str | os.PathLike[str] | nn.Module) -> None:
@@ -39,13 +39,13 @@ class BaseWeights:
         self.name = type(source).__name__ if isinstance(source, nn.Module) else str(source)
 
     def weight(self, update: LayerUpdate, transposed: bool = False) -> Tensor | None:
-        """Return the weight under an update, or None where it has no matrix of its own (experts, grouped convolutions).
+        """Return the weight under an update, or None if it has no matrix of its own (experts, grouped convolutions).
 
         Args:
             transposed: whether square weights are stored as (in, out): PEFT's fan_in_fan_out.
 
         Raises:
-            CheckpointError: there is no such weight, or it is of another shape; names the nearest.
+            CheckpointError: there is no such weight (the message names the nearest), or it has another shape.
         """
         if update.kind == "experts":
             return None
@@ -53,8 +53,9 @@ class BaseWeights:
         weight = self._adapted(update.path)
         if weight is None:
             weight = self.read(update.path).flatten(1)
-            may_turn = update.kind == "embedding" or (update.kind == "linear" and (transposed or shape[0] != shape[1]))
-            weight = weight.T if may_turn and weight.shape == shape[::-1] else weight
+            is_linear = update.kind == "linear"
+            may_transpose = update.kind == "embedding" or (is_linear and (transposed or shape[0] != shape[1]))
+            weight = weight.T if may_transpose and weight.shape == shape[::-1] else weight
         if update.kind == "conv" and weight.shape[0] == shape[0] and weight.shape[1] < shape[1]:
             return None
         if weight.shape != shape:
@@ -65,12 +66,12 @@ class BaseWeights:
         return weight
 
     def _adapted(self, path: str) -> Tensor | None:
-        """Return the matrix (out, in) under a layer that the model in memory has adapted already."""
+        """Return the matrix (out, in) under a layer that is already adapted in the model in memory, else None."""
         layer = None if self._model is None else dict(self._model.named_modules()).get(path)
         return layer.as_matrix(layer.base_weight(torch.float32)).cpu() if isinstance(layer, AdaptedLayer) else None
 
     def read(self, path: str) -> Tensor:
-        """Return the weight of a module as it is stored, fp32 on the CPU."""
+        """Return the weight of a module in the shape in which it is stored, fp32 on the CPU."""
         if self._checkpoint is None:
             assert self._model is not None
             return _module_weight(self._model, path)
@@ -87,16 +88,16 @@ class BaseWeights:
 
 
 def _nearest_name(name: str, names: Iterable[str]) -> str | None:
-    """Find a tensor by its module's path; checkpoints and models may differ in what stands before the first block."""
+    """Find a tensor by its module's path; checkpoints and models may differ in the names before the first block."""
     known = set(names)
-    shorter = name
-    while shorter.count("."):
-        if shorter in known:
-            return shorter
-        ends = [one for one in known if one.endswith(f".{shorter}")]
-        if len(ends) == 1:
-            return ends[0]
-        shorter = shorter.partition(".")[2]
+    suffix = name
+    while suffix.count("."):
+        if suffix in known:
+            return suffix
+        matches = [candidate for candidate in known if candidate.endswith(f".{suffix}")]
+        if len(matches) == 1:
+            return matches[0]
+        suffix = suffix.partition(".")[2]
     return None
 
 

@@ -1,6 +1,6 @@
-"""What stands out in an inspected adapter, said in sentences with their numbers, the most important first.
+"""What stands out in an inspected adapter, in sentences with numbers, the most important first.
 
-A finding states what was measured, not what it means for a task: only an evaluation of the task tells that.
+A finding states a measurement, not its meaning for a task: only an evaluation of the task shows that.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from . import intruders
 from .info import AdapterInfo
 from .layer_info import LayerInfo
 
-KEPT = 0.99  # of the update: the rank that is recommended keeps at least this share
-_CONCENTRATED = 2.0  # a place is named when its share of the update is this many times its share of the parameters
+KEPT = 0.99  # least share of the update that the recommended rank keeps
+_CONCENTRATED = 2.0  # layers are named when their share of the update is this many times that of the parameters
 _WEAK = 0.01  # of the median norm of a layer's own kind of module: below it a layer is as good as dead
 
 
 def findings(info: AdapterInfo) -> Iterator[str]:
-    """Yield what stands out."""
+    """Yield the findings, the most important first."""
     if info.changed_base:
-        yield f"the start '{info.changed_base}' moved a part of the base into the adapter: B A is not the whole change"
+        yield f"the start '{info.changed_base}' moved part of the base into the adapter: B A is not the whole change"
     yield from _dead_layers(info)
     if info.norm == 0:
         return
     yield from _ranks(info)
     yield from _concentration(info)
     yield from _noise(info)
-    yield from _dead_parts(info)
-    yield from _on_base(info)
+    yield from _dead_units(info)
+    yield from _against_base(info)
     yield from _compared(info)
     if info.extras:
         yield f"{len(info.extras)} tensors beside the low-rank updates are not measured: {_listed(info.extras)}"
@@ -41,14 +41,14 @@ def _dead_layers(info: AdapterInfo) -> Iterator[str]:
         yield f"every update is exactly zero: the adapter of {len(dead)} layers changes nothing"
         return
     if dead:
-        yield f"{len(dead)} of {len(info.layers)} layers are dead, their update exactly zero: {_listed(dead)}"
+        yield f"{len(dead)} of {len(info.layers)} layers are dead (their update is exactly zero): {_listed(dead)}"
     weak = []
     for group in _by_module(info).values():
         typical = median(layer.norm for layer in group)
         weak += [layer for layer in group if not layer.dead and layer.norm < _WEAK * typical]
     if weak:
         words = _listed([f"{layer.name} ({layer.norm:.2g})" for layer in weak])
-        yield f"{len(weak)} layers changed by less than {_WEAK:.0%} of what is usual for their kind: {words}"
+        yield f"{len(weak)} layers changed by less than {_WEAK:.0%} of the median for their kind: {words}"
 
 
 def _ranks(info: AdapterInfo) -> Iterator[str]:
@@ -71,19 +71,22 @@ def _ranks(info: AdapterInfo) -> Iterator[str]:
 
 
 def _concentration(info: AdapterInfo) -> Iterator[str]:
-    """Name the kind of module, the stretch of layers, or both together, that hold far more than their share."""
-    found = [
+    """Name the kind of module, the stretch of layers, or both together, that holds far more than its share."""
+    concentrated = [
         (share - part, f"{words} hold {share:.0%} of the update with {part:.0%} of its parameters")
         for words, share, part in _stretches(info)
         if share >= 0.25 and share >= _CONCENTRATED * part
     ]
-    if found:
-        yield max(found)[1]  # its lift being equal, a larger place says more
+    if concentrated:
+        yield max(concentrated)[1]  # by difference: of equal ratios, the larger place says more
 
 
 def _stretches(info: AdapterInfo) -> Iterator[tuple[str, float, float]]:
-    """Yield shares of the update and of the parameters: of every kind of module, and of every run of at most a third of
-    the blocks, over all modules and of each kind."""
+    """Yield names with their shares of the update and of the parameters.
+
+    There is one for every kind of module, and for every run of at most a third of the blocks, over all modules and over
+    each kind.
+    """
     total = sum(layer.parameters for layer in info.layers)
     kinds = _by_module(info)
     for module, group in kinds.items() if len(kinds) > 1 else ():
@@ -112,11 +115,11 @@ def _noise(info: AdapterInfo) -> Iterator[str]:
     noise = [layer for layer in alive if layer.noise_rank == 0]
     if alive:
         middle = median(layer.noise_rank for layer in alive)
-        more = f"; in {len(noise)} layers none does" if noise else ""
-        yield f"{middle:g} singular values a layer (median) stand out of what noise would give{more}"
+        more = f"; in {len(noise)} layers none do" if noise else ""
+        yield f"{middle:g} singular values per layer (median) stand out from noise{more}"
 
 
-def _dead_parts(info: AdapterInfo) -> Iterator[str]:
+def _dead_units(info: AdapterInfo) -> Iterator[str]:
     parts = (
         ("dead_directions", "of the r directions carry nothing"),
         ("dead_outputs", "output units are left exactly as they were"),
@@ -130,7 +133,7 @@ def _dead_parts(info: AdapterInfo) -> Iterator[str]:
             yield f"{count} {what}, in {len(touched)} layers: {words}"
 
 
-def _on_base(info: AdapterInfo) -> Iterator[str]:
+def _against_base(info: AdapterInfo) -> Iterator[str]:
     measured = [(layer, layer.base) for layer in info.layers if layer.base and not layer.dead]
     if not measured:
         return
@@ -142,10 +145,10 @@ def _on_base(info: AdapterInfo) -> Iterator[str]:
     )
     factors = [base.amplification for _, base in measured if base.amplification is not None]
     if factors:
-        yield f"in its own directions the update is {median(factors):.3g} times what the base does there (median)"
+        yield f"in its own directions the update is {median(factors):.3g} times as strong as the base (median)"
     aligned = median(base.alignment_in / base.chance_in for _, base in measured if base.chance_in)
     share = _percent(median(base.alignment_in for _, base in measured))
-    yield f"{share} of it reads the base's leading input directions, {aligned:.2g} times what chance gives (medians)"
+    yield f"{share} of it reads the base's leading input directions, {aligned:.2g} times as much as chance (medians)"
     yield from _intruders(info)
     magnitudes = [base for layer, base in measured if base.has_magnitude]
     if magnitudes:
@@ -157,17 +160,19 @@ def _on_base(info: AdapterInfo) -> Iterator[str]:
 
 def _intruders(info: AdapterInfo) -> Iterator[str]:
     measured = [layer for layer in info.layers if layer.base]
-    found = [layer for layer in measured if layer.base and layer.base.intruders]
+    intruded = [layer for layer in measured if layer.base and layer.base.intruders]
     partial = [layer for layer in measured if layer.base and not layer.base.svd_complete]
-    against = "the base's leading ones, which were all that was computed," if partial else "all of the base's"
-    limit = f"with cosine below {intruders.COSINE:g} to {against}"
-    what = f"singular vectors, of the top {intruders.TOP} of a tuned weight, {limit}"
-    if not found:
-        yield f"no intruder dimension: there are no {what}"
+    against = "the base's leading ones, the only ones computed" if partial else "all of the base's"
+    limit = f"below {intruders.COSINE:g} to {against}"
+    if not intruded:
+        yield f"no intruder dimension: of a tuned weight's top {intruders.TOP} singular vectors none has cosine {limit}"
         return
-    count = sum(len(layer.base.intruders) for layer in found if layer.base)
-    words = _listed([f"{layer.name} ({len(layer.base.intruders)})" for layer in found if layer.base])
-    yield f"{count} intruder dimensions ({what}) in {len(found)} of {len(measured)} layers: {words}"
+    count = sum(len(layer.base.intruders) for layer in intruded if layer.base)
+    words = _listed([f"{layer.name} ({len(layer.base.intruders)})" for layer in intruded if layer.base])
+    yield (
+        f"{count} intruder dimensions (of a tuned weight's top {intruders.TOP} singular vectors, those with cosine "
+        f"{limit}) in {len(intruded)} of {len(measured)} layers: {words}"
+    )
 
 
 def _compared(info: AdapterInfo) -> Iterator[str]:
@@ -176,14 +181,14 @@ def _compared(info: AdapterInfo) -> Iterator[str]:
     layers, whole = info.comparison.layers, info.comparison.interference
     difference = sum(layer.difference**2 for layer in layers) ** 0.5
     if difference <= 1e-12 * whole.norms[1]:
-        yield f"the update equals that of {info.comparison.source} in all {len(layers)} layers both have"
+        yield f"the update equals that of {info.comparison.source} in all {len(layers)} layers that both have"
     else:
         relative = f", {_percent(difference / whole.norms[1])} of its norm" if whole.norms[1] else ""
         cosine = f"cosine {whole.cosine:.3f} to {info.comparison.source}"
         yield f"{cosine}; the difference is {difference:.3g}{relative}"
-    yield f"as parts of one sum the two are {whole.verdict}: {whole.meaning}"
+    yield f"added together, the two are {whole.verdict}: {whole.meaning}"
     similar, chance = median(layer.similarity for layer in layers), median(layer.chance for layer in layers)
-    yield f"leading input subspaces overlap by {_percent(similar)}, where chance gives {_percent(chance)} (medians)"
+    yield f"leading input subspaces overlap by {_percent(similar)}; chance gives {_percent(chance)} (medians)"
     shared = [layer for layer in layers if layer.shared]
     if shared:
         words = _listed([f"{layer.name} ({layer.shared})" for layer in sorted(shared, key=lambda layer: -layer.shared)])
@@ -210,7 +215,7 @@ def _listed(words: Sequence[str], most: int = 5) -> str:
 
 
 def _percent(share: float) -> str:
-    """One digit behind the point, two significant ones below 1%, and never rounded up to a whole."""
+    """Format with one digit after the point, two significant ones below 1%, and never rounded up to a whole."""
     if share < 0.01:
         return f"{100 * share:.2g}%"
     rounded = f"{100 * share:.1f}%"

@@ -1,4 +1,4 @@
-"""`AdapterInfo`: everything measured of one adapter, as plain frozen values, a tidy table and a few sentences."""
+"""`AdapterInfo`: everything measured about one adapter, as plain frozen values, a tidy table and a few sentences."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class AdapterInfo(Tidy):
         source: where it is from.
         layers: every update, in model order as far as paths tell it.
         base: the base that it was measured against, or None.
-        extras: tensors of the folder that are no update (modules saved whole, trained biases): named, not measured.
+        extras: tensors of the folder that are not updates (modules saved whole, trained biases): named, not measured.
         changed_base: the start ("pissa", ...) that moved part of the base into the adapter, or None. The figures are of
             B·A as the file has it, which is then not the whole change of the base.
-        other: the adapter that it was compared with, measured alike, and
+        other: the adapter that it was compared with, measured in the same way.
         comparison: the two, layer by layer.
         findings: what stands out, in sentences, the most important first.
     """
@@ -49,7 +49,7 @@ class AdapterInfo(Tidy):
         return sum(layer.parameters for layer in self.layers)
 
     def energy(self, k: int) -> float:
-        """Share of the update, as squared Frobenius norm over all layers, that rank k in every layer would keep."""
+        """Return the share of the update's squared norm over all layers that rank k in every layer would keep."""
         total = self._kept[-1]
         return self._kept[min(k, len(self._kept) - 1)] / total if total else 1.0
 
@@ -64,11 +64,11 @@ class AdapterInfo(Tidy):
         return kept
 
     def share(self, layer: LayerInfo) -> float:
-        """A layer's share of the squared Frobenius norm of all updates."""
+        """Return a layer's share of the squared Frobenius norm of all updates."""
         return (layer.norm / self.norm) ** 2 if self.norm else 0.0
 
     def table(self) -> list[dict[str, Any]]:
-        """Return one flat row a layer: numbers and words; with columns of the base and the comparison where known."""
+        """Return one flat row of numbers and words per layer, with columns of the base and the comparison if known."""
         compared = {layer.name: layer for layer in self.comparison.layers} if self.comparison else {}
         rows = []
         for layer in self.layers:

@@ -1,4 +1,4 @@
-"""`inspect_adapter`: look inside an adapter, from its files or in a model, alone, on its base, or beside another."""
+"""`inspect_adapter`: measure an adapter, from its files or in a model, alone, against its base, or beside another."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ def inspect_adapter(
     vs: Source | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> AdapterInfo:
-    """Measure every update of an adapter; layer by layer, so that memory is that of one layer.
+    """Measure every update of an adapter, layer by layer, in the memory of one layer.
 
     Args:
         path_or_model: a PEFT adapter folder, a run folder, or a model that carries the adapter.
-        base: what to measure the updates against: a checkpoint folder (16-bit or 4-bit), a known
-            model's name, or a model. A model given as `path_or_model` is its own base.
-        name: of the adapter, in models.
-        vs: another adapter to compare with, as `path_or_model`: another seed, rank, checkpoint or task.
+        base: the base to measure the updates against: a checkpoint folder (16-bit or 4-bit), a known model's name, or a
+            model. A model given as `path_or_model` is its own base.
+        name: the adapter's, in models.
+        vs: an adapter of another seed, rank, checkpoint or task to compare with, given like `path_or_model`.
         progress: called with (modules done, modules in all).
 
     Raises:
-        AdapterError: there is no such adapter; or the two adapters share no layer, or are of different base models.
+        AdapterError: there is no such adapter, or the two adapters share no layer or are of different base models.
         CheckpointError: a file is missing or broken, a number is not finite, or the base is not this adapter's base.
     """
     here = Updates(path_or_model, name)
@@ -57,18 +57,23 @@ def inspect_adapter(
     for done, path in enumerate(paths, start=1):
         ours = here[path] if path in here.paths else []
         theirs = there[path] if there and path in there.paths else []
-        vectors: SingularVectors | None = None  # of the base weight, found once for all updates of it
+        vectors: SingularVectors | None = None  # of the base weight, computed once for all its updates
         for updates, measured in ((ours, layers), (theirs, others)):
             for update in updates:
-                weight, against = weights.weight(update, is_transposed) if weights else None, None
+                weight = weights.weight(update, is_transposed) if weights else None
+                against = None
                 if weight is not None:
                     if min(weight.shape) <= EXACT_UP_TO:
-                        weight = weight.double()  # once, for all that follows
+                        weight = weight.double()  # once, for everything that follows
                     vectors = vectors or singular_vectors(weight)
                     against = compare_with_base(update.low_rank, weight, vectors, update.magnitude)
                 measured.append(measure_update(update, parts[path], against))
-        both = {update.name: update for update in theirs}
-        similar += [compare_updates(u.name, u.low_rank, both[u.name].low_rank) for u in ours if u.name in both]
+        others_by_name = {update.name: update.low_rank for update in theirs}
+        similar += [
+            compare_updates(update.name, update.low_rank, others_by_name[update.name])
+            for update in ours
+            if update.name in others_by_name
+        ]
         progress(done, len(paths))
     info = _info(here, layers, weights)
     if there is not None:

@@ -1,4 +1,4 @@
-"""Intruder dimensions: leading singular vectors of the tuned weight that are like none of the base weight's.
+"""Intruder dimensions: leading singular vectors of the tuned weight that resemble none of the base weight's.
 
 Shuttleworth et al. 2024, "LoRA vs full fine-tuning: an illusion of equivalence", arXiv:2410.21228, algorithm 1.
 """
@@ -11,20 +11,20 @@ from torch import Tensor
 from ...adapters.low_rank import LowRank
 from .singular_vectors import SingularVectors, complete_vectors, leading_vectors
 
-TOP = 10  # singular vectors of the tuned weight that are looked at, as in the paper
-COSINE = 0.5  # below it to every one of the base's, a singular vector counts as new
+TOP = 10  # singular vectors of the tuned weight to examine, as in the paper
+COSINE = 0.5  # a singular vector whose cosine to each of the base's is below this counts as new
 
 
 def tuned_cosines(
     update: LowRank, weight: Tensor, base: SingularVectors, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the TOP singular values of the tuned weight, and of each left vector the largest |cosine| to one of W's.
+    """Return the tuned weight's TOP singular values, and each left vector's largest |cosine| to one of W's, both (k,).
 
     Args:
         update: Δ, (out, in), float64.
         weight: W, (out, in).
         base: its singular vectors.
-        scale: of DoRA, m / ‖W + Δ‖ by row, (out,): the tuned weight is diag(scale) (W + Δ).
+        scale: DoRA's m / ‖W + Δ‖ by row, (out,): the tuned weight is diag(scale) (W + Δ).
     """
     k = min(TOP, *weight.shape)
     if not base.s.numel():
@@ -40,14 +40,14 @@ def tuned_cosines(
 def _within_base_vectors(update: LowRank, weight: Tensor, base: SingularVectors, k: int) -> tuple[Tensor, Tensor]:
     """Return the tuned weight's k singular values, and the cosines of their left vectors to W's, (known, k).
 
-    In the base's own singular vectors the tuned weight's square is a diagonal matrix plus one of rank 2 r.
+    In the basis of W's singular vectors, the tuned weight's square is a diagonal matrix plus one of rank 2 r.
 
-    With W = U S Vᵀ and Δ = L D Rᵀ, and for W wider than high (U complete):
+    With W = U S Vᵀ and Δ = L D Rᵀ, for W wider than high (U complete):
 
         Uᵀ (W + Δ)(W + Δ)ᵀ U = S² + p qᵀ + q pᵀ + q qᵀ,    p = Uᵀ W R,  q = Uᵀ L D
 
-    and for W higher than wide, with V and (W + Δ)ᵀ(W + Δ), p = Vᵀ Wᵀ L D, q = Vᵀ R and q D² qᵀ as the last term. There
-    the left vectors are found from the right ones: Uᵀ u' = (S y + S⁻¹ p (qᵀ y)) / s' with y = Vᵀ v'.
+    For W higher than wide, V and (W + Δ)ᵀ(W + Δ) take their place, with p = Vᵀ Wᵀ L D, q = Vᵀ R and the last term
+    q D² qᵀ. The left vectors then follow from the right ones: Uᵀ u' = (S y + S⁻¹ p (qᵀ y)) / s' with y = Vᵀ v'.
     """
     assert base.basis is not None and base.all_values is not None
     left, d, right = update.svd

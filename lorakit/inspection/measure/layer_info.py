@@ -1,4 +1,4 @@
-"""One adapted layer's update, measured from its two factors: spectrum, norms, what is used and what is dead.
+"""One adapted layer's update, measured from its two factors: spectrum, norms, used ranks and dead parts.
 
 The update is never formed: everything comes from QR decompositions of the factors, in O((out + in) r²), in float64.
 """
@@ -21,21 +21,21 @@ from .updates import LayerUpdate
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """What is known of the update Δ = scaling·B·A of one layer. DoRA's magnitude is not in Δ; see `base`.
+    """The figures of one layer's update Δ = scaling·B·A. DoRA's magnitude is not in Δ; see `base`.
 
     Attributes:
-        name: module path; of one expert among several, with [number] behind it.
+        name: module path; for one expert among several, with [number] after it.
         stack, index, module: the path taken apart, see `ModulePath`.
         kind: linear, embedding, conv or experts.
-        rank: that was allotted, r.
+        rank: the allotted rank r.
         shape: (out, in) of the update; embedding (dim, vocab), convolution (out, in·kernel).
-        parameters: of A and B.
+        parameters: number of parameters of A and B.
         scaling: the factor on B·A.
         singular_values: of Δ, in falling order, min(r, out, in) of them.
-        noise_rank: number of singular values that stand out of noise, see `spectrum.noise_rank`.
+        noise_rank: number of singular values that stand out from noise, see `spectrum.noise_rank`.
         norm_a, norm_b: Frobenius norms of the stored A and B.
         dead_outputs, dead_inputs: rows and columns of Δ that are exactly zero, though Δ is not.
-        dead_directions: of the r products of a column of B and a row of A, how many are exactly zero.
+        dead_directions: number of the r products of a column of B and a row of A that are exactly zero.
         base: Δ against the base weight, where one was given.
     """
 
@@ -59,7 +59,7 @@ class LayerInfo:
 
     @cached_property
     def spectrum(self) -> Tensor:
-        """The singular values as a float64 tensor, which the functions of `spectrum` take."""
+        """The singular values as a float64 tensor (k,), which the functions of `spectrum` take."""
         return torch.tensor(self.singular_values, dtype=torch.float64)
 
     @cached_property
@@ -79,7 +79,7 @@ class LayerInfo:
 
     @property
     def effective_rank(self) -> float:
-        """exp of the entropy of the singular values; see `spectrum.effective_rank`."""
+        """The exponential of the singular values' entropy; see `spectrum.effective_rank`."""
         return effective_rank(self.spectrum)
 
     @property
@@ -94,7 +94,7 @@ class LayerInfo:
 
     @property
     def dead(self) -> bool:
-        """Whether Δ is exactly zero: as at the start of training, B = 0."""
+        """Whether Δ is exactly zero, as at the start of training, where B = 0."""
         return self.spectral_norm == 0
 
     @property
@@ -106,11 +106,11 @@ class LayerInfo:
         return 1 - (1 - self.dead_outputs / out) * (1 - self.dead_inputs / into)
 
     def energy(self, k: int) -> float:
-        """Share of ‖Δ‖F² that the best update of rank k keeps."""
+        """Return the share of ‖Δ‖F² that the best update of rank k keeps."""
         return energy(self.spectrum, k)
 
     def rank_for(self, share: float) -> int:
-        """The smallest rank that keeps this share of ‖Δ‖F²."""
+        """Return the smallest rank that keeps this share of ‖Δ‖F²."""
         return rank_for_energy(self.spectrum, share)
 
     def row(self) -> dict[str, Any]:
@@ -129,7 +129,7 @@ class LayerInfo:
 def measure_update(update: LayerUpdate, module_path: ModulePath, base: AgainstBase | None = None) -> LayerInfo:
     """Measure one update from its factors."""
     up, down = update.low_rank.up, update.low_rank.down
-    columns = [triangle.square().sum(0) for triangle in update.low_rank.triangles]  # squared norms, of r columns each
+    columns = [triangle.square().sum(0) for triangle in update.low_rank.triangles]  # r squared norms each
     alive = (columns[0] > 0) & (columns[1] > 0)
     is_dead = not alive.any()
     if not alive.all():
@@ -157,7 +157,7 @@ def measure_update(update: LayerUpdate, module_path: ModulePath, base: AgainstBa
 
 
 def _zero_rows(matrix: Tensor) -> int:
-    """Number of rows that are exactly zero: only those that one product leaves zero are looked at."""
+    """Return the number of rows that are exactly zero; only rows that one product leaves zero are examined."""
     probe = torch.linspace(1, 2, matrix.shape[1], dtype=matrix.dtype)
     candidates = (matrix @ probe == 0).nonzero().flatten()
     return int((matrix[candidates] == 0).all(1).sum())

@@ -1,4 +1,4 @@
-"""Where a module stands in its model, read off its path: which stack of blocks, which block, which kind of module."""
+"""A module's position in its model, read from its path: stack of blocks, block number and kind of module."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-# Within a block, as the data flows; files have them by the alphabet. Others stand behind these.
+# Modules of a block as the data flows; files list them alphabetically. Others come after these.
 _ORDER = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
 _NUMBERED = re.compile(r"(?P<stack>.*?)\.?(?<![^.])(?P<index>\d+)\.(?P<rest>.+)")
 
 
 @dataclass(frozen=True)
 class ModulePath:
-    """Of model.layers.7.self_attn.q_proj: stack "model.layers", index 7, module "q_proj".
+    """A path taken apart: model.layers.7.self_attn.q_proj has stack "model.layers", index 7, module "q_proj".
 
     Attributes:
-        stack: the path before the first number; "" for a module outside of any stack.
+        stack: the path before the first number; "" for a module outside any stack.
         index: that number, or None.
-        module: the last name, or the whole path within the block where two modules of a block share their last name.
+        module: the last name, or the whole path within the block if two modules of a block share their last name.
     """
 
     stack: str
@@ -42,11 +42,10 @@ def module_paths(paths: Iterable[str]) -> dict[str, ModulePath]:
 
 
 def in_model_order(paths: Iterable[str]) -> list[str]:
-    """Return paths, already in order of their blocks, with the modules of each block as the data flows through them."""
-    found = module_paths(paths)
+    """Sort the modules of each block as the data flows through them; the blocks are in order already."""
     blocks: dict[tuple[str, int | None], list[str]] = {}
-    for path, parts in found.items():
-        blocks.setdefault((parts.stack, parts.index), []).append(path)
+    for path, place in module_paths(paths).items():
+        blocks.setdefault((place.stack, place.index), []).append(path)
 
     def rank(path: str) -> int:
         name = path.rpartition(".")[2]

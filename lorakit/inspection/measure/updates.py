@@ -1,4 +1,4 @@
-"""An adapter as a sequence of low-rank updates, from a folder or from a live model: what every measure here reads."""
+"""An adapter as a sequence of low-rank updates, from a folder or a live model. Every measure here reads these."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ class LayerUpdate:
     """One layer's update, in float64.
 
     Attributes:
-        name: the module path; of one expert among several, with [number] behind it.
+        name: the module path; for one expert among several, with [number] after it.
         path: the module path.
         kind: linear, embedding, conv or experts.
-        rank, scaling, parameters: as allotted; parameters of A and B.
+        rank, scaling: as allotted.
+        parameters: number of parameters of A and B.
         low_rank: scaling·B·A.
-        magnitude: the lengths of the tuned weight's rows, where the variant trains them as DoRA does, (out,), or None.
-        is_whole: whether low_rank, with the magnitude, is all of the change of the weight.
+        magnitude: the lengths of the tuned weight's rows, (out,), if the variant trains them as DoRA does, or None.
+        is_whole: whether low_rank, with the magnitude, is the whole change of the weight.
     """
 
     name: str
@@ -44,7 +45,7 @@ class LayerUpdate:
 
 
 class Updates:
-    """The updates of one adapter, made as they are asked for.
+    """The updates of one adapter, computed on demand.
 
     Args:
         source: an adapter folder, a run folder, or a model that carries an adapter.
@@ -70,12 +71,12 @@ class Updates:
 
     @property
     def changed_base(self) -> str | None:
-        """The start that took its first value out of the base, where B·A is then not the whole change: "pissa", ..."""
+        """The start ("pissa", ...) that moved part of the base into the adapter: B·A is not the whole change."""
         start = self.config.get("init_lora_weights")
         return start if changed_base_in_peft(start) and self.folder is not None else None
 
     def __getitem__(self, path: str) -> list[LayerUpdate]:
-        """Return the updates of one module: one, or one for each expert."""
+        """Return the updates of one module: one, or one per expert."""
         if self.folder is None:
             return _live_updates(path, self._layers[path], self._name)
         layer = self.folder.layers[path]
@@ -103,12 +104,13 @@ def _live_updates(path: str, layer: AdaptedLayer, name: str) -> list[LayerUpdate
     magnitude = None if lengths is None else lengths.detach().cpu().flatten().double()
     kind = "embedding" if "embedding" in layer.matrices[0] else "conv" if a.ndim > 2 else "linear"
     if up.ndim == 2:
-        parts = {path: LowRank(up, down)}
+        updates = {path: LowRank(up, down)}
     else:
-        kind, parts = "experts", {f"{path}[{n}]": LowRank(*pair) for n, pair in enumerate(zip(up, down, strict=True))}
-    parameters = (a.numel() + b.numel()) // len(parts)
-    rank = a.shape[0] // len(parts)
+        kind = "experts"
+        updates = {f"{path}[{number}]": LowRank(*pair) for number, pair in enumerate(zip(up, down, strict=True))}
+    parameters = (a.numel() + b.numel()) // len(updates)
+    rank = a.shape[0] // len(updates)
     return [
-        LayerUpdate(part, path, kind, rank, layer.scaling[name], parameters, update, magnitude, variant.is_factored)
-        for part, update in parts.items()
+        LayerUpdate(label, path, kind, rank, layer.scaling[name], parameters, update, magnitude, variant.is_factored)
+        for label, update in updates.items()
     ]

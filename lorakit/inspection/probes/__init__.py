@@ -1,4 +1,4 @@
-"""Probes: what happens inside an adapter while it trains."""
+"""Probes: measurements inside an adapter while it trains."""
 
 from .config import ProbeConfig
 from .drift import linear_cka, relative_drift

@@ -1,4 +1,4 @@
-"""How far the outputs of layers have drifted from those of the base model, on a few fixed rows of tokens."""
+"""How far layers' outputs have drifted from those of the base model, on a few fixed rows of tokens."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def relative_drift(now: Tensor, base: Tensor) -> float:
 def linear_cka(x: Tensor, y: Tensor) -> float:
     """Return the linear centered kernel alignment of two representations of the same tokens, from 0 to 1.
 
-    ‖Ycᵀ Xc‖² / (‖Xcᵀ Xc‖ ‖Ycᵀ Yc‖) with columns centered (Kornblith et al. 2019, arXiv:1905.00414, eq. 3), by way of
-    the (tokens, tokens) products: 1 where y is x but for rotation, scale and offset. NaN where one does not vary.
+    ‖Ycᵀ Xc‖² / (‖Xcᵀ Xc‖ ‖Ycᵀ Yc‖) with columns centered (Kornblith et al. 2019, arXiv:1905.00414, eq. 3), from the
+    (tokens, tokens) products. It is 1 if y equals x up to rotation, scale and offset, and NaN if one does not vary.
 
     Shapes:
         x (tokens, features), y (tokens, other features); computed in float64
@@ -40,20 +40,20 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
 
 
 def probe_rows(examples: Sequence[Example], rows: int, length: int) -> Tensor:
-    """Return the beginnings of the first `rows` examples, (rows, tokens) int64, to `length` tokens at most."""
+    """Return the beginnings of the first `rows` examples, (rows, tokens) int64, with at most `length` tokens."""
     chosen = [example.input_ids[:length] for example in examples[:rows]]
     shortest = min(len(ids) for ids in chosen)
     return torch.tensor([ids[:shortest] for ids in chosen])
 
 
 class ActivationDrift:
-    """Compares the outputs of layers with those that the base model had when this was made.
+    """Compares layers' outputs with those of the base model, which are recorded when this is made.
 
-    It keeps the base's outputs, (rows · tokens, features) a layer, in the model's dtype on its device.
+    It keeps the base's outputs, (rows · tokens, features) per layer, in the model's dtype on its device.
 
     Args:
         model: with adapters.
-        layers: whose outputs are compared; one may be named twice.
+        layers: the layers to compare; a layer may occur twice.
         input_ids: (rows, tokens) int64.
     """
 
@@ -70,25 +70,25 @@ class ActivationDrift:
             self._run(keep)
 
     def measure(self) -> dict[str, list[float]]:
-        """Return drift (relative) and cka, a list each in the order of the layers; NaN where no token came by."""
+        """Return relative drift and CKA, one list each in the order of the layers; NaN where no token arrived."""
         drift: dict[nn.Module, float] = {}
         cka: dict[nn.Module, float] = {}
 
         def compare(layer: nn.Module, output: Tensor) -> None:
             if layer not in self._base or output.shape != self._base[layer].shape:
-                return  # an expert that other tokens came to
+                return  # an expert that got other tokens
             drift[layer] = relative_drift(output, self._base[layer])
             cka[layer] = _alignment(self._grams[layer], _gram(output))
 
         self._run(compare)
         return {
-            "drift": [drift.get(one, math.nan) for one in self._layers],
-            "cka": [cka.get(one, math.nan) for one in self._layers],
+            "drift": [drift.get(layer, math.nan) for layer in self._layers],
+            "cka": [cka.get(layer, math.nan) for layer in self._layers],
         }
 
     @torch.no_grad()
     def _run(self, look: _Look) -> None:
-        """Run the rows through the model in eval mode; each layer's output goes to `look` and is let go."""
+        """Run the rows through the model in eval mode; each layer's output goes to `look` and is then released."""
 
         def hook(layer: nn.Module, _: Any, output: Any) -> None:
             first: Tensor = output[0] if isinstance(output, tuple) else output

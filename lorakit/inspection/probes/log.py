@@ -1,6 +1,7 @@
-"""probes.jsonl: what the probes saw, written step by step, and read back as tables.
+"""probes.jsonl: the probes' figures, written step by step and read back as tables.
 
-The first line is the header, each other one a step. Figures of layers are lists in the order of the header's layers.
+The first line is the header; every other line is a step. Figures of layers are lists in the order of the header's
+layers.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ LAYER_FIGURES = (
 
 @dataclass(frozen=True)
 class Header:
-    """What holds for a whole run.
+    """The facts that hold for a whole run.
 
     Attributes:
         layers: names of the adapted layers.
         ranks: the rank allotted to each.
         base_norms: ‖W‖ of each base weight.
-        settings: of the probes.
+        settings: the probes'.
     """
 
     layers: list[str]
@@ -45,12 +46,12 @@ class Header:
 
 @dataclass(frozen=True)
 class ProbeLog:
-    """What the probes of one run saw.
+    """The figures of one run's probes.
 
     Attributes:
         header: layers, ranks, norms of the base.
-        rows: one a step that was looked at: "step", the figures of layers that were due (`LAYER_FIGURES`), "noise"
-            and "noise_scale" where due, "position_loss", "position_tokens", "examples", and "alarms" if there are.
+        rows: one per step that was measured: "step", the figures of layers that were due (`LAYER_FIGURES`), "noise"
+            and "noise_scale" if due, "position_loss", "position_tokens", "examples", and "alarms" if there are any.
     """
 
     header: Header
@@ -62,20 +63,20 @@ class ProbeLog:
         return [{"step": row["step"], **alarm} for row in self.rows for alarm in row.get("alarms", [])]
 
     def table(self) -> list[dict[str, Any]]:
-        """Return the figures of layers, tidy: one row a step and layer; a figure that was not due is None.
+        """Return the figures of layers, tidy: one row per step and layer; a figure that was not due is None.
 
-        Derived ones are added: update_ratio_A and update_ratio_B, ‖step's update‖ / ‖matrix after it‖;
+        Derived figures are added: update_ratio_A and update_ratio_B, ‖step's update‖ / ‖matrix after it‖;
         delta_share, ‖scaling B A‖ / ‖W‖; saturation, effective rank / rank allotted.
         """
-        found = []
+        table = []
         for row in self.rows:
-            for place, layer in enumerate(self.header.layers):
-                values = {name: row[name][place] if name in row else None for name in LAYER_FIGURES}
-                found.append({"step": row["step"], "layer": layer, **values} | self._derived(values, place))
-        return found
+            for index, layer in enumerate(self.header.layers):
+                values = {name: row[name][index] if name in row else None for name in LAYER_FIGURES}
+                table.append({"step": row["step"], "layer": layer, **values} | self._derived(values, index))
+        return table
 
     def steps(self) -> list[dict[str, Any]]:
-        """Return the figures of whole steps, tidy: step, signal, trace, noise_scale; None where nothing can be said."""
+        """Return the figures of whole steps, tidy: step, signal, trace, noise_scale; None if there is no estimate."""
         return [
             {
                 "step": row["step"], "signal": (row.get("noise") or {}).get("signal"),
@@ -85,21 +86,21 @@ class ProbeLog:
         ]  # fmt: skip
 
     def position_loss(self, last: int | None = None) -> list[dict[str, Any]]:
-        """Return the mean loss by position among a conversation's trained tokens, over the last so many rows or all."""
+        """Return the mean loss by position among a conversation's trained tokens, over the last `last` rows or all."""
         sums: dict[int, float] = {}
         counts: dict[int, int] = {}
         for row in self.rows[-last:] if last else self.rows:
-            for place, (total, count) in enumerate(zip(row["position_loss"], row["position_tokens"], strict=True)):
-                sums[place] = sums.get(place, 0.0) + total
-                counts[place] = counts.get(place, 0) + count
+            for index, (total, count) in enumerate(zip(row["position_loss"], row["position_tokens"], strict=True)):
+                sums[index] = sums.get(index, 0.0) + total
+                counts[index] = counts.get(index, 0) + count
         return [
-            {"positions": bin_name(place), "loss": sums[place] / counts[place], "trained_tokens": counts[place]}
-            for place in sums
-            if counts[place]
+            {"positions": bin_name(index), "loss": sums[index] / counts[index], "trained_tokens": counts[index]}
+            for index in sums
+            if counts[index]
         ]
 
     def hardest(self, count: int = 10) -> list[dict[str, Any]]:
-        """Return the conversations with the highest mean loss when they were last seen: source, loss, tokens, step."""
+        """Return the conversations with the highest mean loss when last seen: source, loss, trained tokens, step."""
         seen = {
             source: {"source": source, "loss": loss, "trained_tokens": tokens, "step": row["step"]}
             for row in self.rows
@@ -108,7 +109,7 @@ class ProbeLog:
         return sorted(seen.values(), key=lambda one: -float(one["loss"]))[:count]
 
     def write_parquet(self, path: str | PathLike[str]) -> None:
-        """Write `table()` as Parquet, one row a step and layer.
+        """Write `table()` as Parquet, one row per step and layer.
 
         Raises:
             StorageError: pyarrow is not installed, or the file cannot be written.
@@ -121,26 +122,26 @@ class ProbeLog:
         with atomic_write(path) as part:
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(self.table()), part)
 
-    def _derived(self, values: Mapping[str, Any], place: int) -> dict[str, float | None]:
+    def _derived(self, values: Mapping[str, Any], index: int) -> dict[str, float | None]:
         def share(part: str, whole: float | None) -> float | None:
             return values[part] / whole if values[part] is not None and whole else None
 
         return {
             "update_ratio_A": share("update_A", values["norm_A"]),
             "update_ratio_B": share("update_B", values["norm_B"]),
-            "delta_share": share("delta_norm", self.header.base_norms[place]),
-            "saturation": share("effective_rank", self.header.ranks[place]),
+            "delta_share": share("delta_norm", self.header.base_norms[index]),
+            "saturation": share("effective_rank", self.header.ranks[index]),
         }
 
 
 def read_probes(path: str | PathLike[str]) -> ProbeLog:
-    """Read what the probes of a run saw; a line that a crash cut off is left out.
+    """Read the log of a run's probes; a line that a crash cut off is left out.
 
     Args:
         path: the run's folder, or its probes.jsonl.
 
     Raises:
-        DataError: there is none, or it is malformed (with its line).
+        DataError: there is none, or it is malformed (the message has the line).
     """
     file = Path(path) / FILE if Path(path).is_dir() else Path(path)
     try:
@@ -165,12 +166,12 @@ def read_probes(path: str | PathLike[str]) -> ProbeLog:
 
 
 class ProbeFile:
-    """probes.jsonl as it is written: flushed line by line, cut back on resume to the steps that the run still counts.
+    """Writes probes.jsonl and flushes it line by line; on resume, cuts it back to the steps that the run still counts.
 
     Args:
         path: of the file, or None to keep the rows in memory.
         header: its first line.
-        done: steps taken before a resume; rows of later ones are dropped.
+        done: steps taken before a resume; rows of later steps are dropped.
 
     Attributes:
         kept: the rows that were there already.
@@ -187,7 +188,7 @@ class ProbeFile:
         if path is None:
             return
         if done and path.is_file():
-            with contextlib.suppress(DataError):  # a file of another kind is of no use here
+            with contextlib.suppress(DataError):  # a file of another kind is replaced
                 self.kept = [row for row in read_probes(path).rows if row["step"] <= done]
         write_text(path, "".join(_line(row) for row in (asdict(self.header), *self.kept)))
         self._file = path.open("a", encoding="utf-8")
@@ -214,7 +215,7 @@ class ProbeFile:
                 self._file.close()
 
     def log(self) -> ProbeLog:
-        """Return all that was written so far."""
+        """Return everything written so far."""
         return ProbeLog(self.header, self._rows) if self.path is None else read_probes(self.path)
 
 
@@ -223,9 +224,9 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 def rounded(value: Any) -> Any:
-    """Round floats to nine digits, which lose nothing of an fp32 value; None for NaN and inf, which JSON has not."""
+    """Round floats to nine digits, enough for any fp32 value; NaN and inf, which JSON lacks, become None."""
     if isinstance(value, float):
         return float(f"{value:.9g}") if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: rounded(one) for key, one in value.items()}
-    return [rounded(one) for one in value] if isinstance(value, Sequence) and not isinstance(value, str) else value
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, Sequence) and not isinstance(value, str) else value

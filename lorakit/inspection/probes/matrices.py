@@ -1,4 +1,4 @@
-"""The matrices that are looked at, and their norms: of A and B themselves, of their gradients and of their updates."""
+"""The matrices that the probes measure: pairs of A and B, and how far a step moves them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Adapted:
 
     @property
     def rank(self) -> int:
-        """The rank allotted; of experts, all together."""
+        """The allotted rank; for experts, that of all together."""
         return len(self.lora_a)
 
     def base_norm(self) -> float:
@@ -58,22 +58,22 @@ class Adapted:
 
 
 def trained_adapted(model: nn.Module) -> list[Adapted]:
-    """Return the pairs of which A or B is trained, in model order."""
-    found = [
+    """Return the pairs whose A or B is trained, in model order."""
+    pairs = [
         (path, layer, name)
         for path, layer in lora_layers(model).items()
         for name in layer.names()
         if layer.lora_A[name].requires_grad or layer.lora_B[name].requires_grad
     ]
-    alone = len({name for *_, name in found}) == 1
-    return [Adapted(path if alone else f"{path}:{name}", layer, name) for path, layer, name in found]
+    is_single = len({name for *_, name in pairs}) == 1
+    return [Adapted(path if is_single else f"{path}:{name}", layer, name) for path, layer, name in pairs]
 
 
 class Movement:
-    """How far a step moves tensors: a copy from before it, in buffers that are allocated once.
+    """Measures how far a step moves tensors, against a copy from before it in buffers that are allocated once.
 
     Args:
-        tensors: parameters; the buffers take as much memory as they do.
+        tensors: parameters of any shape; the buffers take as much memory as they do.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -85,6 +85,6 @@ class Movement:
         torch._foreach_copy_(self._before, self._tensors)
 
     def norms(self) -> list[float]:
-        """Return ‖now - then‖ of each tensor; the copy is used up."""
+        """Return ‖now - then‖ of each tensor; this uses up the copy."""
         torch._foreach_sub_(self._before, self._tensors)  # in place: fresh memory takes four times as long
         return norms(self._before)

@@ -1,4 +1,4 @@
-"""The gradient noise scale, from the micro-batches of one step: how large a batch still pays."""
+"""The gradient noise scale, from the micro-batches of one step: how large a batch still pays off."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch.utils.hooks import RemovableHandle
 from ...sums import flat_slices
 from .log import rounded
 
-WINDOW = 50  # estimates that a mean is taken over
+WINDOW = 50  # number of estimates in a mean
 
 
 @dataclass(frozen=True)
 class NoiseEstimate:
-    """What one step says of the gradient's noise; both are unbiased, so that one step's may be negative.
+    """One step's estimates of the gradient's noise; both are unbiased, so that one step's may be negative.
 
     Attributes:
         signal: estimate of |G|², the square of the true gradient's norm.
@@ -44,12 +44,12 @@ def estimate_noise(squares: Sequence[float], tokens: Sequence[int], square: floa
         square: |G|².
 
     Returns:
-        None for fewer than two micro-batches, which say nothing.
+        None for fewer than two micro-batches, which allow no estimate.
     """
     if len(squares) < 2:
         return None
     total = sum(tokens)
-    mean = sum(n * one for n, one in zip(tokens, squares, strict=True)) / total
+    mean = sum(n * squared for n, squared in zip(tokens, squares, strict=True)) / total
     trace = (mean - square) * total / (len(squares) - 1)
     return NoiseEstimate(signal=square - trace / total, trace=trace)
 
@@ -57,9 +57,9 @@ def estimate_noise(squares: Sequence[float], tokens: Sequence[int], square: floa
 def noise_scale(estimates: Sequence[NoiseEstimate]) -> float | None:
     """Return B_simple = tr(Σ) / |G|² in trained tokens, both averaged before they are divided, as the paper advises.
 
-    None where the estimates are too noisy to say: a mean is not above zero.
+    None where the estimates are too noisy: a mean is not above zero.
     """
-    signal, trace = (sum(getattr(one, name) for one in estimates) for name in ("signal", "trace"))
+    signal, trace = sum(one.signal for one in estimates), sum(one.trace for one in estimates)
     return trace / signal if signal > 0 and trace > 0 else None
 
 
@@ -67,7 +67,7 @@ class GradientNoise:
     """Collects the norms of micro-batches' gradients as autograd hands them out, before they are added up.
 
     Args:
-        parameters: all that are trained.
+        parameters: all trained parameters.
         earlier: estimates of the steps before a resume.
     """
 
@@ -80,34 +80,38 @@ class GradientNoise:
         self._tokens: list[int] = []
 
     def start(self) -> None:
-        """A step begins whose gradients are to be looked at."""
-        # For this step alone: autograd copies the gradient of a parameter that has a hook, instead of handing it on.
+        """Begin a step whose gradients are measured."""
+        # Only for this step: autograd copies the gradient of a parameter that has a hook, instead of handing it on.
         self._handles = [parameter.register_hook(self._note) for parameter in self._parameters]
         self._norms, self._squares, self._tokens = [], [], []
 
     def micro_batch(self, tokens: int) -> None:
-        """One backward pass over so many trained tokens is done."""
+        """Note that one backward pass, over so many trained tokens, is done."""
         if self._norms:
             self._squares.append(torch.stack(self._norms).double().square().sum())
             self._tokens.append(tokens)
         self._norms = []
 
     def finish(self, square: float) -> dict[str, Any]:
-        """Return the step's figures, given |G|² of its whole gradient."""
+        """Return the step's figures.
+
+        Args:
+            square: |G|² of the step's whole gradient.
+        """
         self.end()
         total = sum(self._tokens)
         # A pass's gradient is that of (its sum of losses / all tokens): n_i / N of its mean gradient.
         squares = [float(one) * (total / n) ** 2 for one, n in zip(self._squares, self._tokens, strict=True)]
-        found = estimate_noise(squares, self._tokens, square)
-        if found is not None and not math.isfinite(found.trace):
-            found = None  # the trainer is about to say so
-        if found is not None:
-            found = NoiseEstimate(**rounded(asdict(found)))  # as a resumed run would read it from the file
-            self._recent.append(found)
-        return {"noise": found and asdict(found), "noise_scale": noise_scale(self._recent)}
+        estimate = estimate_noise(squares, self._tokens, square)
+        if estimate is not None and not math.isfinite(estimate.trace):
+            estimate = None  # the trainer is about to report it
+        if estimate is not None:
+            estimate = NoiseEstimate(**rounded(asdict(estimate)))  # as a resumed run would read it from the file
+            self._recent.append(estimate)
+        return {"noise": estimate and asdict(estimate), "noise_scale": noise_scale(self._recent)}
 
     def end(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []

@@ -1,4 +1,4 @@
-"""`Probes`: what happens inside an adapter while it trains, written to probes.jsonl in the run's folder.
+"""`Probes`: measure an adapter while it trains, and write the figures to probes.jsonl in the run's folder.
 
     lk.train(model, tok, records, config, probes=[Probes()])
     read_probes(config.output).table()
@@ -33,12 +33,12 @@ from .token_losses import TokenLosses
 
 
 class Probes(TrainingProbe):
-    """Looks at the adapters that a run trains, at a small part of its time, without changing a bit of its result.
+    """Measures the adapters that a run trains, in a small part of its time, without changing a bit of its result.
 
-    In memory it takes a copy of the adapter, and of the outputs of all adapted layers on the drift's rows.
+    It takes the memory of a copy of the adapter and of the outputs of all adapted layers on the drift's rows.
 
     Args:
-        config: what to look at, and how often.
+        config: what to measure, and how often.
         say: receives a line for each alarm; None: alarms are only in the file.
 
     Raises:
@@ -50,7 +50,7 @@ class Probes(TrainingProbe):
         for wanted, package in ((self.config.parquet, "pyarrow"), (self.config.tensorboard, "tensorboard")):
             if wanted and importlib.util.find_spec(package) is None:
                 raise ConfigError(f"the probes' {package} is not installed: pip install 'lorakit[probes]'")
-        self._is_looking, self._step = False, 0
+        self._is_measuring, self._step = False, 0
         self._row: dict[str, Any] = {}
         self._losses = TokenLosses()
         self._file: ProbeFile | None = None
@@ -59,13 +59,13 @@ class Probes(TrainingProbe):
 
     @property
     def log(self) -> ProbeLog:
-        """What was seen so far.
+        """The figures so far.
 
         Raises:
-            ConfigError: the probes have not been at a run yet.
+            ConfigError: the probes have not watched a run yet.
         """
         if self._file is None:
-            raise ConfigError("these probes have not been at a run yet; give them to train(..., probes=[...])")
+            raise ConfigError("these probes have not watched a run yet; pass them to train(..., probes=[...])")
         return self._file.log()
 
     def begin(
@@ -86,7 +86,7 @@ class Probes(TrainingProbe):
         earlier = [NoiseEstimate(**row["noise"]) for row in kept if row.get("noise")]
         self._noise = GradientNoise(self._parameters, earlier[-WINDOW:])
         self._dead = DeadLayers(header.layers, config.dead_after, kept)
-        self._movement = Movement([*self._all("lora_a"), *self._all("lora_b")])
+        self._movement = Movement([*self._matrices("lora_a"), *self._matrices("lora_b")])
         self._drift: ActivationDrift | None = None
         if config.drift_every:
             rows = probe_rows(held_out or examples, config.drift_rows, config.drift_length)
@@ -96,39 +96,39 @@ class Probes(TrainingProbe):
         self._step = step
         config = self.config
         rarely = (config.noise_every, config.spectra_every, config.drift_every)
-        self._is_looking = any(map(self._is_due, (config.every, *rarely)))
+        self._is_measuring = any(map(self._is_due, (config.every, *rarely)))
         self._losses = TokenLosses()
         if self._noise is not None and self._is_due(config.noise_every):
             self._noise.start()
 
     def after_micro_batch(self, examples: Sequence[Example], batch: Batch, losses: Tensor) -> None:
-        if self._is_looking:
+        if self._is_measuring:
             self._losses.add(examples, batch, losses)
         if self._noise is not None and self._is_due(self.config.noise_every):
             self._noise.micro_batch(len(losses))
 
     def before_update(self) -> None:
-        if not self._is_looking:
+        if not self._is_measuring:
             return
         gradients = {id(p): p.grad for p in self._parameters if p.grad is not None}
-        found = dict(zip(gradients, norms(list(gradients.values())), strict=True))
+        gradient_norms = dict(zip(gradients, norms(list(gradients.values())), strict=True))
         self._row = {"step": self._step}
         for key, which in (("grad_A", "lora_a"), ("grad_B", "lora_b")):
-            self._row[key] = [found.get(id(matrix), 0.0) for matrix in self._all(which)]
+            self._row[key] = [gradient_norms.get(id(matrix), 0.0) for matrix in self._matrices(which)]
         if self._noise is not None and self._is_due(self.config.noise_every):
-            self._row |= self._noise.finish(sum(norm**2 for norm in found.values()))
+            self._row |= self._noise.finish(sum(norm**2 for norm in gradient_norms.values()))
         self._movement.remember()
 
     def after_update(self) -> None:
-        if not self._is_looking:
+        if not self._is_measuring:
             return
         count = len(self._adapted)
-        moved, matrices = self._movement.norms(), norms([*self._all("lora_a"), *self._all("lora_b")])
-        self._row |= {"norm_A": matrices[:count], "norm_B": matrices[count:]}
+        moved, sizes = self._movement.norms(), norms([*self._matrices("lora_a"), *self._matrices("lora_b")])
+        self._row |= {"norm_A": sizes[:count], "norm_B": sizes[count:]}
         self._row |= {"update_A": moved[:count], "update_B": moved[count:]}
 
     def after_step(self, row: dict[str, Any]) -> None:
-        if not self._is_looking or self._file is None:
+        if not self._is_measuring or self._file is None:
             return
         if self._is_due(self.config.spectra_every):
             values = [one.singular_values() for one in self._adapted]
@@ -160,14 +160,14 @@ class Probes(TrainingProbe):
     def _is_due(self, every: int | None) -> bool:
         return every is not None and self._step % every == 0
 
-    def _all(self, which: str) -> list[Tensor]:
+    def _matrices(self, which: str) -> list[Tensor]:
         return [getattr(one, which) for one in self._adapted]
 
 
 def _base_norms(adapted: Sequence[Adapted]) -> list[float]:
-    """Return ‖W‖ of each layer's base weight; one is dense at a time."""
-    found: dict[nn.Module, float] = {}
+    """Return ‖W‖ of each layer's base weight; only one weight is dense at a time."""
+    by_layer: dict[nn.Module, float] = {}
     for one in adapted:
-        if one.layer not in found:
-            found[one.layer] = one.base_norm()
-    return [found[one.layer] for one in adapted]
+        if one.layer not in by_layer:
+            by_layer[one.layer] = one.base_norm()
+    return [by_layer[one.layer] for one in adapted]

@@ -1,4 +1,4 @@
-"""The probes' figures as TensorBoard shows them: the least, the middle and the greatest of all layers."""
+"""The probes' figures for TensorBoard: minimum, median and maximum over all layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .log import LAYER_FIGURES
 
 
 class TensorBoard:
-    """Writes event files; a run that is resumed drops in the display what came after its checkpoint.
+    """Writes event files; after a resume, TensorBoard no longer shows the steps after the checkpoint.
 
     Args:
         folder: for the files.
@@ -31,7 +31,7 @@ class TensorBoard:
         self._writer: Any = SummaryWriter(str(folder), purge_step=done + 1 if done else None)
 
     def write(self, row: Mapping[str, Any], log: Mapping[str, Any]) -> None:
-        """Add one step: the probes' row and that of train.jsonl."""
+        """Add one step: the probes' row and the row of train.jsonl."""
         for name in ("loss", "grad_norm", "lr"):
             self._writer.add_scalar(f"train/{name}", log[name], row["step"])
         if row.get("noise_scale") is not None:

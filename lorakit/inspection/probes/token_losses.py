@@ -1,4 +1,4 @@
-"""Losses token by token, as the training step computes them anyway: by position in the answer, and by conversation."""
+"""Token losses, which the training step computes anyway, by position in the answer and by conversation."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class TokenLosses:
     examples: list[tuple[str, float, int]] = field(default_factory=list)
 
     def add(self, examples: Sequence[Example], batch: Batch, losses: Tensor) -> None:
-        """Add a micro-batch; see `TrainingProbe.after_micro_batch`."""
-        trained = [int((part >= 0).sum()) for part in batch.targets.split(batch.lengths)]
+        """Add a micro-batch with losses (trained tokens,) fp32; see `TrainingProbe.after_micro_batch`."""
+        trained = [int((targets >= 0).sum()) for targets in batch.targets.split(batch.lengths)]
         each = losses.detach().double().cpu()
         positions = torch.cat([torch.arange(count) for count in trained])
         bins = torch.frexp((positions + 1).double()).exponent.long() - 1  # the exact integer part of log2
@@ -37,19 +37,19 @@ class TokenLosses:
         self.sums += [0.0] * (size - len(self.sums))
         self.counts += [0] * (size - len(self.counts))
         sums = torch.zeros(size, dtype=torch.float64).index_add_(0, bins, each).tolist()
-        for place, (total, count) in enumerate(zip(sums, bins.bincount(minlength=size).tolist(), strict=True)):
-            self.sums[place] += total
-            self.counts[place] += count
-        for example, part in zip(examples, each.split(trained), strict=True):
-            if len(part):
-                self.examples.append((example.source, float(part.mean()), len(part)))
+        for index, (total, count) in enumerate(zip(sums, bins.bincount(minlength=size).tolist(), strict=True)):
+            self.sums[index] += total
+            self.counts[index] += count
+        for example, values in zip(examples, each.split(trained), strict=True):
+            if len(values):
+                self.examples.append((example.source, float(values.mean()), len(values)))
 
     def figures(self) -> dict[str, Any]:
-        """Return what goes into the row of the step."""
+        """Return the figures for the step's row."""
         return {"position_loss": self.sums, "position_tokens": self.counts, "examples": self.examples}
 
 
-def bin_name(place: int) -> str:
+def bin_name(index: int) -> str:
     """Return the positions of a bin as text: "0", "1-2", "3-6"."""
-    first, last = 2**place - 1, 2 ** (place + 1) - 2
+    first, last = 2**index - 1, 2 ** (index + 1) - 2
     return str(first) if first == last else f"{first}-{last}"

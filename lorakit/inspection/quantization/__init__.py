@@ -1,4 +1,4 @@
-"""What 4 bits have done to the base weights, beside the adapter."""
+"""The quantization error of the base weights, beside the adapter."""
 
 from .quantization_view import LayerQuantization, QuantizationView, quantization_view
 

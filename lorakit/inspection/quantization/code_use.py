@@ -1,4 +1,4 @@
-"""How often a quantized weight uses each code, beside how often normally distributed weights would."""
+"""How often a quantized weight uses each code, and how often normally distributed weights would."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ class CodeUse:
     """One code of a weight.
 
     Attributes:
-        value: what it stands for, as a share of the block's absmax.
+        code: its 4 bits, 0 to 15.
+        value: the weight that it stands for, as a share of the block's absmax.
         count, share: how often it is used.
-        expected: the share that it would have, were the weights of each block independent and normal.
+        expected: the share that it would have if the weights of each block were independent and normal.
     """
 
     code: int
@@ -42,12 +43,12 @@ def code_use(weight: QuantizedWeight) -> tuple[CodeUse, ...]:
 
 
 def entropy(uses: tuple[CodeUse, ...]) -> float:
-    """Return the information in a code, bits: 4 where all are used alike, less where some are idle."""
+    """Return the information in a code, in bits: 4 if all are used equally often, less otherwise."""
     return -sum(use.share * math.log2(use.share) for use in uses if use.share)
 
 
 def distance(uses: tuple[CodeUse, ...]) -> float:
-    """Return the total variation between the shares and the expected ones: 0 for normal weights, 1 at the most."""
+    """Return the total variation between the shares and the expected ones: 0 for normal weights, at most 1."""
     return sum(abs(use.share - use.expected) for use in uses) / 2
 
 
@@ -55,9 +56,9 @@ def distance(uses: tuple[CodeUse, ...]) -> float:
 def expected_shares(quant_type: str, block_size: int) -> tuple[float, ...]:
     """Return each code's share for blocks of n independent normal weights divided by their absmax.
 
-    With M = max |x_i|, whose density is f(m) = 2 n φ(m) (2 Φ(m) - 1)^(n - 1): one of the n is at ±1, and the others are
+    M = max |x_i| has the density f(m) = 2 n φ(m) (2 Φ(m) - 1)^(n - 1). One of the n weights is at ±1; the others are
     normal, cut off at ±m. A share is the integral of f(m) (1 - 1/n) (Φ(b m) - Φ(a m)) / (2 Φ(m) - 1) for the code's
-    interval from a to b, and 1 / 2n more at either end.
+    interval from a to b, plus 1 / 2n at either end.
     """
     book = codebook(quant_type, block_size)
     m = torch.linspace(1e-3, 12, _POINTS, dtype=torch.float64)
@@ -72,9 +73,8 @@ def expected_shares(quant_type: str, block_size: int) -> tuple[float, ...]:
     inner[0] += 1 / (2 * block_size)
     inner[-1] += 1 / (2 * block_size)
     shares = torch.zeros(len(book.values), dtype=torch.float64)
-    shares[book.order.long()] = inner  # a code whose value has a lower code is never written
-    found: list[float] = shares.tolist()
-    return tuple(found)
+    shares[book.order.long()] = inner  # a code whose value also has a lower code is never written
+    return tuple(float(share) for share in shares)
 
 
 def _normal(x: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""What 4 bits have done to each weight, and whether the adapter learns the task or repairs that.
+"""The quantization error of each weight, and whether the adapter learns the task or repairs that error.
 
     view = quantization_view(model)            # a 4-bit model that knows the 16-bit folder it was loaded from
     print(*view.findings(), sep="\\n")
 
-The error of a weight is E = Q(W) - W. An adapter that repairs has an update D near -E; since E is almost noise, of full
-rank, the most that rank r can take away is the energy of its r leading singular values.
+The error of a weight is E = Q(W) - W. An adapter that repairs it has an update D near -E. E is almost noise, of full
+rank: rank r can remove at most the energy of its r leading singular values.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from ..measure.singular_vectors import EXACT_UP_TO, LEADING, leading_vectors
 from ..tables import Tidy
 from .code_use import CodeUse, code_use, distance, entropy
 
-OUTLIER = 6.0  # standard deviations of the layer's weights; of 10^8 normal ones, one is beyond in five layers
-REPAIR, PARTLY = 0.5, 0.1  # alignment from which an update repairs, or does so in part
+OUTLIER = 6.0  # standard deviations of the layer's weights; of five layers of 10^8 normal ones, one has a weight beyond
+REPAIR, PARTLY = 0.5, 0.1  # alignment from which an update repairs, or partly repairs
 CHANCE = 5.0  # times the deviation of a random update's cosine, below which an alignment says nothing
 
 
@@ -44,8 +44,8 @@ class WorstPart:
     Attributes:
         index: of the row, or of the block in the flat weight.
         start: (row, column) of its first element.
-        relative_error: its ‖E‖ / ‖W‖; inf where only zeros became something else.
-        share: of the whole weight's squared error.
+        relative_error: its ‖E‖ / ‖W‖; inf if only zeros became something else.
+        share: its share of the whole weight's squared error.
     """
 
     index: int
@@ -59,10 +59,10 @@ class Outliers:
     """Weights beyond `OUTLIER` standard deviations: each makes its whole block coarse.
 
     Attributes:
-        count: how many.
-        blocks: in so many blocks.
-        error_share: of the squared error, in those blocks.
-        largest: (row, column, weight) of the largest.
+        count: number of outliers.
+        blocks: number of blocks with outliers.
+        error_share: share of the squared error in those blocks.
+        largest: (row, column, weight) of the largest outliers.
     """
 
     count: int
@@ -77,10 +77,10 @@ class Repair:
 
     Attributes:
         cosine: <D, -E> / (‖D‖ ‖E‖).
-        best_cosine: the greatest that an update of its rank could have.
-        repaired: share of ‖E‖² that D takes away, 1 - ‖E + D‖² / ‖E‖²; negative where it adds to it.
-        repairable: the greatest share that rank r could take away.
-        chance: the deviation of the cosine of a random update, 1 / sqrt(elements).
+        best_cosine: the greatest cosine that an update of its rank could have.
+        repaired: share of ‖E‖² that D removes, 1 - ‖E + D‖² / ‖E‖²; negative if it adds to the error.
+        repairable: the greatest share that rank r could remove.
+        chance: the deviation of a random update's cosine, 1 / sqrt(elements).
     """
 
     cosine: float
@@ -91,12 +91,12 @@ class Repair:
 
     @property
     def alignment(self) -> float:
-        """cosine / best_cosine: 1 where the update points to the best repair of its rank."""
+        """cosine / best_cosine: 1 if the update points to the best repair of its rank."""
         return self.cosine / self.best_cosine if self.best_cosine else 0.0
 
     @property
     def verdict(self) -> Literal["repairs", "partly repairs", "learns the task"]:
-        """What the update does, as far as its direction tells."""
+        """What the update does, judged by its direction."""
         if self.alignment < PARTLY or self.cosine < CHANCE * self.chance:
             return "learns the task"
         return "repairs" if self.alignment >= REPAIR else "partly repairs"
@@ -108,13 +108,13 @@ class LayerQuantization:
 
     Attributes:
         name: the layer's path.
-        shape, quant_type, block_size: of the weight.
-        error: SNR and its relatives.
-        worst_rows, worst_blocks: by relative error.
-        outliers: of the source.
-        singular_values: of E: all of them, or the leading ones where `spectrum_error` is not 0.
-        spectrum_error: each of them is within this of a true singular value of E, and not above its own.
-        codes: how often each is used, in ascending order of values.
+        shape, quant_type, block_size: the weight's.
+        error: SNR and related figures.
+        worst_rows, worst_blocks: those with the largest relative error.
+        outliers: the source's.
+        singular_values: those of E; all of them, or only the leading ones if `spectrum_error` is not 0.
+        spectrum_error: each value is within this of a true singular value of E, and not above its own.
+        codes: how often each code is used, in ascending order of values.
         repair: how the adapter's update relates to E; None without an adapter on this layer, or with a zero update.
     """
 
@@ -133,16 +133,16 @@ class LayerQuantization:
 
     @property
     def code_entropy(self) -> float:
-        """Information in a code, bits, of 4 at the most."""
+        """Information in a code, in bits, at most 4."""
         return entropy(self.codes)
 
     @property
     def code_distance(self) -> float:
-        """Total variation between the use of codes and that of normal weights, from 0 to 1."""
+        """Total variation between the weight's use of codes and that of normal weights, from 0 to 1."""
         return distance(self.codes)
 
     def row(self) -> dict[str, Any]:
-        """Return one flat row of numbers and words."""
+        """Return the layer as one flat row of numbers and words."""
         columns = ("cosine", "best_cosine", "repaired", "repairable", "chance", "alignment", "verdict")
         repair = {column: None if self.repair is None else getattr(self.repair, column) for column in columns}
         return {
@@ -161,11 +161,11 @@ class QuantizationView(Tidy):
     layers: tuple[LayerQuantization, ...]
 
     def table(self) -> list[dict[str, Any]]:
-        """Return one row a layer."""
+        """Return one row per layer."""
         return [layer.row() for layer in self.layers]
 
     def findings(self) -> list[str]:
-        """Say in sentences what stands out."""
+        """Return what stands out, in sentences."""
         return list(_findings(self.layers))
 
 
@@ -180,20 +180,21 @@ def quantization_view(
     double_quant: bool = True,
     top: int = 5,
 ) -> QuantizationView:
-    """Compare each 4-bit weight of a model with the weight that it was made from; one layer is dense at a time.
+    """Compare each 4-bit weight of a model with the weight that it was made from; only one layer is dense at a time.
 
     Args:
         model: with 4-bit layers; or a 16-bit model, with `quant_type`, to see what quantizing would do.
         source: where the 16-bit weights are: a folder, a known model's name or a model; None: the folder that the
             model was loaded from, or the 16-bit model itself.
-        adapter: whose update is held against the error; None: the only one, if there is one.
-        layers: paths to look at; None: all.
-        quant_type, block_size, double_quant: how the layers that are not in 4 bits would be quantized; None: left out.
-        top: rows, blocks and outliers to name.
+        adapter: the adapter whose update is compared with the error; None: the only one, if there is exactly one.
+        layers: paths to examine; None: all.
+        quant_type, block_size, double_quant: how to quantize the layers that are not in 4 bits; with None as
+            quant_type they are left out.
+        top: number of rows, blocks and outliers to name.
 
     Raises:
         AdapterError: the model has no such adapter.
-        CheckpointError: there is no source, or not the model's, or it holds the same 4-bit values.
+        CheckpointError: there is no source, it is not the model's, or it holds the same 4-bit values.
     """
     if adapter is None and len(adapter_configs(model)) == 1:
         adapter = next(iter(adapter_configs(model)))
@@ -201,7 +202,7 @@ def quantization_view(
         check_adapter(model, adapter)
     chosen = None if layers is None else set(layers)
     weights: BaseWeights | None = None
-    found = []
+    views = []
     for path, layer in _linear_layers(model, quant_type is not None):
         if chosen is not None and path not in chosen:
             continue
@@ -217,21 +218,22 @@ def quantization_view(
         update = None
         if isinstance(layer, AdaptedLayer) and adapter in layer.names():
             update = _update(layer, adapter, weight.shape)
-        found.append(measure_quantization(path, weight.to("cpu"), dense.cpu(), update, top))
-    if found and all(layer.error.max == 0 for layer in found):
-        raise CheckpointError("the source holds the very values of the 4-bit model; give the 16-bit folder as source")
-    return QuantizationView(tuple(found))
+        views.append(measure_quantization(path, weight.to("cpu"), dense.cpu(), update, top))
+    if views and all(view.error.max == 0 for view in views):
+        raise CheckpointError("the source holds the same values as the 4-bit model; give the 16-bit folder as source")
+    return QuantizationView(tuple(views))
 
 
 @torch.no_grad()
 def measure_quantization(
     name: str, weight: QuantizedWeight, source: Tensor, update: LowRank | None = None, top: int = 5
 ) -> LayerQuantization:
-    """Compare one 4-bit weight (out, in) with its source; computed in float64.
+    """Compare one 4-bit weight (out, in) with its source, in float64.
 
     Args:
+        source: (out, in), of any floating dtype.
         update: the adapter's, float64.
-        top: rows, blocks and outliers to name.
+        top: number of rows, blocks and outliers to name.
     """
     error = weight.dequantize(torch.float32).double() - source.double()
     rank = 0 if update is None else min(update.rank, *update.shape)
@@ -247,76 +249,76 @@ def measure_quantization(
 
 
 def _error_spectrum(error: Tensor, count: int) -> tuple[Tensor, float]:
-    """Return the singular values of E and their bound: all, from its smaller Gram matrix, or the leading ones."""
+    """Return the singular values of E, all from its smaller Gram matrix or only the leading ones, and their error."""
     if min(error.shape) <= max(EXACT_UP_TO, count):
         square = error @ error.T if error.shape[0] <= error.shape[1] else error.T @ error
         return torch.linalg.eigvalsh(square).flip(0).clamp(min=0).sqrt(), 0.0
-    found = leading_vectors(error, count)
-    return found.s, found.error
+    leading = leading_vectors(error, count)
+    return leading.s, leading.error
 
 
 def _squares(matrix: Tensor, size: int) -> Tensor:
-    """Return the sums of squares of consecutive pieces of the flat matrix, the last one possibly shorter."""
+    """Return the sums of squares of consecutive pieces of the flat matrix; the last piece may be shorter."""
     flat = matrix.double().reshape(-1).square()
-    whole = len(flat) // size * size
-    sums = flat[:whole].view(-1, size).sum(1)
-    return sums if whole == len(flat) else torch.cat([sums, flat[whole:].sum()[None]])
+    tail = len(flat) // size * size  # start of a shorter last piece
+    sums = flat[:tail].view(-1, size).sum(1)
+    return sums if tail == len(flat) else torch.cat([sums, flat[tail:].sum()[None]])
 
 
 def _worst(error: Tensor, source: Tensor, starts: range | list[int], top: int) -> tuple[WorstPart, ...]:
-    """Return the rows or blocks, by their first elements, of the largest relative error."""
+    """Return the rows or blocks, given by their first elements, with the largest relative error."""
     size = starts[1] - starts[0] if len(starts) > 1 else error.numel()
     errors, norms = _squares(error, size), _squares(source, size)
     relative = torch.where(errors == 0, 0.0, (errors / norms).sqrt())
     total = float(errors.sum()) or 1.0
-    places = relative.topk(min(top, len(relative))).indices.tolist()
+    indices = relative.topk(min(top, len(relative))).indices.tolist()
     width = error.shape[1]
     return tuple(
-        WorstPart(place, divmod(starts[place], width), float(relative[place]), float(errors[place]) / total)
-        for place in places
+        WorstPart(index, divmod(starts[index], width), float(relative[index]), float(errors[index]) / total)
+        for index in indices
     )
 
 
 def _outliers(error: Tensor, source: Tensor, block_size: int, top: int) -> Outliers:
     flat = source.reshape(-1)
-    places = (flat.abs() > OUTLIER * flat.std()).nonzero().flatten()
-    blocks = (places // block_size).unique()
+    outliers = (flat.abs() > OUTLIER * flat.std()).nonzero().flatten()  # indices in the flat weight
+    blocks = (outliers // block_size).unique()
     errors = _squares(error, block_size)
-    largest = places[flat[places].abs().topk(min(top, len(places))).indices].tolist()
+    largest = outliers[flat[outliers].abs().topk(min(top, len(outliers))).indices].tolist()
     total = float(errors.sum()) or 1.0
     return Outliers(
-        len(places), len(blocks), float(errors[blocks].sum()) / total,
-        tuple((*divmod(place, source.shape[1]), float(flat[place])) for place in largest),
+        len(outliers), len(blocks), float(errors[blocks].sum()) / total,
+        tuple((*divmod(index, source.shape[1]), float(flat[index])) for index in largest),
     )  # fmt: skip
 
 
 def _update(layer: AdaptedLayer, adapter: str, shape: torch.Size) -> LowRank:
     """Return the low-rank update in the orientation that the layer stores its weight in."""
     up, down = (factor.detach().double().cpu() for factor in layer.factors(adapter))
-    is_turned = not layer.as_matrix(torch.empty(shape, device="meta")).is_contiguous()
+    is_transposed = not layer.as_matrix(torch.empty(shape, device="meta")).is_contiguous()
     update = LowRank(up, down)
-    return update.T if is_turned else update
+    return update.T if is_transposed else update
 
 
 def _repair(error: Tensor, leading: Tensor, update: LowRank | None) -> Repair | None:
     if update is None:
         return None
-    size, whole = float(update.norm()), float(error.norm())
-    if size == 0 or whole == 0:
+    size, error_size = float(update.norm()), float(error.norm())
+    if size == 0 or error_size == 0:
         return None
     dot = float(((update.up.T @ error) * update.down).sum())  # <D, E> without D
-    repairable = float(leading.square().sum()) / whole**2
+    repairable = float(leading.square().sum()) / error_size**2
     return Repair(
-        cosine=-dot / (size * whole),
+        cosine=-dot / (size * error_size),
         best_cosine=math.sqrt(repairable),
-        repaired=-(2 * dot + size**2) / whole**2,
+        repaired=-(2 * dot + size**2) / error_size**2,
         repairable=repairable,
         chance=1 / math.sqrt(error.numel()),
     )
 
 
 def _linear_layers(model: nn.Module, dense_too: bool) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the layers with a 4-bit weight, adapted or not, and if asked the dense linear ones; path and layer."""
+    """Yield path and layer of those with a 4-bit weight, adapted or not, and on request of the dense linear ones."""
     adapted = {path: module for path, module in model.named_modules() if isinstance(module, AdaptedLayer)}
     inside = {layer.base_layer for layer in adapted.values()}
     dense = linear_layers(model) if dense_too else {}
@@ -331,7 +333,7 @@ def _source(model: nn.Module, source: str | os.PathLike[str] | nn.Module | None)
         return source
     if isinstance(model, Decoder) and model.folder is not None:
         return model.folder
-    raise CheckpointError("what was the model quantized from? give the folder of its 16-bit weights as source")
+    raise CheckpointError("the model does not know its source; give the folder of its 16-bit weights as source")
 
 
 def _findings(layers: tuple[LayerQuantization, ...]) -> Iterator[str]:
@@ -358,7 +360,7 @@ def _findings(layers: tuple[LayerQuantization, ...]) -> Iterator[str]:
         if names:
             yield f"the adapter {verdict} the quantization error in {len(names)} layers: {', '.join(names[:5])}"
     if compared and all(layer.repair and layer.repair.verdict == "learns the task" for layer in compared):
-        yield f"the adapter learns the task: in none of {len(compared)} layers does its update point against the error"
+        yield f"the adapter learns the task: its update points against the error in none of {len(compared)} layers"
 
 
 def _blocks(layer: LayerQuantization) -> int:

@@ -1,4 +1,4 @@
-"""The decoder: its shape, its blocks, the model families, attention, checkpointing and the loss."""
+"""The decoder: its shape, its blocks, attention, the model families, activation checkpointing and the loss."""
 
 from .config import DecoderConfig
 from .decoder import Decoder

@@ -1,4 +1,4 @@
-"""Attention over batches of sequences: which rows belong together, and what may see what."""
+"""Attention over batches of sequences: which rows form a sequence, and which tokens each may see."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from .cache import KVCache
 
 # On the CPU, explicit products beat PyTorch's fused kernel: forward and backward of 9 heads in bf16 take 17 against 32
 # ms at 2 x 512 tokens, 32 against 47 at 1 x 1,024, 1.9 against 2.4 s at 1 x 8,192. Blocks of 128 are the best of
-# 64 to 1,024. Only one token after another over 16 x 700 keys, with a mask, is the fused kernel faster.
+# 64 to 1,024. The fused kernel is faster only for one token after another over 16 x 700 keys, with a mask.
 QUERY_BLOCK = 128
-_MASKED_SCORES = 512 * 512  # a head's, above which masked attention is the fused kernel's
+_MASKED_SCORES = 512 * 512  # scores of a head; above it, masked attention uses the fused kernel
 
 
 class Group(NamedTuple):
-    """Neighbouring sequences of like length, which attention takes as one rectangle.
+    """Neighboring sequences of similar length, which attention processes as one rectangle.
 
     Attributes:
         start, end: their rows in the flat matrix.
         batch, length: the rectangle.
-        cells: (end - start,) cell of the rectangle that each row fills, or None where the rows are the rectangle.
+        cells: (end - start,) cell of the rectangle that each row fills, or None if the rows fill the whole rectangle.
     """
 
     start: int
@@ -35,14 +35,14 @@ class Group(NamedTuple):
     cells: Tensor | None = None
 
     def spread(self, x: Tensor) -> Tensor:
-        """(tokens, heads, dim) -> (batch, heads, length, dim), zero where there is no token."""
+        """Return x (tokens, heads, dim) as (batch, heads, length, dim), zero where there is no token."""
         x = x[self.start : self.end]
         if self.cells is not None:
             x = x.new_zeros(self.batch * self.length, *x.shape[1:]).index_copy(0, self.cells, x)
         return x.view(self.batch, self.length, *x.shape[1:]).transpose(1, 2)
 
     def gather(self, x: Tensor) -> Tensor:
-        """(batch, heads, length, dim) -> (end - start, heads * dim), the inverse of `spread`."""
+        """Return x (batch, heads, length, dim) as (end - start, heads * dim): the inverse of `spread`."""
         flat = x.transpose(1, 2).reshape(self.batch * self.length, -1)
         return flat if self.cells is None else flat[self.cells]
 
@@ -54,7 +54,7 @@ class Layout(NamedTuple):
         positions: (tokens,) position of each token in its own sequence.
         groups: the rectangles that attention works on; together they cover all rows.
         mask: additive (batch, 1, queries, keys), or None for plain causal attention.
-        shared: how many of the first rows come before every sequence, as if each began with them.
+        shared: number of leading rows with which every sequence begins.
     """
 
     positions: Tensor
@@ -64,19 +64,20 @@ class Layout(NamedTuple):
 
     @staticmethod
     def rectangle(batch: int, length: int, device: torch.device) -> Layout:
-        """Sequences of one length, (batch, length)."""
+        """Return the layout of sequences of one length, (batch, length)."""
         return Layout(torch.arange(length, device=device).repeat(batch), (Group(0, batch * length, batch, length),))
 
     @staticmethod
     def packed(lengths: Sequence[int], device: torch.device, shared: int = 0) -> Layout:
-        """Sequences of several lengths laid end to end, without padding; none sees another, all see the shared rows.
+        """Return the layout of sequences of several lengths laid end to end, without padding.
 
-        Only attention pads, each group to its own longest. Padding comes last in its row, so that causality hides it.
+        No sequence sees another; all see the shared rows. Only attention pads, each group to its longest sequence.
+        Padding comes last in its sequence, where causality hides it.
         """
-        parts = [torch.arange(shared, device=device), *(shared + torch.arange(n, device=device) for n in lengths)]
-        positions = torch.cat(parts)
+        rests = [shared + torch.arange(length, device=device) for length in lengths]
+        positions = torch.cat([torch.arange(shared, device=device), *rests])
         groups, row = [Group(0, shared, 1, shared)] if shared else [], shared
-        for run in _alike(lengths):
+        for run in _runs_of_similar_length(lengths):
             longest, end = max(run), row + sum(run)
             cells = None
             if min(run) < longest:
@@ -88,12 +89,12 @@ class Layout(NamedTuple):
 
     @staticmethod
     def cached(cache: KVCache, new: int, dtype: torch.dtype) -> Layout:
-        """`new` more tokens of each sequence in the cache; its padding is masked."""
+        """Return the layout of `new` more tokens of each sequence in the cache, whose padding is masked."""
         device, padding = cache.padding.device, cache.padding[:, None]
         query = torch.arange(cache.length, cache.length + new, device=device)
         key = torch.arange(cache.length + new, device=device)
         seen = (key >= padding)[:, None] & (key <= query[:, None])  # (batch, queries, keys)
-        seen |= key == query[:, None]  # a padding position sees itself, lest its softmax be 0 / 0
+        seen |= key == query[:, None]  # a padding position sees itself: otherwise its softmax would be 0 / 0
         mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
         positions = cache.prefix_length + (query - padding).clamp(min=0).view(-1)
         return Layout(positions, (Group(0, len(positions), len(padding), new),), mask[:, None])
@@ -103,11 +104,11 @@ class Layout(NamedTuple):
 
         q (tokens, heads, dim), k and v (tokens, kv_heads, dim) -> (tokens, heads * dim)
         """
-        parts = []
+        results = []
         for group in self.groups:
             queries, keys, values = (group.spread(x) for x in (q, k, v))
             if group.start >= self.shared > 0:
-                keys, values = (self._with_shared(x, own) for x, own in ((k, keys), (v, values)))
+                keys, values = self._with_shared(k, keys), self._with_shared(v, values)
             shared = None
             if cache is not None:
                 keys, values = cache.extend(layer, keys, values)
@@ -116,13 +117,13 @@ class Layout(NamedTuple):
                 mixed = attention(queries, keys, values, self.mask)
             else:
                 mixed = _attention_with_prefix(queries, keys, values, self.mask, *shared)
-            parts.append(group.gather(mixed))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            results.append(group.gather(mixed))
+        return results[0] if len(results) == 1 else torch.cat(results)
 
-    def _with_shared(self, x: Tensor, own: Tensor) -> Tensor:
-        """Put the shared rows of x (tokens, heads, dim) before each sequence's own (batch, heads, length, dim)."""
-        before = x[: self.shared].transpose(0, 1).expand(len(own), -1, -1, -1)
-        return torch.cat([before, own], dim=2)
+    def _with_shared(self, x: Tensor, rest: Tensor) -> Tensor:
+        """Put the shared rows of x (tokens, heads, dim) before each sequence's rest (batch, heads, length, dim)."""
+        shared = x[: self.shared].transpose(0, 1).expand(len(rest), -1, -1, -1)
+        return torch.cat([shared, rest], dim=2)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -130,7 +131,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
     Args:
         q: (batch, heads, queries, dim); k, v: (batch, kv_heads, keys, dim), each shared by heads / kv_heads queries.
-        mask: additive, (batch, 1, queries, keys), for inference; None: causal, the last query seeing all keys.
+        mask: additive, (batch, 1, queries, keys), for inference; None: causal, and the last query sees all keys.
+
+    Returns:
+        (batch, heads, queries, dim).
+
+    Raises:
+        ShapeError: heads is not a multiple of kv_heads.
     """
     if q.shape[1] % k.shape[1]:
         raise ShapeError(f"{q.shape[1]} query heads do not divide among {k.shape[1]} key/value heads")
@@ -146,13 +153,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
 
 class _CausalAttention(torch.autograd.Function):
-    """Saves q, k and v alone and computes the probabilities P again, which would take (heads · length) numbers a token.
+    """Saves only q, k and v, and recomputes the probabilities P, which would take (heads · length) numbers a token.
 
     With O = P V and S the scaled scores:  dV = Pᵀ dO,  dP = dO Vᵀ,  dS = P ∘ (dP − rowsum(P ∘ dP)),  dQ = dS K / √dim,
     dK = dSᵀ Q / √dim. The queries of a group are stacked, so that the products sum dK and dV over the group.
 
-    Queries are taken in blocks, which meet no key that the last of them cannot see: that halves the work of a long
-    sequence, and no more than a block's scores are held. dK and dV are summed over the blocks in fp32.
+    Queries are taken in blocks. A block skips the keys that its last query cannot see, which halves the work of a long
+    sequence, and only one block's scores are in memory. dK and dV are summed over the blocks in fp32.
     """
 
     @staticmethod
@@ -160,9 +167,9 @@ class _CausalAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v)
         result = torch.empty_like(q)
         for first, last, seen in query_blocks(q.shape[2], k.shape[2]):
-            part = q[:, :, first:last]
-            probs = _scores(part, k[:, :, :seen], None).softmax(dim=-1)
-            result[:, :, first:last] = (probs @ v[:, :, :seen]).view(part.shape)
+            queries = q[:, :, first:last]
+            probs = _scores(queries, k[:, :, :seen], None).softmax(dim=-1)
+            result[:, :, first:last] = (probs @ v[:, :, :seen]).view(queries.shape)
         return result
 
     @staticmethod
@@ -172,25 +179,25 @@ class _CausalAttention(torch.autograd.Function):
         dq = torch.empty_like(q)
         dk, dv = (torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
         for first, last, seen in query_blocks(q.shape[2], k.shape[2]):
-            part, keys, values = q[:, :, first:last], k[:, :, :seen], v[:, :, :seen]
-            probs = _scores(part, keys, None).softmax(dim=-1)
+            queries, keys, values = q[:, :, first:last], k[:, :, :seen], v[:, :, :seen]
+            probs = _scores(queries, keys, None).softmax(dim=-1)
             grad = _stack(grads[0][:, :, first:last], k.shape[1])
             dv[:, :, :seen] += probs.transpose(-1, -2) @ grad
             dscores = torch._softmax_backward_data(grad @ values.transpose(-1, -2), probs, -1, q.dtype)
-            dq[:, :, first:last] = (dscores @ keys).mul_(scale).view(part.shape)
-            dk[:, :, :seen] += dscores.transpose(-1, -2) @ _stack(part, k.shape[1])
+            dq[:, :, first:last] = (dscores @ keys).mul_(scale).view(queries.shape)
+            dk[:, :, :seen] += dscores.transpose(-1, -2) @ _stack(queries, k.shape[1])
         return dq, dk.mul_(scale).to(k.dtype), dv.to(v.dtype)
 
 
 def query_blocks(queries: int, keys: int) -> Iterator[tuple[int, int, int]]:
-    """Return first and last query of each block, and how many keys its last query sees."""
+    """Yield each block's first query, the query after its last, and how many keys its last query sees."""
     for first in range(0, queries, QUERY_BLOCK):
         last = min(first + QUERY_BLOCK, queries)
         yield first, last, keys - queries + last
 
 
 def _stack(x: Tensor, kv_heads: int) -> Tensor:
-    """(batch, heads, queries, dim) -> (batch, kv_heads, group * queries, dim): a key head's queries, stacked."""
+    """Return x (batch, heads, queries, dim) as (batch, kv_heads, group * queries, dim): each key head's queries."""
     return x.reshape(x.shape[0], kv_heads, -1, x.shape[-1])
 
 
@@ -205,7 +212,7 @@ def _scores(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _causal_mask(q: Tensor, keys: int) -> Tensor:
-    """Return an additive mask, (1, 1, queries, keys): the last query sees all keys, each before it one less."""
+    """Return an additive mask, (1, 1, queries, keys): the last query sees all keys, each one before it one key less."""
     queries = q.shape[2]
     return q.new_full((queries, keys), float("-inf")).triu_(1 + keys - queries)[None, None]
 
@@ -213,20 +220,20 @@ def _causal_mask(q: Tensor, keys: int) -> Tensor:
 def _attention_with_prefix(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
     """Attend to a prefix that the whole batch shares, (kv_heads, prefix, dim), and to each sequence's own keys.
 
-    The queries of all sequences meet the prefix in one product per head, instead of one per sequence and copy of it.
+    One product per head covers the queries of all sequences, instead of one per sequence and copy of the prefix.
     """
     batch, kv_heads, prefix = len(q), len(prefix_k), prefix_k.shape[1]
     stacked = _stack(q, kv_heads) * q.shape[-1] ** -0.5  # (batch, kv_heads, group * queries, dim)
     together = stacked.transpose(0, 1).reshape(kv_heads, -1, q.shape[-1])  # (kv_heads, batch * group * queries, dim)
     shared = (together @ prefix_k.transpose(-1, -2)).view(kv_heads, batch, -1, prefix).transpose(0, 1)
     probs = torch.cat([shared, _scores(q, k, mask)], dim=-1).softmax(dim=-1)
-    of_prefix = probs[..., :prefix].transpose(0, 1).reshape(kv_heads, -1, prefix) @ prefix_v
-    mixed = of_prefix.view(kv_heads, batch, -1, q.shape[-1]).transpose(0, 1) + probs[..., prefix:] @ v
+    from_prefix = probs[..., :prefix].transpose(0, 1).reshape(kv_heads, -1, prefix) @ prefix_v
+    mixed = from_prefix.view(kv_heads, batch, -1, q.shape[-1]).transpose(0, 1) + probs[..., prefix:] @ v
     return mixed.reshape(q.shape)
 
 
-def _alike(lengths: Sequence[int]) -> list[list[int]]:
-    """Cut a list of lengths into runs whose longest is at most a third longer than their shortest."""
+def _runs_of_similar_length(lengths: Sequence[int]) -> list[list[int]]:
+    """Cut a list of lengths into runs whose longest is at most a third longer than the shortest."""
     runs: list[list[int]] = []
     for length in lengths:
         if runs and 3 * max(*runs[-1], length) <= 4 * min(*runs[-1], length):

@@ -1,7 +1,7 @@
-"""The two blocks of a decoder layer: attention and the MLP, as every family has them that does not bring its own.
+"""The two blocks of a decoder layer, attention and the MLP, for every family that does not bring its own.
 
-A family's own block derives from one of these. The names of its linear layers are those of the checkpoint, since
-adapter files and target modules name them too.
+A family's own block derives from one of these. Its linear layers have the checkpoint's names, because adapter files and
+target modules use them too.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ from .shape import DecoderShape
 class Attention(nn.Module):
     """Causal self-attention with rotary positions and grouped key/value heads (Ainslie et al., arXiv:2305.13245).
 
+    Shapes:
+        x (tokens, hidden) -> (tokens, hidden); rope: cosines and sines, (tokens, head_dim) each
+
     Attributes:
         inputs: names of the layers that read the hidden states, for queries, keys and values.
-        output: name of the layer that reads what attention has mixed.
-        norm: class of the norms of queries and keys, where the shape asks for them.
+        output: name of the layer that reads the result of attention.
+        norm: class of the norms of queries and keys, used where the decoder's shape has `qk_norm`.
     """
 
     inputs: ClassVar[tuple[str, str, str]] = ("q_proj", "k_proj", "v_proj")
@@ -63,7 +66,7 @@ class Attention(nn.Module):
         return *apply_rope(q, k, *rope), v
 
     def project_back(self, mixed: Tensor) -> Tensor:
-        """Return the output projection of what attention mixed: (tokens, heads * head_dim) -> (tokens, hidden)."""
+        """Project the result of attention: (tokens, heads * head_dim) -> (tokens, hidden)."""
         result: Tensor = getattr(self, self.output)(mixed)
         return result
 
@@ -71,10 +74,13 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """The gated feed-forward layer: down_proj(silu(gate_proj(x)) * up_proj(x)), unless a family says otherwise.
 
+    Shapes:
+        x (tokens, hidden) -> (tokens, hidden)
+
     Attributes:
         inputs: names of the layers that read the hidden states, each as wide as the intermediate size.
-        output: name of the layer that leads back to them.
-        activation: makes one (tokens, intermediate) tensor of what the inputs give, one each.
+        output: name of the layer that maps back to the hidden size.
+        activation: combines the results of the inputs, (tokens, intermediate) each, into one such tensor.
     """
 
     inputs: ClassVar[tuple[str, ...]] = ("gate_proj", "up_proj")
@@ -88,7 +94,7 @@ class MLP(nn.Module):
         self.add_module(self.output, nn.Linear(shape.intermediate_size, shape.hidden_size, bias=shape.mlp_bias))
 
     def forward(self, x: Tensor, recompute: Recompute | None = None) -> Tensor:
-        given = linear_together(x, *(getattr(self, name) for name in self.inputs), recompute=recompute)
-        hidden = self.activation(*given)
-        (result,) = linear_together(hidden, getattr(self, self.output), recompute=(self.activation, given))
+        projected = linear_together(x, *(getattr(self, name) for name in self.inputs), recompute=recompute)
+        activated = self.activation(*projected)
+        (result,) = linear_together(activated, getattr(self, self.output), recompute=(self.activation, projected))
         return result

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class KVCache:
-    """The keys and values of a batch of sequences, left-padded, behind a prefix that all of them may share.
+    """The keys and values of a batch of sequences, left-padded, after a prefix that all of them may share.
 
         [shared prefix][padding][rest of the prompt][generated ...]
 
@@ -16,12 +16,12 @@ class KVCache:
     Args:
         layers, heads, head_dim: of the decoder; `heads` counts the key/value heads.
         padding: (batch,) int64, padding positions of each sequence.
-        capacity: positions to reserve behind the prefix.
+        capacity: positions to reserve after the prefix.
         prefix: the cache of one sequence without padding, already filled.
 
     Attributes:
         keys, values: (layers, batch, heads, capacity, head_dim).
-        length: positions filled, padding among them, the prefix not.
+        length: positions filled, including padding but not the prefix.
     """
 
     def __init__(

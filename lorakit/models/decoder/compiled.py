@@ -1,4 +1,4 @@
-"""Compiling the parts of a decoder layer: once for all layers and all lengths."""
+"""Compiling parts of a decoder layer, once for all layers and all lengths."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from ...errors import ConfigError
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return torch.compile's version of a function of a layer, the same one for every layer.
 
-    The number of tokens is a variable in it. What it is compiled anew for: an input without gradient, as the first
-    layer's, evaluation, and layers that differ in more than their weights.
+    The number of tokens is a variable in it. It is compiled again for an input without gradient, such as the first
+    layer's, for evaluation, and for layers that differ in more than their weights.
     """
     return torch.compile(function, dynamic=True)
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raise ConfigError where torch.compile would find nothing to compile with for a device."""
+    """Raise ConfigError if torch.compile would find no compiler for a device."""
     if device.type == "cpu":
         command = os.environ.get("CXX", "g++")
         if shutil.which(command.split()[0]) is None:
             raise ConfigError(f"compile needs a C++ compiler, but there is no '{command}'; install g++ or set CXX")
     elif importlib.util.find_spec("triton") is None:
-        raise ConfigError(f"compile needs triton for a model on {device}, which is not installed: pip install triton")
+        raise ConfigError(f"compile needs triton for a model on {device}, but it is not installed: pip install triton")

@@ -1,4 +1,4 @@
-"""`DecoderConfig`: what a checkpoint's config.json says about the shape of a decoder."""
+"""`DecoderConfig`: the shape of a decoder, read from a checkpoint's config.json."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class DecoderConfig(DecoderShape):
 
     @property
     def family(self) -> Family:
-        """The entry of `FAMILIES`.
+        """Its entry in `FAMILIES`.
 
         Raises:
             ConfigError: the architecture is not one of them.
@@ -36,8 +36,8 @@ class DecoderConfig(DecoderShape):
         """Read the contents of a config.json, of transformers 4 or 5.
 
         Raises:
-            ConfigError: the architecture is not one of `FAMILIES`, a size is missing or does not fit, or a feature is
-                switched on that this decoder does not have.
+            ConfigError: the architecture is not one of `FAMILIES`, a size is missing or does not fit, or a feature that
+                this decoder does not have is switched on.
         """
         architecture = str((values.get("architectures") or ["(none)"])[0])
         try:

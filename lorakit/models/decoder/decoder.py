@@ -1,7 +1,7 @@
 """One decoder for all model families (`families`), with parameter names as on Hugging Face.
 
 Hidden states travel as a flat (tokens, hidden) matrix, whatever the batch looks like; only attention knows sequences
-(`Layout`). A padding-free training batch, a rectangle and one step of generation are the same code.
+(`Layout`). A padding-free training batch, a rectangle and one step of generation run through the same code.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout, rope: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
         if self.checkpointing == "layer":
-            return recomputed(self._all, self, x, layout, rope, cache)
-        return self._all(x, layout, rope, cache)
+            return recomputed(self._compute, self, x, layout, rope, cache)
+        return self._compute(x, layout, rope, cache)
 
-    def _all(self, x: Tensor, layout: Layout, rope: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
+    def _compute(self, x: Tensor, layout: Layout, rope: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
         if self.is_compiled:
-            # Attention is left out: its blocks and groups follow the lengths, so that each would be compiled anew.
+            # Attention is not compiled: its blocks and groups follow the lengths, and each set would compile again.
             q, k, v = compiled(DecoderLayer._before_attention)(self, x, rope)
             mixed = layout.attend(q, k, v, self.self_attn.index, cache)
             if self.checkpointing == "mlp":
@@ -56,7 +56,7 @@ class DecoderLayer(nn.Module):
                 return recomputed(partial(compiled(DecoderLayer._feed_forward), self), self.mlp, x)
             result: Tensor = compiled(DecoderLayer._after_attention)(self, x, mixed)
             return result
-        # The norms keep their x, from which the layers after them compute theirs again.
+        # The norms keep their input, from which the layers after them recompute their own.
         x = x + self.self_attn(self.input_layernorm(x), layout, rope, cache, recompute=(self.input_layernorm, (x,)))
         return recomputed(self._feed_forward, self.mlp, x) if self.checkpointing == "mlp" else self._feed_forward(x)
 
@@ -113,18 +113,19 @@ class Decoder(RowAware, nn.Module):
         return self.model.norm.weight.device
 
     def set_checkpointing(self, how: Literal["none", "mlp", "layer"] | int) -> None:
-        """Choose what the backward pass computes again instead of keeping it; no result changes.
+        """Choose what the backward pass recomputes instead of keeping it; no result changes.
 
         Args:
-            how: nothing; the MLP of every layer with its norm, whose intermediates are the widest; every layer, of
-                which only the input is kept (Chen et al. 2016, arXiv:1604.06174); or with a number n every n-th layer.
+            how: "none": nothing; "mlp": the MLP of every layer with its norm, whose intermediates are the widest;
+                "layer": every layer, keeping only its input (Chen et al. 2016, arXiv:1604.06174); a number n: every
+                n-th layer.
         """
         for index, layer in enumerate(self.model.layers):
             assert isinstance(layer, DecoderLayer)
             layer.checkpointing = how if isinstance(how, str) else "none" if (index + 1) % how else "layer"
 
     def get_input_embeddings(self) -> nn.Module:
-        """Return the embedding table, whose rows `trainable_token_indices` means."""
+        """Return the embedding table, whose rows `trainable_token_indices` selects."""
         return self.model.embed_tokens
 
     def get_output_embeddings(self) -> nn.Module:
@@ -149,12 +150,12 @@ class Decoder(RowAware, nn.Module):
             input_ids: (batch, seq) int64; with `lengths`, (tokens,): sequences laid end to end.
             lengths: of those sequences; positions restart in each and none sees another.
             cache: keys and values of earlier tokens of the same sequences; it is extended by these.
-            shared: with `lengths`: how many of the first tokens are the beginning of every sequence, given and computed
-                once; `lengths` are those of the rests. The results are as if each sequence had been given whole.
+            shared: with `lengths`: number of leading tokens with which every sequence begins, given and computed once;
+                `lengths` then counts only the rest of each. The results are as if every sequence were given in full.
 
         Raises:
-            ShapeError: the shape does not fit, a sequence exceeds the context, or a token id the vocabulary. Or, within
-                `use_rows`, the rows are not as many as the sequences, or are to share tokens.
+            ShapeError: the shape does not fit, a sequence exceeds the context, or a token id is outside the vocabulary.
+                Within `use_rows`: there are more or fewer rows than sequences, or `shared` is not 0.
         """
         layout = self._layout(input_ids, lengths, cache, shared)
         with self._rows_laid_out(input_ids, lengths, shared):
@@ -164,7 +165,7 @@ class Decoder(RowAware, nn.Module):
     def _rows_laid_out(
         self, input_ids: Tensor, lengths: Sequence[int] | None, shared: int
     ) -> contextlib.AbstractContextManager[None]:
-        """Tell the adapted layers, where rows have adapters of their own, which of the flat tokens are whose."""
+        """Tell the adapted layers which of the flat tokens belong to which row, if rows have adapters of their own."""
         if self.rows is None:
             return contextlib.nullcontext()
         if shared:
@@ -173,7 +174,7 @@ class Decoder(RowAware, nn.Module):
 
     def _through_layers(self, input_ids: Tensor, layout: Layout, cache: KVCache | None) -> Tensor:
         x = self.model.embed_tokens(input_ids.reshape(-1))  # (tokens, hidden)
-        # On the fly, not a buffer: fp32 frequencies must survive .to(torch.bfloat16), and these are few numbers.
+        # Not a buffer: fp32 frequencies must survive .to(torch.bfloat16), and these few numbers cost nothing.
         frequencies = rope_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         rope = rope_tables(frequencies, layout.positions, x.dtype)
         for layer in self.model.layers:

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ...layers import linear_cross_entropy, token_losses
 from .decoder import Decoder
 
-_LEAST_SAVED = 1 / 16  # of the tokens; sharing costs attention a copy of the shared keys and values a sequence
+_LEAST_SAVED = 1 / 16  # of the tokens: sharing costs attention a copy of the shared keys and values per sequence
 
 
 def summed_loss(
@@ -28,14 +28,14 @@ def summed_loss(
         model: a `Decoder`, or a model that maps (input_ids, attention_mask) to an object with `.logits`.
         input_ids: (tokens,) int64, sequences laid end to end; `lengths` are theirs.
         targets: (tokens,) int64, the next token, or negative where it is not trained.
-        losses: (trained tokens,) fp32 to fill with the loss of each, in their order; None: only the sum is wanted.
+        losses: (trained tokens,) fp32, filled with each token's loss in order; None: only the sum is wanted.
     """
     if isinstance(model, Decoder):
         shared = 0
-        if model.rows is None:  # rows with adapters of their own compute even the same tokens differently
+        if model.rows is None:  # rows with adapters of their own compute the same tokens differently
             input_ids, targets, lengths, shared = _share_prefix(input_ids, targets, lengths)
         trained = targets >= 0
-        # Rows that train nothing are dropped before the projection to the vocabulary: most rows, with prompts masked.
+        # Rows that train nothing, most of them where prompts are masked, skip the projection to the vocabulary.
         hidden = model.hidden_states(input_ids, lengths, shared=shared)[trained]
         head = model.get_output_embeddings()  # a LoRALinear where the head is adapted
         if isinstance(head, nn.Linear) and not head.weight.requires_grad:
@@ -53,7 +53,7 @@ def summed_loss(
 
 @torch.inference_mode()
 def sequence_losses(model: Decoder, input_ids: Tensor) -> Tensor:
-    """Return the negative log-likelihood of each token of a sequence but the first: (tokens,) -> (tokens - 1,) fp32."""
+    """Return the negative log-likelihood of every token but the first: (tokens,) -> (tokens - 1,) fp32."""
     hidden = model.hidden_states(input_ids[:-1], [len(input_ids) - 1])
     head = model.get_output_embeddings()
     if isinstance(head, nn.Linear):
@@ -64,18 +64,19 @@ def sequence_losses(model: Decoder, input_ids: Tensor) -> Tensor:
 def _share_prefix(
     input_ids: Tensor, targets: Tensor, lengths: Sequence[int]
 ) -> tuple[Tensor, Tensor, Sequence[int], int]:
-    """Take the tokens that all sequences begin with, and do not train, out of all but the first.
+    """Keep the untrained tokens with which all sequences begin only once, at the front.
 
     A system prompt is often a third of a conversation or more; its hidden states are the same in each. The gradient
     is the same sum as before, gathered in one place.
 
     Returns:
-        input_ids and targets (tokens,) with the shared tokens first, the lengths of the rests, and how many are shared.
+        input_ids and targets (tokens,) with the shared tokens first, the length of each sequence's rest, and how many
+        tokens are shared.
     """
     if min(lengths, default=0) < 2 or sum(lengths) != len(input_ids):
-        return input_ids, targets, lengths, 0  # nothing to share, or for the model to refuse
+        return input_ids, targets, lengths, 0  # nothing to share, or lengths that the model refuses
     starts = torch.tensor([0, *itertools.accumulate(lengths)][:-1], device=input_ids.device)
-    heads = starts[:, None] + torch.arange(min(lengths) - 1, device=input_ids.device)  # a token of each is left over
+    heads = starts[:, None] + torch.arange(min(lengths) - 1, device=input_ids.device)  # each keeps at least one token
     same = (input_ids[heads] == input_ids[heads[:1]]) & (targets[heads] < 0)
     shared = int(same.all(dim=0).cumprod(dim=0).sum())
     if shared * (len(lengths) - 1) < _LEAST_SAVED * len(input_ids):
@@ -85,7 +86,7 @@ def _share_prefix(
 
 
 def _trained_rows(model: Decoder, trained: Tensor, lengths: Sequence[int]) -> contextlib.AbstractContextManager[None]:
-    """Tell an adapted head, where rows have adapters of their own, how many hidden states of each row it gets."""
+    """Tell an adapted head how many hidden states of each row it gets, if rows have adapters of their own."""
     if model.rows is None:
         return contextlib.nullcontext()
     return model.rows.laid_out([int(row.sum()) for row in trained.split(list(lengths))])

@@ -1,4 +1,4 @@
-"""Activation checkpointing: a part of the model that is computed again in the backward pass instead of kept."""
+"""Activation checkpointing: the backward pass recomputes a part of the model instead of keeping its activations."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ...layers import AdaptersInUse
 
 
 def recomputed(function: Callable[..., Tensor], module: nn.Module, x: Tensor, *rest: Any) -> Tensor:
-    """Return function(x, *rest), of which only x is kept (Chen et al. 2016, arXiv:1604.06174, section 3).
+    """Return function(x, *rest), keeping only x (Chen et al. 2016, arXiv:1604.06174, section 3).
 
-    The same as torch.utils.checkpoint, which imports the compiler for it: 142 MiB and 2 s.
+    torch.utils.checkpoint does the same, but imports the compiler for it: 142 MiB and 2 s.
 
     Args:
-        function: of `module`'s trainable parameters, x and the rest; random numbers repeat themselves, and so do the
-            adapters in use, whatever was switched since.
+        function: depends on `module`'s trainable parameters, x and the rest. The backward pass runs it again with the
+            same random numbers and the same adapters in use, whatever was switched since.
         x: of any shape, as is the result.
-        rest: what has no gradient.
+        rest: arguments without gradient.
     """
     if not torch.is_grad_enabled():
         return function(x, *rest)
@@ -56,8 +56,8 @@ class _Recomputed(torch.autograd.Function):
             with ctx.in_use.restored():
                 y = ctx.function(x, *ctx.rest)
         wanted = [tensor for tensor in (x, *parameters) if tensor.requires_grad]
-        found = iter(torch.autograd.grad(y, wanted, grads, allow_unused=True))
-        return None, None, None, *(next(found) if tensor.requires_grad else None for tensor in (x, *parameters))
+        gradients = iter(torch.autograd.grad(y, wanted, grads, allow_unused=True))
+        return None, None, None, *(next(gradients) if tensor.requires_grad else None for tensor in (x, *parameters))
 
 
 def _device_random(x: Tensor) -> Tensor | None:

@@ -17,7 +17,7 @@ class DecoderShape:
         output_bias: whether the attention's output projection has one.
         mlp_bias: whether the feed-forward projections have one.
         qk_norm: whether each head's query and key are normalized (RMSNorm), as in Qwen3.
-        sliding_window: most tokens that attention looks back, or None.
+        sliding_window: number of tokens over which attention looks back, or None.
     """
 
     architecture: str
@@ -41,5 +41,5 @@ class DecoderShape:
 
     @property
     def context_length(self) -> int:
-        """Most tokens of a sequence: those of the sliding window where there is one, which nothing may leave."""
+        """Most tokens of a sequence: the context, or the sliding window if that is shorter."""
         return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)

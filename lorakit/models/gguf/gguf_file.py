@@ -1,7 +1,7 @@
 """Opening a GGUF file: typed metadata, dequantized tensors, and one clear error for whatever is wrong with it.
 
-The `gguf` package does the reading. It trusts the file: a short read gives it an empty array, a wild array length a
-loop without end. The subclass here checks every read against the file's size first.
+The `gguf` package does the reading. It trusts the file: a short read gives it an empty array, a wild array length an
+endless loop. The subclass here checks every read against the file's size first.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class GGUFFile:
     tensors: Mapping[str, Any]
 
     def value(self, key: str, kind: type[T]) -> T:
-        """Return a metadata value that has to be there.
+        """Return a required metadata value.
 
         Raises:
             CheckpointError: it is absent or not of this kind.
@@ -57,7 +57,7 @@ class GGUFFile:
         return value
 
     def get(self, key: str, kind: type[T]) -> T | None:
-        """Return a metadata value, or None where the key is absent."""
+        """Return a metadata value, or None if the key is absent."""
         return self.value(key, kind) if key in self.fields else None
 
     def shape(self, name: str) -> tuple[int, ...]:

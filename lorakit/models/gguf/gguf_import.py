@@ -1,9 +1,9 @@
 """Turning a GGUF file into an ordinary Hugging Face checkpoint folder.
 
-What has to be undone: the tensors' names, the block quantization (`gguf.quants`), the order of the q and k rows
-(`gguf_rows`), and the tokenizer's packing into metadata (`gguf_tokenizer`). Weights are stored as bfloat16, rounded to
-nearest even: one moves by at most 2**-8 of its size, where Q4_1 had moved it by up to 1/30 of its block's range. Every
-tensor of the file is consumed; one we do not know is an error, because a model without it would be another model.
+The import undoes GGUF's tensor names, its block quantization (`gguf.quants`), its order of the q and k rows
+(`gguf_rows`) and its packing of the tokenizer into metadata (`gguf_tokenizer`). Weights are stored as bfloat16, rounded
+to nearest even: one moves by at most 2**-8 of its size, where Q4_1 had moved it by up to 1/30 of its block's range.
+Every tensor of the file is used; an unknown one is an error, because a model without it would be another model.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DTYPE = torch.bfloat16
 
 
 def import_gguf(gguf_path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> Path:
-    """Convert a GGUF file to `folder`, which is new or empty, whole or not at all.
+    """Convert a GGUF file to a new or empty folder, whole or not at all.
 
     Writes config.json, generation_config.json, model.safetensors (bfloat16), tokenizer.json, tokenizer_config.json and
     a README.md that says where the weights come from.
@@ -38,8 +38,8 @@ def import_gguf(gguf_path: str | os.PathLike[str], folder: str | os.PathLike[str
 
     Raises:
         LorakitError: the gguf package is not installed.
-        CheckpointError: the file is missing, truncated, not GGUF, of another architecture or with a feature we do not
-            convert; or `folder` already holds something.
+        CheckpointError: the file is missing, truncated, not GGUF, of another architecture or has a feature that is not
+            converted; or `folder` already holds something.
         StorageError: `folder` cannot be written.
     """
     folder = Path(folder)
@@ -53,7 +53,7 @@ def import_gguf(gguf_path: str | os.PathLike[str], folder: str | os.PathLike[str
 def convert_gguf(gguf_path: str | os.PathLike[str], folder: Path, origin: str = "") -> None:
     """Write the checkpoint's files into an existing folder; `import_gguf` is the safe way to call this.
 
-    The bytes written depend on the GGUF file and `origin` (a phrase for the README) alone: no dates, no paths.
+    The bytes written depend only on the GGUF file and `origin` (a phrase for the README): no dates, no paths.
     """
     source = open_gguf(gguf_path)
     family = _family(source)
@@ -70,7 +70,7 @@ def convert_gguf(gguf_path: str | os.PathLike[str], folder: Path, origin: str = 
 
 
 def _family(source: GGUFFile) -> Family:
-    """Return the family that a file's architecture is imported as."""
+    """Return the family as which a file's architecture is imported."""
     imported = {form.architecture: family for family in FAMILIES.values() if (form := family.gguf) and form.is_imported}
     architecture = source.value("general.architecture", str)
     if architecture not in imported:
@@ -80,11 +80,11 @@ def _family(source: GGUFFile) -> Family:
 
 
 def _config(source: GGUFFile, family: Family) -> dict[str, Any]:
-    """Return config.json for the file's metadata, refusing features that the decoder would silently drop."""
+    """Return config.json for the file's metadata; refuse features that the decoder would silently drop."""
     prefix = source.value("general.architecture", str)
     for key in (f"{prefix}.expert_count", f"{prefix}.rope.scaling.type", f"{prefix}.rope.scaling.factor"):
         if source.get(key, object) not in (None, 0, "none"):
-            raise CheckpointError(f"{source.path}: '{key}' is set, which this import does not convert")
+            raise CheckpointError(f"{source.path}: '{key}' is set; the import cannot convert that")
 
     def size(key: str) -> int:
         value = source.value(f"{prefix}.{key}", int)
@@ -98,8 +98,8 @@ def _config(source: GGUFFile, family: Family) -> dict[str, Any]:
     rotated = source.get(f"{prefix}.rope.dimension_count", int) or head_dim
     if heads % kv_heads or head_dim % 2 or rotated != head_dim:
         raise CheckpointError(
-            f"{source.path}: {heads} heads, {kv_heads} key-value heads, head size {head_dim} of which {rotated} are "
-            "rotated: expected heads a multiple of key-value heads, and an even head size, rotated whole"
+            f"{source.path}: {heads} heads, {kv_heads} key-value heads, head size {head_dim} with {rotated} rotated: "
+            "expected heads to be a multiple of key-value heads, and an even head size, rotated in full"
         )
     ids = {f"{name}_id": token_id for name, token_id in special_token_ids(source).items() if name != "unk_token"}
     return {
@@ -126,7 +126,7 @@ def _config(source: GGUFFile, family: Family) -> dict[str, Any]:
 
 def _names_and_shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """Yield every tensor of the model: its name in GGUF, its name in Hugging Face, its shape."""
-    hidden, wide, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    hidden, intermediate, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     queries = config["num_attention_heads"] * config["head_dim"]
     keys = config["num_key_value_heads"] * config["head_dim"]
     yield "token_embd.weight", "model.embed_tokens.weight", (vocabulary, hidden)
@@ -141,9 +141,9 @@ def _names_and_shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, str, tup
         yield f"{gguf}.attn_v.weight", f"{ours}.self_attn.v_proj.weight", (keys, hidden)
         yield f"{gguf}.attn_output.weight", f"{ours}.self_attn.o_proj.weight", (hidden, queries)
         yield f"{gguf}.ffn_norm.weight", f"{ours}.post_attention_layernorm.weight", (hidden,)
-        yield f"{gguf}.ffn_gate.weight", f"{ours}.mlp.gate_proj.weight", (wide, hidden)
-        yield f"{gguf}.ffn_up.weight", f"{ours}.mlp.up_proj.weight", (wide, hidden)
-        yield f"{gguf}.ffn_down.weight", f"{ours}.mlp.down_proj.weight", (hidden, wide)
+        yield f"{gguf}.ffn_gate.weight", f"{ours}.mlp.gate_proj.weight", (intermediate, hidden)
+        yield f"{gguf}.ffn_up.weight", f"{ours}.mlp.up_proj.weight", (intermediate, hidden)
+        yield f"{gguf}.ffn_down.weight", f"{ours}.mlp.down_proj.weight", (hidden, intermediate)
 
 
 def _write_weights(source: GGUFFile, family: Family, config: Mapping[str, Any], path: Path) -> None:
@@ -155,12 +155,12 @@ def _write_weights(source: GGUFFile, family: Family, config: Mapping[str, Any], 
             raise CheckpointError(f"{source.path}: tensor '{gguf_name}' is missing")
         if source.shape(gguf_name) != shape:
             stored = source.shape(gguf_name)
-            raise CheckpointError(f"{source.path}: tensor '{gguf_name}' has shape {stored}, its metadata say {shape}")
+            raise CheckpointError(f"{source.path}: tensor '{gguf_name}' has shape {stored}, the metadata say {shape}")
         gguf_names[name], shapes[name] = gguf_name, shape
     if unknown := sorted(set(source.tensors) - set(gguf_names.values())):
         hint = did_you_mean(unknown[0], gguf_names.values())
         raise CheckpointError(f"{source.path}: unknown tensor '{unknown[0]}' ({len(unknown)} in all){hint}")
-    names = sorted(shapes)  # the order safetensors itself writes
+    names = sorted(shapes)  # the order that safetensors itself writes
     permuted = {}
     if family.gguf and family.gguf.permutes_qk:
         permuted = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}

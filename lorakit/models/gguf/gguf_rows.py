@@ -1,4 +1,4 @@
-"""The order of q and k rows in GGUF files of the llama architecture, there and back.
+"""The order of q and k rows in GGUF files of the llama architecture, in both directions.
 
 Rotary embeddings turn pairs of a head's components. Hugging Face pairs halves, (i, i + head_dim/2); GGUF's llama pairs
 neighbors, (2i, 2i + 1). So row i + s * head_dim/2 of a head in Hugging Face's order is its row 2i + s in GGUF's.
@@ -25,7 +25,15 @@ def to_gguf_rows(weight: Tensor, heads: int) -> Tensor:
 
 
 def from_gguf_rows(weight: Tensor, heads: int) -> Tensor:
-    """Put the rows of a q or k projection from GGUF's order back into Hugging Face's; arguments as `to_gguf_rows`."""
+    """Put the rows of a q or k projection from GGUF's order back into Hugging Face's.
+
+    Args:
+        weight: (heads * head_dim, columns), of any dtype; head_dim is even.
+        heads: query heads for q, key-value heads for k.
+
+    Returns:
+        (heads * head_dim, columns); `to_gguf_rows` is the inverse.
+    """
     rows, columns = weight.shape
     pairs = weight.reshape(heads, rows // heads // 2, 2, columns)  # (head, i, s, column)
     return pairs.transpose(1, 2).reshape(rows, columns)

@@ -1,7 +1,7 @@
 """A GGUF file's tokenizer as tokenizer.json and tokenizer_config.json.
 
-GGUF keeps the tokens, the merges and each token's type, but of the pre-tokenizer only a name (`tokenizer.ggml.pre`):
-the code that splits text lives in llama.cpp. `PRE_TOKENIZERS` has what each name stands for; a new one is a line there.
+GGUF keeps the tokens, the merges and each token's type, but only the pre-tokenizer's name (`tokenizer.ggml.pre`): the
+code that splits text lives in llama.cpp. `PRE_TOKENIZERS` maps each name to its meaning; a new one is a line there.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _LLAMA3_SPLIT = (
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """What a `tokenizer.ggml.pre` name stands for.
+    """The meaning of a `tokenizer.ggml.pre` name.
 
     Attributes:
         build: makes the pre-tokenizer.
-        ignore_merges: a word that is a token as it stands is not rebuilt from merges.
-        add_bos: sequences start with BOS unless the file says otherwise.
+        ignore_merges: whether a word that is itself a token is kept, not rebuilt from merges.
+        add_bos: whether sequences start with BOS unless the file says otherwise.
     """
 
     build: Callable[[], Any]
@@ -89,8 +89,8 @@ def tokenizer_files(source: GGUFFile, max_length: int) -> dict[str, str]:
     tokens: list[str] = source.value("tokenizer.ggml.tokens", list)
     special = special_token_ids(source)
     config: dict[str, Any] = {
-        # Loads tokenizer.json as it stands. GPT2Tokenizer, which some originals name, rebuilds the pre-tokenizer in
-        # transformers 5 and would lose the digit splitting.
+        # This class loads tokenizer.json as it stands. GPT2Tokenizer, which some originals name, rebuilds the
+        # pre-tokenizer in transformers 5 and would lose the digit splitting.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,

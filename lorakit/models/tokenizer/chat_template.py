@@ -1,7 +1,7 @@
 """Chat templates: finding, compiling and rendering them as transformers does, in Jinja2's immutable sandbox.
 
 A template is code that came with a checkpoint. The sandbox keeps it from reaching Python's internals and from changing
-the messages it is given.
+its messages.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class ChatTemplate:
 
         Args:
             messages: the conversation; a key whose value is None counts as absent.
-            tokens: the special tokens templates refer to, such as {"bos_token": "<s>"}.
+            tokens: the special tokens that templates refer to, such as {"bos_token": "<s>"}.
             add_generation_prompt: end with the opening of an assistant turn.
 
         Raises:
@@ -69,7 +69,7 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **tokens,
             )
-        except Exception as error:  # a template can fail as any code can: TypeError, OverflowError, UndefinedError, ...
+        except Exception as error:  # a template can fail like any code: TypeError, OverflowError, UndefinedError, ...
             line = _template_line(error)
             if isinstance(error, _Refusal):
                 raise DataError(f"{self.where}: chat template, line {line}, refuses these messages: {error}") from None
@@ -78,7 +78,7 @@ class ChatTemplate:
 
 
 def find_chat_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> ChatTemplate | None:
-    """Return a checkpoint's template: chat_template.jinja, else tokenizer_config.json's (of several, the "default").
+    """Return a checkpoint's template: chat_template.jinja, else tokenizer_config.json's (if several, the "default").
 
     Raises:
         CheckpointError: the template does not parse, or the entry has neither of its two forms.
@@ -95,7 +95,7 @@ def find_chat_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> Cha
         try:
             named = {item["name"]: item["template"] for item in source}
         except (TypeError, KeyError):
-            raise CheckpointError(f"{where}: chat_template is a list, each item needs 'name' and 'template'") from None
+            raise CheckpointError(f"{where}: chat_template is a list; each item needs 'name' and 'template'") from None
         source = named.get("default")
     if source is None:
         return None
@@ -105,13 +105,13 @@ def find_chat_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> Cha
 
 
 class _Refusal(jinja2.TemplateError):
-    """What a template raises through `raise_exception`."""
+    """The error that a template raises through `raise_exception`."""
 
 
 class _GenerationBlock(Extension):
-    """Parses {% generation %}...{% endgeneration %}, which marks an assistant's words, and renders what is inside.
+    """Parses {% generation %}...{% endgeneration %}, which marks an assistant's words, and renders its contents.
 
-    A call block, as in transformers: a variable set inside stays inside.
+    It is a call block, as in transformers: a variable set inside stays inside.
     """
 
     tags = {"generation"}  # noqa: RUF012  # the attribute's name and type are Jinja2's
@@ -142,7 +142,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja2's own filter escapes HTML, which a model was never trained on."""
+    """Return JSON without the HTML escapes of Jinja2's own filter, which no model was trained on."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -155,6 +155,6 @@ def _strftime_now(layout: str) -> str:
 
 
 def _template_line(error: Exception) -> int | str:
-    """Return the template's line the error comes from; Jinja2 puts it into the traceback as a frame of its own."""
+    """Return the line of the template where an error comes from; Jinja2 adds it to the traceback as a frame."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<template>"]
     return (lines[-1] if lines else None) or "?"

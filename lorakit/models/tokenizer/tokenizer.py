@@ -1,7 +1,7 @@
 """A checkpoint's tokenizer: text to token ids and back, with offsets, and conversations to text.
 
-The work is done by the `tokenizers` package, which reads tokenizer.json. Around it, this file settles what three JSON
-files say about special tokens: tokenizer_config.json names them, generation_config.json and config.json tell which
+The `tokenizers` package reads tokenizer.json and does the work. Around it, this file brings together what three JSON
+files say about special tokens: tokenizer_config.json names them, generation_config.json and config.json say which
 tokens end a generation.
 """
 
@@ -29,8 +29,8 @@ class Tokenizer:
         eos_token: the text of the token that ends a turn or a document.
         eos_id: its id.
         eos_ids: every id that ends a generation.
-        pad_id: the padding token's id; the eos token's where there is none.
-        special_tokens: tokenizer_config.json's, by name, as chat templates see them.
+        pad_id: the padding token's id, or the eos token's if there is none.
+        special_tokens: name -> text, from tokenizer_config.json, as chat templates see them.
         folder: where the tokenizer was loaded from, or None.
     """
 
@@ -59,7 +59,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, the added ones included."""
+        """Number of tokens, including added ones."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     @property
@@ -73,22 +73,22 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Return the token ids of a text.
 
-        Special tokens written out in the text, such as a rendered chat's, always become their ids. A byte that has no
-        token gives none (SmolLM2 lacks six control characters and the unassigned planes 4 to 11).
+        Special tokens written out in the text, such as those of a rendered chat, always become their ids. A byte
+        without a token gives none (SmolLM2 lacks six control characters and the unassigned planes 4 to 11).
 
         Args:
-            add_special_tokens: also add what tokenizer.json's post-processor adds, a BOS token for instance.
+            add_special_tokens: also add what tokenizer.json's post-processor adds, such as a BOS token.
 
         Raises:
-            DataError: the text is not a string, or holds a lone surrogate, which no UTF-8 text can.
+            DataError: the text is not a string, or holds a lone surrogate, which is not valid Unicode.
         """
         return self._encoding(text, add_special_tokens).ids
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return the token ids and, for each, the span of characters of `text` it stands for.
+        """Return the token ids and, for each, the span of characters of `text` that it stands for.
 
-        A word's span includes the space before it, where its token does. A character of several bytes may be split
-        among tokens; the span of each includes the whole character.
+        A word's span includes the space before it if its token does. A character of several bytes may be split among
+        tokens; the span of each then includes the whole character.
 
         Raises:
             DataError: as `encode`.
@@ -100,12 +100,12 @@ class Tokenizer:
         """Return the text of token ids; bytes that are not valid UTF-8 become U+FFFD.
 
         Raises:
-            DataError: an id is negative or not an integer, as the -100 of untrained targets.
+            DataError: an id is negative, such as the -100 of untrained targets, or not an integer.
         """
         try:
             return self._backend.decode([int(token_id) for token_id in ids], skip_special_tokens=skip_special_tokens)
         except (OverflowError, TypeError, ValueError) as error:
-            raise DataError(f"token ids cannot be decoded, they must be non-negative integers: {error}") from None
+            raise DataError(f"token ids cannot be decoded; they must be non-negative integers: {error}") from None
 
     def render_chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False) -> str:
         """Return a conversation as the text the model was trained on.
@@ -122,9 +122,9 @@ class Tokenizer:
         """
         if self._template is None:
             raise DataError(
-                f"{self.folder}: there is no chat template: tokenizer_config.json has no 'chat_template' (of several, "
-                "none named 'default') and there is no chat_template.jinja; a base model has none, use its instruct "
-                "version or give plain text"
+                f"{self.folder}: there is no chat template: tokenizer_config.json has no 'chat_template' (or a list "
+                "without 'default') and there is no chat_template.jinja; a base model has none: use its instruct "
+                "version or plain text"
             )
         return self._template.render(messages, self.special_tokens, add_generation_prompt)
 
@@ -134,8 +134,10 @@ class Tokenizer:
         try:
             return self._backend.encode(text, add_special_tokens=add_special_tokens)
         except (UnicodeEncodeError, TypeError):
-            at = next((i for i, char in enumerate(text) if "\ud800" <= char <= "\udfff"), None)
-            raise DataError(f"cannot encode the text: character {at} is a lone surrogate, not valid Unicode") from None
+            first = next((i for i, char in enumerate(text) if "\ud800" <= char <= "\udfff"), None)
+            raise DataError(
+                f"cannot encode the text: character {first} is a lone surrogate, not valid Unicode"
+            ) from None
 
     def _id(self, token: str, name: str) -> int:
         token_id = self._backend.token_to_id(token)
@@ -147,7 +149,7 @@ class Tokenizer:
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """Load the tokenizer of a checkpoint folder or of a known model (see `resolve_model`).
 
-    The ids that end a generation are generation_config.json's eos_token_id, else config.json's, else the id of
+    A generation ends at generation_config.json's eos_token_id, else at config.json's, else at the id of
     tokenizer_config.json's eos_token.
 
     Raises:
@@ -174,7 +176,7 @@ def _optional_json(path: Path) -> dict[str, Any]:
 
 def _special_tokens(config: Mapping[str, Any], where: Path) -> dict[str, str]:
     """Return the named special tokens; each is a string, {"content": string, ...} or null."""
-    found = {}
+    tokens = {}
     for name in SPECIAL_TOKENS:
         value = config.get(name)
         if isinstance(value, Mapping):
@@ -182,8 +184,8 @@ def _special_tokens(config: Mapping[str, Any], where: Path) -> dict[str, str]:
         if value is not None and not isinstance(value, str):
             raise CheckpointError(f"{where}: {name} is {value!r}, expected a string or an object with 'content'")
         if value is not None:
-            found[name] = value
-    return found
+            tokens[name] = value
+    return tokens
 
 
 def _eos_ids(folder: Path, backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str]) -> list[int]:

@@ -207,7 +207,7 @@ class TestContexts:
     def test_with_two_active_adapters_one_is_named(self) -> None:
         model = adapted()
         set_adapter(model, ["default", "other"])
-        with pytest.raises(AdapterError, match="which adapter"), ablated(model, [Q]):
+        with pytest.raises(AdapterError, match="2 adapters are active"), ablated(model, [Q]):
             pass
         with ablated(model, [Q], "default"):
             assert lora_layers(model)[Q].active == ("other",)

@@ -150,8 +150,8 @@ class TestFile:
             with pytest.raises(DataError, match=message):
                 read_probes(tmp_path)
 
-    def test_probes_that_were_not_at_a_run(self) -> None:
-        with pytest.raises(ConfigError, match="not been at a run"):
+    def test_probes_that_watched_no_run(self) -> None:
+        with pytest.raises(ConfigError, match="not watched a run"):
             _ = Probes().log
 
 

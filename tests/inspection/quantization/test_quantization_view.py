@@ -202,7 +202,7 @@ class TestOfAModel:
 
     def test_refusals(self, folder: Path) -> None:
         model = self.four_bit(folder)
-        with pytest.raises(CheckpointError, match="very values of the 4-bit model"):
+        with pytest.raises(CheckpointError, match="same values as the 4-bit model"):
             quantization_view(model, source=load_model(folder, dtype=torch.float32))
         with pytest.raises(AdapterError, match="no adapter 'x'"):
             quantization_view(model, adapter="x")

@@ -1,8 +1,8 @@
 """The model families: one file each, and one line in `FAMILIES`.
 
-A family is a set of switches of the one decoder (`DecoderShape`) and, where it has parts that no switch describes,
-classes of its own for attention, MLP or norm. Decoder, loader, planner, exports and GGUF import ask the entry; none
-of them knows a family by name.
+A family is a set of switches of the one decoder (`DecoderShape`) and, where it has parts that no switch describes, its
+own classes for attention, MLP or norm. Decoder, loader, planner, exports and GGUF import read the entry; none of them
+knows a family by name.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def find_family(architecture: str) -> Family:
     """Return the family of an architecture's name in config.json.
 
     Raises:
-        ConfigError: there is no such family; names the nearest.
+        ConfigError: there is no such family; the message names the nearest.
     """
     if architecture not in FAMILIES:
         known, near = ", ".join(FAMILIES), did_you_mean(architecture, FAMILIES)

@@ -1,4 +1,4 @@
-"""Mistral (Jiang et al. 2023, arXiv:2310.06825): a Llama whose attention may look back over a window only."""
+"""Mistral (Jiang et al. 2023, arXiv:2310.06825): a Llama whose attention may look back only over a window."""
 
 from __future__ import annotations
 
