@@ -32,9 +32,9 @@ def file_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
 def file_shapes(placements: Iterable[Placement]) -> dict[str, tuple[int, ...]]:
     """Return what a file of an adapter has to hold, name in the file -> shape."""
     placements = list(placements)
-    paths = [path for path, _ in _with_file_paths([(p.path, p.part) for p in placements])]
+    paths = [path for path, _ in _with_file_paths([(p.path, p.module) for p in placements])]
     return {
-        tensor_name(path, table, placement.variant): _shape(placement.part, placement.variant, table, shape)
+        tensor_name(path, table, placement.variant): _shape(placement.module, placement.variant, table, shape)
         for path, placement in zip(paths, placements, strict=True)
         for table, shape in placement.shapes.items()
     }
