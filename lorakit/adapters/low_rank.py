@@ -139,7 +139,7 @@ def _triangle(matrix: Tensor) -> Tensor:
             identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
             inverse = torch.linalg.solve_triangular(upper, identity, upper=True)
             if float(upper.norm() * inverse.norm()) <= 700:  # False for nan
-                triangle: Tensor = upper
-                return triangle
-    triangle = torch.linalg.qr(matrix, mode="r").R
-    return triangle
+                quick: Tensor = upper
+                return quick
+    exact: Tensor = torch.linalg.qr(matrix, mode="r").R
+    return exact
