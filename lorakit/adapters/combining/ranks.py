@@ -88,7 +88,7 @@ def config_for_ranks(ranks: Mapping[str, int]) -> LoraConfig:
     """
     present = {path: rank for path, rank in ranks.items() if rank > 0}
     if not present:
-        raise AdapterError("every layer would have rank 0: nothing of the updates is left for an adapter to hold")
+        raise AdapterError("every layer would have rank 0: nothing is left for an adapter to hold")
     r, pattern = rank_pattern(present)
     return LoraConfig(
         r=r, lora_alpha=r, target_modules=list(present), rank_pattern=pattern,
