@@ -1,4 +1,4 @@
-"""Adapters: configuration, attaching and switching, PEFT's files."""
+"""Adapters: configuration, attaching and switching, merging, combining, PEFT's files and exports."""
 
 from .attach.add import (
     adapter_configs,

@@ -1,4 +1,4 @@
-"""`LoraConfig`: what to adapt and how, under the names PEFT gave these settings."""
+"""`LoraConfig`: what to adapt and how, with PEFT's names for the settings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class LoraConfig(Settings):
     (Kalajdzievski 2023, arXiv:2312.03732).
 
     Raises:
-        ConfigError: an unknown key, a wrong type, a value out of range, or a feature that is not supported yet.
+        ConfigError: an unknown key, a wrong type, a value out of range, or settings that do not go together.
     """
 
     r: int = Field(8, ge=1, description="rank of the update")
@@ -32,10 +32,12 @@ class LoraConfig(Settings):
         description="name suffixes of linear layers, embeddings, convolutions; one string is a regular expression on "
         "the whole name; 'all-linear' is every linear layer but the output head; [] is none",
     )
-    exclude_modules: list[str] | str | None = Field(None, description="the same syntax; taken out of target_modules")
+    exclude_modules: list[str] | str | None = Field(
+        None, description="names to leave out of target_modules, in the same syntax"
+    )
     layers_to_transform: list[int] | int | None = Field(None, description="only these layer numbers")
     layers_pattern: list[str] | str | None = Field(
-        None, description="with layers_to_transform: name of the list that the numbers count in, such as 'layers'"
+        None, description="with layers_to_transform: name of the list of layers, such as 'layers'"
     )
     target_parameters: list[str] | None = Field(
         None, description="name suffixes of parameters, such as 'experts.gate_up_proj': an update for each expert"
@@ -44,10 +46,10 @@ class LoraConfig(Settings):
         None, description="tokens whose rows of the input embedding are trained, or name of an embedding -> tokens"
     )
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
-        default_factory=dict, description="name or regular expression -> rank, where it differs from r"
+        default_factory=dict, description="name or regular expression -> rank, for layers whose rank is not r"
     )
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(
-        default_factory=dict, description="name or regular expression -> alpha, where it differs from lora_alpha"
+        default_factory=dict, description="name or regular expression -> alpha, for layers where it is not lora_alpha"
     )
     use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r)")
     init_lora_weights: bool | str = Field(
@@ -55,21 +57,19 @@ class LoraConfig(Settings):
         description="true: A Kaiming-uniform and B zero; false: B random too; or the name of another start: "
         + ", ".join(f"'{name}'" for name in start_names() if name not in ("true", "false")),
     )
-    use_dora: bool = Field(False, description="weight-decomposed LoRA: train the length of each row of a weight apart")
+    use_dora: bool = Field(False, description="weight-decomposed LoRA: train the length of each weight row separately")
     lora_bias: bool = Field(False, description="give B a bias")
     variant: str = Field(
         "plain",
-        description="how the update enters a layer, where PEFT's LoraConfig has no switch for it: "
+        description="how the update enters a layer, for variants without a switch in PEFT's LoraConfig: "
         + ", ".join(f"'{one.name}'" for one in VARIANTS.values() if not one.switch and not one.is_of_starts),
     )
-    modules_to_save: list[str] | None = Field(
-        None, description="names of modules of which a full copy is trained and saved"
-    )
+    modules_to_save: list[str] | None = Field(None, description="names of modules to train and save as full copies")
     bias: Literal["none", "all", "lora_only"] = Field(
-        "none", description="which biases are trained, in copies: of no layer, of all modules, of the adapted layers"
+        "none", description="biases to train as copies: none, those of all modules, or those of the adapted layers"
     )
     ensure_weight_tying: bool | None = Field(
-        None, description="whether a copy of a tied embedding is tied to the head; where there is one it must be said"
+        None, description="whether a copy of a tied embedding is tied to the head; required if there is such a copy"
     )
 
     @field_validator("init_lora_weights")
@@ -100,14 +100,14 @@ class LoraConfig(Settings):
 
     @model_serializer(mode="wrap")
     def _in_peft_words(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """PEFT's files have no `variant`, so that it is written where it says something."""
+        """Leave out `variant` for plain LoRA, since PEFT's files have no such key."""
         values: dict[str, Any] = dump(self)
         if values.get("variant") == "plain":
             del values["variant"]
         return values
 
     def _chosen_variants(self) -> dict[str, Variant]:
-        """Return what was chosen other than plain LoRA: how it was chosen -> variant."""
+        """Return the variants chosen besides plain LoRA, setting that chooses it -> variant."""
         chosen = {one.setting: one for one in VARIANTS.values() if one.switch and getattr(self, one.switch)}
         if self.variant != "plain":
             chosen[f"variant '{self.variant}'"] = VARIANTS[self.variant]
@@ -117,12 +117,12 @@ class LoraConfig(Settings):
 
     @property
     def start(self) -> Start:
-        """What A and B start from: the entry of `lorakit.adapters.starts.STARTS` that `init_lora_weights` names."""
+        """The start of A and B: the entry of `lorakit.adapters.starts.STARTS` that `init_lora_weights` names."""
         return find_start(self.init_lora_weights)
 
     @property
     def update_variant(self) -> Variant:
-        """How the update enters a layer: by a switch of PEFT's, by `variant`, or by the start."""
+        """How the update enters a layer: chosen by a switch of PEFT's, by `variant`, or by the start."""
         return next(iter(self._chosen_variants().values()), VARIANTS["plain"])
 
     def scaling(self, rank: int, alpha: float) -> float:

@@ -1,7 +1,7 @@
-"""`save_adapter` and `load_adapter`: one adapter of a model to PEFT's files, or an export, and from PEFT's files back.
+"""`save_adapter` and `load_adapter`: write one adapter of a model to PEFT's files or an export, and load PEFT's files.
 
-Loading raises on every missing, unexpected or mis-shaped tensor, where PEFT is silent, and leaves the model as it was.
-The file's metadata says which base model the adapter was trained on; another one is refused.
+Loading raises on every missing, unexpected or mis-shaped tensor, where PEFT is silent, and then leaves the model as it
+was. The file's metadata says on which base model the adapter was trained; any other is refused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .peft.folder import read_adapter_folder, weights_file, write_adapter_folder
 from .peft.names import BASE_KEY, BASE_LAYER, PREFIX, WEIGHTS_FILE
 from .peft.tensors import file_shapes, file_tensors, write_tensors
 
-_TABLE = f".{BASE_LAYER}.weight"  # PEFT writes the whole table of an adapted embedding too
+_TABLE = f".{BASE_LAYER}.weight"  # PEFT also writes the whole table of an adapted embedding
 
 
 def save_adapter(
@@ -36,22 +36,22 @@ def save_adapter(
     dtype: torch.dtype | None = None,
     max_rank: int | None = None,
 ) -> Path:
-    """Write one adapter for a consumer; whole, or not at all.
+    """Write one adapter for a program that reads it, completely or not at all.
 
     Args:
-        path: an adapter folder, for "llama.cpp" a GGUF file; one that stands there is replaced.
+        path: an adapter folder, for "llama.cpp" a GGUF file. An existing one is replaced.
         target: "peft" (which lorakit and most libraries read), "vllm", "tgi" or "llama.cpp". These three apply one
-            setting of the scale to all layers, so that scales go into B; what they cannot serve is refused.
+            scale to all layers, so the layers' scales go into B; features they cannot serve are refused.
         dtype: of the written tensors; None keeps the adapter's, or takes float32 where an export would round.
-        max_rank: refuse ranks above this, such as the --max-lora-rank that vLLM is started with.
+        max_rank: refuse ranks above this, such as vLLM's --max-lora-rank.
 
     Returns:
         `path`.
 
     Raises:
-        AdapterError: no adapter of that name, an unknown target, something that the target cannot serve, or the path
+        AdapterError: there is no adapter of that name, the target is unknown or cannot serve the adapter, or the path
             holds something that is not an adapter.
-        StorageError: writing failed; what stood there is untouched.
+        StorageError: writing failed; whatever was at `path` is untouched.
     """
     check_adapter(model, name)
     tensors, config, fingerprint = file_tensors(model, name), peft_config(model, name), base_fingerprint(model)
@@ -63,7 +63,7 @@ def save_adapter(
 
     if target == "peft" and max_rank is None:
         return write(path, dtype)
-    with tempfile.TemporaryDirectory() as folder:  # the exports read a folder, so that there is one way for both
+    with tempfile.TemporaryDirectory() as folder:  # the exports read a folder: models and folders go the same way
         written = write(Path(folder) / "adapter", None)
         if target != "peft":
             return export_adapter(written, path, target, base_of(model), dtype, max_rank)
@@ -84,16 +84,16 @@ def load_adapter(
     """Attach an adapter from a PEFT folder and make it active.
 
     Args:
-        trained: train it on. False, as for use: it is frozen, and what was trained before stays so.
+        trained: True trains it further. False freezes it and keeps training the adapters that were trained before.
         dtype: of the adapter in the model.
-        max_rank: refuse a higher rank; None: any.
-        check_base: refuse an adapter that says it was trained on another base model.
+        max_rank: refuse a higher rank; None allows any.
+        check_base: refuse an adapter whose file says that it was trained on another base model.
 
     Raises:
-        AdapterError: the name is taken, a target matches nothing, a rank is too high, or the adapter needs a feature we
-            do not have.
-        CheckpointError: a file is missing or broken or a pickle, a tensor is missing, unexpected, mis-shaped or not
-            finite (every such tensor is named), or the base is another one. The model is unchanged.
+        AdapterError: the name is taken, a target matches nothing, a rank is too high, or the adapter needs a feature
+            that lorakit does not have.
+        CheckpointError: a file is missing, broken or a pickle; a tensor is missing, unexpected, mis-shaped or not
+            finite (the message names each); or the base is another one. The model is unchanged.
     """
     folder = Path(path)
     config = read_adapter_config(folder)
@@ -105,14 +105,14 @@ def load_adapter(
     if max_rank is not None and highest > max_rank:
         where = next(path for path, rank in report.ranks.items() if rank == highest)
         raise AdapterError(f"{folder} has rank {highest} at {where}; the limit is {max_rank}")
-    problems = _problems(tensors, file_shapes(placements)) + _other_tables(model, tensors)
+    problems = _problems(tensors, file_shapes(placements)) + _table_problems(model, tensors)
     if problems:
         raise CheckpointError(f"{folder / WEIGHTS_FILE} does not fit the model:{listing(problems)}")
-    trained_on, here = metadata.get(BASE_KEY), base_fingerprint(model)
-    if check_base and trained_on is not None and trained_on != here:
+    trained_on, loaded = metadata.get(BASE_KEY), base_fingerprint(model)
+    if check_base and trained_on is not None and trained_on != loaded:
         raise CheckpointError(
             f"{folder} was trained on another base model of the same shapes: its fingerprint is {trained_on[:16]}, "
-            f"this model's {str(here)[:16]}; load it with check_base=False if that is meant"
+            f"this model's {str(loaded)[:16]}; load it with check_base=False if you want it on this model"
         )
     report = add_adapter(model, config, name, dtype, trained, is_strict=False)
     write_tensors(model, name, tensors)
@@ -131,7 +131,7 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _problems(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> list[str]:
-    """Say what is wrong with a file's tensors, in one line each."""
+    """Return what is wrong with a file's tensors, one line for each."""
     problems = [f"{key} is missing (expected shape {shape})" for key, shape in expected.items() if key not in tensors]
     problems += [
         f"{key} belongs to no layer that the adapter targets"
@@ -148,8 +148,8 @@ def _problems(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) 
     return problems
 
 
-def _other_tables(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
-    """Say where a frozen table that PEFT wrote along is not that of this model; a quantized one cannot be compared."""
+def _table_problems(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
+    """Return where a frozen table of PEFT's file differs from this model's; a quantized one cannot be compared."""
     modules = {path: unwrapped(module) for path, module in model.named_modules()}
     problems = []
     for key in (key for key in tensors if key.endswith(_TABLE)):

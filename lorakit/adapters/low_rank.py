@@ -1,7 +1,7 @@
-"""Exact algebra on updates of low rank, in O((out + in) r²): the (out, in) matrix itself is never formed.
+"""Exact algebra on low-rank updates in O((out + in) r²): the (out, in) matrix itself is never formed.
 
 With the QR decompositions up = Qu Ru and downᵀ = Qd Rd the update is Qu (Ru Rdᵀ) Qdᵀ. Both Q have orthonormal columns,
-so norms, products and singular values of the update are those of the small matrix between them.
+so the small matrix between them has the update's norms, products and singular values.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ class LowRank:
     """The matrix up @ down, a LoRA update with its scaling already in one of its factors.
 
     Shapes:
-        up (out, r); down (r, in); both of one dtype on one device. Take float64 where digits count: a singular value is
-        right to about the dtype's epsilon times the largest one. r may be 0 (the zero matrix) and may exceed out or in.
+        up (out, r); down (r, in); both of one dtype on one device. Use float64 where digits count: the error of a
+        singular value is about the dtype's epsilon times the largest one. r may be 0 (the zero matrix) and may exceed
+        out or in.
 
     Raises:
         ShapeError: the factors do not fit each other.
@@ -45,7 +46,7 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """Columns of `up`: an upper bound of the update's true rank."""
+        """The number r of columns of `up`, an upper bound of the update's true rank."""
         return self.up.shape[1]
 
     @cached_property
@@ -63,14 +64,14 @@ class LowRank:
 
     @cached_property
     def singular_values(self) -> Tensor:
-        """S of `svd` alone, (k,), in falling order; takes a fraction of its time."""
+        """S of `svd`, (k,), in falling order; it takes a fraction of the time of `svd`."""
         upper, lower = self.triangles
         values: Tensor = torch.linalg.svdvals(upper @ lower.T)
         return values
 
     @cached_property
     def triangles(self) -> tuple[Tensor, Tensor]:
-        """Ru and Rd, (k, r) each, up to the signs of their rows: column norms and products of columns are theirs."""
+        """Ru and Rd, (k, r) each, up to the signs of rows; columns have the norms and products of the factors'."""
         return _triangle(self.up), _triangle(self.down.T)
 
     def norm(self) -> Tensor:
@@ -79,7 +80,7 @@ class LowRank:
         return norm
 
     def dot(self, other: LowRank) -> Tensor:
-        """Inner product of two updates of one shape, sum of self * other: trace((up'ᵀ up) (down down'ᵀ))."""
+        """Inner product, a scalar, of two updates of one shape, sum(self * other): trace((up'ᵀ up) (down down'ᵀ))."""
         self._check(other)
         return ((other.up.T @ self.up) * (other.down @ self.down.T)).sum()
 
@@ -89,7 +90,7 @@ class LowRank:
         return LowRank(self.down.T, self.up.T)
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> LowRank:
-        """Return the update with its factors in another dtype, on another device; itself where both are these."""
+        """Return the update with its factors in a dtype and on a device; itself if they are there already."""
         up, down = self.up.to(device, dtype), self.down.to(device, dtype)
         return self if up is self.up and down is self.down else LowRank(up, down)
 
@@ -106,7 +107,7 @@ class LowRank:
         return self + other.scaled(-1.0)
 
     def truncated(self, rank: int) -> LowRank:
-        """Return the nearest update of at most `rank` (Eckart-Young), its singular values shared by both factors."""
+        """Return the nearest update of at most `rank` (Eckart-Young); each factor gets the singular values' root."""
         u, s, vh = self.svd
         root = s[:rank].sqrt()
         return LowRank(u[:, :rank] * root, root[:, None] * vh[:rank])
@@ -121,23 +122,23 @@ class LowRank:
 
 
 def added(updates: Iterable[LowRank]) -> LowRank:
-    """Return the exact sum of at least one update, its rank the sum of theirs."""
+    """Return the exact sum of one or more updates; its rank is the sum of theirs."""
     ups, downs = zip(*((update.up, update.down) for update in updates), strict=True)
     return LowRank(torch.cat(ups, dim=1), torch.cat(downs, dim=0))
 
 
 def _triangle(matrix: Tensor) -> Tensor:
-    """R of the QR decomposition of an (n, r) matrix.
+    """Return R, (k, r), of the QR decomposition of an (n, r) matrix.
 
-    By Cholesky from matrixᵀ matrix, in a third of the time, where that costs no digits: R is then off by epsilon times
-    its condition number, here at most 700 (in float64, 2e-13 of the largest singular value).
+    Cholesky of matrixᵀ matrix gives it in a third of the time. Its error is epsilon times the condition number, so it
+    is used up to a condition number of 700 (in float64, 2e-13 of the largest singular value).
     """
     if matrix.dtype == torch.float64 and matrix.shape[0] >= matrix.shape[1]:
         upper, failed = torch.linalg.cholesky_ex(matrix.T @ matrix, upper=True)
         if not failed:
             identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
             inverse = torch.linalg.solve_triangular(upper, identity, upper=True)
-            if float(upper.norm() * inverse.norm()) <= 700:  # not so for nan
+            if float(upper.norm() * inverse.norm()) <= 700:  # False for nan
                 quick: Tensor = upper
                 return quick
     exact: Tensor = torch.linalg.qr(matrix, mode="r").R

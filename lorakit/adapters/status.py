@@ -1,6 +1,6 @@
-"""`adapter_status`: what is attached, active, trained, merged, and where; and whatever is not as the record says.
+"""`adapter_status`: which adapters are attached, active, trained or merged, and where the model departs from that.
 
-The record (`state.py`) is what was asked for. Here the model is gone through and compared with it, because anyone can
+The record (`attach/state.py`) holds what was asked for. This module compares the model with it, because any code can
 change requires_grad flags, layers and devices.
 """
 
@@ -23,13 +23,15 @@ class AdapterSummary:
 
     Attributes:
         name: of the adapter.
-        active, trained, merged: whether its update is added, its parameters get gradients, it is part of the weights.
-        rows: how many rows use it, within `use_rows`.
+        active: whether its update is added.
+        trained: whether its parameters get gradients.
+        merged: whether it is part of the weights.
+        rows: number of rows that use it, within `use_rows`.
         ranks: rank -> number of layers.
-        parameters: how many numbers it trains, or would.
+        parameters: number of elements it trains, or would train.
         dtypes, devices: of its parameters.
         on_host: whether it waits in host memory while it is not in use.
-        irregularities: what is not as it should be.
+        irregularities: how the model departs from the record, one sentence each.
     """
 
     name: str
@@ -46,22 +48,22 @@ class AdapterSummary:
 
     def __str__(self) -> str:
         flags = {"merged": self.merged, "active": self.active, "trained": self.trained, "on host": self.on_host}
-        words = [word for word, is_so in flags.items() if is_so] or ["attached"]
+        words = [word for word, is_set in flags.items() if is_set] or ["attached"]
         words += [f"{self.rows} rows"] if self.rows else []
         ranks = ", ".join(f"r={rank} on {count} layers" for rank, count in self.ranks.items())
         where = [", ".join(self.dtypes), ", ".join(self.devices)]
-        return "; ".join(part for part in [", ".join(words), ranks, f"{self.parameters:,} parameters", *where] if part)
+        return "; ".join(text for text in [", ".join(words), ranks, f"{self.parameters:,} parameters", *where] if text)
 
 
 @dataclass(frozen=True)
 class AdapterStatus:
-    """All adapters of a model; printed, it is a line for each.
+    """All adapters of a model; it prints as one line for each.
 
     Attributes:
-        adapters: name -> what is known of it.
+        adapters: name -> its summary.
         disabled: whether a `disable_adapters` context is open.
-        also_trained: parameters that get gradients and belong to no adapter.
-        irregularities: what is not as it should be, of the model and of each adapter.
+        also_trained: number of elements that get gradients and belong to no adapter.
+        irregularities: how the model and each adapter depart from the record, one sentence each.
     """
 
     adapters: dict[str, AdapterSummary]
@@ -78,29 +80,34 @@ class AdapterStatus:
 
 
 def adapter_status(model: nn.Module) -> AdapterStatus:
-    """Return what is attached to a model, and whatever of it is not as it was set."""
+    """Return the adapters of a model and every departure of the model from its record."""
     state, merged = state_of(model), merged_state(model)
-    adapters = {name: _info(model, name) for name in state.configs}
+    adapters = {name: _summary(model, name) for name in state.configs}
     for name in merged.names if merged else ():
-        key = f"{name} (merged)" if name in adapters else name  # whose name a new adapter may have taken
+        key = f"{name} (merged)" if name in adapters else name  # a new adapter may have the merged one's name
         adapters[key] = AdapterSummary(name, active=False, trained=False, merged=True)
-    found, known = adapter_modules(model), known_modules(model)
+    modules, known = adapter_modules(model), known_modules(model)
     problems = [
         f"{path} was not put in by add_adapter: switching does not reach it"
-        for path, part in found.items()
-        if not any(part is other for other in known)
+        for path, module in modules.items()
+        if not any(module is other for other in known)
     ]
-    own = {id(p) for part in found.values() for name in part.names() for p in part.parameters_of(name).values()}
-    others = sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in own)
-    problems += [f"{name}: {problem}" for name, info in adapters.items() for problem in info.irregularities]
-    return AdapterStatus(adapters, state.disabled > 0, others, problems)
+    in_adapters = {
+        id(parameter)
+        for module in modules.values()
+        for name in module.names()
+        for parameter in module.parameters_of(name).values()
+    }
+    also_trained = sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in in_adapters)
+    problems += [f"{name}: {problem}" for name, summary in adapters.items() for problem in summary.irregularities]
+    return AdapterStatus(adapters, state.disabled > 0, also_trained, problems)
 
 
-def _info(model: nn.Module, name: str) -> AdapterSummary:
+def _summary(model: nn.Module, name: str) -> AdapterSummary:
     state = state_of(model)
-    parts = adapter_modules(model, name)
-    layers = [part for part in parts.values() if isinstance(part, AdaptedLayer)]
-    parameters = [p for part in parts.values() for p in part.parameters_of(name).values()]
+    modules = adapter_modules(model, name)
+    layers = [module for module in modules.values() if isinstance(module, AdaptedLayer)]
+    parameters = [p for module in modules.values() for p in module.parameters_of(name).values()]
     return AdapterSummary(
         name,
         active=name in state.active,
@@ -111,25 +118,25 @@ def _info(model: nn.Module, name: str) -> AdapterSummary:
         dtypes=tuple(dict.fromkeys(str(p.dtype).removeprefix("torch.") for p in parameters)),
         devices=tuple(dict.fromkeys(str(p.device) for p in parameters)),
         on_host=name in state.on_host,
-        irregularities=_irregularities(model, name, parts),
+        irregularities=_irregularities(model, name, modules),
     )
 
 
-def _irregularities(model: nn.Module, name: str, parts: dict[str, AdapterModule]) -> list[str]:
+def _irregularities(model: nn.Module, name: str, modules: dict[str, AdapterModule]) -> list[str]:
     state = state_of(model)
     is_trained = name in state.trained
     is_active = name in state.active and not state.disabled and not state.rows
-    parameters = [p for part in parts.values() for p in part.parameters_of(name).values()]
+    parameters = [p for module in modules.values() for p in module.parameters_of(name).values()]
     flipped = sum(parameter.requires_grad != is_trained for parameter in parameters)
     problems = ["trained, but not active: no gradient reaches it"] if name in idle_adapters(model) else []
     if flipped:
-        asked, found = ("trained", "frozen") if is_trained else ("frozen", "trained")
-        problems.append(f"set to be {asked}, but {flipped} of its {len(parameters)} parameters are {found}")
-    for path, part in parts.items():
-        if (name in part.active) != is_active:
+        asked, actual = ("trained", "frozen") if is_trained else ("frozen", "trained")
+        problems.append(f"set to be {asked}, but {flipped} of its {len(parameters)} parameters are {actual}")
+    for path, module in modules.items():
+        if (name in module.active) != is_active:
             problems.append(f"{path} has it {'in' if is_active else ''}active, unlike the model")
-        home = next(part.base_layer.parameters()).device
-        away = {str(p.device) for p in part.parameters_of(name).values() if p.device != home}
+        home = next(module.base_layer.parameters()).device
+        away = {str(p.device) for p in module.parameters_of(name).values() if p.device != home}
         if away and (name not in state.on_host or state.in_use(name)):
             problems.append(f"{path} is on {home}, its matrices on {', '.join(away)}")
     return problems

@@ -84,7 +84,7 @@ def adapter_sizes(model: Decoder, lora: LoraConfig, lora_fa: bool) -> dict[str, 
     if lora_fa and not any("lora_A" in placement.shapes for placement in placements):
         raise ConfigError("lora_fa freezes lora_A, but the adapter has none")
     found = {placement.path: _size(placement, lora, report, lora_fa) for placement in placements}
-    if any(isinstance(placement.part, TiedHead) for placement in placements):
+    if any(isinstance(placement.module, TiedHead) for placement in placements):
         is_copied = found["model.embed_tokens"].trains("weight")
         found["lm_head"] = AdapterSize(follows_embedding="copy" if is_copied else "rows")
     return found
@@ -92,7 +92,7 @@ def adapter_sizes(model: Decoder, lora: LoraConfig, lora_fa: bool) -> dict[str, 
 
 def _size(placement: Placement, lora: LoraConfig, report: MatchReport, lora_fa: bool) -> AdapterSize:
     elements = {name: math.prod(shape) for name, shape in placement.shapes.items()}
-    layer = placement.part
+    layer = placement.module
     if isinstance(layer, SavedModule):
         _check_saved(placement.path, layer.base_layer)
     if not isinstance(layer, AdaptedLayer):

@@ -33,7 +33,7 @@ def test_each_row_has_its_own() -> None:
 
 def test_another_adapter_is_not_merged_beneath_it() -> None:
     model = adapted(adapted(small_decoder()), "plain", variant="plain")
-    with pytest.raises(AdapterError, match="'default' scales the entries of the weight, and would scale the merged"):
+    with pytest.raises(AdapterError, match="'default' scales the entries of the weight and would scale the merged"):
         lk.merge_adapter(model, "plain")
     lk.set_adapter(model, ["default", "plain"])
     expected = model(IDS)

@@ -1,1 +1,1 @@
-"""Attaching adapters to a model: where they go, which are active, which are trained, and where they wait."""
+"""Attaching adapters to a model: where they go, which are active, which are trained, which wait in host memory."""

@@ -1,4 +1,4 @@
-"""Attach adapters to a model and take them off: the base is never touched."""
+"""Attach adapters to a model and remove them; the base weights are never touched."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ __all__ = [
     "set_trained",
 ]
 
-_NAMESPACE = nn.ParameterDict()  # A and B are its attributes under the adapter's name
+_NAMESPACE = nn.ParameterDict()  # it holds A and B as attributes named after the adapter; its own names are taken
 
 
 def add_adapter(
@@ -56,20 +56,20 @@ def add_adapter(
     sources: Mapping[str, Tensor] | None = None,
     is_strict: bool = True,
 ) -> MatchReport:
-    """Attach a LoRA adapter and make it the one that is active and the one that is trained.
+    """Attach a LoRA adapter and make it the active one and the trained one.
 
-    Layers are wrapped in place; their weights keep their bytes. Works on any model whose layers are linear (nn.Linear,
-    Linear4bit, GPT-2's Conv1D), embeddings or convolutions. The first adapter freezes the whole model; later ones leave
-    alone what is not an adapter's.
+    Layers are wrapped in place and their weights keep their bytes. This works on any model that has linear layers
+    (nn.Linear, Linear4bit, GPT-2's Conv1D), embeddings or convolutions. The first adapter freezes the whole model;
+    later ones leave parameters outside adapters alone.
 
     Args:
         dtype: of the trained parameters.
-        trained: False: frozen, and what was trained before stays so.
-        losses: for a start that needs them, such as "eva": gives the loss of one batch of examples after another, as
-            `(loss(model, batch) for batch in batches)`; taking the next one runs the model.
-        sources: for a start that needs them, such as "loftq": the weights before they were quantized, under
-            "<path of the layer>.weight".
-        is_strict: refuse keys of rank_pattern and alpha_pattern, and layer numbers, that match nothing.
+        trained: False freezes the adapter and keeps training the adapters that were trained before.
+        losses: for a start that needs them, such as "eva": one scalar loss for each batch of examples, as in
+            `(loss(model, batch) for batch in batches)`. Taking the next one runs the model.
+        sources: for a start that needs them, such as "loftq": the weights before quantization, in the shapes of their
+            layers, such as (out_features, in_features), under "<path of the layer>.weight".
+        is_strict: refuse layer numbers and keys of rank_pattern and alpha_pattern that match nothing.
 
     Raises:
         AdapterError: the name is taken or not usable, or a pattern matches nothing. The model is then unchanged.
@@ -79,11 +79,12 @@ def add_adapter(
     placements = plan_placements(model, config, report, is_strict)
     data = start_data(config.start, losses, sources)
     for placement in placements:  # from here on only a start can fail
-        if not placement.part.names():
-            replace_module(model, placement.part.base_layer, placement.part)
-            placement.part.train(model.training)
+        module = placement.module
+        if not module.names():
+            replace_module(model, module.base_layer, module)
+            module.train(model.training)
         placement.attach(name, dtype)
-    state_of(model).parts = None
+    state_of(model).modules = None
     adapter_configs(model)[name] = config
     try:
         config.start.run(lora_layers(model, name), name, data)
@@ -100,31 +101,31 @@ def add_adapter(
 
 
 def remove_adapter(model: nn.Module, name: str = "default") -> None:
-    """Take an adapter off; a layer that carries no other becomes the very module object it was.
+    """Remove an adapter; a layer without another adapter becomes the very module object it was.
 
     Raises:
-        AdapterError: there is no adapter of that name, or `use_rows` has given it to a row.
+        AdapterError: there is no adapter of that name, or `use_rows` has assigned it to a row.
     """
     check_adapter(model, name)
     check_not_in_a_row(model, name)
-    for layer in adapter_modules(model, name).values():
-        layer.detach(name)
-        if not layer.names():
-            replace_module(model, layer, layer.base_layer)
+    for module in adapter_modules(model, name).values():
+        module.detach(name)
+        if not module.names():
+            replace_module(model, module, module.base_layer)
     forget_adapter(model, name)
 
 
 def adapter_parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
-    """Return the trained parameters of one adapter, or of all, in model order: A, B, and what its variant adds."""
-    found: list[nn.Parameter] = []
-    for layer in adapter_modules(model, name).values():
-        for one in [name] if name else layer.names():
-            found += layer.parameters_of(one).values()
-    return found
+    """Return the trained parameters of one adapter, or of all, in model order: A, B, and those its variant adds."""
+    parameters: list[nn.Parameter] = []
+    for module in adapter_modules(model, name).values():
+        for adapter in [name] if name else module.names():
+            parameters += module.parameters_of(adapter).values()
+    return parameters
 
 
 def check_name(model: nn.Module, name: str) -> None:
-    """Raise AdapterError unless `name` can be that of one more adapter of the model."""
+    """Raise AdapterError unless the model can take a new adapter of this name."""
     if not name or "." in name or hasattr(_NAMESPACE, name) or name == BASE:
         raise AdapterError(f"'{name}' cannot name an adapter: empty, with a dot, or a word that is taken")
     if name in adapter_configs(model):
@@ -132,14 +133,14 @@ def check_name(model: nn.Module, name: str) -> None:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Return the number of parameters, each shared one once; a 4-bit weight counts as the weights it stands for."""
+    """Return the number of parameters; shared ones count once, and a 4-bit weight as the dense weight it stands for."""
     count, seen = 0, set[int]()
     for module in model.modules():
-        own: list[tuple[Tensor, int]] = [(p, p.numel()) for p in module.parameters(recurse=False)]
+        sizes: list[tuple[Tensor, int]] = [(p, p.numel()) for p in module.parameters(recurse=False)]
         if isinstance(module, QuantizedModule):
-            own = [(module.packed, math.prod(module.weight_shape))]
+            sizes = [(module.packed, math.prod(module.weight_shape))]
             bias = getattr(module, "bias", None)
-            own += [(bias, bias.numel())] if bias is not None else []
-        count += sum(size for tensor, size in own if id(tensor) not in seen)
-        seen.update(id(tensor) for tensor, _ in own)
+            sizes += [(bias, bias.numel())] if bias is not None else []
+        count += sum(size for tensor, size in sizes if id(tensor) not in seen)
+        seen.update(id(tensor) for tensor, _ in sizes)
     return count

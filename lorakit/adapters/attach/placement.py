@@ -1,4 +1,4 @@
-"""What a config asks for on a model, worked out before anything is changed: which part goes where, of what shapes."""
+"""Planning an adapter: which modules its config adapts, how, and in what shapes, before the model changes."""
 
 from __future__ import annotations
 
@@ -39,24 +39,25 @@ from .targeting import (
     unwrapped,
 )
 
-_Part = TypeVar("_Part", SavedModule, TrainedTokens)
+_Module = TypeVar("_Module", SavedModule, TrainedTokens)
 Attach = Callable[[str, torch.dtype], None]
 
 
 @dataclass(frozen=True)
 class Placement:
-    """One part of an adapter, to be put in the place of a module.
+    """The plan for one module that an adapter adapts.
 
     Attributes:
-        path: of the module.
-        part: the part that stands there already, for other adapters, or a new one that nothing holds yet.
-        shapes: what the adapter will train there, table or parameter name -> shape.
-        attach: adds the adapter to the part: attach(name, dtype).
-        variant: of the update, where the part has one.
+        path: of the module in the model.
+        module: the module that will hold the adapter there: one that already holds other adapters, or a new one that
+            is not in the model yet.
+        shapes: of the adapter's trained parameters there, table or parameter name -> shape.
+        attach: adds the adapter to `module`: attach(name, dtype).
+        variant: how the update enters the layer.
     """
 
     path: str
-    part: AdapterModule
+    module: AdapterModule
     shapes: dict[str, tuple[int, ...]]
     attach: Attach
     variant: Variant = VARIANTS["plain"]
@@ -65,59 +66,60 @@ class Placement:
 def plan_placements(
     model: nn.Module, config: LoraConfig, report: MatchReport, is_strict: bool = True
 ) -> list[Placement]:
-    """Return every part of an adapter, in model order, and fill in the report; the model is not changed.
+    """Return all placements of an adapter and fill in the report; the model is not changed.
 
     Args:
-        is_strict: whether a key of rank_pattern and alpha_pattern, or a number of layers_to_transform, must match
-            something; files of PEFT hold some that do not.
+        is_strict: whether each key of rank_pattern and alpha_pattern, and each number of layers_to_transform, must
+            match something; in PEFT's files some do not.
 
     Raises:
-        AdapterError: something matches nothing, or cannot be trained so.
+        AdapterError: a setting matches nothing, or a match cannot be trained as the config asks.
     """
     match_targets(model, config, report)
     report.parameters = match_parameters(model, config)
     report.saved = match_saved(model, config)
     wanted = {path for paths in report.matched.values() for path in paths}
-    # In model order, so that the random init is repeatable.
+    # In model order: the layers then draw their random numbers in the same order every time.
     layers = {path: layer for path, layer in adaptable_layers(model).items() if path in wanted}
     parameters = {path for paths in report.parameters.values() for path in paths}
     adapted = [*layers, *parameters]
     if is_strict:
         check_numbers(layers, config)
         report.patterns = check_patterns(adapted, config)
-    placements = [_layer(model, path, config, report) for path in layers]
-    placements += _parameters(model, parameters, config, report)
+    placements = [_place_layer(model, path, config, report) for path in layers]
+    placements += _place_parameters(model, parameters, config, report)
     saved = [path for paths in report.saved.values() for path in paths]
-    placements += _saved(model, saved, config)
-    placements += _tokens(model, config)
+    placements += _place_saved(model, saved, config)
+    placements += _place_tokens(model, config)
     if config.bias == "all":
-        placements += _biases(model, {*layers, *saved})
-    _check_apart(adapted, placements)
+        placements += _place_biases(model, {*layers, *saved})
+    _check_kinds(placements)
     return placements
 
 
-def _layer(model: nn.Module, path: str, config: LoraConfig, report: MatchReport) -> Placement:
-    module = model.get_submodule(path)
-    part = module
-    if not isinstance(module, AdaptedLayer):
-        kind = adapted_kind(module)
+def _place_layer(model: nn.Module, path: str, config: LoraConfig, report: MatchReport) -> Placement:
+    layer = model.get_submodule(path)
+    if not isinstance(layer, AdaptedLayer):
+        kind = adapted_kind(layer)
         assert kind is not None
-        part = kind(module)  # type: ignore[call-arg] # each kind asks its base for its features
-    assert isinstance(part, AdaptedLayer)
+        layer = kind(layer)  # type: ignore[call-arg] # each kind asks its base for its features
+    assert isinstance(layer, AdaptedLayer)
     rank, scaling = _rank_and_scaling(path, config, report)
     variant, neutral_start = config.update_variant, config.start.is_neutral
-    if problem := variant.problem(part):
-        raise AdapterError(f"{path} is a {type(part.base_layer).__name__}, {problem}")
+    if problem := variant.problem(layer):
+        raise AdapterError(f"{path} is a {type(layer.base_layer).__name__}, {problem}")
     spec = AdapterSpec(rank, scaling, config.lora_dropout, variant, config.bias != "none", neutral_start)
-    return Placement(path, part, part.shapes(spec), partial(_attach_new, part, spec), variant)
+    return Placement(path, layer, layer.shapes(spec), partial(_add_to_layer, layer, spec), variant)
 
 
-def _attach_new(part: AdaptedLayer, spec: AdapterSpec, name: str, dtype: torch.dtype) -> None:
-    part.add(name, spec, dtype)
+def _add_to_layer(layer: AdaptedLayer, spec: AdapterSpec, name: str, dtype: torch.dtype) -> None:
+    layer.add(name, spec, dtype)
 
 
-def _parameters(model: nn.Module, paths: Iterable[str], config: LoraConfig, report: MatchReport) -> list[Placement]:
-    """Several parameters of one module are parts around each other, the last one outermost, as in PEFT."""
+def _place_parameters(
+    model: nn.Module, paths: Iterable[str], config: LoraConfig, report: MatchReport
+) -> list[Placement]:
+    """Place updates of parameters; those of one module wrap each other, the last one outermost, as in PEFT."""
     placements = []
     outermost: dict[str, nn.Module] = {}
     wanted = set(paths)
@@ -127,19 +129,19 @@ def _parameters(model: nn.Module, paths: Iterable[str], config: LoraConfig, repo
         for name, _ in unwrapped(module).named_parameters(recurse=False):
             if f"{path}.{name}" not in wanted:
                 continue
-            found = outermost.get(path, module)
-            part = _parameter_part(found, name)
-            if part is None:
-                if isinstance(found, AdapterModule) and not isinstance(found, LoRAParameter):
+            outer = outermost.get(path, module)
+            layer = _layer_of_parameter(outer, name)
+            if layer is None:
+                if isinstance(outer, AdapterModule) and not isinstance(outer, LoRAParameter):
                     raise AdapterError(f"{path} is adapted as a whole; its parameter '{name}' cannot be as well")
-                part = outermost[path] = LoRAParameter(found, name)
+                layer = outermost[path] = LoRAParameter(outer, name)
             rank, scaling = _rank_and_scaling(f"{path}.{name}", config, report)
             spec = AdapterSpec(rank, scaling, neutral_start=config.start.is_neutral)
-            placements.append(Placement(path, part, part.shapes(spec), partial(_attach_new, part, spec)))
+            placements.append(Placement(path, layer, layer.shapes(spec), partial(_add_to_layer, layer, spec)))
     return placements
 
 
-def _parameter_part(module: nn.Module, parameter: str) -> LoRAParameter | None:
+def _layer_of_parameter(module: nn.Module, parameter: str) -> LoRAParameter | None:
     while isinstance(module, LoRAParameter):
         if module.parameter == parameter:
             return module
@@ -147,66 +149,71 @@ def _parameter_part(module: nn.Module, parameter: str) -> LoRAParameter | None:
     return None
 
 
-def _saved(model: nn.Module, paths: list[str], config: LoraConfig) -> list[Placement]:
+def _place_saved(model: nn.Module, paths: list[str], config: LoraConfig) -> list[Placement]:
     placements = []
     for path in paths:
-        part = _part(model, path, SavedModule)
-        if any(isinstance(module, QuantizedModule) for module in part.base_layer.modules()):
+        module = _module_of_kind(model, path, SavedModule)
+        if any(isinstance(inner, QuantizedModule) for inner in module.base_layer.modules()):
             raise AdapterError(f"{path} of modules_to_save is in 4 bits, which cannot be trained; load it unquantized")
-        attach = partial(_attach_saved, part, None)
-        placements.append(Placement(path, part, part.shapes(), attach))
-        tied = [other for other in _tied(model, part.base_layer) if other not in paths]
+        placements.append(Placement(path, module, module.shapes(), partial(_add_copy, module, None)))
+        tied = [other for other in _tied_to(model, module.base_layer) if other not in paths]
         if tied and config.ensure_weight_tying is None:
             raise AdapterError(
                 f"{path} of modules_to_save shares its weight with {', '.join(tied)}; set ensure_weight_tying to true "
                 "(both use the trained copy) or false (the others keep the base's weight)"
             )
         if tied and config.ensure_weight_tying:
-            placements += [_tied_head(model, other, part) for other in tied]
+            placements += [_place_tied_head(model, other, module) for other in tied]
     return placements
 
 
-def _attach_saved(part: SavedModule, parameters: list[str] | None, name: str, dtype: torch.dtype) -> None:
-    part.add(name, dtype, parameters)
+def _add_copy(module: SavedModule, parameters: list[str] | None, name: str, dtype: torch.dtype) -> None:
+    module.add(name, dtype, parameters)
 
 
-def _tokens(model: nn.Module, config: LoraConfig) -> list[Placement]:
+def _place_tokens(model: nn.Module, config: LoraConfig) -> list[Placement]:
     wanted = config.trainable_token_indices
     if not wanted:
         return []
     tables = {p: m for p, m in adaptable_layers(model).items() if isinstance(m, nn.Embedding)}
     tables |= {p: m.base_layer for p, m in model.named_modules() if isinstance(m, TrainedTokens)}
+    placements = []
+    for path, tokens in _tokens_by_table(model, wanted, tables).items():
+        table = tables[path]
+        if max(tokens, default=0) >= table.num_embeddings or not tokens or len(set(tokens)) < len(tokens):
+            raise AdapterError(
+                f"trainable_token_indices {tokens} of {path}: expected different tokens below {table.num_embeddings}"
+            )
+        module = _module_of_kind(model, path, TrainedTokens)
+        placements.append(Placement(path, module, module.shapes(tokens), partial(_add_tokens, module, tokens)))
+        placements += [_place_tied_head(model, other, module) for other in _tied_to(model, table)]
+    return placements
+
+
+def _tokens_by_table(
+    model: nn.Module, wanted: list[int] | dict[str, list[int]], tables: dict[str, nn.Embedding]
+) -> dict[str, list[int]]:
+    """Return path of an embedding table -> tokens to train in it; a bare list means the input embedding."""
     if isinstance(wanted, list):
         embedding = getattr(model, "get_input_embeddings", lambda: None)()
         embedding = unwrapped(embedding) if isinstance(embedding, nn.Module) else None
         names = [path for path, table in tables.items() if table is embedding or path.endswith("embed_tokens")]
         chosen = {names[0]: wanted} if names else {}
     else:
-        found = match_names(wanted, tables)
-        chosen = {path: wanted[key] for key, paths in found.items() for path in paths if found[key]}
-        if not all(found.values()):
-            chosen = {}
+        matched = match_names(wanted, tables)
+        is_complete = all(matched.values())
+        chosen = {path: wanted[name] for name, paths in matched.items() for path in paths} if is_complete else {}
     if not chosen:
         raise AdapterError(f"trainable_token_indices finds no embedding table (tables here: {', '.join(tables)})")
-    placements = []
-    for path, tokens in chosen.items():
-        table = tables[path]
-        if max(tokens, default=0) >= table.num_embeddings or not tokens or len(set(tokens)) < len(tokens):
-            raise AdapterError(
-                f"trainable_token_indices {tokens} of {path}: expected different tokens below {table.num_embeddings}"
-            )
-        part = _part(model, path, TrainedTokens)
-        placements.append(Placement(path, part, part.shapes(tokens), partial(_attach_tokens, part, tokens)))
-        placements += [_tied_head(model, other, part) for other in _tied(model, table)]
-    return placements
+    return chosen
 
 
-def _attach_tokens(part: TrainedTokens, tokens: list[int], name: str, dtype: torch.dtype) -> None:
-    part.add(name, tokens, dtype)
+def _add_tokens(module: TrainedTokens, tokens: list[int], name: str, dtype: torch.dtype) -> None:
+    module.add(name, tokens, dtype)
 
 
-def _biases(model: nn.Module, taken: set[str]) -> list[Placement]:
-    """A copy of the bias of every module that is not adapted and has one."""
+def _place_biases(model: nn.Module, taken: set[str]) -> list[Placement]:
+    """Place a trained copy of each bias, except in the modules at the paths `taken` and inside them."""
     placements = []
     for path, module in list(model.named_modules()):
         inner = unwrapped(module)
@@ -214,13 +221,13 @@ def _biases(model: nn.Module, taken: set[str]) -> list[Placement]:
         is_inside = is_inside or re.search(r"\.(base_layer|copies)(\.|$)", path) is not None
         if not path or path in taken or is_inside or not isinstance(inner._parameters.get("bias"), nn.Parameter):
             continue
-        part = _part(model, path, SavedModule)
-        attach = partial(_attach_saved, part, ["bias"])
-        placements.append(Placement(path, part, part.shapes(["bias"]), attach))
+        saved = _module_of_kind(model, path, SavedModule)
+        placements.append(Placement(path, saved, saved.shapes(["bias"]), partial(_add_copy, saved, ["bias"])))
     return placements
 
 
-def _part(model: nn.Module, path: str, kind: type[_Part]) -> _Part:
+def _module_of_kind(model: nn.Module, path: str, kind: type[_Module]) -> _Module:
+    """Return the module of a kind that already holds adapters at a path, or a new one around the module there."""
     module = model.get_submodule(path)
     if isinstance(module, AdapterModule):
         if not isinstance(module, kind):
@@ -229,13 +236,13 @@ def _part(model: nn.Module, path: str, kind: type[_Part]) -> _Part:
     return kind(module)  # type: ignore[arg-type]
 
 
-def _tied_head(model: nn.Module, path: str, source: TrainedTokens | SavedModule) -> Placement:
+def _place_tied_head(model: nn.Module, path: str, source: TrainedTokens | SavedModule) -> Placement:
     module = model.get_submodule(path)
-    part = module if isinstance(module, TiedHead) else TiedHead(module, source)  # type: ignore[arg-type]
-    return Placement(path, part, {}, lambda name, dtype: part.add(name))
+    head = module if isinstance(module, TiedHead) else TiedHead(module, source)  # type: ignore[arg-type]
+    return Placement(path, head, {}, lambda name, dtype: head.add(name))
 
 
-def _tied(model: nn.Module, module: nn.Module) -> list[str]:
+def _tied_to(model: nn.Module, module: nn.Module) -> list[str]:
     """Return the paths of linear layers that share a module's weight."""
     weight = module._parameters.get("weight")
     plain = ((path, unwrapped(other)) for path, other in model.named_modules() if ".base_layer" not in path)
@@ -252,12 +259,12 @@ def _rank_and_scaling(path: str, config: LoraConfig, report: MatchReport) -> tup
     return rank, scaling
 
 
-def _check_apart(adapted: list[str], placements: list[Placement]) -> None:
-    """Raise AdapterError where two parts of an adapter would take the place of one module."""
-    seen: dict[str, AdapterModule] = {}
+def _check_kinds(placements: list[Placement]) -> None:
+    """Raise AdapterError if two modules would take one place; updates of parameters may, since they wrap each other."""
+    first: dict[str, AdapterModule] = {}
     for placement in placements:
-        other = seen.setdefault(placement.path, placement.part)
-        if other is not placement.part and not isinstance(other, LoRAParameter):
+        other = first.setdefault(placement.path, placement.module)
+        if other is not placement.module and not isinstance(other, LoRAParameter):
             raise AdapterError(
-                f"{placement.path} cannot be a {type(other).__name__} and a {type(placement.part).__name__} at once"
+                f"{placement.path} cannot be a {type(other).__name__} and a {type(placement.module).__name__} at once"
             )

@@ -1,4 +1,4 @@
-"""Which layers an adapter goes to: PEFT's matching rules, with a report and no silent miss."""
+"""Which layers an adapter adapts: PEFT's matching rules, with a report, and an error for every pattern that misses."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class MatchReport:
 
     Attributes:
         name: of the adapter.
-        matched: each pattern of target_modules -> the module paths it matched, exclude_modules taken out.
+        matched: each pattern of target_modules -> the module paths it matched, without those of exclude_modules.
         parameters: each pattern of target_parameters -> the paths of the parameters it matched.
         saved: each name of modules_to_save -> the paths of the modules that are trained in full.
-        excluded: each pattern of exclude_modules -> what it took out of target_modules.
+        excluded: each pattern of exclude_modules -> the paths it removed from target_modules.
         patterns: each key of rank_pattern and alpha_pattern -> the adapted paths it matched.
         ranks: path of the module, or of the parameter of target_parameters -> rank.
-        trainable, total: parameter counts; a 4-bit weight counts as the weights it stands for.
+        trainable, total: parameter counts; a 4-bit weight counts as the dense weight it stands for.
     """
 
     name: str
@@ -62,25 +62,25 @@ def trainable_share(trainable: int, total: int) -> str:
 
 
 def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return every layer that can be adapted, path -> layer; an adapted layer gives its base layer.
+    """Return every layer that can be adapted, path -> layer; for an adapted layer it is the base layer.
 
-    Not among them are the model itself, which nothing could hold in its place, and what lies inside a module that an
+    The model itself is left out, as no module could hold its replacement, and so is everything inside a module that an
     adapter trains in full.
     """
-    found: dict[str, nn.Module] = {}
-    inside: list[str] = []
+    adaptable: dict[str, nn.Module] = {}
+    prefixes: list[str] = []  # of everything inside an adapter's modules
     for path, module in model.named_modules():
         if isinstance(module, AdapterModule):
-            inside.append(f"{path}.")
+            prefixes.append(f"{path}.")
             if isinstance(module, AdaptedLayer) and adapted_kind(module.base_layer):
-                found[path] = module.base_layer
-        elif path and not path.startswith(tuple(inside)) and adapted_kind(module):
-            found[path] = module
-    return found
+                adaptable[path] = module.base_layer
+        elif path and not path.startswith(tuple(prefixes)) and adapted_kind(module):
+            adaptable[path] = module
+    return adaptable
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the adaptable layers that are linear: "all-linear" with the output head."""
+    """Return the adaptable linear layers, the output head included; "all-linear" leaves the head out."""
     layers = adaptable_layers(model).items()
     return {path: layer for path, layer in layers if adapted_kind(layer) is LoRALinear}
 
@@ -88,12 +88,12 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 def match_modules(model: nn.Module, config: LoraConfig) -> dict[str, list[str]]:
     """Return what each pattern of target_modules matches, after exclude_modules and layers_to_transform.
 
-    As in PEFT, layers_to_transform does not narrow a path of target_modules that is spelled out in full, and what
-    modules_to_save trains in full is not adapted as well.
+    As in PEFT, layers_to_transform does not restrict paths that target_modules spells out in full, and modules that
+    modules_to_save trains in full are not adapted as well.
 
     Raises:
-        AdapterError: a pattern or a number of layers_to_transform matches nothing; all of them are named, with the
-            nearest module names. Or exclude_modules leaves nothing of what they match.
+        AdapterError: patterns match nothing (the message names each with the nearest module names), or exclude_modules
+            removes every match.
     """
     report = MatchReport("")
     match_targets(model, config, report)
@@ -101,12 +101,12 @@ def match_modules(model: nn.Module, config: LoraConfig) -> dict[str, list[str]]:
 
 
 def match_targets(model: nn.Module, config: LoraConfig, report: MatchReport) -> None:
-    """Fill in the report's `matched` and `excluded`; as `match_modules`."""
+    """Fill in the report's `matched` and `excluded`; errors as `match_modules`."""
     layers = adaptable_layers(model)
     targets = config.target_modules
     saved = [_saved_matcher(name) for name in config.modules_to_save or ()]
-    free = [path for path in layers if not any(is_saved(path) for is_saved in saved)]
-    candidates = [path for path in free if _layer_selected(path, config)]
+    unsaved = [path for path in layers if not any(is_saved(path) for is_saved in saved)]
+    candidates = [path for path in unsaved if _layer_selected(path, config)]
     if isinstance(targets, str) and targets.lower() == "all-linear":
         head = _unwrapped(getattr(model, "get_output_embeddings", lambda: None)())
         linear = [path for path in candidates if adapted_kind(layers[path]) is LoRALinear]
@@ -114,17 +114,14 @@ def match_targets(model: nn.Module, config: LoraConfig, report: MatchReport) -> 
     elif isinstance(targets, str):
         matched = {targets: list(filter(_matcher(targets), candidates))}
     else:
-        candidates = [path for path in free if path in targets or path in candidates]
+        candidates = [path for path in unsaved if path in targets or path in candidates]
         matched = match_names(targets, candidates)
     missed = [pattern for pattern, paths in matched.items() if not paths]
-    is_other_work = config.target_parameters or config.modules_to_save or config.trainable_token_indices
-    if missed or not (matched or is_other_work):
-        raise AdapterError(_nothing_matched(missed, free, config.layers_to_transform))
+    trains_more = config.target_parameters or config.modules_to_save or config.trainable_token_indices
+    if missed or not (matched or trains_more):
+        raise AdapterError(_nothing_matched(missed, unsaved, config.layers_to_transform))
     if config.exclude_modules:
-        named = [config.exclude_modules] if isinstance(config.exclude_modules, str) else config.exclude_modules
-        matchers = {one: _matcher(one if isinstance(config.exclude_modules, str) else [one]) for one in named}
-        every = list(dict.fromkeys(path for paths in matched.values() for path in paths))
-        report.excluded = {one: list(filter(is_excluded, every)) for one, is_excluded in matchers.items()}
+        report.excluded = _excluded(config.exclude_modules, matched)
         excluded = {path for paths in report.excluded.values() for path in paths}
         matched = {pattern: [path for path in paths if path not in excluded] for pattern, paths in matched.items()}
     if matched and not any(matched.values()):
@@ -132,19 +129,28 @@ def match_targets(model: nn.Module, config: LoraConfig, report: MatchReport) -> 
     report.matched = matched
 
 
+def _excluded(patterns: list[str] | str, matched: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """Return what each pattern of exclude_modules matches among the paths of target_modules."""
+    matchers = (
+        {patterns: _matcher(patterns)} if isinstance(patterns, str) else {one: _matcher([one]) for one in patterns}
+    )
+    paths = list(dict.fromkeys(path for paths in matched.values() for path in paths))
+    return {pattern: list(filter(is_excluded, paths)) for pattern, is_excluded in matchers.items()}
+
+
 def check_numbers(paths: Iterable[str], config: LoraConfig) -> None:
-    """Raise AdapterError where a number of layers_to_transform names no layer of those that are adapted."""
+    """Raise AdapterError if a number of layers_to_transform is none of the adapted layers'."""
     numbers = config.layers_to_transform
     wanted = [numbers] if isinstance(numbers, int) else numbers or []
-    found = {_layer_number(path, config.layers_pattern) for path in paths}
-    wrong = [number for number in wanted if number not in found]
+    present = {_layer_number(path, config.layers_pattern) for path in paths}
+    wrong = [number for number in wanted if number not in present]
     if wrong:
-        known = sorted(number for number in found if number is not None)
+        known = sorted(number for number in present if number is not None)
         raise AdapterError(f"layers_to_transform names {wrong}, but the adapted layers have the numbers {known}")
 
 
 def check_patterns(paths: Iterable[str], config: LoraConfig) -> dict[str, list[str]]:
-    """Return what each key of rank_pattern and alpha_pattern matches of the adapted paths.
+    """Return what each key of rank_pattern and alpha_pattern matches among the adapted paths.
 
     Raises:
         AdapterError: a key matches nothing, or is not a regular expression.
@@ -152,7 +158,7 @@ def check_patterns(paths: Iterable[str], config: LoraConfig) -> dict[str, list[s
     paths = list(paths)
     keys = dict.fromkeys([*config.rank_pattern, *config.alpha_pattern])
     matched = {key: [path for path in paths if pattern_value({key: True}, path, False)] for key in keys}
-    missed = [key for key, found in matched.items() if not found]
+    missed = [key for key, matches in matched.items() if not matches]
     if missed:
         names = _last_names(paths)
         lines = [f"no adapted layer matches the pattern '{key}'{did_you_mean(key, names)}" for key in missed]
@@ -181,33 +187,34 @@ def match_parameters(model: nn.Module, config: LoraConfig) -> dict[str, list[str
     Raises:
         AdapterError: a name matches nothing.
     """
-    own = [
+    parameters = [
         f"{path}.{name}"
         for path, module in _plain_modules(model)
         if path
         for name, _ in module.named_parameters(recurse=False)
     ]
-    matched = match_names(config.target_parameters or (), own)
+    matched = match_names(config.target_parameters or (), parameters)
     for target, paths in matched.items():
         if not paths:
-            raise AdapterError(f"no parameter matches '{target}' of target_parameters{did_you_mean(target, own)}")
+            hint = did_you_mean(target, parameters)
+            raise AdapterError(f"no parameter matches '{target}' of target_parameters{hint}")
     return matched
 
 
 def _plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules of the model as they were before any adapter, under the paths they had."""
-    inside: list[str] = []
+    """Yield the modules of the model as they were before any adapter, with the paths they had."""
+    prefixes: list[str] = []  # of everything inside an adapter's modules
     for path, module in model.named_modules():
-        if path.startswith(tuple(inside)):
+        if path.startswith(tuple(prefixes)):
             continue
         if isinstance(module, AdapterModule):
-            inside.append(f"{path}.")
+            prefixes.append(f"{path}.")
             module = unwrapped(module)
         yield path, module
 
 
 def match_names(names: Iterable[str], paths: Collection[str]) -> dict[str, list[str]]:
-    """Return what each name, a module's own or a dotted suffix of its path, matches of the paths, in their order."""
+    """Return the paths that each name matches, in their order. A name is a path's last name or a dotted suffix."""
     return {name: list(filter(_matcher([name]), paths)) for name in names}
 
 
@@ -221,7 +228,7 @@ def _last_names(paths: Iterable[str]) -> list[str]:
 
 
 def pattern_value(patterns: Mapping[str, _Value], path: str, default: _Value) -> _Value:
-    """Return the value of the first pattern that matches a module path, as PEFT reads rank_pattern, alpha_pattern.
+    """Return the value of the first pattern that matches a module path, as PEFT reads rank_pattern and alpha_pattern.
 
     Raises:
         AdapterError: a pattern is not a regular expression.
@@ -233,7 +240,7 @@ def pattern_value(patterns: Mapping[str, _Value], path: str, default: _Value) ->
 
 
 def rank_and_scaling(config: LoraConfig, path: str) -> tuple[int, float]:
-    """Return the rank of the layer at a path, and the factor on its B @ A, as a config and its patterns say.
+    """Return the rank of the layer at a path and the factor on its B @ A, from a config and its patterns.
 
     Raises:
         AdapterError: a pattern is not a regular expression.
@@ -243,22 +250,23 @@ def rank_and_scaling(config: LoraConfig, path: str) -> tuple[int, float]:
 
 
 def _matcher(patterns: list[str] | str) -> Callable[[str], bool]:
-    """A list holds names or dotted suffixes; a lone string is a regular expression on the whole path."""
+    """Return the test of a path: a list holds names or dotted suffixes, a string is a regular expression on it all."""
     if isinstance(patterns, str):
         expression = _compiled(patterns)
         return lambda path: expression.fullmatch(path) is not None
     return lambda path: any(path == suffix or path.endswith(f".{suffix}") for suffix in patterns)
 
 
-def _compiled(pattern: str, whole: str | None = None) -> re.Pattern[str]:
+def _compiled(pattern: str, expression: str | None = None) -> re.Pattern[str]:
+    """Compile `expression`, which holds a config's `pattern`; None: the pattern alone."""
     try:
-        return re.compile(whole or pattern)
+        return re.compile(expression or pattern)
     except re.error as error:
         raise AdapterError(f"'{pattern}' is not a regular expression: {error}") from None
 
 
 def _saved_matcher(name: str) -> Callable[[str], bool]:
-    """PEFT's rule of what modules_to_save takes out of the targets: the module, and all inside it."""
+    """Return the test of PEFT that removes a module of modules_to_save, and everything inside it, from the targets."""
     expression = _compiled(name, rf"(^|.*\.){name}($|\..*)")
     return lambda path: expression.match(path) is not None
 
@@ -267,22 +275,22 @@ def _layer_selected(path: str, config: LoraConfig) -> bool:
     numbers = config.layers_to_transform
     if numbers is None or numbers == []:  # PEFT reads an empty list as all
         return True
-    found = _layer_number(path, config.layers_pattern)
-    return found is not None and found in ([numbers] if isinstance(numbers, int) else numbers)
+    number = _layer_number(path, config.layers_pattern)
+    return number is not None and number in ([numbers] if isinstance(numbers, int) else numbers)
 
 
 def _layer_number(path: str, layers_pattern: list[str] | str | None) -> int | None:
-    """The first number among the names of a path, or the one after the name of the list of layers."""
+    """Return the first number in a path, or with a pattern the number after the layer list's name."""
     patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
     for pattern in patterns or [""]:
         expression = _compiled(pattern, rf"(?:^|.*?\.){pattern}\.(\d+)\." if pattern else r".*?\.(\d+)\.")
-        if found := expression.match(path):
-            return int(found[1])
+        if match := expression.match(path):
+            return int(match[1])
     return None
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the module that an adapter's parts stand in for, or the module itself."""
+    """Return the base module inside an adapter's modules, or the module itself where it is none of these."""
     while isinstance(module, AdapterModule):
         module = module.base_layer
     return module

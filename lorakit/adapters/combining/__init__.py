@@ -1,1 +1,1 @@
-"""Several adapters combined into one, and one adapter at another rank, on their true updates."""
+"""Combining several adapters into one and resizing one to another rank, both computed on the true updates."""

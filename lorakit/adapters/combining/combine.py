@@ -1,8 +1,8 @@
-"""Several adapters made one: their true updates are combined, not their factors.
+"""Combining adapters into one: the rules act on the true updates, not on their factors.
 
-PEFT's "linear", "ties" and "dare" combine the A matrices and the B matrices apart, and multiply what comes out; the
-products of one adapter's B with another's A are then in the result. Here a layer's update is scaling · B A, whatever
-its factors, and what a rule gives is brought to a rank by the nearest matrix of that rank, its distance stated.
+PEFT's "linear", "ties" and "dare" combine the A matrices and the B matrices separately and multiply the results, which
+then hold products of one adapter's B with another's A. Here the rules combine the updates scaling · B A, whatever their
+factors. The result becomes the nearest matrix of the wanted rank, and the report gives its distance.
 """
 
 from __future__ import annotations
@@ -42,23 +42,22 @@ class CombineConfig(Settings):
         dare_ties         entries dropped at random, the others enlarged; then the mean where signs agree
         magnitude_prune   of each Δᵢ the largest entries; then the sum
 
-    The last four give matrices of full rank, of which an adapter holds the nearest update of `rank`, by default the
-    largest rank of the layer among the adapters. How much that loses is in the report, and it is much for sparse
-    matrices.
+    The last four give matrices of full rank. The new adapter holds the nearest update of `rank`, by default the largest
+    rank that the layer has in the adapters. The report says how much that loses; for sparse matrices it is a lot.
 
     Raises:
-        ConfigError: a density for a rule that has none, none for one that needs it, a rank for "cat".
+        ConfigError: a density for a rule that takes none, no density for one that needs it, or a rank for "cat".
     """
 
-    method: Method = Field("linear", description="the rule")
-    rank: int | None = Field(None, ge=1, description="of the result")
-    density: float | None = Field(None, gt=0, le=1, description="share of the entries that stay")
-    seed: int = Field(0, description="of the entries that DARE drops")
+    method: Method = Field("linear", description="rule that combines the updates")
+    rank: int | None = Field(None, ge=1, description="rank of the result")
+    density: float | None = Field(None, gt=0, le=1, description="share of the entries to keep")
+    seed: int = Field(0, description="seed of DARE's random choice of entries")
 
     @model_validator(mode="after")
     def _fits(self) -> CombineConfig:
         if self.by_entries and self.density is None:
-            raise ValueError(f"'{self.method}' needs a density, the share of the entries that stay")
+            raise ValueError(f"'{self.method}' needs a density, the share of the entries to keep")
         if not self.by_entries and self.density is not None:
             raise ValueError(f"'{self.method}' drops no entries; density is for {', '.join(_BY_ENTRIES)}")
         if self.method == "cat" and self.rank is not None:
@@ -77,17 +76,18 @@ def combine_updates(
     config: CombineConfig | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[dict[str, LowRank], UpdateReport]:
-    """Combine adapters given as mappings, module path -> update; a layer that an adapter has not is zero in it.
+    """Combine adapters given as mappings, module path -> update; a layer that an adapter lacks counts as zero.
 
-    "linear", "cat" and "svd" compute in float64 and in O((in + out) R²) with R the sum of the ranks. The others compute
-    in float32, unless the updates are in float64, block by block: the pruning threshold is exact, the (out, in)
-    matrix is never whole in memory, and the best update of the rank asked for is found by `entrywise.project`.
+    "linear", "cat" and "svd" compute in float64 and take O((in + out) R²) with R the sum of the ranks. The others work
+    block by block in float32, or in float64 if all of the layer's updates are. Their pruning threshold is exact, the
+    (out, in) matrix is never completely in memory, and `entrywise.project` finds the best update of the wanted rank.
 
     Args:
-        dtype: of the factors returned.
+        dtype: of the returned factors.
 
     Raises:
-        AdapterError: nothing to combine, a layer has different shapes in two adapters, or holds inf or nan.
+        AdapterError: there is nothing to combine, a layer has different shapes in two adapters, or an update holds inf
+            or nan.
     """
     config = config or CombineConfig()
     if not sources or len(sources) != len(weights):
@@ -95,40 +95,40 @@ def combine_updates(
     combined: dict[str, LowRank] = {}
     layers = []
     for path in dict.fromkeys(path for source in sources for path in source):
-        found = {index: source[path] for index, source in enumerate(sources) if path in source}
-        _check(path, found)
-        present = [(update, weights[index], f"{config.seed}/{path}/{index}") for index, update in found.items()]
-        result, norm, error = _combine_layer(present, config)
+        updates = {index: source[path] for index, source in enumerate(sources) if path in source}
+        _check(path, updates)
+        terms = [(update, weights[index], f"{config.seed}/{path}/{index}") for index, update in updates.items()]
+        result, norm, error = _combine_layer(terms, config)
         combined[path] = result.to(dtype)
-        ranks = tuple(found[index].rank if index in found else 0 for index in range(len(sources)))
+        ranks = tuple(updates[index].rank if index in updates else 0 for index in range(len(sources)))
         layers.append(LayerChange(path, result.shape, ranks, result.rank, norm, error / norm if norm else 0.0))
     return combined, UpdateReport(f"{config.method} of {len(sources)} adapters", layers)
 
 
-def _combine_layer(
-    present: Sequence[tuple[LowRank, float, str]], config: CombineConfig
-) -> tuple[LowRank, float, float]:
-    """Combine (update, weight, seed) of one layer; return the result, the norm of what was asked for, the distance."""
-    updates, weights = [update for update, _, _ in present], [weight for _, weight, _ in present]
+def _combine_layer(terms: Sequence[tuple[LowRank, float, str]], config: CombineConfig) -> tuple[LowRank, float, float]:
+    """Combine the (update, weight, seed) of one layer; return the result, the norm of the exact one, their distance."""
+    updates, weights = [update for update, _, _ in terms], [weight for _, weight, _ in terms]
     largest = max(update.rank for update in updates)
     if not config.by_entries or (config.density == 1 and config.method in ("dare_linear", "magnitude_prune")):
         exact = rules.linear([update.to(torch.float64) for update in updates], weights)
         default = None if config.method in ("linear", "cat") else largest
         return truncate(exact, config.rank or default)
     rows, columns = updates[0].shape
-    parts = [update.to(_entry_dtype(updates)) for update in updates]
-    if is_wide := rows < columns:  # `project` wants its matrices tall; transposed, the entries are the same
-        parts = [part.T for part in parts]
-    combined = _rows([(part, weight, seed) for part, (_, weight, seed) in zip(parts, present, strict=True)], config)
-    matrix = RowBlocks(parts[0].shape, combined, _block_entries(len(parts)))
-    found = project(matrix, min(config.rank or largest, rows, columns))
-    return found.update.T if is_wide else found.update, found.norm, found.error
+    tall = [update.to(_entry_dtype(updates)) for update in updates]
+    if is_wide := rows < columns:  # `project` needs tall matrices; a transpose has the same entries
+        tall = [update.T for update in tall]
+    combined = _combined_rows(
+        [(update, weight, seed) for update, (_, weight, seed) in zip(tall, terms, strict=True)], config
+    )
+    matrix = RowBlocks(tall[0].shape, combined, _block_entries(len(tall)))
+    nearest = project(matrix, min(config.rank or largest, rows, columns))
+    return nearest.update.T if is_wide else nearest.update, nearest.norm, nearest.error
 
 
 def truncate(update: LowRank, rank: int | None) -> tuple[LowRank, float, float]:
     """Return the nearest update of at most `rank`, the norm of `update` and the distance between them.
 
-    With None it is `update` itself, or where that has more columns than the matrix, as many as that has.
+    With None the rank is that of `update`, but at most the smaller dimension of its matrix.
     """
     most = min(update.shape)
     rank = most if rank is None else min(rank, most)
@@ -138,15 +138,15 @@ def truncate(update: LowRank, rank: int | None) -> tuple[LowRank, float, float]:
     return update.truncated(rank), float(values.norm()), float(values[rank:].norm())
 
 
-def _rows(parts: Sequence[tuple[LowRank, float, str]], config: CombineConfig) -> rules.RowReader:
-    """The rule's matrix, as rows."""
+def _combined_rows(terms: Sequence[tuple[LowRank, float, str]], config: CombineConfig) -> rules.RowReader:
+    """Return a reader of the rows of the matrix that a rule of entries gives."""
     assert config.density is not None
-    entries = _block_entries(len(parts))
-    weights = [weight for _, weight, _ in parts]
+    entries = _block_entries(len(terms))
+    weights = [weight for _, weight, _ in terms]
     if config.method.startswith("dare"):
-        thinned = [rules.dropped(update, config.density, seed) for update, _, seed in parts]
+        thinned = [rules.dropped(update, config.density, seed) for update, _, seed in terms]
     else:
-        thinned = [rules.pruned(update, config.density, entries) for update, _, _ in parts]
+        thinned = [rules.pruned(update, config.density, entries) for update, _, _ in terms]
     join = rules.elected if config.method.endswith("ties") else rules.summed
     return join(thinned, weights)
 
@@ -159,12 +159,12 @@ def _entry_dtype(updates: Sequence[LowRank]) -> torch.dtype:
     return torch.float64 if all(update.up.dtype == torch.float64 for update in updates) else torch.float32
 
 
-def _check(path: str, found: Mapping[int, LowRank]) -> None:
-    shapes = {update.shape for update in found.values()}
+def _check(path: str, updates: Mapping[int, LowRank]) -> None:
+    shapes = {update.shape for update in updates.values()}
     if len(shapes) > 1:
-        told = ", ".join(f"{update.shape} in adapter {index + 1}" for index, update in found.items())
-        raise AdapterError(f"{path} has updates of different shapes: {told}; are they of one base model?")
-    for index, update in found.items():
+        listed = ", ".join(f"{update.shape} in adapter {index + 1}" for index, update in updates.items())
+        raise AdapterError(f"{path} has updates of different shapes: {listed}; are they of one base model?")
+    for index, update in updates.items():
         if not all(torch.isfinite(factor).all() for factor in (update.up, update.down)):
             raise AdapterError(f"{path} of adapter {index + 1} holds inf or nan")
 
@@ -180,15 +180,15 @@ def combine_adapters(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> UpdateReport:
-    """Combine adapters of a model into a new one, which becomes the active one; they stay as they are.
+    """Combine adapters of a model into a new one, and make it active; the sources stay as they are.
 
     Args:
-        weights: adapter -> weight, which may be negative. `{"tuned": 1, "before": -1}` is the difference of the two.
+        weights: adapter -> weight, which may be negative: `{"tuned": 1, "before": -1}` is the difference of the two.
         method, rank, density, seed: as in `CombineConfig`.
         dtype: of the new A and B.
 
     Raises:
-        AdapterError: an adapter is not there, is DoRA or holds more than low-rank updates; or the name is taken. The
+        AdapterError: an adapter does not exist, is DoRA or holds more than low-rank updates; or the name is taken. The
             model is then unchanged.
         ConfigError: as `CombineConfig`.
     """
@@ -210,13 +210,13 @@ def combine_folders(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> UpdateReport:
-    """Do the same with adapters in folders, without their model; the new one is written to `path`, as PEFT reads it.
+    """Do the same with adapters in folders, without their model, and write the new one to `path` in PEFT's format.
 
     Raises:
-        AdapterError: as `combine_adapters`, the adapters are of different base models, or the folder to write holds
-            something that is not an adapter.
+        AdapterError: as `combine_adapters`, the adapters are of different base models, or `path` holds something that
+            is not an adapter.
         CheckpointError: a file is missing or broken.
-        StorageError: writing failed; what stood at `path` is untouched.
+        StorageError: writing failed; whatever was at `path` is untouched.
     """
     config = CombineConfig(method=method, rank=rank, density=density, seed=seed)
     sources = [FolderUpdates(source) for source in weights]

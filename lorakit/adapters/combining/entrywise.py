@@ -1,7 +1,7 @@
-"""Matrices defined entry by entry, as TIES and DARE define theirs: never whole in memory, one block of rows at a time.
+"""Matrices defined entry by entry, as by TIES and DARE, with one block of rows in memory at a time.
 
-Masking the entries of an update of low rank gives a matrix of full rank, which no adapter can hold. So it is made anew
-for every pass over it, from the factors it comes from, and `project` finds a near update of the rank wanted.
+Masking the entries of a low-rank update gives a matrix of full rank, which no adapter can hold. So every pass over it
+computes its blocks again from the update's factors, and `project` finds a near update of the wanted rank.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import Tensor
 from ..low_rank import LowRank
 
 BLOCK_ENTRIES = 1 << 22  # 16 MiB of float32
-_OVERSAMPLING = 8  # directions beyond the rank wanted, in each block of the Krylov space
+_OVERSAMPLING = 8  # directions beyond the wanted rank, in each block of the Krylov space
 _MOST_PASSES = 16
-_SETTLED = 1e-3  # a pass that took less than this share off the squared error was the last
+_SETTLED = 1e-3  # iteration ends with a pass that reduced the squared error by less than this share
 
 
 @dataclass(frozen=True)
 class RowBlocks:
-    """A matrix of `shape` whose rows [start, stop) are `rows(start, stop)`, the same each time the same are asked for.
+    """A matrix of `shape` whose rows [start, stop) are `rows(start, stop)`, the same at every call.
 
-    Iterating yields its blocks from the top, each of at most `entries` numbers but of one row at least.
+    Iterating yields its blocks from the top, each with at most `entries` numbers and at least one row.
     """
 
     shape: tuple[int, int]
@@ -37,34 +37,34 @@ class RowBlocks:
             yield self.rows(start, min(start + height, self.shape[0]))
 
     def kept_if_small(self) -> RowBlocks:
-        """Return the same matrix, made once and kept if it is one block: as much memory, and no second making."""
+        """Return the same matrix; if it is a single block, it is computed once and kept, as it needs no more memory."""
         if self.shape[0] * self.shape[1] > self.entries:
             return self
-        whole = self.rows(0, self.shape[0])
-        return RowBlocks(self.shape, lambda start, stop: whole[start:stop], self.entries)
+        matrix = self.rows(0, self.shape[0])
+        return RowBlocks(self.shape, lambda start, stop: matrix[start:stop], self.entries)
 
 
 def kth_magnitude(matrix: RowBlocks, k: int) -> float:
     """Return the k-th largest absolute value of a float32 or float64 matrix, k from 1, exactly.
 
-    The bits of non-negative floats stand in the order of the floats. So this is a search for an integer, its highest
-    digits first: each pass counts the next 16 bits of those entries that begin as the answer does.
+    Non-negative floats have the same order as their bits read as integers. So this searches for an integer from its
+    highest digits on: each pass counts the next 16 bits of the entries whose higher bits are the answer's.
     """
     matrix = matrix.kept_if_small()
     dtype = next(iter(matrix)).dtype
     integer = torch.int32 if dtype == torch.float32 else torch.int64
-    begin, left = 0, k
+    prefix, left = 0, k
     for shift in range(8 * dtype.itemsize - 16, -1, -16):
         counts = torch.zeros(1 << 16, dtype=torch.int64)
         for block in matrix:
             keys = block.abs().flatten().view(integer)
-            keys = keys[keys >> shift >> 16 == begin]
+            keys = keys[keys >> shift >> 16 == prefix]
             counts += torch.bincount(keys >> shift & 0xFFFF, minlength=1 << 16).cpu()
         not_less = counts.flip(0).cumsum(0).flip(0)  # digit -> entries with this digit or a higher one
         digit = int((not_less >= left).sum()) - 1
         left -= int(not_less[digit] - counts[digit])
-        begin = begin << 16 | digit
-    return torch.tensor(begin, dtype=integer).view(dtype).item()
+        prefix = prefix << 16 | digit
+    return torch.tensor(prefix, dtype=integer).view(dtype).item()
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,9 @@ class Projection:
     """An update near a matrix.
 
     Attributes:
-        update: of at most the rank wanted, in the matrix's dtype.
-        norm, error: Frobenius norms of the matrix and of matrix - update, the latter of the difference itself.
+        update: of at most the wanted rank, in the matrix's dtype.
+        norm: Frobenius norm of the matrix.
+        error: Frobenius norm of matrix - update, computed from the difference itself.
     """
 
     update: LowRank
@@ -82,30 +83,30 @@ class Projection:
 
 
 def project(matrix: RowBlocks, rank: int) -> Projection:
-    """Return an update of at most `rank` near a matrix, with its true distance, in a few passes over the blocks.
+    """Return an update of at most `rank` near a matrix, with its exact distance, in a few passes over the blocks.
 
-    It is the best one whose rows lie in a space found by block Krylov iteration on matrixᵀ matrix (Musco and Musco
-    2015, arXiv:1504.05477, algorithm 2), always from the same start. Every pass tells how much of the matrix `rank`
-    directions of that space can hold; the pass that gained less than a thousandth of what is missing is the last. The
-    distance stated is exact. That no update is nearer by more than about that thousandth, or by rounding (in float32,
-    3e-4 of the norm), is what tests find, not a proof.
+    It is the best update whose rows lie in a certain space. Block Krylov iteration on matrixᵀ matrix finds that space
+    (Musco and Musco 2015, arXiv:1504.05477, algorithm 2), always from the same start. Every pass tells how much of the
+    matrix `rank` directions of the space can hold. The iteration ends with a pass that gains less than a thousandth of
+    the squared error. In tests no update is nearer by more than about that thousandth, or by rounding (in float32, 3e-4
+    of the norm); this is not proven.
 
     Memory: a block of rows and its masks, and up to (rows + 2 columns, passes * (rank + 8)) numbers.
     """
     matrix = matrix.kept_if_small()
     space = _row_space(matrix, rank)
-    parts, squared_norm, outside = [], 0.0, 0.0
+    coordinates, squared_norm, outside = [], 0.0, 0.0
     for block in matrix:
-        parts.append(block @ space)
+        coordinates.append(block @ space)
         squared_norm += _squared(block)
-        outside += _squared(block - parts[-1] @ space.T)
-    inside = LowRank(torch.cat(parts), space.T)
-    squared_error = outside + _squared(inside.svd[1][rank:])  # the two parts are orthogonal to each other
+        outside += _squared(block - coordinates[-1] @ space.T)
+    inside = LowRank(torch.cat(coordinates), space.T)
+    squared_error = outside + _squared(inside.svd[1][rank:])  # the two differences are orthogonal to each other
     return Projection(inside.truncated(rank), squared_norm**0.5, squared_error**0.5)
 
 
 def _row_space(matrix: RowBlocks, rank: int) -> Tensor:
-    """Return (columns, k), orthonormal: a space that nearly holds the `rank` leading right singular vectors."""
+    """Return an orthonormal basis, (columns, k), of a space near the `rank` leading right singular vectors."""
     like, columns = matrix.rows(0, 1), matrix.shape[1]
     start = torch.randn(columns, min(columns, rank + _OVERSAMPLING), generator=torch.Generator().manual_seed(0))
     basis: Tensor = torch.linalg.qr(start.to(like))[0]
@@ -123,7 +124,7 @@ def _row_space(matrix: RowBlocks, rank: int) -> Tensor:
             break
         held = holds
         fresh = _beyond(basis, image)
-        if not fresh.shape[1]:  # the space is closed under the matrix: nothing is missing
+        if not fresh.shape[1]:  # the space is closed under matrixᵀ matrix: nothing is missing
             break
         basis = torch.cat([basis, fresh], dim=1)
     return basis
@@ -139,13 +140,13 @@ def _gram_product(matrix: RowBlocks, factor: Tensor) -> tuple[Tensor, float]:
 
 
 def _beyond(basis: Tensor, block: Tensor) -> Tensor:
-    """Return an orthonormal basis of what `block` spans beyond `basis`: as many columns as are not rounding noise."""
+    """Return an orthonormal basis of the span of `block` beyond `basis`, without directions that are rounding noise."""
     rest = block - basis @ (basis.T @ block)
     vectors, sizes, _ = torch.linalg.svd(rest, full_matrices=False)
     noise = torch.finfo(block.dtype).eps * torch.linalg.matrix_norm(block)
     vectors = vectors[:, sizes > noise][:, : len(basis) - basis.shape[1]]
     fresh: Tensor = vectors
-    for _ in range(2):  # once leaves rounding noise that the next pass would enlarge
+    for _ in range(2):  # once would leave rounding noise, which the next pass would amplify
         fresh = torch.linalg.qr(fresh - basis @ (basis.T @ fresh))[0]
     return fresh
 

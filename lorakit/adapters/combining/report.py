@@ -1,4 +1,4 @@
-"""What became of the updates when adapters were combined or resized: ranks and errors, layer by layer."""
+"""The report of combining or resizing adapters: ranks and errors, layer by layer."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LayerChange:
-    """One layer of a new adapter, beside what was asked for.
+    """One layer of a new adapter, compared with the exact result.
 
     Attributes:
         path: of the module.
         shape: (out, in) of the update.
-        ranks_before: rank of each source; 0 of one that does not adapt this layer.
-        rank: of the new adapter; 0 where the layer is not in it.
-        norm: Frobenius norm of the update asked for.
-        error: Frobenius norm of what the new adapter misses of it, divided by `norm`; 0 where that is 0.
+        ranks_before: rank of each source; 0 for a source that does not adapt this layer.
+        rank: of the new adapter; 0 if the layer is not in it.
+        norm: Frobenius norm of the exact update.
+        error: Frobenius norm of the exact update minus the new adapter's, divided by `norm`; 0 if `norm` is 0.
     """
 
     path: str
@@ -29,17 +29,17 @@ class LayerChange:
 
     @property
     def parameters(self) -> int:
-        """Numbers in the layer's A and B."""
+        """Number of parameters in the layer's A and B."""
         return self.rank * sum(self.shape)
 
 
 @dataclass(frozen=True)
 class UpdateReport:
-    """What combining or resizing gave.
+    """The result of combining or resizing.
 
     Attributes:
-        title: what was done, in words.
-        layers: in the model's order.
+        title: a short description of the operation.
+        layers: in model order.
     """
 
     title: str
@@ -47,22 +47,22 @@ class UpdateReport:
 
     @property
     def norm(self) -> float:
-        """Frobenius norm of all updates asked for together."""
+        """Frobenius norm of all exact updates together."""
         return math.hypot(*(layer.norm for layer in self.layers))
 
     @property
     def error(self) -> float:
-        """What is missing of all updates together, relative to their norm."""
+        """Error of all updates together, relative to `norm`."""
         return math.hypot(*(layer.error * layer.norm for layer in self.layers)) / (self.norm or 1.0)
 
     @property
     def parameters(self) -> int:
-        """Numbers in the new adapter's A and B matrices."""
+        """Number of parameters in the new adapter's A and B."""
         return sum(layer.parameters for layer in self.layers)
 
     @property
     def parameters_before(self) -> int:
-        """The same of all sources together."""
+        """Number of parameters in A and B of all sources together."""
         return sum(sum(layer.ranks_before) * sum(layer.shape) for layer in self.layers)
 
     @property
@@ -81,7 +81,7 @@ class UpdateReport:
         ]
         worst = sorted((layer for layer in self.layers if layer.error), key=lambda layer: -layer.error * layer.norm)
         if worst:
-            lines += ["most is missing in:"]
+            lines += ["the largest errors are in:"]
             lines += [
                 f"  {layer.path}: rank {' + '.join(map(str, layer.ranks_before))} -> {layer.rank}, "
                 f"error {layer.error:.2%} of the layer's update"

@@ -1,4 +1,4 @@
-"""One adapter at another rank: one rank, a share of each layer's energy, or a budget of parameters over all layers."""
+"""Resizing an adapter: to one rank, to a share of each layer's energy, or to a budget of parameters for all layers."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from .updates import FolderUpdates, attach_updates, model_updates, write_updates
 
 
 class ResizeConfig(Settings):
-    """How an adapter is resized: one of these.
+    """How to resize an adapter; give exactly one of these settings.
 
     Raises:
-        ConfigError: none of them, or several.
+        ConfigError: none is given, or several are.
     """
 
-    rank: int | None = Field(None, ge=1, description="the most that a layer gets")
-    energy: float | None = Field(None, gt=0, le=1, description="share of a layer's squared norm that it keeps at least")
-    parameters: int | None = Field(None, ge=1, description="numbers in all A and B together, at most")
+    rank: int | None = Field(None, ge=1, description="highest rank of a layer")
+    energy: float | None = Field(None, gt=0, le=1, description="least share of its squared norm that each layer keeps")
+    parameters: int | None = Field(None, ge=1, description="largest number of parameters in all A and B together")
 
     @model_validator(mode="after")
     def _one(self) -> ResizeConfig:
@@ -44,7 +44,11 @@ class ResizeConfig(Settings):
 def chosen_ranks(
     singular_values: Mapping[str, Tensor], prices: Mapping[str, int], config: ResizeConfig
 ) -> dict[str, int]:
-    """Return layer -> rank from the singular values of each layer's update; 0 takes the layer out of the adapter."""
+    """Return layer -> rank from each update's singular values, (k,) in falling order; 0 leaves the layer out.
+
+    Args:
+        prices: layer -> in + out, the parameters that one rank costs.
+    """
     if config.parameters is not None:
         return allocate(singular_values, prices, config.parameters).ranks
     if config.energy is not None:
@@ -53,11 +57,11 @@ def chosen_ranks(
 
 
 def plan_ranks(updates: Mapping[str, LowRank], config: ResizeConfig) -> UpdateReport:
-    """Return the rank of each layer and what it would miss of the update, from the singular values in float64."""
+    """Return the rank of each layer and the error of its update, from the singular values in float64."""
     values: dict[str, Tensor] = {}
     shapes: dict[str, tuple[int, int]] = {}
     before: dict[str, int] = {}
-    for path, update in updates.items():  # one at a time, where they are on disk
+    for path, update in updates.items():  # if they are on disk, only one is in memory at a time
         values[path] = update.to(torch.float64).singular_values
         shapes[path], before[path] = update.shape, update.rank
     ranks = chosen_ranks(values, {path: sum(shape) for path, shape in shapes.items()}, config)
@@ -72,9 +76,9 @@ def plan_ranks(updates: Mapping[str, LowRank], config: ResizeConfig) -> UpdateRe
 def resize_updates(
     updates: Mapping[str, LowRank], config: ResizeConfig, dtype: torch.dtype = torch.float32
 ) -> tuple[dict[str, LowRank], UpdateReport]:
-    """Return the nearest update of the rank chosen for each layer (Eckart-Young), in `dtype`, and what it misses.
+    """Return each layer's nearest update of the chosen rank (Eckart-Young), in `dtype`, and a report of the errors.
 
-    Computed in float64. A layer that keeps its rank keeps its factors.
+    It computes in float64. A layer that keeps its rank keeps its factors.
     """
     report = plan_ranks(updates, config)
     resized = {}
@@ -93,16 +97,16 @@ def resize_adapter(
     parameters: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> UpdateReport:
-    """Attach a smaller copy of an adapter under a new name, and make it active; the source stays as it is.
+    """Attach a smaller copy of an adapter under a new name and make it active; the source stays as it is.
 
     Args:
-        rank, energy, parameters: one of them, as in `ResizeConfig`. A budget goes to the directions, of all layers,
-            that hold most energy per parameter (`ranks.allocate`); a layer that gets none is left out.
+        rank, energy, parameters: one of them, as in `ResizeConfig`. A budget goes to the directions, in all layers,
+            that hold the most energy per parameter (`ranks.allocate`); a layer that gets none is left out.
         dtype: of the new A and B.
 
     Raises:
-        AdapterError: no such adapter, it is DoRA or holds more than low-rank updates, the name is taken, or nothing is
-            left. The model is then unchanged.
+        AdapterError: there is no such adapter, it is DoRA or holds more than low-rank updates, the name is taken, or
+            nothing of it is left. The model is then unchanged.
         ConfigError: as `ResizeConfig`.
     """
     config = ResizeConfig(rank=rank, energy=energy, parameters=parameters)
@@ -121,12 +125,12 @@ def resize_folder(
     parameters: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> UpdateReport:
-    """Do the same with an adapter in a folder, without its model; the new one is written to `path`, as PEFT reads it.
+    """Do the same with an adapter in a folder, without its model, and write the new one to `path` in PEFT's format.
 
     Raises:
-        AdapterError: as `resize_adapter`, or the folder to write holds something that is not an adapter.
+        AdapterError: as `resize_adapter`, or `path` holds something that is not an adapter.
         CheckpointError: a file is missing or broken.
-        StorageError: writing failed; what stood at `path` is untouched.
+        StorageError: writing failed; whatever was at `path` is untouched.
     """
     config = ResizeConfig(rank=rank, energy=energy, parameters=parameters)
     adapter = FolderUpdates(source)

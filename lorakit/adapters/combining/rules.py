@@ -1,8 +1,8 @@
-"""Rules by which the updates of one layer become one: each with its equation and paper.
+"""Rules that combine the updates of one layer, each with its equation and paper.
 
-`linear` keeps low rank and is exact. The others act on the entries of the updates, whatever factors they come in, and
-are given as row blocks. A weight multiplies its update before anything else is done but pruning and dropping, which
-do not see it: with a weight of -1 an update is subtracted.
+`linear` keeps the rank low and is exact. The others act on the entries of the updates, whatever their factors, and read
+them in blocks of rows. Updates are pruned or dropped first, without their weights; then each is multiplied by its
+weight, and the rest follows. With a weight of -1 an update is subtracted.
 """
 
 from __future__ import annotations
@@ -16,41 +16,40 @@ from torch import Tensor
 from ..low_rank import LowRank, added
 from .entrywise import BLOCK_ENTRIES, RowBlocks, kth_magnitude
 
-# rows(start, stop) of one update with some of its entries set to zero
-RowReader = Callable[[int, int], Tensor]
+RowReader = Callable[[int, int], Tensor]  # (start, stop) -> the rows [start, stop) of a matrix
 
 
 def linear(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
-    """Return Σ weight · update, exact, its rank the sum of theirs."""
+    """Return Σ weight · update, exactly; its rank is the sum of the ranks."""
     return added(update.scaled(weight) for update, weight in zip(updates, weights, strict=True))
 
 
 def pruned(update: LowRank, density: float, entries: int = BLOCK_ENTRIES) -> RowReader:
-    """Return the update with its int(density · size) entries of largest magnitude, at least one; equals stay together.
+    """Return the update with only its int(density · size) entries of largest magnitude, at least one, and their equals.
 
-    That is "trim" of TIES (Yadav et al. 2023, arXiv:2306.01708, section 3, step 1), here within each layer.
+    This is "trim" of TIES (Yadav et al. 2023, arXiv:2306.01708, section 3, step 1), here within each layer.
     """
-    whole = _rows(update)
+    read = _rows(update)
     kept = max(1, int(density * update.shape[0] * update.shape[1]))
-    least = kth_magnitude(RowBlocks(update.shape, whole, entries), kept)
+    least = kth_magnitude(RowBlocks(update.shape, read, entries), kept)
 
     def rows(start: int, stop: int) -> Tensor:
-        block = whole(start, stop)
+        block = read(start, stop)
         return torch.where(block.abs() >= least, block, 0)
 
     return rows
 
 
 def dropped(update: LowRank, density: float, seed: str) -> RowReader:
-    """Return the update with each entry kept with probability `density`, then divided by it: the same on average.
+    """Return the update with each entry kept with probability `density` and divided by it, so the mean stays the same.
 
-    DARE (Yu et al. 2023, arXiv:2311.03099, eq. 1 with p = 1 - density). What is kept is decided by `seed` and the
-    first row of the block.
+    DARE (Yu et al. 2023, arXiv:2311.03099, eq. 1 with p = 1 - density). `seed` and the number of the block's first row
+    decide which entries are kept.
     """
-    whole = _rows(update)
+    read = _rows(update)
 
     def rows(start: int, stop: int) -> Tensor:
-        block = whole(start, stop)
+        block = read(start, stop)
         digest = hashlib.blake2b(f"{seed}/{start}".encode(), digest_size=7).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
         kept = torch.rand(block.shape, generator=generator).to(block.device) < density
@@ -59,11 +58,11 @@ def dropped(update: LowRank, density: float, seed: str) -> RowReader:
     return rows
 
 
-def summed(parts: Sequence[RowReader], weights: Sequence[float]) -> RowReader:
-    """Return Σ weight · part."""
+def summed(readers: Sequence[RowReader], weights: Sequence[float]) -> RowReader:
+    """Return Σ weight · update."""
 
     def rows(start: int, stop: int) -> Tensor:
-        blocks = (weight * part(start, stop) for part, weight in zip(parts, weights, strict=True))
+        blocks = (weight * read(start, stop) for read, weight in zip(readers, weights, strict=True))
         total = next(blocks)
         for block in blocks:
             total += block
@@ -72,15 +71,15 @@ def summed(parts: Sequence[RowReader], weights: Sequence[float]) -> RowReader:
     return rows
 
 
-def elected(parts: Sequence[RowReader], weights: Sequence[float]) -> RowReader:
-    """Return for each entry the mean of those weight · part that have the sign of their sum; zeros have no sign.
+def elected(readers: Sequence[RowReader], weights: Sequence[float]) -> RowReader:
+    """Return, entry by entry, the mean of the values weight · update with the sign of their sum; zeros have no sign.
 
-    "Elect" and "disjoint merge" of TIES (arXiv:2306.01708, section 3, steps 2 and 3); equal weights are its λ. Where
-    the sum is zero, so is the result.
+    "Elect" and "disjoint merge" of TIES (arXiv:2306.01708, section 3, steps 2 and 3); equal weights are its λ. If the
+    sum is zero, so is the result.
     """
 
     def rows(start: int, stop: int) -> Tensor:
-        blocks = [weight * part(start, stop) for part, weight in zip(parts, weights, strict=True)]
+        blocks = [weight * read(start, stop) for read, weight in zip(readers, weights, strict=True)]
         sign = sum(blocks[1:], start=blocks[0]).sign()
         total, count = torch.zeros_like(sign), torch.zeros_like(sign)
         for block in blocks:

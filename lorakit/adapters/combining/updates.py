@@ -1,7 +1,7 @@
-"""The updates of an adapter, out of a model or a folder, and a new adapter made of updates.
+"""Reading an adapter's updates from a model or a folder, and making a new adapter from updates.
 
-Only adapters that are nothing but low-rank updates are taken: of what else an adapter may hold, sums and ranks have no
-meaning. A new adapter has a scaling of 1 in every layer.
+An adapter with anything besides low-rank updates is refused, because sums and ranks have no meaning for the rest. A new
+adapter has a scaling of 1 in every layer.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def model_updates(model: nn.Module, name: str) -> dict[str, LowRank]:
     """Return module path -> update (out_features, in_features) of an attached adapter, in the dtype of its A and B.
 
     Raises:
-        AdapterError: no such adapter, or it is more than low-rank updates.
+        AdapterError: there is no such adapter, or it holds more than low-rank updates.
     """
     check_adapter(model, name)
     layers = lora_layers(model, name)
@@ -40,21 +40,21 @@ def model_updates(model: nn.Module, name: str) -> dict[str, LowRank]:
         variant = layer.adapters[name].variant
         if variant.multiplies_base:
             raise AdapterError(f"{where} {variant.not_low_rank}")
-        extras = sorted(layer.parameters_of(name).keys() - {*layer.matrices, *(variant.trained * variant.is_low_rank)})
-        if extras:
+        in_factors = {*layer.matrices, *(variant.trained if variant.is_low_rank else ())}
+        if extras := sorted(layer.parameters_of(name).keys() - in_factors):
             raise AdapterError(f"{where} holds more than low-rank updates: {', '.join(extras)} of {path}")
         up, down = (factor.detach() for factor in layer.factors(name))
         if up.ndim != 2:
-            raise AdapterError(f"{where} adapts {path}, which holds several matrices: these are not combined")
+            raise AdapterError(f"{where} adapts {path}, which holds several matrices; such updates cannot be combined")
         updates[path] = LowRank(up, down)
     return updates
 
 
 def attach_updates(model: nn.Module, updates: Mapping[str, LowRank], name: str, dtype: torch.dtype) -> None:
-    """Attach an adapter that consists of these updates, and make it active, as `add_adapter` does.
+    """Attach an adapter that consists of these updates and make it active, as `add_adapter` does.
 
     Raises:
-        AdapterError: the name is taken or cannot be one, or nothing is left to attach. The model is then unchanged.
+        AdapterError: the name is taken or not usable, or no update is left to attach. The model is then unchanged.
     """
     add_adapter(model, config_for_ranks(ranks_of(updates)), name, dtype)
     with torch.no_grad():
@@ -65,43 +65,42 @@ def attach_updates(model: nn.Module, updates: Mapping[str, LowRank], name: str, 
 
 
 class FolderUpdates(Mapping[str, LowRank]):
-    """Module path -> update of an adapter on disk; each is read when it is asked for.
+    """Module path -> update of an adapter on disk; each access reads the file.
 
-    Updates are (out, in), of an embedding (dim, vocab), of a convolution (out, in·kernel), in float32 or, where the
-    file has them so, float64.
+    Updates are (out, in), of an embedding (dim, vocab), of a convolution (out, in·kernel), in float32, or in float64 if
+    the file has that.
 
     Attributes:
-        adapter: the folder, opened.
-        base: fingerprint of the base model, where the file has it.
+        adapter: the opened folder.
+        base: fingerprint of the base model, if the file has it.
 
     Raises:
-        AdapterError: the adapter is more than low-rank updates, or was trained on a base that its start had changed.
+        AdapterError: the adapter holds more than low-rank updates, or its start changed the base.
         CheckpointError: as `read_adapter_folder`.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.adapter = read_adapter_folder(path)
         where = self.adapter.folder
-        # This refuses starts that changed the base.
-        config = attachable_config(self.adapter.config, where / CONFIG_FILE)
+        config = attachable_config(self.adapter.config, where / CONFIG_FILE)  # refuses starts that changed the base
         if not config.update_variant.is_low_rank:
             raise AdapterError(f"{where} {config.update_variant.not_low_rank}")
         if self.adapter.extras:
             names = ", ".join(list(self.adapter.extras)[:5])
             raise AdapterError(f"{where} holds more than low-rank updates: {names}")
         if config.target_parameters:
-            raise AdapterError(f"{where} adapts parameters that hold several matrices: these are not combined")
+            raise AdapterError(f"{where} adapts parameters that hold several matrices; such updates cannot be combined")
         self.base = self.adapter.base
 
     def __getitem__(self, path: str) -> LowRank:
         layer = self.adapter.layers[path]
         where = f"{self.adapter.folder}: {path}"
         if layer.kind == "conv" and layer.lora_B.shape[1] != layer.lora_A.shape[0]:
-            raise AdapterError(f"{where} is a grouped convolution, whose update is several: these are not combined")
+            raise AdapterError(f"{where} is a grouped convolution with several updates; these cannot be combined")
         return layer.update(dtype=torch.promote_types(layer.lora_A.dtype, torch.float32))
 
     def __contains__(self, path: object) -> bool:
-        return path in self.adapter.layers  # without reading it
+        return path in self.adapter.layers  # reads no tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.adapter.layers)
@@ -116,11 +115,11 @@ def write_updates(
     sources: Sequence[FolderUpdates],
     dtype: torch.dtype,
 ) -> Path:
-    """Write a PEFT folder of updates that come from the layers of `sources`; whole, or not at all.
+    """Write a PEFT folder of updates that come from the layers of `sources`, completely or not at all.
 
     Raises:
-        AdapterError: nothing is left to write, or the folder holds something that is not an adapter.
-        StorageError: writing failed; what stood there is untouched.
+        AdapterError: no update is left to write, or the folder holds something that is not an adapter.
+        StorageError: writing failed; whatever was at `path` is untouched.
     """
     ranks = ranks_of(updates)
     config = config_for_ranks(ranks).model_dump(mode="json")
@@ -139,7 +138,7 @@ def write_updates(
 
 
 def check_one_base(sources: Sequence[FolderUpdates]) -> None:
-    """Raise AdapterError if two adapters say that they were trained on different base models."""
+    """Raise AdapterError if the files of two adapters name different base models."""
     known = {source.base: source.adapter.folder for source in sources if source.base}
     if len(known) > 1:
         folders = ", ".join(f"{folder} (fingerprint {base[:16]})" for base, folder in known.items())
@@ -152,7 +151,7 @@ def ranks_of(updates: Mapping[str, LowRank]) -> dict[str, int]:
 
 
 def _tensors(update: LowRank, like: AdapterLayer, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return a layer's tensors under PEFT's names, in the shapes that `like` has at its rank."""
+    """Return a layer's tensors under PEFT's names, in the shapes of `like` but for the rank."""
     down = update.down.reshape(update.rank, *like.lora_A.shape[1:])
     up = update.up.reshape(like.lora_B.shape[0], update.rank, *like.lora_B.shape[2:])
     names = matrix_names(like.path, like.kind == "embedding")

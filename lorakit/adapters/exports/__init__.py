@@ -1,8 +1,8 @@
-"""Adapters for the programs that serve them: each reads PEFT's format in its own way, and some of it silently wrong.
+"""Adapters for the programs that serve them: each reads PEFT's format in its own way, and some read parts of it wrong.
 
-One file a consumer and one line in `EXPORTS`. An export changes the form, never the update: reading it by the
-consumer's own rules gives scaling * B @ A of every layer. What a consumer would drop or mis-apply is refused, with the
-reason.
+Each program, or consumer, has one file and one line in `EXPORTS`. An export changes the form, never the update: read by
+the consumer's own rules, it gives scaling * B @ A in every layer. Features that a consumer would drop or mis-apply are
+refused, with the reason.
 """
 
 from __future__ import annotations
@@ -39,32 +39,33 @@ def export_adapter(
     dtype: torch.dtype | None = None,
     max_rank: int | None = None,
 ) -> Path:
-    """Write an adapter folder in the form that a consumer reads right; needs no model.
+    """Write an adapter folder in the form that a consumer reads correctly; it needs no model.
 
     Args:
         adapter: a folder in PEFT's format, or a run's folder.
-        path: what to write: a folder for "vllm" and "tgi", a file for "llama.cpp".
+        path: where to write: a folder for "vllm" and "tgi", a file for "llama.cpp".
         target: a key of `EXPORTS`.
-        base: the base model's folder, or the contents of its config.json; None looks where the adapter says its base
-            is. "tgi" and "llama.cpp" need it: it has the number of layers, and of heads.
+        base: the base model's folder, or the contents of its config.json; None takes the folder that the adapter names.
+            "tgi" and "llama.cpp" need it for the number of layers and of heads.
         dtype: of the written tensors; None keeps the adapter's, or takes float32 where that would round.
-        max_rank: refuse ranks above this, such as the --max-lora-rank that vLLM is started with.
+        max_rank: refuse ranks above this, such as vLLM's --max-lora-rank.
 
     Returns:
         `path`.
 
     Raises:
-        AdapterError: an unknown target, a feature that the consumer would drop or mis-apply, a rank over the limit, or
-            something other than such an export stands at `path`.
+        AdapterError: the target is unknown, the consumer would drop or mis-apply a feature, a rank is over the limit,
+            or `path` holds something other than such an export.
         CheckpointError: the adapter, or the base's config.json where it is needed, cannot be read.
-        StorageError: writing failed; what stood there is untouched.
+        StorageError: writing failed; whatever was at `path` is untouched.
     """
     if target not in EXPORTS:
         known = ", ".join(["peft", *EXPORTS])
         raise AdapterError(f"unknown target '{target}'{did_you_mean(target, EXPORTS)} (known: {known})")
-    read = read_adapter_folder(adapter)
-    layers = dict(read.layers)
+    folder = read_adapter_folder(adapter)
+    layers = dict(folder.layers)
     check_ranks({name: layer.rank for name, layer in layers.items()}, max_rank)
-    place = base if base is not None else read.config.get("base_model_name_or_path")
-    EXPORTS[target](Export(read.config, layers, tuple(read.extras), lambda: read_base_config(place), dtype), Path(path))
+    source = base if base is not None else folder.config.get("base_model_name_or_path")
+    export = Export(folder.config, layers, tuple(folder.extras), lambda: read_base_config(source), dtype)
+    EXPORTS[target](export, Path(path))
     return Path(path)

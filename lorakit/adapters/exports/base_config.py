@@ -1,4 +1,4 @@
-"""The base model's config.json, wherever it is: some consumers' forms depend on the number of layers and of heads."""
+"""The base model's config.json; some consumers' formats depend on the number of layers and of heads."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from ...files import read_json_object
 _ADVICE = "name the base model's folder with base=..., on the command line with --base"
 
 
-def read_base_config(place: str | os.PathLike[str] | Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """Return the contents of a base model's config.json, from its folder or as they are given.
+def read_base_config(source: str | os.PathLike[str] | Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Return the contents of a base model's config.json from its folder; contents are returned as they are.
 
     Raises:
-        CheckpointError: it is not there, or not a JSON object.
+        CheckpointError: there is no such file, or it is not a JSON object.
     """
-    if isinstance(place, Mapping):
-        return place
-    if place is None:
-        raise CheckpointError(f"the adapter does not say what its base model is; {_ADVICE}")
-    file = Path(place) / "config.json"
+    if isinstance(source, Mapping):
+        return source
+    if source is None:
+        raise CheckpointError(f"the adapter does not name its base model; {_ADVICE}")
+    file = Path(source) / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{file.parent}: there is no {file.name} here; {_ADVICE}")
     return read_json_object(file)
 
 
 def base_size(base: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """Return a positive number of a config.json; `default` stands for an absent one.
+    """Return a positive integer from a config.json, or `default` if it is absent.
 
     Raises:
         CheckpointError: it has no such number.
@@ -45,7 +45,7 @@ def base_size(base: Mapping[str, Any], key: str, default: int | None = None) -> 
 
 
 def base_of(model: nn.Module) -> dict[str, Any] | None:
-    """Return what config.json says of a model in memory, ours or of transformers; None where it has no such thing."""
+    """Return the contents of config.json for a model in memory, lorakit's or one of transformers; None for others."""
     config: Any = getattr(model, "config", None)
     if callable(getattr(config, "to_dict", None)):
         values: dict[str, Any] = config.to_dict()

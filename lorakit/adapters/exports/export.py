@@ -1,4 +1,4 @@
-"""What the exports share: the adapter as they get it, the refusals, and scales folded into B."""
+"""Shared by all exports: the adapter to write, the refusals, and scales folded into B."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ...layers import variants_read
 from ..peft.folder import AdapterLayer
 from ..peft.names import BASE_LAYER
 
-# Settings of adapter_config.json that mean more than A and B of existing layers. No consumer here has a place for them:
-# some are refused there too, the others would be dropped without a word.
+# Settings of adapter_config.json that mean more than A and B of existing layers. The consumers here support none of
+# them: they refuse some and drop the others silently.
 _MORE_THAN_MATRICES = {
     "modules_to_save": "modules trained and saved in full",
     "trainable_token_indices": "trained rows of the embedding",
@@ -28,14 +28,14 @@ _MORE_THAN_MATRICES = {
 
 @dataclass(frozen=True)
 class Export:
-    """An adapter to be written for a consumer.
+    """An adapter to write for a consumer.
 
     Attributes:
         config: the contents of adapter_config.json.
         layers: module path -> A, B and scaling.
         extras: names of the file's other tensors.
         base: returns the contents of the base model's config.json, or raises CheckpointError.
-        dtype: of the written tensors; None: see `folded`.
+        dtype: of the written tensors; None leaves the choice to `folded`.
     """
 
     config: Mapping[str, Any]
@@ -46,7 +46,7 @@ class Export:
 
 
 def check_ranks(ranks: Mapping[str, int], max_rank: int | None) -> None:
-    """Raise AdapterError, naming the layer of the highest rank, where that is over the limit."""
+    """Raise AdapterError if the highest rank is over the limit; the error names its layer."""
     path = max(ranks, key=lambda path: ranks[path])
     if max_rank is not None and ranks[path] > max_rank:
         raise AdapterError(
@@ -56,40 +56,44 @@ def check_ranks(ranks: Mapping[str, int], max_rank: int | None) -> None:
 
 
 def check_plain(export: Export, consumer: str, *problems: str) -> None:
-    """Refuse, all at once, what is more than A and B of linear layers and embeddings, and the consumer's own problems.
+    """Refuse an adapter with anything besides A and B of linear layers and embeddings, or with other problems.
+
+    Args:
+        problems: further reasons of the consumer's own.
 
     Raises:
-        AdapterError: with every reason, and the way out.
+        AdapterError: there is a reason to refuse it; the message lists all of them and the alternative.
     """
     settings = {key for key, value in export.config.items() if value and value != "none"}
     variants = [one for one in variants_read(export.config) if one.trained or not one.is_low_rank]
-    found = [f"{variant.setting}: {variant.meaning}" for variant in variants]
-    found += [f"{key}: {meaning}" for key, meaning in _MORE_THAN_MATRICES.items() if key in settings]
-    found += [
+    reasons = [f"{variant.setting}: {variant.meaning}" for variant in variants]
+    reasons += [f"{key}: {meaning}" for key, meaning in _MORE_THAN_MATRICES.items() if key in settings]
+    reasons += [
         f"{path}: an adapter on a layer of kind '{layer.kind}'"
         for path, layer in export.layers.items()
         if layer.kind not in ("linear", "embedding")
     ]
-    # A copy of the embedding beside its adapter is PEFT's way of being sure; it is the base's own.
+    # PEFT saves a copy of the base's embedding beside an adapter on it.
     copies = {f"{path}.{BASE_LAYER}.weight" for path, layer in export.layers.items() if layer.kind == "embedding"}
-    if not found:  # otherwise a setting above says where they come from
-        found += [f"{name}: a tensor that is not of an adapter" for name in export.extras if name not in copies]
-    if found := [*found, *problems]:
+    if not reasons:  # otherwise a setting above explains these tensors
+        reasons += [f"{name}: a tensor that is not of an adapter" for name in export.extras if name not in copies]
+    if reasons := [*reasons, *problems]:
         raise AdapterError(
-            f"{consumer} cannot serve this adapter as it is:{listing(found)}\n"
+            f"{consumer} cannot serve this adapter as it is:{listing(reasons)}\n"
             "merge the adapter into its base model and serve that instead"
         )
 
 
 def folded(export: Export, factors: Mapping[str, float]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return path -> (A, factor * B), each product rounded once.
+    """Return path -> (A, factor * B), of shapes (r, in) and (out, r); each product is rounded once.
 
-    They are of the wanted dtype; without one, of the adapter's own, or float32 where that would round the products.
+    They have `export.dtype`. If that is None, they have the adapter's dtype, or float32 if the adapter's would round
+    the products.
     """
     products = {path: factors[path] * layer.lora_B.double() for path, layer in export.layers.items()}
     dtypes = {layer.lora_B.dtype for layer in export.layers.values()}
-    own = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    if own != torch.float32 and not all(torch.equal(b.to(own).double(), b) for b in products.values()):
-        own = torch.float32
-    dtype = export.dtype or own
+    exact = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    if exact != torch.float32 and not all(torch.equal(b.to(exact).double(), b) for b in products.values()):
+        exact = torch.float32
+    dtype = export.dtype or exact
     return {path: (layer.lora_A.to(dtype), products[path].to(dtype)) for path, layer in export.layers.items()}

@@ -1,10 +1,10 @@
-"""For llama.cpp: a GGUF file with the base's tensor names, for `--lora`.
+"""Export for llama.cpp: a GGUF file with the base's tensor names, for `--lora`.
 
     <tensor>.lora_a   A (r, in)                   <tensor>.lora_b   B (out, r)
     token_embd.weight.lora_a   Aᵀ (vocab, r)      token_embd.weight.lora_b   B (dim, r)
 
-llama.cpp multiplies B @ A by adapter.lora.alpha / r with r the tensor's own rank, and knows no other alpha and no
-rsLoRA. Its llama architecture keeps the rows of the q and k projections in another order, and so must B.
+llama.cpp multiplies B @ A by adapter.lora.alpha / r, with the rank r of the tensor. It has a single alpha and no
+rsLoRA. Its llama architecture keeps the rows of the q and k projections in another order, so B needs that order too.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def export_llama_cpp(export: Export, path: Path) -> None:
     """Write the GGUF file.
 
     Raises:
-        AdapterError: the base's architecture is not known here, the adapter is more than A and B of linear layers and
-            of an untied embedding, or something that is not a GGUF file stands at `path`.
-        CheckpointError: the base's config.json cannot be read, or lacks a size.
+        AdapterError: the base's architecture is not known here, the adapter holds more than A and B of linear layers
+            and of an untied embedding, or `path` holds something that is not a GGUF file.
+        CheckpointError: the base's config.json cannot be read or lacks a size.
         LorakitError: the gguf package is not installed.
     """
     if path.is_dir() or (path.is_file() and path.read_bytes()[:4] != b"GGUF"):
@@ -40,11 +40,11 @@ def export_llama_cpp(export: Export, path: Path) -> None:
     form = _gguf_form(base)
     names = _gguf_names(form.architecture, export.layers, base_size(base, "num_hidden_layers"))
     check_plain(export, "llama.cpp", *_problems(export, names, bool(base.get("tie_word_embeddings"))))
-    # There is one alpha for all. Where a layer's own is another, B makes up for it; without patterns it stays as it is.
+    # The file has one alpha for all layers. B makes up for a layer with another; without patterns no B changes.
     alphas = {name: layer.scaling * layer.rank for name, layer in export.layers.items()}
     alpha = next(iter(alphas.values()))
     tensors: dict[str, Tensor] = {}
-    for name, (a, b) in folded(export, {name: own / alpha for name, own in alphas.items()}).items():
+    for name, (a, b) in folded(export, {name: layer_alpha / alpha for name, layer_alpha in alphas.items()}).items():
         if form.permutes_qk and name.endswith((".q_proj", ".k_proj")):
             heads = base_size(base, "num_attention_heads")
             b = _in_gguf_rows(b, heads if name.endswith(".q_proj") else base_size(base, "num_key_value_heads", heads))
@@ -64,7 +64,7 @@ def _gguf_form(base: Mapping[str, Any]) -> GGUFForm:
 
 
 def _gguf_names(architecture: str, paths: Iterable[str], layers: int) -> dict[str, str | None]:
-    """Return module path -> name of its tensor in GGUF without ".weight", None where there is no such tensor."""
+    """Return module path -> its tensor's name in GGUF without ".weight", or None if there is no such tensor."""
     gguf = _gguf()
     key = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     table = gguf.get_tensor_name_map(key, layers)
@@ -82,7 +82,7 @@ def _problems(export: Export, names: Mapping[str, str | None], is_tied: bool) ->
 
 
 def _in_gguf_rows(b: Tensor, heads: int) -> Tensor:
-    """Put the rows of a q or k projection's B into GGUF's order."""
+    """Return a q or k projection's B with its rows in GGUF's order."""
     if len(b) % (2 * heads):
         raise CheckpointError(f"lora_B of a q or k projection has {len(b)} rows, which {heads} heads do not divide")
     return to_gguf_rows(b, heads)
@@ -92,8 +92,8 @@ def _write(path: Path, architecture: str, alpha: float, tensors: Mapping[str, Te
     gguf = _gguf()
     types = gguf.GGMLQuantizationType
     stored = {torch.float32: types.F32, torch.float16: types.F16, torch.bfloat16: types.BF16}
-    with atomic_write(path) as part:
-        writer = gguf.GGUFWriter(part, architecture)
+    with atomic_write(path) as unfinished:
+        writer = gguf.GGUFWriter(unfinished, architecture)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)

@@ -1,8 +1,8 @@
-"""For TGI (text-generation-inference): one scale for all layers, and no layer left out.
+"""Export for TGI (text-generation-inference): one scale for all layers, and no layer left out.
 
-TGI reads the scale as vLLM does, and stacks the matrices of one projection over all layers: a projection that lacks its
-adapter in a single layer is dropped in every layer, silently, as is any module it does not know. So a layer that the
-adapter leaves alone gets zeros.
+TGI reads the scale as vLLM does and stacks the matrices of one projection over all layers. If a projection has no
+adapter in one layer, TGI silently drops it in every layer; it also drops modules that it does not know. So layers
+without an adapter get zeros.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ _NUMBER = re.compile(r"\.layers\.(\d+)\.")
 
 
 def export_tgi(export: Export, path: Path) -> None:
-    """Write the folder, every layer of scale 1 and of the highest rank, missing ones as zeros.
+    """Write the folder, with scale 1 and the highest rank in every layer, and zeros for missing layers.
 
     Raises:
-        AdapterError: the adapter is more than A and B of the projections that TGI adapts.
+        AdapterError: the adapter holds more than A and B of the projections that TGI adapts.
         CheckpointError: the base model's number of layers is not known.
     """
-    strangers = [
+    unknown = [
         f"{name}: TGI adapts no such module and would leave it out"
         for name, layer in export.layers.items()
         if layer.kind != "linear" or not _KNOWN.fullmatch(name)
     ]
-    check_plain(export, "TGI", *strangers)
+    check_plain(export, "TGI", *unknown)
     matrices = uniform(export)
     if missing := _missing(matrices, base_size(export.base(), "num_hidden_layers")):
         names = {"target_modules": [*matrices, *missing], "layers_to_transform": None, "exclude_modules": None}
@@ -42,7 +42,7 @@ def export_tgi(export: Export, path: Path) -> None:
 
 
 def _missing(matrices: Matrices, layers: int) -> Matrices:
-    """Return zeros for each layer number at which an adapted projection has no adapter."""
+    """Return zeros for each layer in which a projection that is adapted elsewhere has no adapter."""
     missing: Matrices = {}
     for name, (a, b) in matrices.items():
         for number in range(layers if "." in name else 0):

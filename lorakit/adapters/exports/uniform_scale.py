@@ -1,8 +1,9 @@
-"""One scale and one rank for all layers: the part of PEFT's format that every reader of it understands alike.
+"""One scale and one rank for all layers: the part of PEFT's format that all its readers understand in the same way.
 
     B <- scaling * B,   A and B padded with zeros to the highest rank R,   r = lora_alpha = R
 
-so that lora_alpha / r is 1, whatever a reader takes for r, without patterns or use_rslora. The zeros add nothing.
+so lora_alpha / r is 1, whether a reader takes r from the config or from A, without patterns or use_rslora. The zeros
+add nothing.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ Matrices = dict[str, tuple[Tensor, Tensor]]  # module path -> A (R, in), B (out,
 
 
 def uniform(export: Export) -> Matrices:
-    """Return the layers' A and B for a scale of 1, all of the highest rank among them."""
+    """Return the layers' A and B for a scale of 1, all padded to the highest rank among them."""
     matrices = folded(export, {path: layer.scaling for path, layer in export.layers.items()})
     rank = max(len(a) for a, _ in matrices.values())
     return {path: (pad(a, (0, 0, 0, rank - len(a))), pad(b, (0, rank - len(a)))) for path, (a, b) in matrices.items()}
 
 
 def write_uniform(path: Path, export: Export, matrices: Matrices, **changes: Any) -> None:
-    """Write the adapter folder of `uniform`'s matrices; `changes` are further settings of its configuration."""
+    """Write the adapter folder of `uniform`'s matrices; `changes` are further settings of its config."""
     tensors = {}
     for name, (a, b) in matrices.items():
         is_embedding = name in export.layers and export.layers[name].kind == "embedding"

@@ -1,8 +1,8 @@
-"""For vLLM: PEFT's format with one scale for all layers.
+"""Export for vLLM: PEFT's format with one scale for all layers.
 
-vLLM multiplies B @ A of every layer by lora_alpha / r of the configuration, with use_rslora by lora_alpha / sqrt(r),
-and reads neither rank_pattern nor alpha_pattern: layers that these mean get a wrong scale, silently. Layers it cannot
-adapt, and ranks over its --max-lora-rank (16 where it is not set), it refuses itself.
+vLLM multiplies B @ A of every layer by the config's lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora. It ignores
+rank_pattern and alpha_pattern, so layers that match them would silently get a wrong scale. vLLM itself refuses layers
+that it cannot adapt and ranks over its --max-lora-rank (16 by default).
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from .uniform_scale import uniform, write_uniform
 
 
 def export_vllm(export: Export, path: Path) -> None:
-    """Write the folder, every layer of scale 1 and of the highest rank.
+    """Write the folder, with scale 1 and the highest rank in every layer.
 
     Raises:
-        AdapterError: the adapter is more than A and B of linear layers and embeddings.
+        AdapterError: the adapter holds more than A and B of linear layers and embeddings.
     """
     check_plain(export, "vLLM")
     write_uniform(path, export, uniform(export))

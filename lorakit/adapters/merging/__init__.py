@@ -1,1 +1,1 @@
-"""Merging adapters into weights, in a model or from file to file, and undoing it to the bit."""
+"""Merging adapters into weights, in a model or from file to file, and undoing a merge to the bit."""

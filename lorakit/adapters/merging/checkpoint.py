@@ -1,7 +1,7 @@
-"""`merge_checkpoint`: a 16-bit checkpoint folder and an adapter folder to a merged checkpoint folder, tensor by tensor.
+"""`merge_checkpoint`: merge an adapter folder into a 16-bit checkpoint folder, tensor by tensor, as a new folder.
 
-No model is built: the source is streamed, one tensor at a time is in memory, and each is merged by the very layers that
-a model would have, so the folder holds, to the bit, the weights that `merge_adapter` gives.
+No model is built: the source is streamed with one tensor at a time in memory. The layers that a model would have merge
+each tensor, so the folder holds, to the bit, the weights that `merge_adapter` gives.
 """
 
 from __future__ import annotations
@@ -54,19 +54,19 @@ def merge_checkpoint(
 
     Args:
         adapter: the adapter's folder, or that of a run.
-        target: the folder to write; it must not exist, and appears when it is whole.
-        base: folder or known name of the 16-bit checkpoint; None: the one that the adapter's config names.
-        quantize: write linear layers in 4 bits, as bitsandbytes and transformers read them; None: every tensor keeps
-            its dtype.
+        target: the folder to write. It must not exist, and it appears only when it is complete.
+        base: folder or known name of the 16-bit checkpoint; None takes the one that the adapter's config names.
+        quantize: write linear layers in 4 bits, as bitsandbytes and transformers read them; with None every tensor
+            keeps its dtype.
         shard_bytes: most bytes in one file, unless a single tensor has more.
-        progress: called with the bytes of the source that are done, and all of them.
+        progress: called with the bytes of the source that are done and their total.
 
     Raises:
-        AdapterError: the adapter has something that a checkpoint cannot hold; every such tensor is named.
+        AdapterError: the adapter has tensors that a checkpoint cannot hold; the message names each.
         CheckpointError: the base or the adapter is missing or malformed, or they do not fit each other.
         ConfigError: the base is in 4 bits already, or no base is named; with `quantize`, the architecture is not
             supported or a pattern has no effect.
-        StorageError: the target exists, or cannot be written. Nothing is left half-written.
+        StorageError: the target exists or cannot be written. Nothing is left half-written.
     """
     target = Path(target)
     if target.exists():
@@ -76,17 +76,17 @@ def merge_checkpoint(
     if find_stored(checkpoint):
         raise ConfigError(f"{checkpoint.folder} is in 4 bits already; merge into the 16-bit model it was made from")
     plan = _CheckpointMerge.make(folder, checkpoint, quantize)
-    with atomic_folder(target) as part:
-        return plan.write(part, shard_bytes, progress)
+    with atomic_folder(target) as unfinished:
+        return plan.write(unfinished, shard_bytes, progress)
 
 
 def _base_of(folder: AdapterFolder) -> Path:
     """Return the folder of the base model that an adapter's config names."""
-    named = folder.config.get("base_model_name_or_path")
-    if not isinstance(named, str) or not named:
-        raise ConfigError(f"{folder.folder}: its config names no base model; say which it is with base=")
+    name = folder.config.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"{folder.folder}: its config names no base model; name it with base=")
     try:
-        return resolve_model(named)
+        return resolve_model(name)
     except CheckpointError as error:
         raise CheckpointError(
             f"{folder.folder}: the base model of its config is not here; name it with base=: {error}"
@@ -95,16 +95,16 @@ def _base_of(folder: AdapterFolder) -> Path:
 
 @dataclass
 class _CheckpointMerge:
-    """What will be written.
+    """The plan of a merged checkpoint.
 
     Attributes:
-        checkpoint, folder: the sources.
-        layers: tensor -> path of the adapter's layer that changes it.
-        biases: the same, for what the adapter adds to a bias.
+        checkpoint, folder: the base and the adapter.
+        layers: weight -> path of the adapter's layer that changes it.
+        biases: bias -> path of the adapter's layer that adds to it.
         replaced: tensor -> key of the adapter's tensor that takes its place.
-        copies: further tensor -> the one whose values it starts from: an output head that was tied.
-        formats: tensor -> how it is quantized, or None.
-        quantize: the settings behind that.
+        copies: new tensor -> the tensor whose values it starts from: for an output head that was tied.
+        formats: tensor to write -> how it is quantized, or None.
+        quantize: the settings of these formats.
     """
 
     checkpoint: Checkpoint
@@ -118,7 +118,7 @@ class _CheckpointMerge:
 
     @staticmethod
     def make(folder: AdapterFolder, checkpoint: Checkpoint, quantize: QuantConfig | None) -> _CheckpointMerge:
-        """Find what each of the adapter's tensors changes; errors as `merge_checkpoint`."""
+        """Find the tensors that the adapter changes; errors as `merge_checkpoint`."""
         plan = _CheckpointMerge(checkpoint, folder, quantize=quantize)
         plan._match()
         names = [name for name in file_order(checkpoint, checkpoint.names) if name not in plan.copies]
@@ -132,9 +132,9 @@ class _CheckpointMerge:
     def _match(self) -> None:
         """Fill in layers, biases, replaced and copies."""
         names, problems = set(self.checkpoint.names), []
-        tied = self.checkpoint.config().get("tie_word_embeddings", False)
+        is_tied = self.checkpoint.config().get("tie_word_embeddings", False)
         embedding = next((name for name in _EMBEDDINGS if name in names), None)
-        if tied and embedding is not None:
+        if is_tied and embedding is not None:
             changed = {f"{path}.weight" for path in self.folder.layers} | set(self.folder.extras)
             if changed & {_HEAD, embedding}:
                 self.copies[_HEAD] = embedding
@@ -161,48 +161,48 @@ class _CheckpointMerge:
                 f"{self.folder.folder} cannot be merged into {self.checkpoint.folder}:{listing(problems)}"
             )
 
-    def write(self, part: Path, shard_bytes: int, progress: Callable[[int, int], None] | None) -> MergeReport:
-        """Write the whole folder."""
+    def write(self, folder: Path, shard_bytes: int, progress: Callable[[int, int], None] | None) -> MergeReport:
+        """Write all files into a folder."""
         layouts = {name: self._layouts(name) for name in self.formats}
         sizes = {
-            name: sum(math.prod(shape) * dtype.itemsize for dtype, shape in parts.values())
-            for name, parts in layouts.items()
+            name: sum(math.prod(shape) * dtype.itemsize for dtype, shape in layout.values())
+            for name, layout in layouts.items()
         }
-        if sum(sizes.values()) > (free := shutil.disk_usage(part).free):
-            raise StorageError(f"cannot write {part}: {sum(sizes.values()):,} bytes are needed, {free:,} are free")
+        if sum(sizes.values()) > (free := shutil.disk_usage(folder).free):
+            raise StorageError(f"cannot write {folder}: {sum(sizes.values()):,} bytes are needed, {free:,} are free")
         report = MergeReport((str(self.folder.folder),), [], self.checkpoint.folder)
         shards, stream = grouped(sizes, shard_bytes), self._tensors(report, progress)
         for file, names in shards.items():
             expected = {key: layout for name in names for key, layout in layouts[name].items()}
             stored = (pair for name, value in islice(stream, len(names)) for pair in self._stored(name, value))
-            write_shard(part / file, expected, stored)
-        write_index(part, list(shards))
-        copy_small_files(self.checkpoint.folder, part)
-        write_text(part / "config.json", json.dumps(self._config(), indent=2, ensure_ascii=False) + "\n")
+            write_shard(folder / file, expected, stored)
+        write_index(folder, list(shards))
+        copy_small_files(self.checkpoint.folder, folder)
+        write_text(folder / "config.json", json.dumps(self._config(), indent=2, ensure_ascii=False) + "\n")
         if self.copies:
-            report.notes.append(f"{_HEAD} was tied to {self.copies[_HEAD]}, and has its own values from now on")
+            report.notes.append(f"{_HEAD} was tied to {self.copies[_HEAD]} and has its own values from now on")
         return report
 
     def _tensors(
         self, report: MergeReport, progress: Callable[[int, int], None] | None
     ) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
-        """Yield every tensor that is written, in order, with its update."""
+        """Yield each tensor to write, merged, in the order of the file."""
         total = sum(self._entry_bytes(name) for name in self.formats)
         done = 0
-        streamed = [name for name in self.formats if name not in self.copies]
-        unchanged = stream_tensors(self.checkpoint, dict.fromkeys(streamed))
+        names = [name for name in self.formats if name not in self.copies]
+        streamed = stream_tensors(self.checkpoint, dict.fromkeys(names))
         copied = ((name, self.checkpoint.read(source).clone()) for name, source in self.copies.items())
-        for tensors in (unchanged, copied):
+        for tensors in (streamed, copied):
             for name, tensor in tensors:
-                assert isinstance(tensor, Tensor)  # no format was given
+                assert isinstance(tensor, Tensor)  # `stream_tensors` was given no format
                 done += self._entry_bytes(name)
-                changed = self._changed(name, tensor, report)
+                merged = self._merged(name, tensor, report)
                 if progress is not None:
-                    progress(done, total)  # before the last yield, after which nobody comes back
-                yield name, changed
+                    progress(done, total)  # here, since nothing resumes the generator after its last yield
+                yield name, merged
 
-    def _changed(self, name: str, tensor: Tensor, report: MergeReport) -> Tensor | QuantizedWeight:
-        """Return a tensor as it is written."""
+    def _merged(self, name: str, tensor: Tensor, report: MergeReport) -> Tensor | QuantizedWeight:
+        """Return a tensor with the adapter's change, in the format in which it is written."""
         form = self.formats[name]
         if name in self.replaced:
             new = self.folder.extras[self.replaced[name]]
@@ -214,7 +214,7 @@ class _CheckpointMerge:
         if name in self.biases:
             layer = self.folder.layers[self.biases[name]]
             offset = layer.attached(torch.float32).offset
-            assert offset is not None  # that is why it is among the biases
+            assert offset is not None  # otherwise it would not be among the biases
             tensor = (tensor.float() + offset).to(tensor.dtype)
         if name in self.layers:
             merged, entry = merge_tensor(self.folder.layers[self.layers[name]], tensor, form)
@@ -223,7 +223,7 @@ class _CheckpointMerge:
         return tensor if form is None else quantized(tensor, form, tensor.dtype)
 
     def _stored(self, name: str, value: Tensor | QuantizedWeight) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors that stand for one in the file."""
+        """Yield the tensors of the file that hold one weight."""
         if isinstance(value, Tensor):
             yield name, value
             return
@@ -264,7 +264,7 @@ def merge_tensor(layer: AdapterLayer, weight: Tensor, form: WeightFormat | None)
     Args:
         layer: from the adapter's files.
         weight: (out, in), or of an embedding (vocab, dim).
-        form: how the result is quantized, or None: it keeps the weight's dtype.
+        form: how to quantize the result; None keeps the weight's dtype.
 
     Raises:
         AdapterError: the shapes do not fit, or the result would hold inf or nan.
@@ -280,14 +280,14 @@ def merge_tensor(layer: AdapterLayer, weight: Tensor, form: WeightFormat | None)
     if not torch.isfinite(merged.real).all():
         raise AdapterError(f"{layer.path}: the merged weight would hold inf or nan in {weight.dtype}")
     nbytes = weight.nbytes, merged.nbytes
-    return merged, LayerMerge.measure(layer.path, merged.how, weight, update.dense, merged.real, nbytes)
+    return merged, LayerMerge.measure(layer.path, merged.how, weight, update.dense, merged.real, nbytes=nbytes)
 
 
 _NAME = "merged"
 
 
 def _adapted(layer: AdapterLayer, weight: Tensor) -> AdaptedLayer:
-    """Return the layer that a model would have for this part of the adapter."""
+    """Return the adapted layer that a model would have with this weight."""
     adapted: AdaptedLayer
     if layer.kind == "embedding":
         adapted = LoRAEmbedding(nn.Embedding.from_pretrained(weight))

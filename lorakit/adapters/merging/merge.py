@@ -1,8 +1,8 @@
 """`merge_adapter` and `unmerge_adapter`: an adapter becomes part of the weights, and the weights come back to the bit.
 
-A merge never writes to a weight. It computes all new weights, and only when the last of them is done puts them in the
-place of the old, which are kept with the adapter's own matrices. So a merge that fails changes nothing, a weight that
-something else shares (a tied embedding) stays what it was, and unmerging is putting back what was taken out.
+A merge never writes to a weight. It computes all new weights first, then puts them in place of the old ones, and keeps
+the old ones with the adapter's own matrices. So a failed merge changes nothing, a weight that is shared with another
+module (a tied embedding) keeps its values there, and unmerging puts the old objects back.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def merge_adapter(
     residual_rank: int | None = None,
     reversible: bool = True,
 ) -> MergeReport:
-    """Add an adapter's update, or the sum of several, to the weights of its layers, active or not.
+    """Add an adapter's update, or the sum of several, to the weights of its layers, whether it is active or not.
 
-    The adapter is no longer attached then; a layer that carries no other becomes a plain one. A layer in 16 or 32 bits
-    keeps its dtype. A 4-bit layer becomes dense, unless `quantize` asks for 4 bits:
+    The adapter is then no longer attached; a layer without another adapter becomes a plain one. A layer in 16 or 32
+    bits keeps its dtype. A 4-bit layer becomes dense, unless `quantize` asks for 4 bits:
 
     =========  =================================  ==========================================================
     quantize   with a 16-bit base                 without
@@ -41,25 +41,25 @@ def merge_adapter(
     True       quantize(base + update)            4 bits, and the update as a low-rank part beside them
     =========  =================================  ==========================================================
 
-    Merging onto adapters that are merged already merges them all anew, from the original weights: the order makes no
+    If other adapters are merged already, all of them are merged again from the original weights, so the order makes no
     difference.
 
     Args:
-        base: folder or known name of the 16-bit checkpoint that a 4-bit model was quantized from; None: the folder the
-            model was loaded from, if the weights are there; False: none.
+        base: folder or known name of the 16-bit checkpoint from which a 4-bit model was quantized. None uses the folder
+            that the model was loaded from, if it still has the weights; False uses none.
         quantize: leave 4-bit layers in 4 bits, each in its own format.
-        residual_rank: most columns of the low-rank part that is kept beside 4 bits; None: as many as the update has,
-            which keeps all of it.
-        reversible: keep what `unmerge_adapter` needs, which is the original weights.
+        residual_rank: most columns of the low-rank part beside 4 bits; None takes as many as the update has, which
+            keeps all of it.
+        reversible: keep the original weights for `unmerge_adapter`.
 
     Returns:
-        For each layer how much of the update survived. A warning is issued where that is less than 0.95.
+        A report of how much of the update survived in each layer. Below 0.95 there is a warning too.
 
     Raises:
         AdapterError: there is no such adapter, or it is merged already; a merged weight would hold inf or nan; less
-            than 0.95 of an update would survive beside 4 bits at the residual_rank given; or merging would change what
-            another adapter means. The model is unchanged.
-        CheckpointError: the base that was named is missing, malformed, or not what the model was made from.
+            than 0.95 of an update would survive beside 4 bits at the given residual_rank; or merging would change the
+            update of another adapter. The model is unchanged.
+        CheckpointError: the named base is missing or malformed, or the model was not made from it.
     """
     names = (name,) if isinstance(name, str) else tuple(dict.fromkeys(name))
     earlier = merged_state(model)
@@ -68,9 +68,9 @@ def merge_adapter(
         check_reversal(model, earlier)
         undo_merge(model, earlier)
     try:
-        everything = (*(earlier.names if earlier else ()), *names)
-        move_in(model, everything)
-        merge, report = plan_merge(model, everything, base, quantize, residual_rank)
+        all_names = (*(earlier.names if earlier else ()), *names)
+        move_in(model, all_names)
+        merge, report = plan_merge(model, all_names, base, quantize, residual_rank)
     except BaseException:
         if earlier is not None:
             apply_merge(model, earlier)
@@ -91,11 +91,11 @@ def merge_adapter(
 
 
 def unmerge_adapter(model: nn.Module) -> None:
-    """Undo all merges: the weights are the very tensors they were, and the adapters are attached again, as they were.
+    """Undo all merges: the original weight tensors come back, and the adapters are attached again as before.
 
     Raises:
-        AdapterError: nothing is merged, or it was with reversible=False; a merged layer is no longer in the model; or a
-            new adapter has taken the name of a merged one. The model is unchanged.
+        AdapterError: nothing is merged, or it was merged with reversible=False; a merged layer is no longer in the
+            model; or a new adapter has the name of a merged one. The model is unchanged.
     """
     state = merged_state(model)
     if state is None:

@@ -1,4 +1,4 @@
-"""The modules of a merge: where a layer's weight is, and what holds the merged one."""
+"""The modules of a merge: which one holds a layer's weight, and new ones for merged weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .weights import MergedWeight
 
 
 def holder(layer: AdaptedLayer) -> tuple[nn.Module, str]:
-    """Return the module that has a dense layer's weight as a parameter, and the parameter's name."""
+    """Return the module that holds a dense layer's weight, and the parameter's name there."""
     if not isinstance(layer, LoRAParameter):
         return layer.base_layer, "weight"
     module = layer.base_layer
@@ -26,13 +26,13 @@ def holder(layer: AdaptedLayer) -> tuple[nn.Module, str]:
     return module, layer.parameter
 
 
-def holds_weight(part: AdapterModule, exchange: Exchange) -> bool:
-    """Whether an exchange is that of an adapted layer's weight, which the report describes by itself."""
-    return isinstance(part, AdaptedLayer) and exchange.name == holder(part)[1]
+def exchanges_weight(module: AdapterModule, exchange: Exchange) -> bool:
+    """Return whether an exchange replaces an adapted layer's weight, which has its own line in the report."""
+    return isinstance(module, AdaptedLayer) and exchange.name == holder(module)[1]
 
 
-def in_memory(layer: AdaptedLayer) -> int:
-    """Return the bytes of a layer's weight as it is held."""
+def weight_bytes(layer: AdaptedLayer) -> int:
+    """Return the bytes that a layer's weight takes in memory, a low-rank part beside 4 bits included."""
     base = layer.base_layer
     if not isinstance(base, QuantizedModule):
         module, name = holder(layer)
@@ -42,8 +42,8 @@ def in_memory(layer: AdaptedLayer) -> int:
 
 
 @contextlib.contextmanager
-def standing_on(layer: AdaptedLayer, weight: Tensor | None) -> Iterator[None]:
-    """Within the context a 4-bit layer's base is a dense weight of the same shape; None: it is what it was."""
+def with_dense_base(layer: AdaptedLayer, weight: Tensor | None) -> Iterator[None]:
+    """Within the context a 4-bit layer's base is a dense weight of the same shape; with None the base stays."""
     old = layer.base_layer
     if weight is None or not isinstance(old, QuantizedModule):
         yield
@@ -59,13 +59,13 @@ def standing_on(layer: AdaptedLayer, weight: Tensor | None) -> Iterator[None]:
 
 
 def new_base(old: nn.Module, merged: MergedWeight) -> nn.Module:
-    """Return a module with the merged weight to stand for a 4-bit one; a dense one can exchange its weight alone."""
+    """Return a module with the merged weight for a 4-bit base; a dense base stays, as it only exchanges its weight."""
     if not isinstance(old, QuantizedModule):
         return old
     weight = merged.weight
     new: nn.Module
     if isinstance(old, Linear4bit):
-        new = _linear(old, merged)
+        new = _new_linear(old, merged)
     elif isinstance(weight, QuantizedWeight):
         new = Embedding4bit(weight, cast(Embedding4bit, old).dtype, old.packed.dtype)
     else:
@@ -73,7 +73,7 @@ def new_base(old: nn.Module, merged: MergedWeight) -> nn.Module:
     return new.train(old.training)
 
 
-def _linear(old: Linear4bit, merged: MergedWeight) -> nn.Module:
+def _new_linear(old: Linear4bit, merged: MergedWeight) -> nn.Module:
     weight = merged.weight
     new: nn.Linear | Linear4bit
     if isinstance(weight, Tensor):
@@ -84,14 +84,14 @@ def _linear(old: Linear4bit, merged: MergedWeight) -> nn.Module:
         factors = merged.residual.up, merged.residual.down
         new = ResidualLinear4bit(weight, *factors, old.bias, old.compute_dtype, old.packed.dtype)
     if old.bias is not None and new.bias is not None and new.bias.dtype == old.bias.dtype:
-        new.bias = old.bias  # the very parameter: it moves with the model, and is there when the old layer comes back
+        new.bias = old.bias  # the same object: it moves with the model, and the old layer has it after unmerging
     return new
 
 
 def dense_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """Return a frozen nn.Linear that holds a weight; it is made small, since its own start is thrown away."""
+    """Return a frozen nn.Linear with a weight (out_features, in_features) and, if given, a bias (out_features,)."""
     with torch.random.fork_rng(devices=[]):
-        layer = nn.Linear(1, 1, bias=False)
+        layer = nn.Linear(1, 1, bias=False)  # small, since its own weight is replaced
     layer.out_features, layer.in_features = weight.shape
     layer.weight = frozen(weight)
     if bias is not None:

@@ -1,4 +1,4 @@
-"""What a merge did to each layer: how large the update was, how much of it survived, what it costs in bytes."""
+"""The report of a merge: for each layer the size of the update, the share that survived and the cost in bytes."""
 
 from __future__ import annotations
 
@@ -17,19 +17,18 @@ _SHOWN = 20  # layers in a printed report
 
 @dataclass(frozen=True)
 class LayerMerge:
-    """One layer's part of a merge.
+    """The report's line for one layer.
 
     Attributes:
         path: of the layer.
-        how: what was added to what, in a few words.
+        how: the method in a few words.
         norm: Frobenius norm of the update.
-        relative: norm of the update over that of the base weight.
-        share: of the update that survived: <real, intended> / <intended, intended>, where `real` is the merged weight
-            less what the same way of storing makes of the base alone. 1 where the update is zero.
+        relative: norm of the update divided by that of the base weight.
+        share: share of the update that survived, <real, intended> / <intended, intended>. `real` is the merged weight
+            minus the base alone stored in the same way. 1 if the update is zero.
         max_error: largest |real - intended| of one weight.
-        bytes_before, bytes_after: of the layer's weight, without and with what the merge put in; the adapter's own
-            matrices are not counted.
-        residual_rank: of the low-rank part that is kept beside a 4-bit weight; 0 where there is none.
+        bytes_before, bytes_after: of the layer's weight before and after the merge, without the adapter's own matrices.
+        residual_rank: of the low-rank part beside a 4-bit weight; 0 if there is none.
     """
 
     path: str
@@ -44,9 +43,20 @@ class LayerMerge:
 
     @staticmethod
     def measure(
-        path: str, how: str, base: Tensor, update: Tensor, real: Tensor, nbytes: tuple[int, int], residual_rank: int = 0
+        path: str,
+        how: str,
+        base: Tensor,
+        update: Tensor,
+        real: Tensor,
+        *,
+        nbytes: tuple[int, int],
+        residual_rank: int = 0,
     ) -> LayerMerge:
-        """Compare the real change of a weight with the intended one; all of the weight's shape."""
+        """Compare the real change of a weight with the intended one, the update; all tensors have the weight's shape.
+
+        Args:
+            nbytes: of the weight, before and after.
+        """
         norm = float(torch.linalg.vector_norm(update, dtype=torch.float64))
         base_norm = float(torch.linalg.vector_norm(base, dtype=torch.float64))
         relative = norm / base_norm if base_norm else (float("inf") if norm else 0.0)
@@ -59,10 +69,10 @@ class MergeReport:
     """What `merge_adapter` did; `print(report)` shows a table.
 
     Attributes:
-        names: of the adapters that are merged now, this call's included.
+        names: of all adapters that are merged now, not only this call's.
         layers: one entry for each merged layer, in model order.
-        base: the 16-bit checkpoint whose weights the update was added to; None: those of the model itself.
-        notes: what else there is to know, a sentence each.
+        base: the 16-bit checkpoint to whose weights the update was added; None for the model's own weights.
+        notes: further remarks, one sentence each.
     """
 
     names: tuple[str, ...]
@@ -72,13 +82,13 @@ class MergeReport:
 
     @property
     def share(self) -> float:
-        """Share of the whole update that survived, over all layers: each counts by the square of its update's norm."""
+        """Share of the update that survived in all layers together, weighted by the squared norms of their updates."""
         total = sum(layer.norm**2 for layer in self.layers)
         return sum(layer.share * layer.norm**2 for layer in self.layers) / total if total else 1.0
 
     @property
     def warnings(self) -> list[str]:
-        """A sentence for each layer of whose update less than 0.95 survived."""
+        """One sentence for each layer in which less than 0.95 of the update survived."""
         return [
             f"{layer.path}: only {layer.share:.3f} of the update survived"
             for layer in self.layers
@@ -105,7 +115,7 @@ class MergeReport:
             )
             for layer in (self.layers if layers is None else layers)
         ]  # fmt: skip
-        widths = [max(len(row[place]) for row in [heads, *rows]) for place in range(len(heads))]
+        widths = [max(len(row[column]) for row in [heads, *rows]) for column in range(len(heads))]
         return "\n".join(
             "  ".join(
                 f"{row[i]:<{width}}" if i < 2 else f"{row[i]:>{width}}" for i, width in enumerate(widths)
@@ -124,12 +134,12 @@ class MergeReport:
         worst = sorted(self.layers, key=lambda layer: layer.share)[:_SHOWN]
         shown = [layer for layer in self.layers if layer in worst]
         if len(shown) < len(self.layers):
-            lines.append(f"the {len(shown)} layers of which least survived (report.table() shows all):")
+            lines.append(f"the {len(shown)} layers in which least survived (report.table() shows all):")
         return "\n".join([*lines, self.table(shown)])
 
 
 def share_of(real: Tensor, intended: Tensor) -> float:
-    """Return <real, intended> / <intended, intended>, summed in fp64; 1 where nothing was intended."""
+    """Return <real, intended> / <intended, intended> of two tensors of one shape, in fp64; 1 if `intended` is zero."""
     real, intended = real.detach().double().flatten(), intended.detach().double().flatten()
     wanted = float(intended @ intended)
     return float(real @ intended) / wanted if wanted else 1.0

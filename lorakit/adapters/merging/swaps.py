@@ -1,7 +1,7 @@
-"""What a merge exchanges in a model, and how it is put back: pointers, never numbers.
+"""Applying a merge to a model and undoing it: both exchange objects and never write numbers.
 
-The adapted layers, the weights they had and the adapters' own matrices are kept as they are. Undoing a merge is putting
-the same objects in their places again, so every byte is what it was.
+The merge keeps the adapted layers, their old weights and the adapters' matrices. Undoing it puts the same objects back,
+so every byte is as before.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..attach.state import (
 
 @dataclass
 class Exchange:
-    """One parameter in the place of another: `module.name` was `before` and becomes `after`."""
+    """One parameter that takes the place of another: `module.name` was `before` and becomes `after`."""
 
     module: nn.Module
     name: str
@@ -37,18 +37,18 @@ class Exchange:
 
 @dataclass
 class Swap:
-    """What happens to one part of an adapter.
+    """The changes of a merge to one module with adapters.
 
     Attributes:
-        path: of the part.
-        part: what stands in the place of the frozen module.
+        path: of the module.
+        module: the module with the adapters.
         old, new: its base layer before and after; the same module unless it was in 4 bits.
         exchanges: the parameters that change.
-        parked: adapter name -> the record of it that the part had, while the merge lasts.
+        parked: adapter name -> the record that the module had of it, while the merge lasts.
     """
 
     path: str
-    part: AdapterModule
+    module: AdapterModule
     old: nn.Module
     new: nn.Module
     exchanges: list[Exchange] = field(default_factory=list)
@@ -57,14 +57,14 @@ class Swap:
 
 @dataclass
 class MergeState:
-    """What a model remembers of its merges, as `model.lora_merged`.
+    """A model's record of its merges, kept as `model.lora_merged`.
 
     Attributes:
         names: of the merged adapters.
-        swaps: what was exchanged, in model order.
-        unties: whether an output head was parted from the embedding that it was tied to.
-        records: adapter name -> what the model knew of it.
-        tied: what its config said of tied embeddings before, if that was changed.
+        swaps: the changes, in model order.
+        unties: whether the merge separates an output head from the embedding to which it was tied.
+        records: adapter name -> its entry in the model's record of adapters.
+        tied: the earlier value of the model config's `tie_word_embeddings`, if the merge changed it.
     """
 
     names: tuple[str, ...]
@@ -75,20 +75,21 @@ class MergeState:
 
 
 def merged_state(model: nn.Module) -> MergeState | None:
-    """Return what is merged into a model, or None."""
+    """Return the record of a model's merges, or None."""
     return cast("MergeState | None", getattr(model, "lora_merged", None))
 
 
 def apply_merge(model: nn.Module, merge: MergeState) -> None:
-    """Put the merged weights in their places and take the adapters off; nothing here can fail."""
+    """Put the merged weights in their places and detach the adapters; nothing here can fail."""
     for swap in merge.swaps:
-        swap.part.forget_base()
-        swap.parked = {name: swap.part.detach(name) for name in merge.names if name in swap.part.names()}
-        swap.part.base_layer = swap.new
+        module = swap.module
+        module.forget_base()
+        swap.parked = {name: module.detach(name) for name in merge.names if name in module.names()}
+        module.base_layer = swap.new
         for exchange in swap.exchanges:
             setattr(exchange.module, exchange.name, exchange.after)
-        if not swap.part.names():
-            replace_module(model, swap.part, swap.new)
+        if not module.names():
+            replace_module(model, module, swap.new)
     merge.records = {name: forget_adapter(model, name) for name in merge.names}
     merge.tied = _set_tied(model, False) if merge.unties else None
     model.lora_merged = merge  # type: ignore[assignment]
@@ -96,21 +97,21 @@ def apply_merge(model: nn.Module, merge: MergeState) -> None:
 
 def undo_merge(model: nn.Module, merge: MergeState) -> None:
     """Reverse `apply_merge`, even if adapters were attached to the merged layers since; call `check_reversal` first."""
-    for swap in reversed(merge.swaps):  # of parts around each other, the inner one first
-        part = _host(model, swap)
-        if part is None:
-            part = swap.part.train(swap.new.training)
-            replace_module(model, swap.new, part)
-        swap.part = part
-        _follow(swap)
-        part.base_layer = swap.old
+    for swap in reversed(merge.swaps):  # of modules around each other, the inner one first
+        module = _current_module(model, swap)
+        if module is None:
+            module = swap.module.train(swap.new.training)
+            replace_module(model, swap.new, module)
+        swap.module = module
+        _catch_up(swap)
+        module.base_layer = swap.old
         for exchange in swap.exchanges:
             setattr(exchange.module, exchange.name, exchange.before)
-        part.forget_base()
+        module.forget_base()
         for name, parked in swap.parked.items():
-            part.attach(name, parked)
+            module.attach(name, parked)
         swap.parked = {}
-    for name, record in reversed(merge.records.items()):  # the last one taken off was the first to find its place
+    for name, record in reversed(merge.records.items()):  # positions are right in the reverse order of detaching
         recall_adapter(model, name, record)
     if merge.tied is not None:
         _set_tied(model, merge.tied)
@@ -118,38 +119,38 @@ def undo_merge(model: nn.Module, merge: MergeState) -> None:
 
 
 def check_reversal(model: nn.Module, merge: MergeState) -> None:
-    """Raise AdapterError unless `undo_merge` can do what it should."""
+    """Raise AdapterError unless `undo_merge` can restore the model."""
     if taken := [name for name in merge.names if name in adapter_configs(model)]:
         raise AdapterError(
-            f"the model has a new adapter of the name of a merged one, '{taken[0]}'; remove it, and the merged one can "
-            "come back"
+            f"the model has a new adapter with the name of a merged one, '{taken[0]}'; remove it, and the merged one "
+            "can come back"
         )
     present = set(model.modules())
-    taken_off = {swap.part for swap in merge.swaps}  # of parts around each other the outer one's base is the inner one
-    if gone := [swap.path for swap in merge.swaps if swap.new not in present | taken_off]:
+    replaced = {swap.module for swap in merge.swaps}  # of modules around each other, the inner is the outer's base
+    if gone := [swap.path for swap in merge.swaps if swap.new not in present | replaced]:
         raise AdapterError(f"{gone[0]} is no longer the layer that was merged, so the merge cannot be undone")
-    around = {part.base_layer: (path, part) for path, part in adapter_modules(model).items()}
+    around = {module.base_layer: (path, module) for path, module in adapter_modules(model).items()}
     for swap in merge.swaps:
         path, other = around.get(swap.new, ("", None))
-        if other is not None and other is not swap.part and not _alike(other, swap.part):
+        if other is not None and other is not swap.module and not _same_kind(other, swap.module):
             raise AdapterError(
-                f"{path} is a {type(other).__name__} of adapter '{other.names()[0]}' now, and was a "
-                f"{type(swap.part).__name__} before the merge; remove that adapter first"
+                f"{path} is a {type(other).__name__} of adapter '{other.names()[0]}' now and was a "
+                f"{type(swap.module).__name__} before the merge; remove that adapter first"
             )
 
 
-def _host(model: nn.Module, swap: Swap) -> AdapterModule | None:
-    """Return the part that holds a swap's new base layer now: the one that did before, or a later one like it."""
-    parts = (module for module in model.modules() if isinstance(module, AdapterModule))
-    return next((part for part in parts if part.base_layer is swap.new and _alike(part, swap.part)), None)
+def _current_module(model: nn.Module, swap: Swap) -> AdapterModule | None:
+    """Return the module around a swap's new base layer, the old one or a later one of its kind; None if it is bare."""
+    modules = (module for module in model.modules() if isinstance(module, AdapterModule))
+    return next((one for one in modules if one.base_layer is swap.new and _same_kind(one, swap.module)), None)
 
 
-def _alike(part: AdapterModule, other: AdapterModule) -> bool:
-    return type(part) is type(other) and getattr(part, "parameter", None) == getattr(other, "parameter", None)
+def _same_kind(module: AdapterModule, other: AdapterModule) -> bool:
+    return type(module) is type(other) and getattr(module, "parameter", None) == getattr(other, "parameter", None)
 
 
-def _follow(swap: Swap) -> None:
-    """Give what comes back the mode, device and dtype that the model has by now."""
+def _catch_up(swap: Swap) -> None:
+    """Give the old objects the mode, device and dtype that the model has by now."""
     if swap.new is not swap.old:
         swap.old.train(swap.new.training).to(next(swap.new.parameters()).device)
     for exchange in swap.exchanges:
@@ -158,7 +159,7 @@ def _follow(swap: Swap) -> None:
 
 
 def _set_tied(model: nn.Module, value: bool) -> bool | None:
-    """Set what the model's config says of a tied output head; return what it said, None where it says nothing."""
+    """Set `tie_word_embeddings` of a model's config; return its old value, None where there is no such setting."""
     config = getattr(model, "config", None)
     before: bool | None = getattr(config, "tie_word_embeddings", None)
     if isinstance(config, DecoderConfig):

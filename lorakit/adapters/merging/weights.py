@@ -1,8 +1,8 @@
-"""How an update is put into one weight: in 16 bits, in 4 bits from a 16-bit source, or in 4 bits without one.
+"""Adding an update to one weight: in 16 bits, in 4 bits from a 16-bit source, or in 4 bits without one.
 
-Every function returns the new weight together with the real change, so that it can be held against the intended one.
-"Real" is the new weight less what the same way of storing makes of the base alone; else the rounding of the base, which
-is there without any merge, would count as change.
+Every function returns the new weight and the real change, for comparison with the intended one. The real change is the
+new weight minus the base alone stored in the same way. Otherwise the rounding of the base, which needs no merge, would
+count as change.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from ..low_rank import LowRank, added
 
 @dataclass(frozen=True)
 class MergeUpdate:
-    """What a merge is to add to one weight: the sum of its adapters' updates.
+    """The sum of the adapters' updates that a merge adds to one weight.
 
     Attributes:
-        layer, names: the adapted layer, and the adapters; in one order whatever the caller's, so that their sum does
-            not depend on it.
+        layer: the adapted layer.
+        names: of the adapters, sorted, so that the sum does not depend on the caller's order.
         dense: the update in the weight's shape, fp32 or better.
     """
 
@@ -35,26 +35,26 @@ class MergeUpdate:
 
     @staticmethod
     def of(layer: AdaptedLayer, names: Iterable[str]) -> MergeUpdate:
-        """Sum the updates of some adapters of a layer, each in relation to the layer's own base weight."""
+        """Sum the updates of some adapters of a layer, each one's change of the layer's base weight."""
         ordered = tuple(sorted(names))
         dtype = torch.promote_types(torch.float32, layer.lora_A[ordered[0]].dtype)
         dense = torch.stack([layer.delta_weight(name).to(dtype) for name in ordered]).sum(0)
         return MergeUpdate(layer, ordered, dense)
 
     def factored(self) -> tuple[LowRank, Tensor | None]:
-        """Return (low-rank part, gain): dense = (gain - 1) * W + low-rank part, row by row; gain None: 1.
+        """Return (low-rank part, gain) with dense = (gain - 1) * W + low-rank part, row by row.
 
-        DoRA has a gain, which is in its low-rank part too.
+        The gain, (out_features,), is None for 1. DoRA has a gain, which scales its low-rank part too.
         """
-        dtype, parts, total = self.dense.dtype, [], None
+        dtype, low_rank, total = self.dense.dtype, [], None
         for name in self.names:
             up, down = (factor.to(dtype) for factor in self.layer.factors(name))
             gain = self.layer.gain(name, dtype)
             if gain is not None:
                 gain = gain.to(dtype)
                 up, total = gain[:, None] * up, gain if total is None else total + gain - 1
-            parts.append(LowRank(up, down))
-        return added(parts), total
+            low_rank.append(LowRank(up, down))
+        return added(low_rank), total
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,12 @@ class MergedWeight:
     """A weight with its update.
 
     Attributes:
-        weight: what is stored.
-        real: how far that is from the same storage of the base alone, in fp32 or better; the residual is included.
-        how: in a few words, for the report.
-        residual: the low-rank part that is kept beside a 4-bit weight.
-        limited: whether something was left out because of a limit on the residual's rank.
+        weight: the weight to store.
+        real: its change from the base alone stored in the same way, in the weight's shape, fp32 or better; the residual
+            is included.
+        how: the method in a few words, for the report.
+        residual: the low-rank part beside a 4-bit weight.
+        limited: whether a limit on the residual's rank left something out.
     """
 
     weight: Tensor | QuantizedWeight
@@ -83,18 +84,18 @@ class MergedWeight:
 
 
 def merged_dense(base: Tensor, update: Tensor, dtype: torch.dtype, how: str) -> MergedWeight:
-    """Return base + update, summed in fp32 and rounded once to `dtype`."""
+    """Return base + update, both of the weight's shape, summed in the update's dtype and rounded once to `dtype`."""
     wide = base.to(update.dtype)
     weight = (wide + update).to(dtype)
     return MergedWeight(weight, weight.to(update.dtype) - wide.to(dtype).to(update.dtype), how)
 
 
 def merged_4bit(base: Tensor, update: Tensor, form: WeightFormat, source_dtype: torch.dtype, how: str) -> MergedWeight:
-    """Return quantize(base + update).
+    """Return quantize(base + update), both of the weight's shape.
 
-    From a 16-bit base this keeps an update however small: a weight near the border of two codes tips over with a
-    probability that grows with its update, so the codes follow it on average. A base that was dequantized lies in the
-    middle of its codes, and none tips over.
+    From a 16-bit base this keeps even a small update: a weight near the border between two codes changes its code with
+    a probability that grows with its update, so the codes follow the update on average. The weights of a dequantized
+    base lie at their codes' values, where a small update changes no code.
     """
     weight = quantized(base.to(update.dtype) + update, form, source_dtype)
     before = quantized(base.to(update.dtype), form, source_dtype)
@@ -104,15 +105,15 @@ def merged_4bit(base: Tensor, update: Tensor, form: WeightFormat, source_dtype: 
 def merged_4bit_with_residual(
     weight: QuantizedWeight, update: MergeUpdate, rank: int | None, dtype: torch.dtype
 ) -> MergedWeight:
-    """Put an update into a weight of which only the 4 bits are left, with a low-rank part for what they cannot hold.
+    """Add an update to a weight that exists in 4 bits only, with a low-rank part beside the 4 bits.
 
-    The low-rank update itself is what rounding would lose of it, as long as it is small; so the codes are kept (DoRA's
-    gain goes into the scales), and it stays as it is, at its own rank. Where less than that rank is allowed, new codes
-    with the best low-rank part of what they miss (Eckart-Young) are the other way: of the two, the nearer one is
-    taken.
+    Rounding would lose a small update entirely. So the update stays beside the codes at its own rank, and the codes are
+    kept, except that DoRA's gain goes into the scales. If `rank` is lower than the update's, there is a second way: new
+    codes, and the best low-rank approximation of what they miss (Eckart-Young). The result nearer to the intended
+    weight is returned.
 
     Args:
-        rank: most columns of the low-rank part; None: as many as the update has.
+        rank: most columns of the low-rank part; None takes as many as the update has.
         dtype: of the low-rank part's matrices.
     """
     wide = update.dense.dtype
@@ -125,18 +126,18 @@ def merged_4bit_with_residual(
     codes = quantized_like(base + update.dense, weight)
     missed = update.dense - (codes.dequantize(wide) - base)
     new = _with_residual(codes, base, _leading(missed, rank), rank, dtype, "4 bits, new codes")
-    nearer = min(kept, new, key=lambda way: float((way.real - update.dense).norm()))
+    nearer = min(kept, new, key=lambda merged: float((merged.real - update.dense).norm()))
     return replace(nearer, limited=True)
 
 
 def quantized(values: Tensor, form: WeightFormat, source_dtype: torch.dtype) -> QuantizedWeight:
-    """Quantize values in fp32; `source_dtype` is what the result says it was made from, as files record it."""
+    """Quantize values, (rows, columns), in fp32; files record `source_dtype` as the source's dtype."""
     weight = quantize(values.float(), form.quant_type, form.block_size, form.double_quant)
     return replace(weight, dtype=source_dtype)
 
 
 def quantized_like(values: Tensor, like: QuantizedWeight) -> QuantizedWeight:
-    """Quantize values in the format of another weight."""
+    """Quantize values, (rows, columns), in the format of another weight."""
     return quantized(values, format_of(like), like.dtype)
 
 
@@ -146,7 +147,7 @@ def format_of(weight: QuantizedWeight) -> WeightFormat:
 
 
 def least_rank(update: LowRank, share: float) -> int:
-    """Return the least rank at which the best approximation of an update keeps a share of its square norm."""
+    """Return the least rank at which the best approximation of an update keeps a share of its squared norm."""
     energy = update.singular_values.double().square()
     kept = energy.cumsum(0) / energy.sum().clamp(min=torch.finfo(torch.float64).tiny)
     return min(len(energy), int((kept < share).sum()) + 1)
@@ -156,13 +157,13 @@ def _with_residual(
     codes: QuantizedWeight, base: Tensor, residual: LowRank, rank: int | None, dtype: torch.dtype, how: str
 ) -> MergedWeight:
     rank = residual.rank if rank is None else min(rank, residual.rank)
-    part = residual.to(torch.float64).truncated(rank).to(dtype)
-    real = codes.dequantize(base.dtype) - base + part.to(base.dtype).dense()
-    return MergedWeight(codes, real, f"{how} + rank {rank}" if rank else how, part if rank else None)
+    stored = residual.to(torch.float64).truncated(rank).to(dtype)
+    real = codes.dequantize(base.dtype) - base + stored.to(base.dtype).dense()
+    return MergedWeight(codes, real, f"{how} + rank {rank}" if rank else how, stored if rank else None)
 
 
 def _leading(matrix: Tensor, rank: int) -> LowRank:
-    """Return nearly the best approximation of a rank: by a random projection, sharpened by four power iterations."""
+    """Return nearly the best approximation of a rank, by a random projection with four power iterations."""
     with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
         torch.manual_seed(0)  # the same merge gives the same bytes
         u, s, v = torch.svd_lowrank(matrix, q=min(rank + 8, *matrix.shape), niter=4)

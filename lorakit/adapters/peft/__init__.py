@@ -1,1 +1,1 @@
-"""PEFT's file format: names, config, tensors, the folder, and values swapped in from it."""
+"""PEFT's file format: names, config, tensors, the adapter folder, and swapping an attached adapter's values from it."""

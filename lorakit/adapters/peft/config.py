@@ -1,6 +1,6 @@
-"""PEFT's adapter_config.json: read into a `LoraConfig`, written with the keys that its readers look for.
+"""PEFT's adapter_config.json: reading it into a `LoraConfig`, and writing it with the keys that other readers expect.
 
-A setting that the file lacks has the default of `LoraConfig`, which is PEFT's.
+A setting that the file lacks has the default of `LoraConfig`, which is also PEFT's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..starts import changed_base_in_peft
 from .fingerprint import base_names
 from .names import CONFIG_FILE
 
-# Keys of PEFT's config that change the result and that we do not have: they must hold a neutral value.
+# Keys of PEFT's config that change the result and that lorakit does not have: they must hold a neutral value.
 _UNSUPPORTED = (
     "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config", "use_bdlora",
     "use_qalora", "velora_config",
@@ -34,17 +34,17 @@ def read_adapter_config(path: str | os.PathLike[str]) -> LoraConfig:
 
     Raises:
         CheckpointError: it is missing or not JSON.
-        AdapterError: it is not a LoRA adapter, or needs a feature we do not have.
+        AdapterError: it is not a LoRA adapter, or needs a feature that lorakit does not have.
     """
     file = Path(path) / CONFIG_FILE
     return attachable_config(read_config_file(file), file)
 
 
 def attachable_config(values: Mapping[str, Any], file: Path) -> LoraConfig:
-    """Return the settings with which the adapter of a file's config is attached; everything in them is checked.
+    """Return the settings for attaching the adapter of a config file, all of them checked.
 
     Raises:
-        AdapterError: a setting is not valid, or needs a feature we do not have.
+        AdapterError: a setting is not valid, or needs a feature that lorakit does not have.
     """
     values = file_variant(values, file).from_file(dict(values))
     used = [key for key in _UNSUPPORTED if values.get(key)]
@@ -67,7 +67,7 @@ def attachable_config(values: Mapping[str, Any], file: Path) -> LoraConfig:
 
 
 def matrix_config(values: Mapping[str, Any], file: Path) -> LoraConfig:
-    """Return what a file's config says of its matrices alone: ranks, alphas and rsLoRA; the rest may be of any kind.
+    """Return the settings of a file's matrices: ranks, alphas and rsLoRA. The other settings are not checked.
 
     So an adapter that cannot be attached here can still be inspected, exported and compared.
 
@@ -75,9 +75,9 @@ def matrix_config(values: Mapping[str, Any], file: Path) -> LoraConfig:
         CheckpointError: one of these settings is not valid.
     """
     values = file_variant(values, file).from_file(dict(values))
-    said: dict[str, Any] = {key: values[key] for key in ("r", "lora_alpha") if key in values}
+    scalars: dict[str, Any] = {key: values[key] for key in ("r", "lora_alpha") if key in values}
     patterns: dict[str, dict[str, Any]] = {key: values.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
-    numbers = dict(said)
+    numbers = dict(scalars)
     for key, pattern in patterns.items():
         if not isinstance(pattern, dict):
             raise CheckpointError(f"{file}: {key} is {pattern!r}, expected an object")
@@ -87,11 +87,11 @@ def matrix_config(values: Mapping[str, Any], file: Path) -> LoraConfig:
         if type(value) not in ((int,) if is_rank else (int, float)) or not 0 < value < 1e9:
             expected = "a whole number from 1" if is_rank else "a number above 0"
             raise CheckpointError(f"{file}: {key} is {value!r}, expected {expected}")
-    return LoraConfig(**said, **patterns, use_rslora=bool(values.get("use_rslora")))
+    return LoraConfig(**scalars, **patterns, use_rslora=bool(values.get("use_rslora")))
 
 
 def read_config_file(file: Path) -> dict[str, Any]:
-    """Return the contents of an adapter_config.json as they stand.
+    """Return the unchanged contents of an adapter_config.json.
 
     Raises:
         CheckpointError: it is missing or not a JSON object.
@@ -104,17 +104,17 @@ def read_config_file(file: Path) -> dict[str, Any]:
 
 
 def file_variant(values: Mapping[str, Any], file: Path) -> Variant:
-    """Return the variant of the adapter whose settings a file holds.
+    """Return the variant that a file's settings name.
 
     Raises:
-        AdapterError: it names none that is known here, or several.
+        AdapterError: they name an unknown variant, or several.
     """
-    found = variants_read(values)
-    if len(found) > 1:
-        raise AdapterError(f"{file}: {' and '.join(variant.setting for variant in found)} exclude each other")
-    if not found:
+    variants = variants_read(values)
+    if len(variants) > 1:
+        raise AdapterError(f"{file}: {' and '.join(variant.setting for variant in variants)} exclude each other")
+    if not variants:
         raise AdapterError(f"{file}: its variant {values.get('variant')!r} is not known here")
-    return found[0]
+    return variants[0]
 
 
 def peft_config(model: nn.Module, name: str) -> dict[str, Any]:
@@ -122,8 +122,10 @@ def peft_config(model: nn.Module, name: str) -> dict[str, Any]:
     config = adapter_configs(model)[name]
     values = config.model_dump(mode="json")
     targets = values["target_modules"]
-    is_word = isinstance(targets, str) and targets.lower() == "all-linear"  # which not every reader knows
-    is_narrowed = isinstance(targets, str) and values["layers_to_transform"] is not None  # which PEFT refuses
+    is_word = isinstance(targets, str) and targets.lower() == "all-linear"  # not every reader knows the word
+    is_narrowed = (
+        isinstance(targets, str) and values["layers_to_transform"] is not None
+    )  # PEFT refuses the two together
     if is_word or is_narrowed:
         values["target_modules"] = _target_names(model, name)
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -138,19 +140,22 @@ def peft_config(model: nn.Module, name: str) -> dict[str, Any]:
         "ensure_weight_tying": bool(config.ensure_weight_tying),
     }
     values = config.update_variant.to_file(values)
-    whole = {"lora_alpha": _whole(values["lora_alpha"])} if "lora_alpha" in values else {}
-    patterns = {key: _whole(alpha) for key, alpha in values.get("alpha_pattern", {}).items()}
-    return values | whole | ({"alpha_pattern": patterns} if "alpha_pattern" in values else {})
+    if "lora_alpha" in values:
+        values = values | {"lora_alpha": _as_int(values["lora_alpha"])}
+    if "alpha_pattern" in values:
+        values = values | {"alpha_pattern": {key: _as_int(alpha) for key, alpha in values["alpha_pattern"].items()}}
+    return values
 
 
 def _target_names(model: nn.Module, name: str) -> list[str]:
-    """Return the last names of the adapted layers, or full paths where a last name would match other layers too."""
+    """Return the last names of the adapted layers, or all full paths if a last name would match another module too."""
     adapted = set(lora_layers(model, name))
     names = {last_name(path) for path in adapted}
-    others = [path for path, _ in model.named_modules() if path not in adapted]  # a container's name counts in PEFT
-    extra = [path for path in others if last_name(path) in names]
-    return sorted(adapted if extra else names)
+    others = [path for path, _ in model.named_modules() if path not in adapted]  # PEFT matches containers too
+    is_ambiguous = any(last_name(path) in names for path in others)
+    return sorted(adapted if is_ambiguous else names)
 
 
-def _whole(value: float) -> float:
+def _as_int(value: float) -> float:
+    """Return a whole number as an int, as PEFT writes it."""
     return int(value) if value == int(value) else value

@@ -1,4 +1,4 @@
-"""Which base model an adapter belongs to: by name, and in 64 hex digits that survive quantization and another dtype."""
+"""The identity of a base model: its name, and 64 hex digits that quantization and another dtype do not change."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from ..attach.targeting import unwrapped
 
 
 def base_names(model: nn.Module) -> Iterator[str]:
-    """Yield the folder or name that a model, ours or of transformers, remembers it was loaded from; it may be ""."""
+    """Yield the folder or name from which a model, lorakit's or one of transformers, was loaded; it may be ""."""
     for name in (getattr(model, "folder", None), getattr(getattr(model, "config", None), "_name_or_path", None)):
         if name is not None:
             yield str(name)
 
 
 def base_fingerprint(model: nn.Module) -> str | None:
-    """Return a hash of a model's vectors, its norms and biases, with their names; None: it has none.
+    """Return a hash of a model's vectors (norms and biases) with their names, or None if it has no vector.
 
-    Vectors are never quantized, and values that a checkpoint holds in bf16 are the same in bf16 and in fp32: the 4-bit
-    and the 16-bit model of one checkpoint have one fingerprint. Adapters do not count.
+    Vectors are never quantized, and values that a checkpoint holds in bf16 are the same in bf16 and in fp32. So the
+    4-bit and the 16-bit model of one checkpoint have the same fingerprint. Adapters do not count.
     """
     digest, count = hashlib.sha256(), 0
     for name, vector in _vectors(model):

@@ -1,7 +1,7 @@
-"""An adapter's folder, read and written without the model: for inspection, export, resizing and comparison.
+"""An adapter's folder, read and written without the model, for inspection, export, resizing and comparison.
 
-`read_adapter_folder` checks names, shapes and dtypes of the whole folder at once, from the file's header; the tensors
-of a layer are read when that layer is asked for, so that an adapter of any size is walked in the memory of one layer.
+`read_adapter_folder` checks the names, shapes and dtypes of all tensors at once, from the file's header. Each access to
+a layer reads its tensors, so going through an adapter of any size takes the memory of one layer.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class AdapterLayer:
-    """One layer's tensors, as PEFT stores them, and what they mean.
+    """One layer's tensors as PEFT stores them, with their meaning.
 
     Attributes:
         path: of the module in the base model.
@@ -47,8 +47,8 @@ class AdapterLayer:
         scaling: the factor on B @ A.
         experts: number of matrices; 1 unless kind is experts.
         variant: how the update enters the layer.
-        further: what the variant trains beside A and B, table -> tensor, as DoRA's lora_magnitude_vector: (out,),
-            embedding (dim,), conv (1, out, 1..).
+        further: the variant's trained tensors besides A and B, table -> tensor, such as DoRA's lora_magnitude_vector:
+            (out,), embedding (dim,), conv (1, out, 1..).
     """
 
     path: str
@@ -62,21 +62,21 @@ class AdapterLayer:
 
     @property
     def rank(self) -> int:
-        """The rank r that was allotted, of one expert where there are several."""
+        """The rank r; of one expert where there are several."""
         return self.lora_A.shape[0] // self.experts
 
     def update(self, expert: int = 0, dtype: torch.dtype = torch.float64) -> LowRank:
         """Return scaling * B @ A, (out, in); of a convolution (out, in·kernel), of an embedding (dim, vocab).
 
-        An embedding's and a Conv1D's weight is the transpose of that. It is the whole change of the weight where the
-        variant `is_low_rank`. The grouped second convolution that PEFT makes for a grouped base layer becomes
-        the block-diagonal matrix that it is.
+        The weight of an embedding or a Conv1D has the transposed shape. If the variant `is_low_rank`, this is the whole
+        change of the weight. PEFT's grouped second convolution for a grouped base layer becomes a block-diagonal
+        matrix.
 
         Raises:
             ShapeError: there is no such expert.
         """
         if not 0 <= expert < self.experts:
-            raise ShapeError(f"{self.path} has {self.experts} matrices; there is no number {expert}")
+            raise ShapeError(f"{self.path} has {self.experts} matrices, numbered from 0; there is no number {expert}")
         if self.kind in ("linear", "embedding"):
             return LowRank(*self.variant.factors(self.attached(dtype)))
         a, b = self.lora_A.to(dtype), self.lora_B.to(dtype, copy=True).mul_(self.scaling)
@@ -90,10 +90,10 @@ class AdapterLayer:
         return LowRank(b, a)
 
     def attached(self, dtype: torch.dtype) -> AttachedAdapter:
-        """Return the record that a layer of this kind would hold, of frozen copies of the tensors."""
+        """Return the record that a layer of this kind would hold, with frozen copies of the tensors."""
         matrices = (LoRAEmbedding if self.kind == "embedding" else LoRALinear).matrices
         tensors = dict(zip(matrices, (self.lora_A, self.lora_B), strict=True)) | dict(self.further)
-        # Copied, as tensors in a mapped file are not aligned, and the last bit of a product depends on that.
+        # Copies are aligned, unlike tensors in a mapped file; the last bit of a product depends on the alignment.
         frozen = {table: nn.Parameter(tensor.to(dtype, copy=True), False) for table, tensor in tensors.items()}
         return AttachedAdapter(frozen, self.scaling, self.variant, matrices=matrices)
 
@@ -103,11 +103,11 @@ class AdapterFolder:
     """An adapter on disk.
 
     Attributes:
-        folder: where its two files are.
-        config: adapter_config.json as it stands.
-        layers: module path -> layer, numbers in paths in rising order; read from the file at each access.
-        extras: tensors of other kinds, key without "base_model.model." -> tensor, read at each access: modules_to_save,
-            trained biases, replaced token rows, embeddings saved whole.
+        folder: the folder of its two files.
+        config: the unchanged contents of adapter_config.json.
+        layers: module path -> layer, ordered by the numbers in the paths; each access reads the file.
+        extras: other tensors, key without "base_model.model." -> tensor; each access reads the file. They are
+            modules_to_save, trained biases, trained token rows and embeddings saved in full.
     """
 
     folder: Path
@@ -117,21 +117,21 @@ class AdapterFolder:
 
     @property
     def base(self) -> str | None:
-        """Fingerprint of the base model that the adapter was trained on, where the file has it."""
+        """Fingerprint of the base model on which the adapter was trained, or None if the file does not have it."""
         with safe_open(self.folder / WEIGHTS_FILE, framework="pt") as opened:
             return (opened.metadata() or {}).get(BASE_KEY)
 
 
 def read_adapter_folder(path: str | os.PathLike[str]) -> AdapterFolder:
-    """Open a PEFT LoRA adapter: its folder, a folder with one adapter in a subfolder, or a run folder of ours.
+    """Open a PEFT LoRA adapter: its folder, a folder with one adapter in a subfolder, or a lorakit run's folder.
 
-    Plain LoRA, rsLoRA, rank and alpha patterns, DoRA, embeddings, convolutions, Conv1D, and expert parameters. Reading
-    a layer checks that its numbers are finite.
+    It reads plain LoRA, rsLoRA, rank and alpha patterns, DoRA, embeddings, convolutions, Conv1D and expert parameters.
+    Reading a layer checks that its numbers are finite.
 
     Raises:
-        AdapterError: no adapter there, or several; it is not a LoRA adapter.
-        CheckpointError: a file is missing, broken or a pickle, or a tensor is missing, unexpected, mis-shaped, not
-            floating point or, once its layer is read, not finite; every such tensor is named.
+        AdapterError: there is no adapter, there are several, or it is not a LoRA adapter.
+        CheckpointError: a file is missing, broken or a pickle; or a tensor is missing, unexpected, mis-shaped, not
+            floating point or, when its layer is read, not finite. The message names each such tensor.
     """
     folder = find_adapter_folder(path)
     config = read_config_file(folder / CONFIG_FILE)
@@ -142,7 +142,7 @@ def read_adapter_folder(path: str | os.PathLike[str]) -> AdapterFolder:
     def read(names: Mapping[str, str]) -> dict[str, Tensor]:
         tensors = read_tensors(file, {key: header[name] for key, name in names.items()})
         for key, tensor in tensors.items():
-            # The sum is not finite where any number is not, and takes a tenth of the time of looking at each.
+            # If a number is not finite, the sum is not either; it takes a tenth of the time of testing each number.
             if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
                 raise CheckpointError(f"{file}: {names[key]} holds inf or nan")
         return tensors
@@ -159,18 +159,18 @@ def find_adapter_folder(path: str | os.PathLike[str]) -> Path:
     """Return the folder of the adapter at `path`: `path` itself, or the one folder in it that holds an adapter.
 
     Raises:
-        AdapterError: no adapter is there, or several are.
+        AdapterError: there is no adapter, or there are several.
     """
     path = Path(path).expanduser()
     if (path / CONFIG_FILE).is_file():
         return path
     if not path.is_dir():
         raise AdapterError(f"{path} is not a folder; expected one that holds {CONFIG_FILE} and {WEIGHTS_FILE}")
-    found = sorted(folder for folder in path.iterdir() if (folder / CONFIG_FILE).is_file())
-    if len(found) == 1:
-        return found[0]
-    if found:
-        names = ", ".join(folder.name for folder in found)
+    folders = sorted(folder for folder in path.iterdir() if (folder / CONFIG_FILE).is_file())
+    if len(folders) == 1:
+        return folders[0]
+    if folders:
+        names = ", ".join(folder.name for folder in folders)
         raise AdapterError(f"{path} holds several adapters ({names}); name one of these folders")
     raise AdapterError(f"{path} holds no adapter: neither it nor a folder in it has an {CONFIG_FILE}")
 
@@ -179,16 +179,16 @@ def weights_file(folder: Path) -> Path:
     """Return the path of the tensors in an adapter's folder.
 
     Raises:
-        CheckpointError: it is not there; where a pickle is there instead, the message says so.
+        CheckpointError: the file is missing; the message says so if there is a pickle instead.
     """
     file = folder / WEIGHTS_FILE
     if file.is_file():
         return file
-    pickled = (
-        f"; {PICKLE_FILE} is a pickle, which can run any code when it is read: convert it to {WEIGHTS_FILE} where you "
+    advice = (
+        f"; {PICKLE_FILE} is a pickle, which can run any code when it is read: convert it to {WEIGHTS_FILE} if you "
         "trust its source"
     )
-    raise CheckpointError(f"{file} is missing{pickled if (folder / PICKLE_FILE).is_file() else ''}")
+    raise CheckpointError(f"{file} is missing{advice if (folder / PICKLE_FILE).is_file() else ''}")
 
 
 def write_adapter_folder(
@@ -197,25 +197,30 @@ def write_adapter_folder(
     config: Mapping[str, Any],
     metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
-    """Write the two files of an adapter folder, replacing an adapter that stands there, and nothing else.
+    """Write the two files of an adapter folder, replacing an adapter that is already there, but nothing else.
+
+    Args:
+        tensors: name in PEFT's format -> contiguous tensor on the CPU, of any shape.
+        config: the contents of adapter_config.json.
+        metadata: of the weights' file.
 
     Raises:
         AdapterError: the folder holds something that is not an adapter.
-        StorageError: writing failed; what stood there is untouched.
+        StorageError: writing failed; whatever was at `path` is untouched.
     """
     folder = Path(path)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file()):
         raise AdapterError(f"{folder} exists and is not an adapter folder; choose another path")
-    with atomic_folder(folder) as part:
-        _write_tensors(part / WEIGHTS_FILE, tensors, metadata)
+    with atomic_folder(folder) as unfinished:
+        _write_tensors(unfinished / WEIGHTS_FILE, tensors, metadata)
         # Sorted as PEFT does, but not within rank_pattern and alpha_pattern: there the first match wins.
         text = json.dumps(dict(sorted(config.items())), indent=2)
-        (part / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        (unfinished / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
     return folder
 
 
 def _write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file; the package's own writer puts metadata in another order at every call."""
+    """Write a safetensors file with the same bytes every time; the package's own writer reorders metadata."""
     tensors = dict(sorted(tensors.items()))
     with file.open("wb") as out:
         out.write(make_header({key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()}, dict(metadata)))
@@ -224,7 +229,7 @@ def _write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[
 
 
 class _Lazy(Mapping[str, _Value]):
-    """A mapping whose values are made when they are asked for, and not kept."""
+    """A mapping that makes its values at each access and does not keep them."""
 
     def __init__(self, names: tuple[str, ...], make: Callable[[str], _Value]) -> None:
         self._names, self._make = dict.fromkeys(names), make
@@ -246,7 +251,7 @@ class _Lazy(Mapping[str, _Value]):
 
 @dataclass(frozen=True)
 class _Entry:
-    """What the header says of one layer: table -> name of the tensor, and what the config adds."""
+    """One layer as the header and the config describe it; `names` maps a table to its tensor's name in the file."""
 
     path: str
     kind: Kind
@@ -260,7 +265,7 @@ class _Entry:
 def _sort_names(
     file: Path, header: Mapping[str, TensorEntry], config: dict[str, Any]
 ) -> tuple[dict[str, _Entry], dict[str, str]]:
-    """Return path -> layer entry and path -> name of the other tensors, all checked as far as the header allows."""
+    """Return path -> layer entry and key -> name of the other tensors, all checked as far as the header allows."""
     config_file = file.with_name(CONFIG_FILE)
     settings, variant = matrix_config(config, config_file), file_variant(config, config_file)
     shapes = {name: entry.shape for name, entry in header.items()}
@@ -269,23 +274,24 @@ def _sort_names(
         for name, entry in header.items()
         if entry.dtype not in _FLOATS
     ]
-    grouped: dict[str, dict[str, str]] = {}
+    by_path: dict[str, dict[str, str]] = {}
     extras: dict[str, str] = {}
     for name in shapes:
-        if (found := path_and_table(name, variant)) is not None:
-            path, table = found
-            grouped.setdefault(path, {})[table] = name
+        if (path_table := path_and_table(name, variant)) is not None:
+            path, table = path_table
+            by_path.setdefault(path, {})[table] = name
         elif not name.startswith(PREFIX) or ".lora_" in name:
             expected = matrix_names("<module path>", is_embedding=False)[0]
             problems.append(f"{name} is not a tensor of a LoRA adapter: expected {expected}")
         else:
             extras[name.removeprefix(PREFIX)] = name
     layers = {}
-    for path in sorted(grouped, key=_natural):
-        entry = _entry(path, grouped[path], shapes, config, settings, variant)
-        problems += [f"{PREFIX}{path}: {problem}" for problem in ([entry] if isinstance(entry, str) else [])]
+    for path in sorted(by_path, key=_natural):
+        entry = _entry(path, by_path[path], shapes, config, settings, variant)
         if isinstance(entry, _Entry):
             layers[path] = entry
+        else:
+            problems.append(f"{PREFIX}{path}: {entry}")
     if not problems and not layers:
         problems.append("it holds no LoRA matrix")
     if problems:
@@ -301,7 +307,7 @@ def _entry(
     settings: LoraConfig,
     variant: Variant,
 ) -> _Entry | str:
-    """Check one layer's shapes against each other and the config; return its entry, or what is wrong."""
+    """Check one layer's shapes against each other and the config; return its entry or a description of the problem."""
     is_embedding = any(table in names for table in LoRAEmbedding.matrices)
     matrices = LoRAEmbedding.matrices if is_embedding else LoRALinear.matrices
     if missing := [table for table in matrices if table not in names]:
@@ -336,5 +342,5 @@ def _layer(entry: _Entry, tensors: Mapping[str, Tensor]) -> AdapterLayer:
 
 
 def _natural(path: str) -> list[tuple[int, str]]:
-    """Sort key that puts layers.2 before layers.10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"[.]", path)]
+    """Return a sort key that puts layers.2 before layers.10."""
+    return [(int(name), "") if name.isdigit() else (-1, name) for name in re.split(r"[.]", path)]

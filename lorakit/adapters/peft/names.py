@@ -1,4 +1,4 @@
-"""PEFT's names for an adapter's files and for the tensors in them; readers and writers take them from here.
+"""PEFT's names for an adapter's files and their tensors, for all readers and writers.
 
     adapter_config.json          the settings
     adapter_model.safetensors    the tensors, each named base_model.model.<path of the module>.<ending>
@@ -10,12 +10,12 @@ The endings, and the shapes behind them:
     lora_embedding_A, _B    (r, vocabulary), (dim, r)
     base_layer.bias         (out_features,)                                     bias of an adapted layer
     base_layer.weight       (vocabulary, dim)                                   the frozen table of an embedding
-    <parameter>             as it is                                            modules_to_save, bias of other modules
+    <parameter>             unchanged                                           modules_to_save, bias of other modules
     token_adapter.trainable_tokens_delta    (tokens, dim), rows, not differences
 
-A variant (`lorakit.layers.variants`) has names of its own for what it trains. The adapter's name is in none of them. Of
-several adapted parameters of one module the last is at the module's path, the one before at
-<path of the module>.base_layer, and so on.
+A variant (`lorakit.layers.variants`) names its own trained tensors. No name contains the adapter's name. If a module
+has several adapted parameters, the last is at the module's path, the one before at <path of the module>.base_layer, and
+so on.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from ...layers import VARIANTS, LoRAEmbedding, LoRALinear, Variant
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-PICKLE_FILE = "adapter_model.bin"  # as PEFT wrote weights before safetensors; it is never read
+PICKLE_FILE = "adapter_model.bin"  # PEFT's weights before safetensors; never read
 BASE_KEY = "lorakit.base"  # in the weights' metadata: the fingerprint of the base model
 
 PREFIX = "base_model.model."
 BASE_LAYER = "base_layer"
 
-# A parameter's name in the module -> how its tensor's name ends, where the two differ, whatever the variant.
+# A parameter's name in the module -> the end of its tensor's name, where they differ in every variant.
 _ENDINGS = {
     "trained_bias": f"{BASE_LAYER}.bias",
     "trainable_tokens_delta": "token_adapter.trainable_tokens_delta",
@@ -42,7 +42,7 @@ def tensor_name(path: str, parameter: str, variant: Variant = VARIANTS["plain"])
 
     Args:
         path: of the module, "" for the model itself.
-        parameter: its name in our layer, such as "lora_A" or "lora_magnitude_vector".
+        parameter: its name in lorakit's layer, such as "lora_A" or "lora_magnitude_vector".
         variant: of the adapter.
     """
     ending = variant.endings.get(parameter) or _ENDINGS.get(parameter, parameter)
@@ -56,11 +56,11 @@ def matrix_names(path: str, is_embedding: bool) -> tuple[str, str]:
 
 
 def path_and_table(name: str, variant: Variant) -> tuple[str, str] | None:
-    """Return the path and the table of a low-rank layer's tensor; None where the name is of another kind.
+    """Return the path and the table of a low-rank layer's tensor; None for any other name.
 
     Args:
         name: of the tensor in the file.
-        variant: of the adapter. What only other variants train is found as well: it is then in the wrong place.
+        variant: of the adapter. Tensors that only other variants train are recognized too, for an error message.
     """
     tables = {variant.endings.get(table, table): table for table in (*LoRALinear.matrices, *LoRAEmbedding.matrices)}
     for one in VARIANTS.values():

@@ -1,4 +1,4 @@
-"""An adapter's tensors as PEFT's files hold them: out of a model, into a model, and the shapes expected."""
+"""An adapter's tensors as in PEFT's files: reading them from a model, writing them into one, and their shapes."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from .names import BASE_LAYER, tensor_name
 
 
 def file_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """Return an adapter's tensors as a file has them, name in the file -> tensor."""
+    """Return an adapter's tensors, name in the file -> tensor in the shape that the file has (see `names`)."""
     found: dict[str, Tensor] = {}
-    for path, part in _file_parts(model, name):
-        tensors: dict[str, Tensor] = dict(part.parameters_of(name))
+    for path, module in _file_modules(model, name):
+        tensors: dict[str, Tensor] = dict(module.parameters_of(name))
         variant = VARIANTS["plain"]
-        if isinstance(part, AdaptedLayer):
-            variant = part.adapters[name].variant
-            tensors |= variant.file_tensors(part.adapters[name])
+        if isinstance(module, AdaptedLayer):
+            variant = module.adapters[name].variant
+            tensors |= variant.file_tensors(module.adapters[name])
         for table, tensor in tensors.items():
-            shape = _shape(part, variant, table, tuple(tensor.shape))
+            shape = _shape(module, variant, table, tuple(tensor.shape))
             found[tensor_name(path, table, variant)] = tensor.detach().view(shape)
     return found
 
 
 def file_shapes(placements: Iterable[Placement]) -> dict[str, tuple[int, ...]]:
-    """Return what a file of an adapter has to hold, name in the file -> shape."""
+    """Return the tensors that an adapter's file must hold, name in the file -> shape."""
     placements = list(placements)
-    paths = [path for path, _ in _with_file_paths([(p.path, p.part) for p in placements])]
+    paths = [path for path, _ in _with_file_paths([(p.path, p.module) for p in placements])]
     return {
-        tensor_name(path, table, placement.variant): _shape(placement.part, placement.variant, table, shape)
+        tensor_name(path, table, placement.variant): _shape(placement.module, placement.variant, table, shape)
         for path, placement in zip(paths, placements, strict=True)
         for table, shape in placement.shapes.items()
     }
@@ -42,38 +42,43 @@ def file_shapes(placements: Iterable[Placement]) -> dict[str, tuple[int, ...]]:
 
 @torch.no_grad()
 def write_tensors(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> None:
-    """Copy a file's tensors, which have been checked, into an adapter of the model."""
-    for path, part in _file_parts(model, name):
-        variant = part.adapters[name].variant if isinstance(part, AdaptedLayer) else VARIANTS["plain"]
-        for table, parameter in part.parameters_of(name).items():
+    """Copy a file's tensors, already checked, into an adapter of the model.
+
+    Args:
+        tensors: name in the file -> tensor in the shape of `file_shapes`.
+    """
+    for path, module in _file_modules(model, name):
+        variant = module.adapters[name].variant if isinstance(module, AdaptedLayer) else VARIANTS["plain"]
+        for table, parameter in module.parameters_of(name).items():
             parameter.copy_(tensors[tensor_name(path, table, variant)].view(parameter.shape))
 
 
-def _shape(part: AdapterModule, variant: Variant, table: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return variant.file_shape(part, table, shape) if isinstance(part, AdaptedLayer) else shape
+def _shape(module: AdapterModule, variant: Variant, table: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return variant.file_shape(module, table, shape) if isinstance(module, AdaptedLayer) else shape
 
 
-def _file_parts(model: nn.Module, name: str) -> Iterator[tuple[str, AdapterModule]]:
-    """Yield each part of an adapter with the path that its tensors have in the file."""
-    return _with_file_paths([(_logical(path, part), part) for path, part in adapter_modules(model, name).items()])
+def _file_modules(model: nn.Module, name: str) -> Iterator[tuple[str, AdapterModule]]:
+    """Yield each module that holds an adapter, with the path of its tensors in the file."""
+    modules = adapter_modules(model, name).items()
+    return _with_file_paths([(_adapted_path(path, module), module) for path, module in modules])
 
 
-def _with_file_paths(parts: list[tuple[str, AdapterModule]]) -> Iterator[tuple[str, AdapterModule]]:
-    """Give each part of an adapter, by the path of its module, the path that its tensors have in the file."""
+def _with_file_paths(modules: list[tuple[str, AdapterModule]]) -> Iterator[tuple[str, AdapterModule]]:
+    """Replace the path of each adapted module by the path of its tensors in the file."""
     adapted: dict[str, list[str]] = {}
-    for path, part in parts:
-        if isinstance(part, LoRAParameter):
-            adapted.setdefault(path, []).append(part.parameter)
-    for path, part in parts:
+    for path, module in modules:
+        if isinstance(module, LoRAParameter):
+            adapted.setdefault(path, []).append(module.parameter)
+    for path, module in modules:
         depth = 0
-        if isinstance(part, LoRAParameter):
-            order = [name for name, _ in unwrapped(part).named_parameters(recurse=False) if name in adapted[path]]
-            depth = len(order) - 1 - order.index(part.parameter)
-        yield f"{path}{f'.{BASE_LAYER}' * depth}", part
+        if isinstance(module, LoRAParameter):
+            order = [name for name, _ in unwrapped(module).named_parameters(recurse=False) if name in adapted[path]]
+            depth = len(order) - 1 - order.index(module.parameter)
+        yield f"{path}{f'.{BASE_LAYER}' * depth}", module
 
 
-def _logical(path: str, part: AdapterModule) -> str:
-    """The path of the module that a part adapts; a parameter's part may be inside another one's."""
-    while isinstance(part, LoRAParameter) and path.endswith(".base_layer"):
+def _adapted_path(path: str, module: AdapterModule) -> str:
+    """Return the path of the base module; a parameter's `LoRAParameter` may be inside that of another parameter."""
+    while isinstance(module, LoRAParameter) and path.endswith(".base_layer"):
         path = path.removesuffix(".base_layer")
     return path

@@ -1,7 +1,7 @@
-"""The values that an adapter starts from: one file and one line in `STARTS` for each.
+"""The starts, the first values of an adapter: one file and one line in `STARTS` for each.
 
-`add_adapter` runs a start on an adapter that `AdaptedLayer.add` has drawn. The config, PEFT's files, merging, the
-planner and inspection ask the `Start` what they need to know of it.
+`AdaptedLayer.add` draws A and B; `add_adapter` then runs the start on them. The config, PEFT's files, merging, the
+planner and inspection ask the `Start` for whatever they need to know about it.
 """
 
 from __future__ import annotations
@@ -37,51 +37,56 @@ STARTS: dict[bool | str, Start] = {  # the values that `init_lora_weights` takes
     "eva": EVA(),
     "lora_ga": LoRAGA(),
 }
-_CHANGED_BASE_IN_PEFT_ALONE = ("corda",)  # starts that PEFT has and we do not
+_CHANGED_BASE_IN_PEFT_ALONE = ("corda",)  # starts of PEFT that lorakit does not have
 
 
 def find_start(value: bool | str) -> Start:
-    """Return the start that a value of `init_lora_weights` names, whatever its case.
+    """Return the start that a value of `init_lora_weights` names; the case of letters does not matter.
 
     Raises:
         ConfigError: there is none of that name.
     """
     value = value.lower() if isinstance(value, str) else value
-    found = next((start for entry in STARTS.values() if (start := entry.named(value)) is not None), None)
-    if found is None:
+    named = next((start for entry in STARTS.values() if (start := entry.named(value)) is not None), None)
+    if named is None:
         names = start_names()
         raise ConfigError(f"'{value}' is not a start{did_you_mean(str(value), names)} (known: {', '.join(names)})")
-    return found
+    return named
 
 
 def start_names(*, in_base: bool = False) -> list[str]:
-    """Return the starts' names as a recipe has them.
+    """Return the starts' names as recipes spell them.
 
     Args:
-        in_base: only those that start inside the base weight.
+        in_base: True returns only the starts inside the base weight.
     """
     names = (name for name, start in STARTS.items() if start.in_base or not in_base)
     return [name if isinstance(name, str) else str(name).lower() for name in names]
 
 
 def changed_base_in_peft(value: object) -> bool:
-    """Return whether PEFT, for this `init_lora_weights` of a file, moved a part of the base into the adapter.
+    """Return whether PEFT moves a part of the base into the adapter for this `init_lora_weights` of a file.
 
-    Such a file fits a base model that nobody has any more.
+    Such a file fits only the changed base model, which is lost.
     """
     names = [str(name) for name, start in STARTS.items() if start.peft_changes_base]
     return isinstance(value, str) and value.lower().startswith((*names, *_CHANGED_BASE_IN_PEFT_ALONE))
 
 
 def start_data(start: Start, losses: Iterable[Tensor] | None, sources: Mapping[str, Tensor] | None) -> StartData:
-    """Return what a start is given.
+    """Return the data for a start, which must be exactly what it needs.
+
+    Args:
+        losses: one scalar for each batch.
+        sources: "<path of the layer>.weight" -> the weight before quantization, (out_features, in_features) or as the
+            layer shapes it.
 
     Raises:
-        AdapterError: the start needs losses or sources and there are none, or there are and it needs none.
+        AdapterError: the start needs losses or sources and there are none, or there are some and it needs none.
     """
-    for name, given in (("losses", losses), ("sources", sources)):
-        if start.needs == name and given is None:
+    for name, data in (("losses", losses), ("sources", sources)):
+        if start.needs == name and data is None:
             raise AdapterError(f"init_lora_weights '{start.name}' needs `{name}`; give them to add_adapter")
-        if start.needs != name and given is not None:
+        if start.needs != name and data is not None:
             raise AdapterError(f"`{name}` were given, but init_lora_weights {start.name!r} makes no use of them")
     return StartData(() if losses is None else losses, {} if sources is None else sources)

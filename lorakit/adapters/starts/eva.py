@@ -2,8 +2,8 @@
 
     X = U S Vᵀ for the inputs X (tokens, in) of a layer on examples of the task:   A = V[:, :r]ᵀ,   B = 0
 
-V are the eigenvectors of Xᵀ X, which is summed over the examples; no input is kept. Ranks are as configured: they are
-not redistributed among layers.
+V holds the eigenvectors of Xᵀ X, which is summed over the examples; no input is kept. Ranks stay as configured: they
+are not redistributed among layers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .start import Start, StartData
 
 
 class EVA(Start):
-    """A from the inputs that linear layers see while the losses are computed; other layers keep their start."""
+    """A from the inputs of linear layers while the losses are computed; other layers keep the A and B they have."""
 
     name = "eva"
     needs = "losses"
@@ -56,9 +56,9 @@ class EVA(Start):
             rank = len(layer.lora_A[name])
             if tokens[path] < rank:
                 raise AdapterError(
-                    f"'eva' needs at least {rank} tokens for {path}, whose rank that is; saw {tokens[path]}"
+                    f"'eva' needs at least {rank} tokens for {path}, as many as its rank; saw {tokens[path]}"
                 )
-            vectors = torch.linalg.eigh(moments[path]).eigenvectors.flip(1)  # of falling eigenvalue
+            vectors = torch.linalg.eigh(moments[path]).eigenvectors.flip(1)  # in order of falling eigenvalues
             set_factors(layer, name, vectors[:, :rank].T, torch.zeros_like(layer.lora_B[name]))
 
     def summed_elements(self, in_features: int, out_features: int) -> int:

@@ -1,4 +1,4 @@
-"""A normal with deviation 1 / r, B zero: the start that diffusion models' adapters are given."""
+"""A normal with standard deviation 1 / r, B zero: the usual start for adapters of diffusion models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .start import Start
 
 
 class Gaussian(Start):
-    """A from N(0, 1 / r²), B as it was drawn: zero, so that the adapter changes nothing yet."""
+    """A from N(0, 1 / r²); B stays zero, so the adapter changes nothing at first."""
 
     name = "gaussian"
 

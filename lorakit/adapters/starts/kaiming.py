@@ -1,6 +1,6 @@
 """LoRA's own start: A Kaiming-uniform, B zero (Hu et al. 2021, arXiv:2106.09685, section 4.1).
 
-`AdaptedLayer.add` draws it, each kind of layer in its own way: an embedding has A zero and B normal.
+`AdaptedLayer.add` draws these values, so `run` has nothing to do. An embedding has A zero and B normal instead.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from .start import Start, StartData
 
 
 class Kaiming(Start):
-    """A random, B zero: the adapter changes nothing yet."""
+    """A random, B zero: the adapter changes nothing at first."""
 
     name = True
 
@@ -21,7 +21,7 @@ class Kaiming(Start):
 
 
 class RandomKaiming(Kaiming):
-    """A and B random, so that the adapter changes the model from the first step: for tests of file formats."""
+    """A and B random: the adapter changes the model at once. For tests of file formats."""
 
     name = False
     is_neutral = False

@@ -1,9 +1,9 @@
-"""LoftQ: start at what quantization lost of the weight (Li et al. 2023, arXiv:2310.08659, algorithm 1, one step).
+"""LoftQ: start at the quantization error of the weight (Li et al. 2023, arXiv:2310.08659, algorithm 1, one step).
 
     min || W - Q(W) - s B A ||_F:   U S Vᵀ = svd(W - Q(W)),   A = √(S[:r] / s) V[:, :r]ᵀ,   B = U[:, :r] √(S[:r] / s)
 
-W is the weight that was quantized, which a 4-bit layer no longer holds: the caller gives it. The factors are divided by
-the scaling, so that the adapter as it enters forward, s B A, is the approximation, whatever alpha and rank.
+The caller gives W, the weight before quantization, since a 4-bit layer no longer holds it. Dividing by the scaling
+makes s B A, the update in forward, the approximation, whatever alpha and rank are.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .start import Start, StartData
 
 
 class LoftQ(Start):
-    """A and B as the best approximation, of their rank, of what the base layer lost."""
+    """A and B from the best approximation of rank r of the base layer's quantization error."""
 
     name = "loftq"
     needs = "sources"

@@ -2,8 +2,9 @@
 
     G = dLoss/dW = U S Vᵀ:   A = γ' V[:, r:2r]ᵀ,   B = γ' U[:, :r],   γ' = out^(1/4) / √(s γ)
 
-with the stable scale of the paper (eq. 10), γ = 16. B A is not zero; the variant `residual` takes the start out again.
-The gradient is summed from the inputs and the gradients of the outputs, dyᵀ x, so that the base may be frozen or 4-bit.
+with the stable scale of the paper (eq. 10), γ = 16. B A is not zero; the variant `residual` subtracts the start again.
+The gradient is the sum of dyᵀ x over the losses, from a layer's inputs x and its outputs' gradients dy. So the base may
+be frozen or in 4 bits.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _POWER_ITERATIONS = 4
 
 
 class LoRAGA(Start):
-    """A and B from the gradient of linear layers' weights over the losses; other layers keep their start."""
+    """A and B from the gradients of linear layers' weights over the losses; other layers keep the A and B they have."""
 
     name = "lora_ga"
     needs = "losses"
@@ -54,11 +55,11 @@ class LoRAGA(Start):
 def _weight_gradients(layers: Mapping[str, LoRALinear], losses: Iterable[Tensor]) -> dict[str, Tensor]:
     """Return dLoss/dW summed over the losses, path -> (out_features, in_features) fp32."""
     gradients: dict[str, Tensor] = {}
-    seen: list[tuple[str, Tensor, Tensor]] = []  # of one loss: path, x, y
+    seen: list[tuple[str, Tensor, Tensor]] = []  # for one loss: path, x, y
 
     def watch(path: str) -> Any:
         def see(_: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
-            y = y if y.requires_grad else y.detach().requires_grad_()  # the first layers of a frozen model
+            y = y if y.requires_grad else y.detach().requires_grad_()  # for the first layers of a frozen model
             seen.append((path, inputs[0].detach(), y))
             return y
 

@@ -1,4 +1,4 @@
-"""What the starts share: the base weight as a matrix in fp32, and setting an adapter's A and B."""
+"""Helpers of the starts: the base weight as an fp32 matrix, and setting an adapter's A and B."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def base_matrix(layer: AdaptedLayer, rank: int) -> Tensor:
     """Return the base weight as (out_features, in_features) fp32.
 
     Raises:
-        AdapterError: it is not one matrix, or it has fewer than `rank` directions to start from.
+        AdapterError: it is not a single matrix, or has fewer than `rank` rows or columns.
     """
     matrix = layer.as_matrix(layer.base_weight(torch.float32))
     if matrix.ndim != 2 or rank > min(matrix.shape):
@@ -25,9 +25,8 @@ def base_matrix(layer: AdaptedLayer, rank: int) -> Tensor:
 def set_factors(layer: AdaptedLayer, name: str, lora_a: Tensor, lora_b: Tensor) -> None:
     """Set A from (r, in_features) and B from (out_features, r), and restart the variant's own parameters from them.
 
-    They are reshaped and cast as the layer keeps its A and B.
+    Both take the shape and the dtype that the layer has for them.
     """
-    own_a, own_b = layer.lora_A[name], layer.lora_B[name]
-    own_a.copy_(lora_a.reshape(own_a.shape))
-    own_b.copy_(lora_b.reshape(own_b.shape))
+    for parameter, values in ((layer.lora_A[name], lora_a), (layer.lora_B[name], lora_b)):
+        parameter.copy_(values.reshape(parameter.shape))
     layer.restart(name)

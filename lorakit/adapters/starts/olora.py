@@ -2,7 +2,7 @@
 
     W = Q R:   A = R[:r],   B = Q[:, :r]
 
-The base keeps its bytes; see the variant `residual`.
+The base keeps its bytes (see the variant `residual`).
 """
 
 from __future__ import annotations

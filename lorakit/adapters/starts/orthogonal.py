@@ -1,7 +1,7 @@
-"""A and B random, in orthogonal halves of the rank: both trained from the first step, and B A = 0.
+"""A and B random in orthogonal halves of the rank: both learn from the first step, and B A = 0.
 
-With a random orthogonal Q (r, r), A is spanned by its odd rows and B by its even ones, so that B A = 0. PEFT draws the
-same ("orthogonal").
+With a random orthogonal Q (r, r), every other row spans A, beginning with the first, and the other rows span B. So
+B A = 0. PEFT draws the same ("orthogonal").
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ...layers import AdaptedLayer
 from .matrices import set_factors
 from .start import Start
 
-_SIZE = 0.1  # deviation of the elements of A and B before they meet Q, PEFT's choice
+_SIZE = 0.1  # standard deviation of the random numbers that multiply Q's rows, PEFT's choice
 
 
 class Orthogonal(Start):

@@ -2,7 +2,7 @@
 
     W = U S Vᵀ:   A = √(S[:r] / s) V[:, :r]ᵀ,   B = U[:, :r] √(S[:r] / s)
 
-so that s B A is the best approximation of W of rank r. The base keeps its bytes; see the variant `residual`.
+so that s B A is the best approximation of W of rank r. The base keeps its bytes (see the variant `residual`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class RandomizedPissa(Pissa):
     """PiSSA with a randomized decomposition (Halko et al., arXiv:0909.4061), which takes a fraction of the time.
 
     Args:
-        iterations: of the decomposition; None: any, as the table has it.
+        iterations: power iterations of the decomposition; None for the entry of the table, which stands for any number.
     """
 
     name = "pissa_niter_N"

@@ -164,7 +164,7 @@ def test_the_report_in_words() -> None:
         "resized to 0.9 of each layer's energy\n"
         "1 layers, ranks 2; 80 parameters, 240 before\n"
         "relative error of the update: 2.00e-02\n"
-        "most is missing in:\n"
+        "the largest errors are in:\n"
         "  a.q: rank 3 -> 2, error 2.00% of the layer's update\n"
         "1 layers are not in the new adapter"
     )

@@ -222,7 +222,7 @@ def test_the_base_is_looked_up_where_the_adapter_says(tmp_path: Path) -> None:
     given = export_adapter(adapter, tmp_path / "given.gguf", "llama.cpp", tmp_path / "base")
     assert found.read_bytes() == given.read_bytes()
 
-    places = {None: "does not say what its base model is", "some/model": "some/model: there is no config.json"}
+    places = {None: "does not name its base model", "some/model": "some/model: there is no config.json"}
     for place, message in places.items():
         edited(adapter, base_model_name_or_path=place)
         for target in ("tgi", "llama.cpp"):
@@ -331,7 +331,7 @@ def test_modules_that_a_consumer_does_not_have(tmp_path: Path) -> None:
         export_adapter(adapter, tmp_path / "out", "llama.cpp", small_config())
     with pytest.raises(AdapterError, match=r"'PhiForCausalLM' cannot be exported to llama.cpp \(known: Llama"):
         export_adapter(adapter, tmp_path / "out", "llama.cpp", small_config(architectures=["PhiForCausalLM"]))
-    with pytest.raises(LorakitError, match="what its base model is"):
+    with pytest.raises(LorakitError, match="does not name its base model"):
         save_adapter(model, tmp_path / "out", target="llama.cpp")
     export_adapter(adapter, tmp_path / "vllm", "vllm")
 

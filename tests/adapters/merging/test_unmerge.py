@@ -147,7 +147,7 @@ class TestRefusals:
         merge_adapter(model)
         adapt(model)
         for call in (unmerge_adapter, merge_adapter):
-            assert "new adapter of the name of a merged one, 'default'" in self.refused(model, call)
+            assert "new adapter with the name of a merged one, 'default'" in self.refused(model, call)
         remove_adapter(model)
         unmerge_adapter(model)
 
@@ -204,7 +204,7 @@ class TestReport:
         model = small_decoder(num_hidden_layers=4)
         adapt(model)
         report = merge_adapter(model)
-        assert len(report.layers) == 28 and "the 20 layers of which least survived" in str(report)
+        assert len(report.layers) == 28 and "the 20 layers in which least survived" in str(report)
         assert len(report.table().splitlines()) == 29
 
     def test_a_warning_where_much_is_lost(self) -> None:
