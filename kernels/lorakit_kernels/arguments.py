@@ -24,7 +24,7 @@ def readable(name: str, tensor: Tensor, dtype: torch.dtype, count: int, device: 
 
 
 def writable(name: str, tensor: Tensor, dtype: torch.dtype, count: int, device: torch.device) -> Tensor:
-    """Return the tensor itself, of any shape; check dtype, device and size as `readable` does, and that it is contiguous."""
+    """Return the tensor itself, of any shape; check dtype, device and size like `readable`, and that it is contiguous."""
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous")
     return readable(name, tensor, dtype, count, device)
