@@ -24,7 +24,10 @@ def readable(name: str, tensor: Tensor, dtype: torch.dtype, count: int, device: 
 
 
 def writable(name: str, tensor: Tensor, dtype: torch.dtype, count: int, device: torch.device) -> Tensor:
-    """Return the tensor itself, of any shape; check dtype, device and size like `readable`, and that it is contiguous."""
+    """Return the tensor itself, of any shape, so that a kernel can write to it.
+
+    Checks that it is contiguous, and its dtype, device and size as `readable` does.
+    """
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous")
     return readable(name, tensor, dtype, count, device)

@@ -227,7 +227,8 @@ def from_tensors(name: str, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
 def to_tensors(weight: QuantizedWeight, storage_dtype: torch.dtype = torch.uint8) -> dict[str, Tensor]:
     """Return a weight's tensors, suffix -> tensor, as bitsandbytes would save them.
 
-    Shapes and dtypes are those at the top of this file. The suffix of the packed bytes is "".
+    Shapes and dtypes are those at the top of this file. The suffix of the packed bytes, of shape
+    (bytes / itemsize, 1), is "".
 
     Raises:
         ShapeError: the packed bytes do not divide into elements of the storage dtype.
