@@ -1,8 +1,8 @@
 """Device code of lorakit: tensors in, tensors out, no knowledge of the library above.
 
-`ops` has a file for each operation: its definition in plain PyTorch, its registration and its gradient. Three backends
-compute them: `reference` by the definitions, `cpu` in C++, `triton` in Triton for GPUs; `dispatch` picks one.
-`operands` has what they take in groups: a weight in 4 bits, a moment in 8 bits, a step of AdamW.
+`ops` has one file per operation, with its definition in plain PyTorch, its registration and its gradient. Three
+backends compute the operations: `reference` runs the definitions, `cpu` is C++, `triton` is Triton for GPUs. `dispatch`
+picks one. `operands` defines the arguments that are records: a 4-bit weight, an 8-bit moment, a step of AdamW.
 """
 
 from .cpu import one_thread

@@ -1,6 +1,6 @@
-"""What the backends check before a kernel reads and writes behind pointers: dtypes, sizes and devices.
+"""Checks that the backends make before a kernel follows a pointer: dtype, size and device.
 
-Every check raises ValueError, and names the argument.
+Every check raises ValueError and names the argument.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from .operands import Moment8bit, Weight4bit
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # that kernels read
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # the dtypes that kernels read
 
 
 def readable(name: str, tensor: Tensor, dtype: torch.dtype, count: int, device: torch.device) -> Tensor:
-    """Return the tensor, contiguous, once it is safe to read `count` elements behind its pointer."""
+    """Return a tensor, of any shape, made contiguous; check its dtype, its device and that it has `count` elements."""
     if tensor.dtype != dtype or tensor.numel() < count or tensor.device != device:
         raise ValueError(
             f"{name} must have at least {count} elements of {dtype} on {device}, "
@@ -24,21 +24,27 @@ def readable(name: str, tensor: Tensor, dtype: torch.dtype, count: int, device: 
 
 
 def writable(name: str, tensor: Tensor, dtype: torch.dtype, count: int, device: torch.device) -> Tensor:
-    """Return the tensor itself, once it is safe to read and write `count` elements behind its pointer."""
+    """Return the tensor itself, of any shape, so that a kernel can write to it.
+
+    Checks that it is contiguous, and its dtype, device and size as `readable` does.
+    """
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous")
     return readable(name, tensor, dtype, count, device)
 
 
 def readable_source(x: Tensor, device: torch.device) -> Tensor:
-    """Return x as quantizing reads it. Whole, not part by part: of a transposed matrix that is 2.3 times faster."""
+    """Return x, of any shape, contiguous and in fp32, bf16 or fp16, as the quantizers read it.
+
+    One copy of the whole tensor is 2.3 times faster for a transposed matrix than a copy per block.
+    """
     if x.device != device:
         raise ValueError(f"x must be on {device}, got {x.device}")
     return (x if x.dtype in FLOATS else x.float()).contiguous()
 
 
 def readable_weight(weight: Weight4bit, count: int, device: torch.device) -> Weight4bit:
-    """Return a weight of `count` elements with contiguous tensors, once they are as large as these need."""
+    """Return a weight of `count` elements with contiguous tensors; check the dtype and size of each."""
     packed, codebook, absmax, block_size, shape, nested, nested_block_size = weight
     blocks = block_count(count, block_size, even=True)
     if nested:
@@ -61,7 +67,7 @@ def readable_weight(weight: Weight4bit, count: int, device: torch.device) -> Wei
 
 
 def writable_moment(name: str, moment: Moment8bit, count: int, block_size: int, device: torch.device) -> Moment8bit:
-    """Return a moment of `count` elements, once its codes and scales can be written and its tables read."""
+    """Return a moment of `count` elements; check that its codes and scales are writable and its tables readable."""
     return Moment8bit(
         writable(f"{name}.codes", moment.codes, torch.uint8, count, device),
         writable(f"{name}.absmax", moment.absmax, torch.float32, block_count(count, block_size), device),
@@ -71,14 +77,14 @@ def writable_moment(name: str, moment: Moment8bit, count: int, block_size: int, 
 
 
 def block_count(count: int, block_size: int, even: bool = False) -> int:
-    """Return how many blocks hold `count` elements."""
+    """Return the number of blocks that hold `count` elements."""
     if block_size < 1 or (even and block_size % 2):
         raise ValueError(f"block_size must be {'even and ' if even else ''}positive, got {block_size}")
     return -(-count // block_size)
 
 
 def boundary_count(boundaries: Tensor, limit: int) -> int:
-    """Return how many boundaries there are, at most `limit`."""
+    """Return the number of boundaries, (number,) fp32; check that it is at most `limit`."""
     if boundaries.numel() > limit:
         raise ValueError(f"expected at most {limit} boundaries, got {boundaries.numel()}")
     return boundaries.numel()

@@ -1,4 +1,4 @@
-"""The cache folder, and a lock on one file in it: the one rule for the kernels and for the library above."""
+"""The cache folder and the file lock that both the kernels and the library above use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def cache_folder() -> Path:
     """Return lorakit's cache folder: $LORAKIT_CACHE, or the platform's convention (XDG, macOS, Windows).
 
     Raises:
-        RuntimeError: the user has no home, as in some containers.
+        RuntimeError: the user has no home folder, as in some containers.
     """
     if override := os.environ.get("LORAKIT_CACHE"):
         return Path(override).expanduser()
@@ -26,10 +26,10 @@ def cache_folder() -> Path:
 
 @contextlib.contextmanager
 def exclusive_lock(path: Path) -> Iterator[None]:
-    """Hold a lock that other processes wait for; the system releases it even when the holder is killed.
+    """Hold a lock that other processes wait for. The system releases it even when the holder is killed.
 
-    The file and its folder are made where they are missing. What is there already is neither emptied nor written to,
-    and a symbolic link is refused: a link planted in a shared folder could point at anything.
+    Creates the file and its folder if they are missing. An existing file is neither truncated nor written to. A
+    symbolic link is refused, since a link planted in a shared folder could point at anything.
 
     Raises:
         OSError: the file cannot be opened.

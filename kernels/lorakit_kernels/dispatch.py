@@ -1,12 +1,12 @@
 """The choice of the backend, and the registration of operations with torch.library.
 
-A backend is a module with functions of the operations' names. The tensors' device chooses it; LORAKIT_BACKEND or
-`use_backend` overrides. What a backend lacks is computed by the definition. The Triton backend is imported when it is
-first chosen, so nothing else needs triton. As registered operations they go through torch.compile without a graph
-break.
+A backend is a module whose functions have the operations' names. The tensors' device chooses the backend;
+LORAKIT_BACKEND or `use_backend` overrides it. The definition computes what a backend lacks. The Triton backend is
+imported when it is first chosen, so nothing else needs triton. torch.compile traces the registered operations without
+a graph break.
 
-They are defined on a `torch.library.Library`, which adds 4 µs to a call where `torch.library.custom_op` adds 40: a
-training step of a small model makes a thousand.
+The operations are defined on a `torch.library.Library`, which adds 4 µs to a call; `torch.library.custom_op` adds 40.
+A training step of a small model makes a thousand calls.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.library import Library, infer_schema, register_autograd, register_fake
 
-BACKENDS = ("reference", "cpu", "triton")  # the modules of this package that compute
-_TRITON_DEVICES = ("cuda", "xpu")  # ROCm's are called cuda too
+BACKENDS = ("reference", "cpu", "triton")  # modules of this package
+_TRITON_DEVICES = ("cuda", "xpu")  # PyTorch calls ROCm devices cuda too
 _chosen: ContextVar[str | None] = ContextVar("lorakit_backend", default=None)
 
 
@@ -38,12 +38,12 @@ _chosen: ContextVar[str | None] = ContextVar("lorakit_backend", default=None)
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Compute every operation within the context with one backend, whatever the device.
+    """Within the context, compute every operation with one backend, whatever the device.
 
     Raises:
         ValueError: there is no such backend.
     """
-    token = _chosen.set(_known(name, "backend"))
+    token = _chosen.set(_checked_name(name, "backend"))
     try:
         yield
     finally:
@@ -51,16 +51,16 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def backend(device: torch.device) -> ModuleType:
-    """Return the module that computes for tensors on `device`: the override, else the device's best.
+    """Return the backend for tensors on `device`: the override if there is one, else the device's best.
 
     Raises:
         ValueError: LORAKIT_BACKEND names no backend.
-        ImportError: the Triton backend was asked for, and triton is not installed.
+        ImportError: the Triton backend was chosen, and triton is not installed.
     """
     if name := _chosen.get():
         return _module(name)
     if name := os.environ.get("LORAKIT_BACKEND"):
-        return _module(_known(name, "LORAKIT_BACKEND"))
+        return _module(_checked_name(name, "LORAKIT_BACKEND"))
     if device.type in _TRITON_DEVICES and _has_triton():
         return _module("triton")
     return _module("cpu" if device.type == "cpu" and _module("cpu").is_available() else "reference")
@@ -76,9 +76,9 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _known(name: str, what: str) -> str:
+def _checked_name(name: str, source: str) -> str:
     if name not in BACKENDS:
-        raise ValueError(f"{what} '{name}' does not exist (known: {', '.join(BACKENDS)})")
+        raise ValueError(f"{source} '{name}' does not exist (known: {', '.join(BACKENDS)})")
     return name
 
 
@@ -90,10 +90,10 @@ _R = TypeVar("_R")
 
 
 class Operation(Protocol[_P, _R]):
-    """A registered operation. A call takes arguments by position; the chosen backend computes it.
+    """A registered operation. A call takes arguments by position, and the chosen backend computes it.
 
     Attributes:
-        definition: the same in plain PyTorch, whatever the backend: the oracle that the backends are tested against.
+        definition: the operation in plain PyTorch: the oracle that the backends are tested against.
     """
 
     definition: Callable[_P, _R]
@@ -105,14 +105,14 @@ class Operation(Protocol[_P, _R]):
 def operation(
     *, fake: Callable[..., object], writes: Sequence[str] = (), written_if: str | None = None
 ) -> Callable[[Callable[_P, _R]], Operation[_P, _R]]:
-    """Register the definition below as torch.ops.lorakit.<its name>, on all devices.
+    """Register the decorated definition as torch.ops.lorakit.<its name>, on all devices.
 
-    An argument that is a record, such as `Weight4bit`, is an argument for each of its fields there, <name>_<field>.
+    An argument that is a record, such as `Weight4bit`, is registered as one argument per field, <name>_<field>.
 
     Args:
         fake: returns empty tensors of the shapes and dtypes that the definition returns, for tracing.
-        writes: the registered arguments that it writes to.
-        written_if: the argument that says whether it does; None: always.
+        writes: the registered arguments that the operation writes to.
+        written_if: the argument that says whether it writes; None: it always does.
     """
 
     def register(definition: Callable[_P, _R]) -> Operation[_P, _R]:
@@ -121,14 +121,14 @@ def operation(
         def compute(*args: Any) -> Any:
             x = args[0] if isinstance(args[0], Tensor) else args[0][0]
             # Gradients are checked in fp64, which no kernel takes.
-            own = None if x.dtype == torch.float64 else getattr(backend(x.device), name, None)
-            function: Callable[..., Any] = own or definition
+            kernel = None if x.dtype == torch.float64 else getattr(backend(x.device), name, None)
+            function: Callable[..., Any] = kernel or definition
             return function(*args)
 
         def compute_flat(*flat: Any) -> Any:
             result = compute(*arguments.grouped(flat))
             if writes and (written_if is None or flat[arguments.names.index(written_if)]):
-                # Or autograd would not notice that a tensor it saved was overwritten.
+                # Without this, autograd would not notice that a tensor it saved was overwritten.
                 increment_version([flat[arguments.names.index(written)] for written in writes])
             return result
 
@@ -143,7 +143,7 @@ def operation(
         def call(*args: Any) -> Any:
             if len(args) < len(arguments.defaults):
                 args += arguments.defaults[len(args) :]
-            # In inference mode nobody differentiates. The dispatcher's part of a small layer's time would be a third.
+            # Inference mode needs no gradient. The dispatcher would take a third of a small layer's time.
             is_direct = is_pure and not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
             if is_direct and not _is_observed():
                 return compute(*args)
@@ -162,25 +162,25 @@ def differentiate(
     """Register the gradient of an operation.
 
     Args:
-        backward: (ctx, *gradients of the results) -> a gradient for each registered argument, or None; a list of them
-            for a list of tensors.
-        setup_context: (ctx, registered arguments, result), called forward: keeps in ctx what backward needs.
+        backward: (ctx, *gradients of the results) -> a gradient or None for each registered argument; for a list of
+            tensors, a list of them.
+        setup_context: (ctx, registered arguments, result), called in the forward pass; saves what backward needs.
     """
     name = f"lorakit::{operation.definition.__name__}"
     register_autograd(name, backward, setup_context=setup_context, lib=_library)
 
 
 class _Arguments(NamedTuple):
-    """The arguments of a definition, and how they are registered.
+    """The arguments of a definition, and the arguments they are registered as.
 
     Attributes:
-        places: of each argument, its type where that is a record, and first and last of its registered arguments.
-        defaults: of each argument; `inspect.Parameter.empty` where it has none.
-        names: of the registered arguments.
-        signature: of the registered operation.
+        spans: for each argument, its type if that is a record, and the range of its registered arguments.
+        defaults: for each argument its default, or `inspect.Parameter.empty`.
+        names: names of the registered arguments.
+        signature: signature of the registered operation.
     """
 
-    places: tuple[tuple[type[NamedTuple] | None, int, int], ...]
+    spans: tuple[tuple[type[NamedTuple] | None, int, int], ...]
     defaults: tuple[Any, ...]
     names: tuple[str, ...]
     signature: inspect.Signature
@@ -189,32 +189,32 @@ class _Arguments(NamedTuple):
     def of(definition: Callable[..., Any]) -> _Arguments:
         hints = get_type_hints(definition)
         result = hints.pop("return")
-        places: list[tuple[type[NamedTuple] | None, int, int]] = []
+        spans: list[tuple[type[NamedTuple] | None, int, int]] = []
         registered: dict[str, Any] = {}
         for name, hint in hints.items():
             first, is_record = len(registered), isinstance(hint, type) and hasattr(hint, "_fields")
             fields = {f"{name}_{field}": kind for field, kind in get_type_hints(hint).items()} if is_record else {}
             registered |= fields or {name: hint}
-            places.append((hint if is_record else None, first, len(registered)))
+            spans.append((hint if is_record else None, first, len(registered)))
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         parameters = [inspect.Parameter(name, kind, annotation=hint) for name, hint in registered.items()]
         signature = inspect.Signature(parameters, return_annotation=None if result is NoneType else result)
         defaults = tuple(parameter.default for parameter in inspect.signature(definition).parameters.values())
-        return _Arguments(tuple(places), defaults, tuple(registered), signature)
+        return _Arguments(tuple(spans), defaults, tuple(registered), signature)
 
     def flat(self, args: Sequence[Any]) -> Sequence[Any]:
-        """Return the registered arguments: records are replaced with their fields."""
+        """Return the registered arguments, each record replaced by its fields."""
         flat: list[Any] = []
-        for (record, _, _), argument in zip(self.places, args, strict=True):
+        for (record, _, _), argument in zip(self.spans, args, strict=True):
             flat += argument if record else (argument,)
         return flat
 
     def grouped(self, flat: Sequence[Any]) -> list[Any]:
-        """Return the definition's arguments: fields are put together into records."""
-        return [record._make(flat[first:last]) if record else flat[first] for record, first, last in self.places]
+        """Return the definition's arguments, with the fields of each record put together."""
+        return [record._make(flat[first:last]) if record else flat[first] for record, first, last in self.spans]
 
 
 def _is_observed() -> bool:
-    """Whether a mode, such as one that counts FLOPs or computes shapes alone, wants to see every operation."""
+    """Return whether a dispatch mode sees every operation, such as one that counts FLOPs or computes only shapes."""
     observed: int = torch._C._len_torch_dispatch_stack()
     return observed > 0

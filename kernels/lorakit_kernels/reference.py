@@ -1,4 +1,4 @@
-"""The backend in plain PyTorch, which runs anywhere: every operation is computed by its definition, in `ops`."""
+"""The backend in plain PyTorch, which runs anywhere: every operation is its definition in `ops`."""
 
 from .ops import adamw_8bit as optimizer
 from .ops import codec, dropout

@@ -19,12 +19,12 @@ from .saved_module import SavedModule
 from .trained_tokens import TiedHead, TrainedTokens
 from .variants import VARIANTS, AttachedAdapter, FrozenWeight, Variant, variants_read
 
-# Which class adapts which module: the first that fits. A new kind of layer is a file and a name here.
+# The first class that fits a module adapts it. A new kind of layer is one file and one name here.
 LAYER_KINDS: tuple[type[AdaptedLayer], ...] = (LoRALinear, LoRAEmbedding, LoRAConv)
 
 
 def adapted_kind(module: nn.Module) -> type[AdaptedLayer] | None:
-    """Return the class that adapts a module, or None: it cannot be adapted."""
+    """Return the class that adapts a module, or None if it cannot be adapted."""
     return next((kind for kind in LAYER_KINDS if kind.fits(module)), None)
 
 

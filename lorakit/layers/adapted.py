@@ -1,4 +1,4 @@
-"""What every adapted module shares: the frozen module inside it, its named adapters, and which of them are active."""
+"""The base classes of adapted modules: a frozen module, its named adapters, and which of them are active."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from .variants import VARIANTS, AttachedAdapter, Variant
 
 
 class AdapterModule(RowAware, nn.Module):
-    """A module that stands in the place of a frozen one and holds, for each adapter, what is to be trained of it.
+    """A module that replaces a frozen one and holds the parameters of each adapter.
 
-    What it holds of one adapter comes off as a record and can be attached again, to this module or to one like it.
+    `detach` returns everything that the module holds of one adapter as a record. The record can be attached again, to
+    this module or to one like it.
 
     Attributes:
-        base_layer: the module whose place it took; its bytes are never changed.
+        base_layer: the replaced module; its bytes are never changed.
         active: names of the adapters that take part in forward, in order.
     """
 
@@ -35,50 +36,50 @@ class AdapterModule(RowAware, nn.Module):
         self.active = ()
 
     def names(self) -> list[str]:
-        """The adapters that this module carries, in the order they came."""
+        """Return the names of the adapters on this module, in the order they were attached."""
         raise NotImplementedError
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
-        """What an adapter trains here: name of the table -> parameter."""
+        """Return the parameters that an adapter trains here: table name -> parameter."""
         raise NotImplementedError
 
     def held_by(self, name: str) -> list[nn.Parameter]:
-        """Return all parameters that this module holds of an adapter, whether they are trained or not."""
+        """Return all parameters that this module holds of an adapter, trained or not."""
         return list(self.parameters_of(name).values())
 
     def supports_rows(self, name: str) -> bool:
-        """Whether an adapter may be that of some rows only (`lorakit.layers.row_adapters`)."""
+        """Return whether an adapter can apply to some rows of a batch only (`lorakit.layers.row_adapters`)."""
         return False
 
     def attach(self, name: str, record: Any) -> None:
-        """Take an adapter on: a record as `detach` of such a module returns it, its very parameters."""
+        """Attach an adapter from a record that `detach` of such a module returned. Its parameters are not copied."""
         raise NotImplementedError
 
     def detach(self, name: str) -> Any:
-        """Take an adapter off; return the record of all that this module held of it."""
+        """Remove an adapter and return the record of everything that this module held of it."""
         raise NotImplementedError
 
     def forget_base(self) -> None:
-        """Drop what was computed from the base weight, as before another one takes its place."""
+        """Drop everything that was computed from the base weight, for instance before it is replaced."""
 
     def table(self, name: str) -> nn.ParameterDict:
-        """Return a table of parameters, adapter name -> parameter, such as "lora_B"; made where it is new."""
+        """Return the table of this name, such as "lora_B": adapter name -> parameter. A new table is created."""
         if name not in self._modules:
             self.add_module(name, nn.ParameterDict())
         return cast(nn.ParameterDict, self._modules[name])
 
-    def _take(self, table: str, name: str) -> nn.Parameter:
-        """Take an adapter's parameter out of a table."""
+    def _pop_parameter(self, table: str, name: str) -> nn.Parameter:
+        """Remove an adapter's parameter from a table and return it."""
         return cast(nn.Parameter, self.table(table).pop(name))
 
     def _deactivate(self, name: str) -> None:
         self.active = tuple(other for other in self.active if other != name)
 
 
-class _Held(Mapping[str, nn.Parameter]):
-    """The parameters that a module holds of one adapter, table -> parameter, read from the module's own tables.
+class _AdapterParameters(Mapping[str, nn.Parameter]):
+    """The parameters of one adapter, table -> parameter, read from the module's own tables.
 
-    PyTorch moves, shards and replaces the parameters of a module's tables; a second holder would fall behind.
+    PyTorch moves, shards and replaces the parameters of a module's tables, so a second reference would become stale.
     """
 
     def __init__(self, module: AdapterModule, name: str) -> None:
@@ -99,7 +100,7 @@ class _Held(Mapping[str, nn.Parameter]):
 
 
 class _Scalings(Mapping[str, float]):
-    """Adapter name -> scaling, of a layer's records."""
+    """Adapter name -> scaling, read from and written to a layer's records."""
 
     def __init__(self, adapters: dict[str, AttachedAdapter]) -> None:
         self._adapters = adapters
@@ -124,10 +125,10 @@ class AdapterSpec:
     Attributes:
         r: rank.
         scaling: factor on B @ A.
-        dropout_p: probability with which numbers of the adapter's input are dropped in training.
+        dropout_p: probability of dropping an element of the adapter's input in training.
         variant: how the update enters the layer.
-        bias: train a copy of the layer's bias too, where it has one.
-        neutral_start: start so that nothing changes yet. Otherwise B is random as A is, for tests of file formats.
+        bias: train a copy of the layer's bias too, if it has one.
+        neutral_start: start with an update of zero. Otherwise B is random like A, for tests of file formats.
     """
 
     r: int
@@ -141,21 +142,21 @@ class AdapterSpec:
 class AdaptedLayer(AdapterModule):
     """A frozen layer plus named low-rank updates of its weight (Hu et al. 2021, arXiv:2106.09685, eq. 3).
 
-    With the weight as a matrix W (out_features, in_features), whatever shape the layer keeps it in, an adapter is
+    Let W (out_features, in_features) be the weight as a matrix, whatever shape the layer keeps it in. An adapter is
 
         W + scaling * B @ A
 
-    and its variant (`lorakit.layers.variants`) may do more with it, as DoRA's magnitudes do. The updates of all active
-    adapters are summed. A and B are fp32 masters by default; products run in the dtype of the layer's input.
+    Its variant (`lorakit.layers.variants`) may do more, as DoRA's magnitudes do. The updates of all active adapters are
+    summed. A and B are fp32 masters by default; products run in the dtype of the layer's input.
 
     Attributes:
         adapters: adapter name -> its record.
         lora_A, lora_B: adapter name -> A (r, in_features) and B (out_features, r), as this kind of layer shapes them.
-        scaling: adapter name -> factor on B @ A, which may be written to.
-        kept_of_base: what variants have computed from the base weight, by names of theirs.
+        scaling: adapter name -> factor on B @ A; writable.
+        kept_of_base: tensors that variants have computed from the base weight, under names of their own.
     """
 
-    matrices = ("lora_A", "lora_B")  # what the tables are called in the module's state
+    matrices = ("lora_A", "lora_B")  # names of the tables of A and B in the module's state
 
     def __init__(self, base_layer: nn.Module, in_features: int, out_features: int) -> None:
         super().__init__(base_layer)
@@ -180,19 +181,19 @@ class AdaptedLayer(AdapterModule):
         """Adapter name -> factor on B @ A."""
         return _Scalings(self.adapters)
 
-    # ---- what each kind of layer says of itself ----------------------------------------------------------------------
+    # ---- defined by each kind of layer -------------------------------------------------------------------------------
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
-        """Return whether this class is the one that adapts a module."""
+        """Return whether this class adapts a module."""
         raise NotImplementedError
 
     def matrix_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of A and B at rank r."""
+        """Return the shapes of A and B at rank r."""
         return (r, self.in_features), (self.out_features, r)
 
     def base_weight(self, dtype: torch.dtype) -> Tensor:
-        """Return the base weight in the shape the layer keeps it in, dense (dequantized where it is 4-bit)."""
+        """Return the base weight in the shape the layer keeps it in, dense (dequantized if it is 4-bit)."""
         return cast(Tensor, self.base_layer.weight).detach().to(dtype)
 
     def as_matrix(self, weight: Tensor) -> Tensor:
@@ -212,11 +213,11 @@ class AdaptedLayer(AdapterModule):
         return matrix @ self.as_matrix(self.base_weight(matrix.dtype)).T
 
     def low_rank(self, lora_a: Tensor, lora_b: Tensor, x: Tensor) -> Tensor:
-        """Return what the layer would with B @ A in the place of its weight and no bias."""
+        """Return the layer's output for x, in the layer's output shape, with B @ A as its weight and no bias."""
         raise NotImplementedError
 
     def apply_matrix(self, matrix: Tensor, x: Tensor) -> Tensor:
-        """Return what the layer would with a matrix (out_features, in_features) in the place of its weight, no bias."""
+        """Return the layer's output for x with a matrix (out_features, in_features) as its weight and no bias."""
         raise NotImplementedError
 
     def along_output(self, vector: Tensor) -> Tensor:
@@ -225,12 +226,12 @@ class AdaptedLayer(AdapterModule):
 
     @property
     def device(self) -> torch.device:
-        """Where the base layer is."""
+        """The base layer's device."""
         return next(self.base_layer.parameters()).device
 
     @property
     def has_bias(self) -> bool:
-        """Whether the base layer has a place for a bias, empty or not."""
+        """Whether the base layer has a `bias` attribute, even if it is None."""
         return hasattr(self.base_layer, "bias")
 
     @property
@@ -241,10 +242,10 @@ class AdaptedLayer(AdapterModule):
     # ---- adapters ----------------------------------------------------------------------------------------------------
 
     def shapes(self, spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
-        """Return what `add` will train: name of the table -> shape."""
-        of_bias = {"trained_bias": (self.out_features,)} if spec.bias and self.base_bias is not None else {}
+        """Return the shapes of the parameters that `add` will train: table name -> shape."""
+        bias = {"trained_bias": (self.out_features,)} if spec.bias and self.base_bias is not None else {}
         matrices = dict(zip(self.matrices, self.matrix_shapes(spec.r), strict=True))
-        return matrices | spec.variant.shapes(self) | of_bias
+        return matrices | spec.variant.shapes(self) | bias
 
     def add(self, name: str, spec: AdapterSpec, dtype: torch.dtype = torch.float32) -> None:
         """Attach a new adapter.
@@ -253,7 +254,7 @@ class AdaptedLayer(AdapterModule):
         `lorakit.adapters.starts` has other starts.
 
         Args:
-            dtype: of its parameters.
+            dtype: dtype of its parameters.
         """
         lora_a, lora_b = (torch.zeros(shape, device=self.device) for shape in self.matrix_shapes(spec.r))
         self._draw(lora_a, lora_b, spec.neutral_start)
@@ -264,7 +265,7 @@ class AdaptedLayer(AdapterModule):
             self.table("trained_bias")[name] = nn.Parameter(self.base_bias.detach().to(dtype, copy=True))
 
     def restart(self, name: str) -> None:
-        """Give the variant's parameters their first values, for the A and B that there are now."""
+        """Give the variant's parameters their initial values for the current A and B."""
         adapter = self.adapters[name]
         for table, value in adapter.variant.start(self, adapter).items():
             self.table(table)[name] = nn.Parameter(value, requires_grad=table in adapter.variant.trained)
@@ -277,12 +278,12 @@ class AdaptedLayer(AdapterModule):
     def attach(self, name: str, record: AttachedAdapter) -> None:
         for table, parameter in record.parameters.items():
             self.table(table)[name] = parameter
-        record.parameters = _Held(self, name)
+        record.parameters = _AdapterParameters(self, name)
         self.adapters[name] = record
 
     def detach(self, name: str) -> AttachedAdapter:
         record = self.adapters.pop(name)
-        record.parameters = {table: self._take(table, name) for table in list(record.parameters)}
+        record.parameters = {table: self._pop_parameter(table, name) for table in list(record.parameters)}
         record.kept_gain = None
         for table in record.parameters:
             if table not in self.matrices and not len(self.table(table)):
@@ -307,13 +308,13 @@ class AdaptedLayer(AdapterModule):
     def held_by(self, name: str) -> list[nn.Parameter]:
         return list(self.adapters[name].parameters.values())
 
-    # ---- what an adapter means ---------------------------------------------------------------------------------------
+    # ---- the change that an adapter makes ----------------------------------------------------------------------------
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return the low-rank update as (up, down), the scaling in `up`: (out_features, k) and (k, in_features).
+        """Return the low-rank update as (up, down), (out_features, k) and (k, in_features), with the scaling in `up`.
 
-        It is all of the change where the variant `is_low_rank`. k is r, or more where the adapter started elsewhere
-        than at the base.
+        If the variant `is_low_rank`, this is the whole change. k is r, or more if the adapter did not start at the
+        base.
         """
         return self.adapters[name].variant.factors(self.adapters[name])
 
@@ -321,26 +322,26 @@ class AdaptedLayer(AdapterModule):
         """Return the factor on each row of the adapted weight, (out_features,), or None for 1.
 
         Args:
-            dtype: of the layer's products.
+            dtype: dtype of the layer's products.
         """
         adapter = self.adapters[name]
         return adapter.variant.gain(self, adapter, dtype)
 
     def delta_weight(self, name: str) -> Tensor:
-        """Return the change of the base weight that an adapter means, dense, in the base weight's shape."""
+        """Return an adapter's change of the base weight, dense, in the base weight's shape."""
         return self.as_weight(self.adapters[name].variant.delta(self, self.adapters[name]))
 
     def delta_bias(self, name: str) -> Tensor | None:
-        """Return the change of the bias that an adapter means, (out_features,), or None."""
+        """Return an adapter's change of the bias, (out_features,), or None."""
         adapter = self.adapters[name]
         change = adapter.offset
         if "trained_bias" in adapter.parameters:
-            own = adapter.parameters["trained_bias"] - cast(Tensor, self.base_bias)
-            change = own if change is None else change + own
+            trained = adapter.parameters["trained_bias"] - cast(Tensor, self.base_bias)
+            change = trained if change is None else change + trained
         return change
 
     def has_offset(self, name: str) -> bool:
-        """Whether an adapter changes the bias."""
+        """Return whether an adapter changes the bias."""
         adapter = self.adapters[name]
         return adapter.variant.has_offset or "trained_bias" in adapter.parameters
 
@@ -348,20 +349,20 @@ class AdaptedLayer(AdapterModule):
         return True
 
     def drop_rate(self, name: str) -> float:
-        """Return the probability with which numbers of an adapter's input are dropped now: 0 but in training."""
+        """Return the current probability of dropping an element of an adapter's input: 0 outside training."""
         return self.adapters[name].dropout_p if self.training else 0.0
 
-    # ---- forward, written out: what a fused function of a layer has to equal -----------------------------------------
+    # ---- forward, written out; a layer's fused function must equal it ------------------------------------------------
 
     def with_updates(self, y: Tensor, x: Tensor) -> Tensor:
-        """Return y = base_layer(x) with the updates of the active adapters added."""
+        """Return y = base_layer(x), of any shape, with the updates of the active adapters added."""
         result = y
         for name in self.active:
             adapter, rate = self.adapters[name], self.drop_rate(name)
             dropped = dropout(x, rate) if rate else x
             update = adapter.variant.update(self, adapter, dropped).to(y.dtype)
             gain = self.gain(name, x.dtype)
-            if gain is not None:  # and here dropout is on the whole product, not on the update alone
+            if gain is not None:  # with a gain, dropout applies to the whole product, not to the update alone
                 product = self.base_layer(dropped) if rate else y
                 if self.base_bias is not None:
                     product = product - self.along_output(self.base_bias).to(y.dtype)
@@ -375,5 +376,5 @@ class AdaptedLayer(AdapterModule):
     def extra_repr(self) -> str:
         """Show the adapters when the layer is printed."""
         records = self.adapters.items()
-        ranks = ", ".join(f"{name}: r={len(one.lora_A)}, scaling={one.scaling:g}" for name, one in records)
+        ranks = ", ".join(f"{name}: r={len(record.lora_A)}, scaling={record.scaling:g}" for name, record in records)
         return f"{{{ranks}}}, active={list(self.active)}"

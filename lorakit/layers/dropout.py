@@ -1,4 +1,4 @@
-"""Dropout of an adapter's input, of which only a seed is kept for the backward pass."""
+"""Dropout of an adapter's input. The backward pass needs only the seed."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from torch import Tensor
 
 
 def draw_seed() -> Tensor:
-    """Return a seed () int64 for `lorakit_kernels.drop`, from PyTorch's generator of the CPU, whatever the device."""
-    return torch.randint(2**63 - 1, (), device="cpu")  # where a default device is set, too
+    """Return a seed, () int64, for `lorakit_kernels.drop`, from PyTorch's CPU generator, whatever the device."""
+    return torch.randint(2**63 - 1, (), device="cpu")  # overrides a default device
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """Return x / (1 − p) with each element zero with probability p (Srivastava et al. 2014), of x's shape and dtype."""
+    """Return x / (1 − p) with each element set to zero with probability p, of x's shape and dtype.
+
+    See Srivastava et al. 2014.
+    """
     return drop(x, draw_seed(), p) / (1 - p)

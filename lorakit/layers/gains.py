@@ -1,6 +1,6 @@
-"""The gain g on each row of an adapted weight, as DoRA has one: y = g∘(z + u) + b, z = x Wᵀ and u the adapter's update.
+"""The gain g on each row of an adapted weight, as in DoRA: y = g∘(z + u) + b, with z = x Wᵀ and the update u.
 
-A layer has z already, so that an adapter adds g∘(z + u) - z = (g - 1)∘z + g∘u to it.
+A layer has z already, so an adapter adds g∘(z + u) - z = (g - 1)∘z + g∘u to it.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from torch import Tensor
 
 
 def gain_minus_one(gain: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return g - 1 in `dtype`, of g's shape. A short dtype keeps digits of it that it drops from g: bf16 has 1 and then
-    1.0078."""
+    """Return g - 1 in `dtype`, of g's shape.
+
+    A short dtype keeps digits of g - 1 that it would drop from g: in bf16, the number after 1 is 1.0078.
+    """
     return (gain - 1).to(dtype)
 
 

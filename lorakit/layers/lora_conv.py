@@ -1,4 +1,4 @@
-"""`LoRAConv`: a frozen convolution plus low-rank updates, A a convolution to r channels and B one of a single point."""
+"""`LoRAConv`: a frozen convolution plus low-rank updates. A is a convolution to r channels, B a pointwise one."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class LoRAConv(AdaptedLayer):
 
         y = base(x) + scaling * B * (A * x),   * the convolutions
 
-    A has the base's kernel, stride, padding and dilation, B a kernel of one point, so that the update of the kernel as
-    a matrix (out_channels, in_channels * points) is scaling * B @ A. Convolutions in groups are not adapted: their
-    kernel is block-diagonal and the update would not be.
+    A has the base's kernel size, stride, padding and dilation; B has a kernel of one point. As a matrix (out_channels,
+    in_channels * points), the update of the kernel is therefore scaling * B @ A. Grouped convolutions are not adapted:
+    their kernel is block-diagonal and the update would not be.
 
     Shapes:
-        as the base; lora_A[name] (r, in_channels, *kernel_size); lora_B[name] (out_channels, r, 1, ...)
+        x and y as for the base; lora_A[name] (r, in_channels, *kernel_size); lora_B[name] (out_channels, r, 1, ...)
     """
 
     def __init__(self, base_layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:

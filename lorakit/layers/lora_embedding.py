@@ -1,4 +1,4 @@
-"""`LoRAEmbedding`: a frozen embedding table plus low-rank updates, of which only the rows looked up are computed."""
+"""`LoRAEmbedding`: a frozen embedding table plus low-rank updates, computed only for the rows that are looked up."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class LoRAEmbedding(AdaptedLayer):
 
         y = base(ids) + scaling * lora_A.T[ids] @ lora_B.T
 
-    As a matrix the table is (embedding_dim, num_embeddings), applied to one-hot vectors. A is zero at the start and B
-    normal, as in the paper's code. There is no dropout: ids have nothing to drop.
+    As a matrix, the table is (embedding_dim, num_embeddings), applied to one-hot vectors. At the start A is zero and B
+    normal, as in the paper's code. There is no dropout, since ids cannot be dropped.
 
     Shapes:
         ids (...) int64 -> y (..., embedding_dim); lora_A[name] (r, num_embeddings); lora_B[name] (embedding_dim, r)
@@ -42,7 +42,7 @@ class LoRAEmbedding(AdaptedLayer):
 
     def base_rows(self, rows: slice) -> Tensor:
         if isinstance(self.base_layer, Embedding4bit):
-            return self.as_matrix(self.base_weight(torch.float32))[rows]  # its rows are our columns
+            return self.as_matrix(self.base_weight(torch.float32))[rows]  # the table's rows are the matrix's columns
         return super().base_rows(rows)
 
     def as_matrix(self, weight: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class LoRAEmbedding(AdaptedLayer):
         return getattr(self.base_layer, "padding_idx", None)
 
     def _scaled(self, update: Tensor) -> Tensor:
-        scale = getattr(self.base_layer, "embed_scale", None)  # Gemma multiplies what it looks up
+        scale = getattr(self.base_layer, "embed_scale", None)  # Gemma scales the looked-up rows
         return update if scale is None else update * cast(Tensor, scale).to(update.dtype)
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""`LoRALinear`: a frozen linear layer plus trainable low-rank updates, forward and backward written out."""
+"""`LoRALinear`: a frozen linear layer plus trainable low-rank updates, with forward and backward written out."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .frozen.linear4bit import Linear4bit, add_frozen_linear_dx, frozen_linear, 
 from .gains import gain_minus_one
 from .row_products import forward_by_rows, linear_with_rows
 
-_ROWS = 64  # of (rows, columns) that are cast up at a time, so that they stay in the cache
-_LEADING = 5  # arguments of the function before the matrices
+_ROWS = 64  # rows that are cast up at a time, so that they stay in the cache
+_LEADING = 5  # number of arguments of the function before its tensors
 
 
 class LoRALinear(AdaptedLayer):
@@ -27,9 +27,9 @@ class LoRALinear(AdaptedLayer):
 
         y = base(x) + scaling * (x @ lora_A.T) @ lora_B.T
 
-    Several named adapters can be attached; the updates of the active ones are summed. With DoRA the layer is
-    y = gain * (x @ W.T + scaling * (x @ lora_A.T) @ lora_B.T) + bias. The base may be an nn.Linear, a Linear4bit or
-    GPT-2's Conv1D, whose weight is W.T.
+    Several named adapters can be attached, and the updates of the active ones are summed. With DoRA the layer is
+    y = gain * (x @ W.T + scaling * (x @ lora_A.T) @ lora_B.T) + bias. The base is an nn.Linear, a Linear4bit or GPT-2's
+    Conv1D, whose weight is W.T.
 
     Shapes:
         x (..., in_features) -> y (..., out_features); lora_A[name] (r, in_features); lora_B[name] (out_features, r)
@@ -50,7 +50,8 @@ class LoRALinear(AdaptedLayer):
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
-        is_read_by_others = isinstance(module, NonDynamicallyQuantizableLinear)  # by nn.MultiheadAttention, uncalled
+        # nn.MultiheadAttention reads the weight of its projection and never calls the module.
+        is_read_by_others = isinstance(module, NonDynamicallyQuantizableLinear)
         return (isinstance(module, nn.Linear | Linear4bit) or is_conv1d(module)) and not is_read_by_others
 
     def base_weight(self, dtype: torch.dtype) -> Tensor:
@@ -89,40 +90,51 @@ class LoRALinear(AdaptedLayer):
         return self.with_updates(self.base_layer(x), x)
 
     def can_batch_rows(self) -> bool:
-        """Return whether the rows' adapters are products that can be batched: each a low-rank update and a gain."""
+        """Return whether the rows' adapters can be batched: each is a low-rank update, perhaps with a gain."""
         if self.rows is None:
             return False
         names = [name for name in self.rows.adapters if name in self.adapters]
         return all(self.adapters[name].variant.is_factored and not self.has_offset(name) for name in names)
 
     def can_fuse(self, x: Tensor) -> bool:
-        """Return whether one function computes base and adapter: one active adapter, and nothing that forbids it."""
+        """Return whether one function can compute base and adapter for x (..., in_features).
+
+        There must be one active adapter, and nothing that the fused function does not compute.
+        """
         if self.rows is not None or len(self.active) != 1 or x.shape[-1] != self.in_features:
             return False
         variant = self.adapters[self.active[0]].variant
         if not variant.is_fused or "trained_bias" in self._modules:
             return False
-        if torch.is_autocast_enabled(x.device.type):  # which picks the dtype of each product by itself
+        if torch.is_autocast_enabled(x.device.type):  # autocast picks the dtype of each product
             return False
         if getattr(self.base_layer, "compute_dtype", None) not in (None, x.dtype):
             return False
-        own = self.base_layer._parameters.values()  # .parameters() would take 20 µs, a fifth of a small layer's time
-        if any(parameter is not None and parameter.requires_grad for parameter in own):
+        parameters = self.base_layer._parameters.values()  # .parameters() takes 20 µs, a fifth of a small layer's time
+        if any(parameter is not None and parameter.requires_grad for parameter in parameters):
             return False
-        # A gain is on the product of what is dropped out, too: another product of the whole weight.
+        # With dropout, the gain also scales the base's product with the dropped x: another product of the whole weight.
         return not (variant.has_gain and self.drop_rate(self.active[0]))
 
 
-# How to compute x again, in the backward pass, from tensors that something else keeps anyway: function(*tensors).
+# How the backward pass recomputes x, as function(*tensors), from tensors that are kept anyway.
 Recompute = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
 
 
 def linear_together(x: Tensor, *layers: nn.Module, recompute: Recompute | None = None) -> tuple[Tensor, ...]:
-    """Apply several linear layers to one x, as q, k and v or gate and up: the same as calling each.
+    """Apply several linear layers to one x, such as q, k and v or gate and up. The results are as from calling each.
 
-    Where all are LoRA layers, their adapters' products with x, and with its gradient, are one product each. With
-    `recompute` they do not keep x for the backward pass but compute it anew, which is cheap for what a norm or an
-    activation gave. Dropout drops the same numbers of x for all of them.
+    If all are LoRA layers, their adapters share one product with x and one with its gradient. Dropout then drops the
+    same elements of x for all of them.
+
+    Args:
+        x: (..., in_features).
+        layers: the linear layers.
+        recompute: compute x again in the backward pass instead of keeping it, which is cheap after a norm or an
+            activation.
+
+    Returns:
+        (..., out_features) for each layer.
     """
     adapted = [layer for layer in layers if isinstance(layer, LoRALinear) and not _has_hooks(layer)]
     if len(adapted) == len(layers) and all(layer.can_fuse(x) for layer in adapted) and _drop_alike(adapted):
@@ -155,12 +167,12 @@ def _arguments(x: Tensor, layers: Sequence[LoRALinear], recompute: Recompute | N
     lora_a = (adapter.lora_A for adapter in adapters)
     lora_b = (adapter.lora_B for adapter in adapters)
     function, sources = recompute or (None, ())
-    present = (gain for gain in gains if gain is not None)
-    return x, frozen, function, rate, draw_seed() if rate else None, *lora_a, *lora_b, *present, *sources
+    given_gains = (gain for gain in gains if gain is not None)
+    return x, frozen, function, rate, draw_seed() if rate else None, *lora_a, *lora_b, *given_gains, *sources
 
 
 class _FrozenLayer(NamedTuple):
-    """What a layer brings to the function that is no tensor with a gradient."""
+    """A layer's arguments of the function, apart from tensors with a gradient."""
 
     base: nn.Linear | Linear4bit
     scaling: float
@@ -168,11 +180,11 @@ class _FrozenLayer(NamedTuple):
 
 
 class _LoRALinearFunction(torch.autograd.Function):
-    """Layers that read the same x, with their gradients by hand; each W is frozen, so dW is never formed.
+    """Layers that read the same x, with their gradients by hand. Each W is frozen, so dW is never formed.
 
-        u = m∘x Aᵀ               (tokens, r), saved; the A of all layers stacked
+        u = m∘x Aᵀ               (tokens, r), saved; the A of all layers are stacked
         z = x Wᵀ + s·u Bᵀ        for each layer, with its own part of u
-        y = g∘z + b              g (out,) is 1, or the gain of the variant, as DoRA's
+        y = g∘z + b              g (out,) is 1, or the variant's gain, such as DoRA's
 
         dg = Σ dy∘z, dz = g∘dy   over the tokens
         t  = s·dz B              (tokens, r), for each layer, then stacked
@@ -180,10 +192,12 @@ class _LoRALinearFunction(torch.autograd.Function):
         dA = tᵀ (m∘x)
         dB = s·dzᵀ u             for each layer
 
-    That is 4·tokens·r·(in + out) FLOPs for an adapter's backward. x is saved once, as it came, or not at all: where A
-    is frozen (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303), it is not needed. z is y / g where there is no bias: y
-    costs nothing to save where the next operation saves it too, as SwiGLU does. m is 1, or with dropout 0 for what is
-    dropped, drawn from a seed whenever it is needed; s then has the factor 1 / (1 − p), which so rounds no x.
+    An adapter's backward pass thus takes 4·tokens·r·(in + out) FLOPs.
+
+    x is saved once, in its own dtype. It is not saved if A is frozen (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303).
+    Without a bias, z is computed as y / g: saving y costs nothing if the next operation saves it too, as SwiGLU does.
+    m is 1 without dropout. With dropout it is 0 for dropped elements, drawn from a seed whenever it is needed. s then
+    contains the factor 1 / (1 − p), so that no x is rounded for it.
     """
 
     @staticmethod
@@ -197,23 +211,23 @@ class _LoRALinearFunction(torch.autograd.Function):
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         lora_a, lora_b, gains, sources = _split_by_kind(frozen, tensors)
-        of_a, _, of_gain, _ = _split_by_kind(frozen, ctx.needs_input_grad[_LEADING:])
+        train_a, _, train_gain, _ = _split_by_kind(frozen, ctx.needs_input_grad[_LEADING:])
         flat = x.reshape(-1, x.shape[-1])
         u = (flat if seed is None else drop(flat, seed, rate)) @ _stacked(lora_a, x.dtype).T
-        parts = u.split([len(a) for a in lora_a], dim=1)
+        us = u.split([len(a) for a in lora_a], dim=1)
         results, products = [], []
-        for (base, scaling, _), b, part, gain, is_trained in zip(frozen, lora_b, parts, gains, of_gain, strict=True):
+        for (base, scaling, _), b, own_u, gain, is_trained in zip(frozen, lora_b, us, gains, train_gain, strict=True):
             bias = None if base.bias is None else base.bias.to(x.dtype)
-            y = frozen_linear(base, flat, bias if gain is None else None, (part, b.to(x.dtype)), scaling)
+            y = frozen_linear(base, flat, bias if gain is None else None, (own_u, b.to(x.dtype)), scaling)
             if gain is not None:
                 z = y.clone() if bias is not None and is_trained else y
                 y.addcmul_(y, gain_minus_one(gain, y.dtype))
                 y = y if bias is None else y.add_(bias)
                 products.append(y if bias is None else z)
             results.append(y.view(*x.shape[:-1], y.shape[-1]))
-        own = tensors[: len(tensors) - len(sources)]
-        kept = () if not any(of_a) else sources if recompute else (x,)  # dA is made of it, where A is trained
-        ctx.save_for_backward(seed, u, *own, *products, *kept)
+        parameters = tensors[: len(tensors) - len(sources)]
+        kept = () if not any(train_a) else sources if recompute else (x,)  # for dA
+        ctx.save_for_backward(seed, u, *parameters, *products, *kept)
         ctx.frozen, ctx.recompute, ctx.rate, ctx.shape, ctx.sources = frozen, recompute, rate, x.shape, len(sources)
         return tuple(results)
 
@@ -223,15 +237,15 @@ class _LoRALinearFunction(torch.autograd.Function):
         frozen: tuple[_FrozenLayer, ...] = ctx.frozen
         lora_a, lora_b, gains, rest = _split_by_kind(frozen, tensors)
         count, dtype = len(grads), u.dtype
-        gained = sum(layer.has_gain for layer in frozen)
-        products, sources = iter(rest[:gained]), rest[gained:]
-        of_a, of_b, of_gain, _ = _split_by_kind(frozen, ctx.needs_input_grad[_LEADING:])
+        gain_count = sum(layer.has_gain for layer in frozen)
+        products, sources = iter(rest[:gain_count]), rest[gain_count:]
+        train_a, train_b, train_gain, _ = _split_by_kind(frozen, ctx.needs_input_grad[_LEADING:])
         dzs, dgains = [], []
-        for grad, (base, _, _), gain, is_needed in zip(grads, frozen, gains, of_gain, strict=True):
+        for grad, (base, _, _), gain, is_trained in zip(grads, frozen, gains, train_gain, strict=True):
             dz = grad.reshape(-1, grad.shape[-1])
             if gain is not None:
                 product = next(products)
-                if is_needed:
+                if is_trained:
                     dgain = _summed_product(dz, product)
                     dgains.append(dgain if base.bias is not None else (dgain / gain).nan_to_num_(0.0, 0.0, 0.0))
                 else:
@@ -251,35 +265,35 @@ class _LoRALinearFunction(torch.autograd.Function):
                 add_frozen_linear_dx(dx, layer.base, dz)
             dx = dx.view(ctx.shape)
         ranks = [len(a) for a in lora_a]
-        if any(of_a):
+        if any(train_a):
             x = ctx.recompute(*sources) if ctx.recompute else sources[0]
             x = x.reshape(-1, x.shape[-1])
-            parts = (t.T @ (x if seed is None else drop(x, seed, ctx.rate))).split(ranks)
-            da = [part.to(a.dtype) for part, a in zip(parts, lora_a, strict=True)]
-        if any(of_b):
+            stacked_da = t.T @ (x if seed is None else drop(x, seed, ctx.rate))
+            da = [own_da.to(a.dtype) for own_da, a in zip(stacked_da.split(ranks), lora_a, strict=True)]
+        if any(train_b):
             layers = zip(frozen, dzs, u.split(ranks, dim=1), lora_b, strict=True)
-            db = [(f.scaling * (dz.T @ part)).to(b.dtype) for f, dz, part, b in layers]
+            db = [(f.scaling * (dz.T @ own_u)).to(b.dtype) for f, dz, own_u, b in layers]
         return dx, *(None for _ in range(_LEADING - 1)), *da, *db, *dgains, *(None for _ in range(ctx.sources))
 
 
 def _split_by_kind(frozen: Sequence[_FrozenLayer], values: Sequence[Any]) -> tuple[Any, Any, list[Any], Any]:
-    """Split values in the order of the function's tensors: each A, each B, each gain (None: it has none), others."""
-    count, gained = len(frozen), sum(layer.has_gain for layer in frozen)
-    present = iter(values[2 * count : 2 * count + gained])
-    gains = [next(present) if layer.has_gain else None for layer in frozen]
-    return values[:count], values[count : 2 * count], gains, values[2 * count + gained :]
+    """Split values in the order of the function's tensors: each A, each B, each gain (None without one), the rest."""
+    count, gain_count = len(frozen), sum(layer.has_gain for layer in frozen)
+    given_gains = iter(values[2 * count : 2 * count + gain_count])
+    gains = [next(given_gains) if layer.has_gain else None for layer in frozen]
+    return values[:count], values[count : 2 * count], gains, values[2 * count + gain_count :]
 
 
 def _summed_product(a: Tensor, b: Tensor) -> Tensor:
-    """Return the sum of a∘b over the rows, (columns,), in fp32 or better, with few rows at a time in that dtype."""
+    """Return the sum of a∘b over the rows, (columns,), in fp32 or better. Only a few rows are cast up at a time."""
     dtype = torch.promote_types(a.dtype, torch.float32)
     total = a.new_zeros(a.shape[1], dtype=dtype)
-    for some, others in zip(a.split(_ROWS), b.reshape(a.shape).split(_ROWS), strict=True):
-        total += (some.to(dtype) * others.to(dtype)).sum(0)
+    for a_rows, b_rows in zip(a.split(_ROWS), b.reshape(a.shape).split(_ROWS), strict=True):
+        total += (a_rows.to(dtype) * b_rows.to(dtype)).sum(0)
     return total
 
 
 def _stacked(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Return matrices of one width on top of each other, in `dtype`."""
+    """Return matrices of one width stacked along the first dimension, in `dtype`."""
     cast = [matrix.to(dtype) for matrix in matrices]
     return cast[0] if len(cast) == 1 else torch.cat(cast)

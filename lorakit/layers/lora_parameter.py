@@ -12,15 +12,15 @@ from .adapted import AdaptedLayer
 
 
 class LoRAParameter(AdaptedLayer):
-    """A frozen module of which one parameter gets a low-rank update, each expert its own.
+    """A frozen module with a low-rank update of one parameter; each expert has its own update.
 
-    The module reads the parameter as it likes; within forward it finds W + update there. Several parameters of one
-    module are several of these, one around the other. The layout is PEFT's `target_parameters`:
+    The module may read the parameter as it likes: within forward it finds W + update there. To adapt several parameters
+    of one module, wrap it several times. The layout is that of PEFT's `target_parameters`:
 
         update of expert e = scaling * B[:, :, e] @ A[e],   A (experts, r, in), B (out, r, experts)
 
     Shapes:
-        the parameter (experts, out, in), or (experts, in, out) where the module says `is_transposed`, or (out, in);
+        the parameter (experts, out, in), or (experts, in, out) if the module sets `is_transposed`, or (out, in);
         lora_A[name] (experts * r, in); lora_B[name] (out, r * experts)
 
     Raises:
@@ -42,7 +42,7 @@ class LoRAParameter(AdaptedLayer):
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
-        return False  # it is chosen by a parameter's name, never by the module's type
+        return False  # chosen by a parameter's name, never by the module's type
 
     @property
     def weight(self) -> Tensor:
@@ -63,7 +63,7 @@ class LoRAParameter(AdaptedLayer):
         return self.as_matrix(matrix)
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return (up, down) with the scaling in `up`: (experts, out, r) and (experts, r, in), or of two dimensions."""
+        """Return (up, down), (experts, out, r) and (experts, r, in) or without experts, with the scaling in `up`."""
         up, down = super().factors(name)
         if self.experts is None:
             return up, down
@@ -75,7 +75,7 @@ class LoRAParameter(AdaptedLayer):
         return self.as_weight(up @ down)
 
     def supports_rows(self, name: str) -> bool:
-        return False  # a router scatters the tokens, and only the module knows which are whose
+        return False  # a router scatters the tokens, and only the module knows which row each belongs to
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.active:

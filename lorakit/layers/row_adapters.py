@@ -1,4 +1,4 @@
-"""Which adapter each row of a batch uses, and the tokens of the batch brought together by adapter."""
+"""Which adapter each row of a batch uses, and the batch's tokens grouped by adapter."""
 
 from __future__ import annotations
 
@@ -13,30 +13,34 @@ from torch import Tensor
 
 from ..errors import ShapeError
 
-BASE = "__base__"  # the name of no adapter: the base model alone computes such a row
+BASE = "__base__"  # names no adapter: the base model alone computes such a row
 
-# What one more block costs, as tokens that cost the same: the start of a product, and its own copy of A and B.
+# The cost of one more block, in tokens that cost the same: starting a product, and a copy of A and B.
 _BLOCK_COST = 16
-_KEPT_GROUPS = 64  # batch shapes whose grouping is remembered
+_KEPT_GROUPS = 64  # number of batch shapes whose grouping is cached
 
 
 class RowAware:
-    """What `use_rows` tells which adapter each row uses: adapted layers, and models that flatten their batches."""
+    """Base class of modules that need to know each row's adapter: adapted layers, and models that flatten batches.
+
+    Attributes:
+        rows: the adapter of each row, set by `use_rows`.
+    """
 
     rows: RowAdapters | None = None
 
 
 class Groups(NamedTuple):
-    """The adapted tokens of a batch, brought together by adapter and cut into blocks of one length.
+    """The adapted tokens of a batch, grouped by adapter and cut into blocks of one length.
 
     Attributes:
-        adapters: those in use.
-        blocks: (blocks,) int64, the adapter of each block, as its place in `adapters`; None: one block each, in order.
-        counts: blocks of each adapter; those of one adapter lie side by side.
-        source: (blocks * length,) int64, the token in each place of the blocks; a place to spare repeats a token of the
-            same adapter. None: the blocks, end to end, are the batch.
-        tokens, places: (adapted tokens,) int64, where each token of the batch is among the blocks; places is None where
-            none is to spare.
+        adapters: names of the adapters in use.
+        blocks: (blocks,) int64, the adapter of each block as an index into `adapters`; None: one block each, in order.
+        counts: number of blocks of each adapter; the blocks of one adapter are adjacent.
+        source: (blocks * length,) int64, the token at each position of the blocks; padding repeats a token of the same
+            adapter. None: the blocks, end to end, are the batch.
+        tokens, places: (adapted tokens,) int64, the indices of the adapted tokens in the batch and their positions in
+            the blocks; places is None if there is no padding.
     """
 
     adapters: tuple[str, ...]
@@ -52,11 +56,11 @@ class Groups(NamedTuple):
         return sum(self.counts)
 
     def gather(self, x: Tensor) -> Tensor:
-        """(tokens of the batch, features) -> (blocks, length, features)."""
+        """Return x, (tokens of the batch, features), as blocks (blocks, length, features)."""
         return (x if self.source is None else x[self.source]).view(self.number, -1, x.shape[-1])
 
     def of_block(self, stack: Tensor) -> Tensor:
-        """(adapters, ...) -> (blocks, ...)."""
+        """Return each block's entry of a stack: (adapters, ...) -> (blocks, ...)."""
         return stack if self.blocks is None else stack[self.blocks]
 
     def add(self, y: Tensor, update: Tensor) -> Tensor:
@@ -71,11 +75,11 @@ class RowAdapters:
     """Which adapter each row of a batch uses; the adapted layers of a model share one such object.
 
     Args:
-        names: for each row an adapter, or "__base__".
-        lengths: tokens of each row, for batches that lay their rows end to end; None: the first dimension is the rows.
+        names: the adapter of each row, or "__base__".
+        lengths: tokens of each row, for batches with rows end to end; None: the first dimension is the rows.
 
     Attributes:
-        kept: what the products of these rows keep from one forward pass without gradient to the next, by their keys.
+        kept: a cache for the products of these rows, kept between forward passes without gradient.
     """
 
     def __init__(self, names: Sequence[str], lengths: Sequence[int] | None = None) -> None:
@@ -87,13 +91,13 @@ class RowAdapters:
 
     @contextlib.contextmanager
     def laid_out(self, lengths: Sequence[int] | None) -> Iterator[None]:
-        """Within the context a batch lays its rows end to end, each with so many tokens.
+        """Within the context, a batch has its rows end to end, with these lengths in tokens.
 
         Raises:
-            ShapeError: there is not one length for each row.
+            ShapeError: the number of lengths is not the number of rows.
         """
         if lengths is not None and len(lengths) != len(self.names):
-            raise ShapeError(f"the batch has {len(lengths)} rows, but an adapter was named for {len(self.names)}")
+            raise ShapeError(f"the batch has {len(lengths)} rows, but adapters were named for {len(self.names)}")
         before, self.lengths = self.lengths, None if lengths is None else tuple(lengths)
         try:
             yield
@@ -102,7 +106,7 @@ class RowAdapters:
 
     @contextlib.contextmanager
     def selected(self, rows: Sequence[int]) -> Iterator[None]:
-        """Within the context a batch has only these of the rows, in this order."""
+        """Within the context, a batch has only these rows, in this order."""
         before, self.names = self.names, tuple(self.names[row] for row in rows)
         try:
             yield
@@ -110,10 +114,15 @@ class RowAdapters:
             self.names = before
 
     def groups(self, shape: Sequence[int], carried: Collection[str], device: torch.device) -> Groups | None:
-        """Return the grouping of x's leading dimensions for the adapters that a layer carries; None: no row uses one.
+        """Return the groups of a batch's tokens, or None if no row uses an adapter of the layer.
+
+        Args:
+            shape: leading dimensions of x.
+            carried: names of the adapters on the layer.
+            device: the device of the groups' tensors.
 
         Raises:
-            ShapeError: the rows cannot be told apart in a batch of this shape.
+            ShapeError: a batch of this shape does not fit the rows.
         """
         adapters = tuple(name for name in self.adapters if name in carried)
         lengths = self.lengths_in(shape)
@@ -125,16 +134,20 @@ class RowAdapters:
         return self._groups[key]
 
     def lengths_in(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Return the tokens of each row in a batch of these leading dimensions; ShapeError where it is not clear."""
+        """Return the number of tokens of each row in a batch with these leading dimensions.
+
+        Raises:
+            ShapeError: the leading dimensions do not fit the rows.
+        """
         tokens = math.prod(shape)
         if self.lengths is not None:
             if sum(self.lengths) != tokens:
-                raise ShapeError(f"rows of {list(self.lengths)[:8]} tokens, end to end, do not make {tuple(shape)}")
+                raise ShapeError(f"rows of {list(self.lengths)[:8]} tokens, end to end, do not fill {tuple(shape)}")
             return self.lengths
         if not shape or shape[0] != len(self.names):
             raise ShapeError(
-                f"an adapter was named for each of {len(self.names)} rows, but a layer got x with leading dimensions "
-                f"{tuple(shape)}; expected the rows as the first, or the lengths of rows laid end to end"
+                f"adapters were named for {len(self.names)} rows, but a layer got x with leading dimensions "
+                f"{tuple(shape)}; expected the rows as the first dimension, or the lengths of rows laid end to end"
             )
         return (tokens // len(self.names),) * len(self.names)
 
@@ -142,35 +155,35 @@ class RowAdapters:
 def _grouped(
     names: Sequence[str], lengths: Sequence[int], adapters: Sequence[str], device: torch.device
 ) -> Groups | None:
-    """Group the tokens of rows laid end to end; None where no row uses one of these adapters."""
+    """Group the tokens of rows laid end to end; None if no row uses one of these adapters."""
     starts = [0, *itertools.accumulate(lengths)]
-    found: dict[str, list[int]] = {}
+    members: dict[str, list[int]] = {}  # adapter -> its tokens
     for name, start, length in zip(names, starts, lengths, strict=False):
         if name in adapters and length:
-            found.setdefault(name, []).extend(range(start, start + length))
-    if not found:
+            members.setdefault(name, []).extend(range(start, start + length))
+    if not members:
         return None
-    length = _block_length([len(tokens) for tokens in found.values()])
+    length = _block_length([len(tokens) for tokens in members.values()])
     blocks: list[int] = []
     source: list[int] = []
     places: list[int] = []
-    for place, tokens in enumerate(found.values()):
-        spare = -len(tokens) % length
+    for index, tokens in enumerate(members.values()):
+        padding = -len(tokens) % length
         places += range(len(source), len(source) + len(tokens))
-        source += tokens + tokens[:1] * spare
-        blocks += [place] * ((len(tokens) + spare) // length)
-    tokens = list(itertools.chain.from_iterable(found.values()))
-    is_whole = source == list(range(starts[-1]))
+        source += tokens + tokens[:1] * padding
+        blocks += [index] * ((len(tokens) + padding) // length)
+    tokens = list(itertools.chain.from_iterable(members.values()))
+    is_batch = source == list(range(starts[-1]))
     return Groups(
-        tuple(found),
-        None if blocks == list(range(len(found))) else torch.tensor(blocks, device=device),
-        tuple(blocks.count(place) for place in range(len(found))),
-        None if is_whole else torch.tensor(source, device=device),
+        tuple(members),
+        None if blocks == list(range(len(members))) else torch.tensor(blocks, device=device),
+        tuple(blocks.count(index) for index in range(len(members))),
+        None if is_batch else torch.tensor(source, device=device),
         torch.tensor(tokens, device=device),
         None if len(source) == len(tokens) else torch.tensor(places, device=device),
     )
 
 
 def _block_length(sizes: Sequence[int]) -> int:
-    """Return the block length at which adapters with so many tokens cost least, padding and blocks together."""
+    """Return the block length that minimizes the cost of padding and blocks for adapters with these token counts."""
     return min(set(sizes), key=lambda length: sum(-(-size // length) for size in sizes) * (length + _BLOCK_COST))

@@ -1,9 +1,9 @@
 """Per-row adapters: one batch whose rows each use an adapter of their own, or none.
 
-The frozen product, nearly all of the work, is one for the whole batch. The updates are two batched products: the tokens
-of one adapter are brought together and cut into blocks, and each block meets its adapter's A and B in a stack (as in
-Punica's grouped product, Chen et al. 2023, arXiv:2310.18547). All of it is differentiable: an adapter's gradient comes
-from its own rows alone.
+The whole batch shares one frozen product, which is nearly all of the work. The updates are two batched products. The
+tokens of each adapter are grouped and cut into blocks, and each block is multiplied by its adapter's A and B from a
+stack (as in Punica's grouped product, Chen et al. 2023, arXiv:2310.18547). All of it is differentiable, and an
+adapter's gradient comes from its own rows alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .row_adapters import BASE, Groups, RowAdapters
 
 
 class _Stacks(NamedTuple):
-    """The adapters of layers that read one x, stacked: padded with zeros to the largest rank, in the products' dtype.
+    """The stacked adapters of layers that read one x, padded with zeros to the largest rank, in the products' dtype.
 
     Attributes:
         down: (adapters, sum of the layers' ranks, in_features).
@@ -37,43 +37,45 @@ class _Stacks(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """Stacks, the parameters they were made from, and how often each had been written to."""
+    """Stacks, the parameters they were made from, and the version counter of each parameter at that time."""
 
     stacks: _Stacks
     parameters: list[nn.Parameter]
     versions: list[int]
 
 
-def forward_by_rows(part: AdapterModule, x: Tensor) -> Tensor:
+def forward_by_rows(module: AdapterModule, x: Tensor) -> Tensor:
     """Run a module's forward once for each adapter, on that adapter's rows, and put the results together.
 
-    For modules of which several adapters have no batched product: embeddings, convolutions, copies, biases. Without
-    lengths the rows are x's first dimension; with lengths the tokens are its leading dimensions, of whatever number.
+    This serves modules without a batched product of several adapters: embeddings, convolutions, copies, biases.
+
+    Shapes:
+        x (rows, ...); with lengths (tokens, ...), or with more leading dimensions that together hold the tokens
 
     Raises:
-        ShapeError: the rows cannot be told apart in a batch of x's shape.
+        ShapeError: x's shape does not fit the rows.
     """
-    rows, active = part.rows, part.active
+    rows, active = module.rows, module.active
     assert rows is not None
     leading = 1
     if rows.lengths is not None:
         sizes = list(itertools.accumulate(x.shape, int.__mul__))
         leading = sizes.index(sum(rows.lengths)) + 1 if sum(rows.lengths) in sizes else x.dim()
     lengths = rows.lengths_in(x.shape[:leading])
-    names = [name if name in part.names() else BASE for name in rows.names]
+    names = [name if name in module.names() else BASE for name in rows.names]
     members: dict[str, list[int]] = {}
     start = 0
     for name, length in zip(names, lengths, strict=True):
         members.setdefault(name, []).extend(range(start, start + length))
         start += length
     flat = x.flatten(0, leading - 1)
-    results, part.rows = [], None
+    results, module.rows = [], None
     try:
-        for name, places in members.items():
-            part.active = () if name == BASE else (name,)
-            results.append(part.forward(flat[torch.tensor(places, device=x.device)]))
+        for name, indices in members.items():
+            module.active = () if name == BASE else (name,)
+            results.append(module.forward(flat[torch.tensor(indices, device=x.device)]))
     finally:
-        part.rows, part.active = rows, active
+        module.rows, module.active = rows, active
     order = torch.tensor(list(itertools.chain.from_iterable(members.values())), device=x.device).argsort()
     y: Tensor = torch.cat(results)[order].unflatten(0, x.shape[:leading])
     return y
@@ -86,42 +88,42 @@ def linear_with_rows(x: Tensor, *layers: AdaptedLayer) -> tuple[Tensor, ...]:
         x (..., in_features) -> for each layer (..., out_features)
 
     Raises:
-        ShapeError: the rows cannot be told apart in a batch of x's shape.
+        ShapeError: x's shape does not fit the rows.
     """
     rows = layers[0].rows
     assert rows is not None
     results = [layer.base_layer(x) for layer in layers]
-    found = [rows.groups(x.shape[:-1], layer.adapters, x.device) for layer in layers]
+    all_groups = [rows.groups(x.shape[:-1], layer.adapters, x.device) for layer in layers]
     drops = any(layer.drop_rate(name) for layer in layers for name in layer.adapters)
-    if drops or any(groups is not found[0] for groups in found):  # layer by layer, each with its own
-        parts = [(groups, [place]) for place, groups in enumerate(found)]
+    if drops or any(groups is not all_groups[0] for groups in all_groups):  # each layer by itself
+        products = [(groups, [index]) for index, groups in enumerate(all_groups)]
     else:
-        parts = [(found[0], list(range(len(layers))))]
-    for groups, places in parts:
+        products = [(all_groups[0], list(range(len(layers))))]
+    for groups, indices in products:
         if groups is not None:
-            added = _with_updates(x, rows, groups, [layers[i] for i in places], [results[i] for i in places])
-            for place, result in zip(places, added, strict=True):
-                results[place] = result
+            updated = _with_updates(x, rows, groups, [layers[i] for i in indices], [results[i] for i in indices])
+            for index, result in zip(indices, updated, strict=True):
+                results[index] = result
     return tuple(results)
 
 
 def _with_updates(
     x: Tensor, rows: RowAdapters, groups: Groups, layers: Sequence[AdaptedLayer], results: Sequence[Tensor]
 ) -> Iterator[Tensor]:
-    """Return each layer's result with gain * (result + update), bias left out, in the rows of the adapters."""
+    """Yield each layer's result with gain * (result + update) in the adapters' rows; the bias is not scaled."""
     stacks = _stacks(rows, layers, groups.adapters, x.dtype)
-    given = groups.gather(x.reshape(-1, x.shape[-1]))  # (blocks, length, in_features)
-    dropped = _dropped(given, layers[0], groups)
+    gathered = groups.gather(x.reshape(-1, x.shape[-1]))  # (blocks, length, in_features)
+    dropped = _dropped(gathered, layers[0], groups)
     us = dropped @ groups.of_block(stacks.down).transpose(1, 2)  # (blocks, length, ranks)
     widths = [up.shape[2] for up in stacks.ups]
     for layer, y, u, up, gain in zip(layers, results, us.split(widths, 2), stacks.ups, stacks.gains, strict=True):
-        flat, across = y.reshape(-1, y.shape[-1]), groups.of_block(up).transpose(1, 2)
+        flat, up_t = y.reshape(-1, y.shape[-1]), groups.of_block(up).transpose(1, 2)
         if gain is None and groups.source is None and y.dtype == u.dtype:  # product and sum in one
-            yield torch.baddbmm(flat.view(groups.number, -1, y.shape[-1]), u, across).view(y.shape)
+            yield torch.baddbmm(flat.view(groups.number, -1, y.shape[-1]), u, up_t).view(y.shape)
             continue
-        update = u @ across  # (blocks, length, out_features)
+        update = u @ up_t  # (blocks, length, out_features)
         if gain is not None:
-            product = groups.gather(flat) if dropped is given else layer.base_layer(dropped)
+            product = groups.gather(flat) if dropped is gathered else layer.base_layer(dropped)
             bias = layer.base_layer.bias
             product = product - bias.to(product.dtype) if isinstance(bias, Tensor) else product
             update = compose(groups.of_block(gain)[:, None], product, update.to(product.dtype))
@@ -129,7 +131,7 @@ def _with_updates(
 
 
 def _dropped(x: Tensor, layer: AdaptedLayer, groups: Groups) -> Tensor:
-    """Drop numbers of x (blocks, length, in_features), each with the probability that its adapter has."""
+    """Drop elements of x (blocks, length, in_features), each with its adapter's probability."""
     rates = [layer.drop_rate(name) for name in groups.adapters]
     if not any(rates):
         return x
@@ -140,7 +142,7 @@ def _dropped(x: Tensor, layer: AdaptedLayer, groups: Groups) -> Tensor:
 def _stacks(
     rows: RowAdapters, layers: Sequence[AdaptedLayer], adapters: tuple[str, ...], dtype: torch.dtype
 ) -> _Stacks:
-    """Return the adapters of layers, stacked; without gradient they are kept until a parameter changes."""
+    """Return the stacked adapters of layers. Without gradient, stacks are kept until a parameter changes."""
     if torch.is_grad_enabled():
         return _stacked(layers, adapters, dtype)
     key = tuple(layers), adapters, dtype
@@ -148,7 +150,7 @@ def _stacks(
     if kept is None or kept.versions != [parameter._version for parameter in kept.parameters]:
         parameters = [p for layer in layers for name in adapters for p in layer.parameters_of(name).values()]
         stacks = _stacked(layers, adapters, dtype)
-        if any(parameter.is_inference() for parameter in parameters):  # no one counts what is written to these
+        if any(parameter.is_inference() for parameter in parameters):  # inference tensors have no version counter
             return stacks
         kept = rows.kept[key] = _Kept(stacks, parameters, [parameter._version for parameter in parameters])
     return kept.stacks
@@ -164,7 +166,7 @@ def _stacked_layer(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     factors = [layer.factors(name) for name in adapters]
     widest = max(len(down) for _, down in factors)
-    # Cast one by one: a stack in fp32 would be one more pass over memory, and twice the memory.
+    # Cast one by one: a stack in fp32 would take one more pass over memory and twice the memory.
     down = torch.stack([_padded(down.to(dtype), 0, 0, 0, widest - len(down)) for _, down in factors])
     up = torch.stack([_padded(up.to(dtype), 0, widest - up.shape[1]) for up, _ in factors])
     gains = [layer.gain(name, dtype) for name in adapters]

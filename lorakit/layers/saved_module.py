@@ -1,4 +1,4 @@
-"""Modules that an adapter trains otherwise than by a low-rank update: whole, some rows of a table, or the bias."""
+"""`SavedModule`: a module of which an adapter trains a full copy, or a copy of some parameters such as the bias."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .row_products import forward_by_rows
 
 @dataclass(frozen=True)
 class SavedCopy:
-    """What a `SavedModule` holds of one adapter.
+    """The record of one adapter on a `SavedModule`.
 
     Attributes:
         module: the copy.
-        trained: names of its parameters that are trained.
+        trained: names of its trained parameters.
     """
 
     module: nn.Module
@@ -31,8 +31,8 @@ class SavedCopy:
 class SavedModule(AdapterModule):
     """A frozen module of which each adapter trains a full copy (`modules_to_save`) or a copy of some parameters.
 
-    The copy of the active adapter computes; of several active adapters only one may have a copy, as there is no sum of
-    copies.
+    The active adapter's copy replaces the module in forward. Only one active adapter may have a copy, since copies
+    cannot be summed.
 
     Raises:
         AdapterError: in forward, more than one active adapter has a copy.
@@ -44,27 +44,27 @@ class SavedModule(AdapterModule):
         self._trained: dict[str, tuple[str, ...]] = {}
 
     def shapes(self, parameters: Iterable[str] | None = None) -> dict[str, tuple[int, ...]]:
-        """Return what `add` will train: name of the parameter -> shape."""
-        own = dict(self.base_layer.named_parameters())
-        return {name: tuple(own[name].shape) for name in (own if parameters is None else parameters)}
+        """Return the shapes of the parameters that `add` will train: parameter name -> shape."""
+        originals = dict(self.base_layer.named_parameters())
+        return {name: tuple(originals[name].shape) for name in (originals if parameters is None else parameters)}
 
     def add(self, name: str, dtype: torch.dtype | None = None, parameters: Iterable[str] | None = None) -> None:
-        """Attach a copy of the module, equal to it for now.
+        """Attach a copy of the module, at first equal to it.
 
         Args:
-            dtype: of the copied parameters; None: their own.
-            parameters: names of those that are trained; the copy shares the others. None: all of them.
+            dtype: dtype of the copied parameters; None: the module's own.
+            parameters: names of the parameters to train; the copy shares the others. None: all of them.
         """
-        own = dict(self.base_layer.named_parameters())
-        trained = tuple(own if parameters is None else parameters)
-        shared = {id(p): p for key, p in own.items() if key not in trained}
-        twin = copy.deepcopy(self.base_layer, cast(dict[int, Any], shared))
-        twin.requires_grad_(False)
+        originals = dict(self.base_layer.named_parameters())
+        trained = tuple(originals if parameters is None else parameters)
+        shared = {id(p): p for key, p in originals.items() if key not in trained}
+        duplicate = copy.deepcopy(self.base_layer, cast(dict[int, Any], shared))
+        duplicate.requires_grad_(False)
         for key in trained:
             parent, _, last = key.rpartition(".")
-            holder = twin.get_submodule(parent)
-            setattr(holder, last, nn.Parameter(own[key].detach().to(dtype or own[key].dtype, copy=True)))
-        self.attach(name, SavedCopy(twin, trained))
+            holder, original = duplicate.get_submodule(parent), originals[key]
+            setattr(holder, last, nn.Parameter(original.detach().to(dtype or original.dtype, copy=True)))
+        self.attach(name, SavedCopy(duplicate, trained))
 
     def attach(self, name: str, record: SavedCopy) -> None:
         self.copies[name], self._trained[name] = record.module, record.trained
@@ -84,7 +84,7 @@ class SavedModule(AdapterModule):
 
     @property
     def weight(self) -> Tensor:
-        """The weight that forward uses, for models that read it."""
+        """The weight that forward uses, of the base weight's shape, for models that read it."""
         return cast(Tensor, self._current().weight)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -93,14 +93,14 @@ class SavedModule(AdapterModule):
         current = self._current()
         if current is self.base_layer:
             return current(*args, **kwargs)
-        # A copy in fp32 for a model in bf16, or its bias alone: it is trained in fp32 and computes in bf16.
-        own = {key: p.dtype for key, p in self.base_layer.named_parameters()}
-        cast_down = {key: p.to(own[key]) for key, p in current.named_parameters() if p.dtype != own[key]}
+        # An fp32 copy in a bf16 model, whole or of the bias alone, is trained in fp32 and computes in bf16.
+        dtypes = {key: p.dtype for key, p in self.base_layer.named_parameters()}
+        cast_down = {key: p.to(dtypes[key]) for key, p in current.named_parameters() if p.dtype != dtypes[key]}
         return torch.func.functional_call(current, cast_down, args, kwargs) if cast_down else current(*args, **kwargs)
 
     def _current(self) -> nn.Module:
         if len(self.active) > 1:
             raise AdapterError(
-                f"adapters {', '.join(self.active)} each have their own copy of one module; one of them can be active"
+                f"adapters {', '.join(self.active)} each have their own copy of one module; only one can be active"
             )
         return self.copies[self.active[0]] if self.active else self.base_layer

@@ -1,6 +1,7 @@
-"""`TrainedTokens`: a frozen embedding of which an adapter trains the rows of a few tokens, as new special tokens need.
+"""`TrainedTokens`: a frozen embedding with trained rows for a few tokens, such as new special tokens.
 
-The rows replace those of the table. An output head that shares the table's weight gets the same rows (`TiedHead`).
+The trained rows replace those of the table. An output head that shares the table's weight gets the same rows
+(`TiedHead`).
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ _TABLE = "trainable_tokens_delta"
 
 @dataclass(frozen=True)
 class TrainedRows:
-    """What a `TrainedTokens` holds of one adapter.
+    """The record of one adapter on a `TrainedTokens`.
 
     Attributes:
         tokens: ids of the tokens.
-        rows: (tokens, embedding_dim), what stands in the place of their rows.
+        rows: (tokens, embedding_dim), the rows that replace theirs.
     """
 
     tokens: list[int]
@@ -35,17 +36,17 @@ class TrainedRows:
 
 @dataclass(frozen=True)
 class FollowedEmbedding:
-    """What a `TiedHead` holds of one adapter: nothing of its own; it follows what the embedding has."""
+    """The record of one adapter on a `TiedHead`: empty, since the head reads the embedding's parameters."""
 
 
 class TrainedTokens(AdapterModule):
     """An embedding with trained rows: y = rows[i] where ids equals the adapter's token i, else base(ids).
 
-    Of several active adapters that train one token, the last one's row counts.
+    If several active adapters train one token, the last adapter's row counts.
 
     Shapes:
-        ids (...) int64 -> y (..., embedding_dim); trainable_tokens_delta[name] (tokens, embedding_dim), PEFT's name
-        for what are whole rows, not differences.
+        ids (...) int64 -> y (..., embedding_dim); trainable_tokens_delta[name] (tokens, embedding_dim). The name is
+        PEFT's; the rows are whole rows, not differences.
     """
 
     base_layer: nn.Embedding
@@ -55,11 +56,11 @@ class TrainedTokens(AdapterModule):
         self.tokens: dict[str, list[int]] = {}
 
     def shapes(self, tokens: Sequence[int]) -> dict[str, tuple[int, ...]]:
-        """Return what `add` will train: name of the table -> shape."""
+        """Return the shapes of the parameters that `add` will train: table name -> shape."""
         return {_TABLE: (len(tokens), self.base_layer.embedding_dim)}
 
     def add(self, name: str, tokens: Sequence[int], dtype: torch.dtype | None = None) -> None:
-        """Attach rows for these tokens, equal to those of the table for now."""
+        """Attach rows for these tokens, at first equal to those of the table."""
         rows = self.base_layer.weight.detach()[torch.tensor(tokens, device=self.base_layer.weight.device)]
         self.attach(name, TrainedRows(list(tokens), nn.Parameter(rows.to(dtype or rows.dtype))))
 
@@ -68,7 +69,7 @@ class TrainedTokens(AdapterModule):
 
     def detach(self, name: str) -> TrainedRows:
         self._deactivate(name)
-        return TrainedRows(self.tokens.pop(name), self._take(_TABLE, name))
+        return TrainedRows(self.tokens.pop(name), self._pop_parameter(_TABLE, name))
 
     def names(self) -> list[str]:
         return list(self.tokens)
@@ -77,7 +78,7 @@ class TrainedTokens(AdapterModule):
         return {_TABLE: cast(nn.Parameter, self.table(_TABLE)[name])}
 
     def with_rows(self, weight: Tensor) -> Tensor:
-        """Return a table (tokens, dim) with the active adapters' rows in their places."""
+        """Return a table (num_embeddings, embedding_dim) with the active adapters' rows in place."""
         for name in self.active:
             index = torch.tensor(self.tokens[name], device=weight.device)
             weight = weight.index_copy(0, index, self.table(_TABLE)[name].to(weight.dtype))
@@ -85,7 +86,7 @@ class TrainedTokens(AdapterModule):
 
     @property
     def weight(self) -> Tensor:
-        """The table that forward looks up in."""
+        """The table that forward reads, (num_embeddings, embedding_dim)."""
         return self.with_rows(self.base_layer.weight)
 
     def supports_rows(self, name: str) -> bool:
@@ -99,27 +100,31 @@ class TrainedTokens(AdapterModule):
             rows = self.table(_TABLE)[name].to(y.dtype)
             scale = getattr(self.base_layer, "embed_scale", None)
             rows = rows if scale is None else rows * cast(Tensor, scale).to(rows.dtype)
-            same = ids[..., None] == torch.tensor(self.tokens[name], device=ids.device)  # (..., tokens)
-            y = torch.where(same.any(-1, keepdim=True), rows[same.int().argmax(-1)], y)
+            is_token = ids[..., None] == torch.tensor(self.tokens[name], device=ids.device)  # (..., tokens)
+            y = torch.where(is_token.any(-1, keepdim=True), rows[is_token.int().argmax(-1)], y)
         return y
 
 
 class TiedHead(AdapterModule):
-    """An output head whose weight is that of an embedding, also while an adapter trains the embedding or rows of it."""
+    """An output head that shares an embedding's weight, even while an adapter trains the embedding or some of its rows.
+
+    Shapes:
+        x (..., embedding_dim) -> y (..., num_embeddings)
+    """
 
     base_layer: nn.Linear
 
     def __init__(self, base_layer: nn.Linear, embedding: TrainedTokens | SavedModule) -> None:
         super().__init__(base_layer)
-        self._embedding = (embedding,)  # in a tuple: it is no child of this module
+        self._embedding = (embedding,)  # a tuple hides it from PyTorch: it is not a child of this module
         self._names: list[str] = []
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Nothing is trained here."""
+        """Return an empty mapping: nothing is trained here."""
         return {}
 
     def add(self, name: str) -> None:
-        """Follow what this adapter makes of the embedding."""
+        """Use the embedding's weight while this adapter is active."""
         self.attach(name, FollowedEmbedding())
 
     def attach(self, name: str, record: FollowedEmbedding) -> None:

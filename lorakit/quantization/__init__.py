@@ -1,4 +1,4 @@
-"""Four-bit weights: codebooks, the block-wise quantizer, double quantization."""
+"""Four-bit weights: codebooks, the block-wise quantizer, double quantization, bitsandbytes' file format."""
 
 from .codebooks import QUANT_TYPES, Codebook, codebook, dynamic_map
 from .quality import QuantizationError

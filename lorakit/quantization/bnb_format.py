@@ -1,4 +1,4 @@
-"""bitsandbytes' file format: the tensors that stand for one 4-bit weight in a safetensors file.
+"""bitsandbytes' file format: the tensors that represent one 4-bit weight in a safetensors file.
 
     <weight>                                     the packed bytes, (bytes / itemsize, 1), in any storage dtype
     <weight>.absmax                              (blocks,): fp32 scales, or with double quantization their uint8 codes
@@ -7,9 +7,8 @@
     <weight>.nested_quant_map                    (256,) fp32: the dynamic map   } quantization
     <weight>.quant_state.bitsandbytes__nf4       uint8: JSON in UTF-8, the rest (`QuantState`); or ..__fp4
 
-Reading trusts nothing: names, dtypes and sizes are checked against each other from a file's header alone
-(`QuantState.check`), so that a malformed file is refused before its tensors are read. The codebooks used are those of
-the file.
+Reading trusts nothing. `QuantState.check` checks names, dtypes and sizes against each other from the file's header
+alone, so that a malformed file is refused before its tensors are read. Weights use the codebooks of the file.
 """
 
 from __future__ import annotations
@@ -43,13 +42,13 @@ _NESTED_KEYS = {"nested_blocksize", "nested_dtype", "nested_offset"}
 
 @dataclass(frozen=True)
 class QuantState:
-    """What the JSON says of a weight.
+    """The description of a weight that the JSON holds.
 
     Attributes:
         quant_type: a name in `QUANT_TYPES`, such as "nf4".
         block_size: elements that share a scale.
-        dtype, shape: of the original weight.
-        nested_block_size: scales that share a scale of their own; None without double quantization.
+        dtype, shape: dtype and shape of the original weight.
+        nested_block_size: scales that share a nested scale; None without double quantization.
         nested_offset: the mean of the scales, exact as fp32; None without double quantization.
     """
 
@@ -71,10 +70,10 @@ class QuantState:
 
     @staticmethod
     def parse(raw: bytes, name: str) -> QuantState:
-        """Read the JSON; `name` is that of its tensor, for errors.
+        """Read the JSON. Errors call its tensor `name`.
 
         Raises:
-            CheckpointError: it is not JSON, lacks a key or has an unknown one, or a value is not what it may be.
+            CheckpointError: it is not JSON, a key is missing or unknown, or a value is invalid.
         """
         try:
             values = json.loads(raw.decode("utf-8"))
@@ -99,7 +98,7 @@ class QuantState:
         return json.dumps(values).encode()
 
     def layouts(self, storage_dtype: torch.dtype = torch.uint8) -> dict[str, Layout]:
-        """Return suffix -> (dtype, shape) of the tensors as they are written, "" for the packed bytes."""
+        """Return suffix -> (dtype, shape) of the tensors in a file; the suffix of the packed bytes is ""."""
         count, nested = math.prod(self.shape), self.nested_block_size
         blocks = -(-count // self.block_size)
         layouts: dict[str, Layout] = {
@@ -113,16 +112,16 @@ class QuantState:
         return layouts | {STATE_PREFIX + self.quant_type: (torch.uint8, (len(self.to_json()),))}
 
     def check(self, name: str, layouts: Mapping[str, Layout]) -> None:
-        """Check a weight's tensors against this state; they need not have been read.
+        """Check a weight's tensors against this state. The tensors need not have been read.
 
-        Any float dtype will do for another, and any storage dtype for the packed bytes.
+        Any float dtype may replace another, and the packed bytes may have any storage dtype.
 
         Args:
-            name: of the weight.
+            name: name of the weight.
             layouts: suffix -> (dtype, shape) of its tensors.
 
         Raises:
-            CheckpointError: naming a tensor that is missing, unexpected, or of a wrong dtype or size.
+            CheckpointError: a tensor, which the message names, is missing, unexpected, or of a wrong dtype or size.
         """
         expected = self.layouts()
         for suffix in [*expected, *layouts]:
@@ -139,7 +138,7 @@ class QuantState:
 
 
 def group_parts(names: Iterable[str]) -> dict[str, list[str]]:
-    """Find the 4-bit weights among tensor names: weight -> the suffixes that occur."""
+    """Find the 4-bit weights among tensor names: weight -> the suffixes of its tensors."""
     found: dict[str, list[str]] = {}
     for name in names:
         head, mark, kind = name.rpartition(f".{STATE_PREFIX}")
@@ -150,15 +149,15 @@ def group_parts(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def state_suffix(name: str, suffixes: Iterable[str]) -> str:
-    """Return which of a weight's suffixes is its state.
+    """Return the suffix, among those of a weight, that names its state.
 
     Raises:
-        CheckpointError: none is, several are, or it is of an unknown type.
+        CheckpointError: there is none, there are several, or the type is unknown.
     """
     known = [STATE_PREFIX + quant_type for quant_type in QUANT_TYPES]
     states = [suffix for suffix in suffixes if suffix.startswith(STATE_PREFIX)]
     if not states:
-        raise CheckpointError(f"tensor {joined(name, known[0])!r} is missing, or that of another type than nf4")
+        raise CheckpointError(f"tensor {joined(name, known[0])!r} is missing, and there is none of another type")
     if len(states) > 1:
         raise CheckpointError(f"tensor {joined(name, states[1])!r} is a second quant_state of the same weight")
     if states[0] not in known:
@@ -168,7 +167,7 @@ def state_suffix(name: str, suffixes: Iterable[str]) -> str:
 
 
 def check_state_layout(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    """Raise CheckpointError unless a tensor, which need not have been read, can be the JSON of a state."""
+    """Raise CheckpointError unless a tensor can hold the JSON of a state. The tensor need not have been read."""
     if dtype != torch.uint8 or len(shape) != 1 or shape[0] > MAX_STATE_BYTES:
         raise CheckpointError(
             f"tensor {name!r} has dtype {_plain(dtype)} and shape {shape}, expected up to {MAX_STATE_BYTES} uint8"
@@ -176,10 +175,15 @@ def check_state_layout(name: str, dtype: torch.dtype, shape: tuple[int, ...]) ->
 
 
 def read_state(name: str, suffix: str, tensor: Tensor) -> QuantState:
-    """Return the state that a weight's tensor of that suffix holds: uint8 (bytes,), JSON in UTF-8.
+    """Return the state that a weight's tensor holds: (bytes,) uint8, JSON in UTF-8.
+
+    Args:
+        name: name of the weight.
+        suffix: suffix of the tensor.
+        tensor: the tensor.
 
     Raises:
-        CheckpointError: as `QuantState.parse`, or the type is another than that of the tensor's name.
+        CheckpointError: as `QuantState.parse`, or the type differs from that in the tensor's name.
     """
     state = QuantState.parse(tensor.cpu().numpy().tobytes(), joined(name, suffix))
     if STATE_PREFIX + state.quant_type != suffix:
@@ -191,12 +195,13 @@ def from_tensors(name: str, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
     """Return a weight from its tensors.
 
     Args:
-        name: of the weight.
-        tensors: suffix -> tensor, of the shapes and dtypes at the top of this file, "" for the packed bytes; all on one
-            device. They are shared where they can be.
+        name: name of the weight.
+        tensors: suffix -> tensor, with the shapes and dtypes at the top of this file, all on one device. The suffix of
+            the packed bytes is "". The weight shares their memory where possible.
 
     Raises:
-        CheckpointError: naming the tensor that is missing, malformed, of a wrong dtype or size, or has inf or nan.
+        CheckpointError: a tensor, which the message names, is missing, malformed, of a wrong dtype or size, or holds
+            inf or nan.
     """
     key = state_suffix(name, tensors)
     check_state_layout(joined(name, key), tensors[key].dtype, tuple(tensors[key].shape))
@@ -220,9 +225,10 @@ def from_tensors(name: str, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
 
 
 def to_tensors(weight: QuantizedWeight, storage_dtype: torch.dtype = torch.uint8) -> dict[str, Tensor]:
-    """Return a weight's tensors, suffix -> tensor, as bitsandbytes would save them; "" is the packed bytes.
+    """Return a weight's tensors, suffix -> tensor, as bitsandbytes would save them.
 
-    Their shapes and dtypes are those at the top of this file.
+    Shapes and dtypes are those at the top of this file. The suffix of the packed bytes, of shape
+    (bytes / itemsize, 1), is "".
 
     Raises:
         ShapeError: the packed bytes do not divide into elements of the storage dtype.
@@ -243,7 +249,7 @@ def joined(name: str, suffix: str) -> str:
 
 
 class _Invalid(Exception):
-    """A value in the JSON is not what it may be."""
+    """A value in the JSON is invalid."""
 
 
 def _state(values: Any) -> QuantState:

@@ -1,4 +1,4 @@
-"""The codebooks: those of 4-bit weights, one line each in `QUANT_TYPES`, and the dynamic map of 8-bit scales."""
+"""The codebooks of 4-bit weights, one line each in `QUANT_TYPES`, and the dynamic map of 8-bit scales."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Codebook:
     """The values that codes stand for, and the boundaries between them.
 
     Attributes:
-        name: as in checkpoints: one of `QUANT_TYPES`.
+        name: the name in checkpoints: one of `QUANT_TYPES`.
         values: (codes,) fp32, by code.
-        boundaries: (distinct - 1,) fp32, ascending: midpoints of neighbouring distinct values. A scaled element has as
-            many boundaries strictly below it as its code has in `order`, so one on a boundary takes the lower value.
+        boundaries: (distinct - 1,) fp32, ascending: midpoints of neighbouring distinct values. An element's code is
+            order[number of boundaries strictly below it], so an element on a boundary takes the lower value.
         order: (distinct,) uint8, the codes in ascending order of their values; of equal values only the lowest code.
     """
 
@@ -31,7 +31,7 @@ class Codebook:
 
     @staticmethod
     def from_values(name: str, values: Tensor) -> Codebook:
-        """Build a codebook from its values by code, (codes,) fp32; equal values are written as the lowest code."""
+        """Build a codebook from its values by code, (codes,) fp32. Equal values are encoded as the lowest code."""
         distinct, first = torch.unique(values, return_inverse=True)  # ascending
         order = torch.tensor([int((first == i).nonzero()[0]) for i in range(len(distinct))], dtype=torch.uint8)
         return Codebook(name, values, (distinct[1:] + distinct[:-1]) / 2, order)
@@ -47,9 +47,10 @@ def dynamic_map(signed: bool = True) -> Codebook:
     """Return the 8-bit dynamic map (Dettmers 2015, arXiv:1511.04561; 256 fp32 values).
 
     A code is a sign, a decimal exponent given by the number of leading zero bits, and a linear fraction in [0.1, 1) in
-    the bits that remain: one value near 1e-7, 64 in the top decade. Each sign has 127; zero (code 127) and 1.0 complete
-    the map. Unsigned, for the second moment of an optimizer (Dettmers et al. 2021, arXiv:2110.02861, section 2.2), the
-    bit of the sign refines the fraction: two values near 1e-7, 128 in the top decade, and zero is code 0.
+    the remaining bits: one value near 1e-7, 64 in the top decade. Each sign has 127 values; zero (code 127) and 1.0
+    complete the map. The unsigned map is for the second moment of an optimizer (Dettmers et al. 2021, arXiv:2110.02861,
+    section 2.2). There the sign bit refines the fraction: two values near 1e-7, 128 in the top decade, and zero is code
+    0.
     """
     positive: list[float] = []
     for decade in range(7):
@@ -75,10 +76,10 @@ def _edges(count: int) -> Tensor:
 def normal_float(bits: int, offset: float) -> Tensor:
     """Return NormalFloat's values, (2^bits,) fp32, ascending (QLoRA, arXiv:2305.14314, eq. 4 and appendix E).
 
-    They are quantiles of a standard normal, from `offset` down to 0.5 in even steps, divided by the largest. Zero is
-    exact: 2^(bits - 1) quantiles are above it, one less below. Probabilities and quantiles are rounded to fp32 before
-    the division, as in bitsandbytes' create_normal_map, with which the published values were made; quantiles are
-    computed in fp64.
+    The values are quantiles of a standard normal, from `offset` down to 0.5 in even steps, divided by the largest. Zero
+    is exact: 2^(bits - 1) quantiles are above it and one less below. Quantiles are computed in fp64. Probabilities and
+    quantiles are rounded to fp32 before the division, as in bitsandbytes' create_normal_map, which made the published
+    values.
     """
     half = 2 ** (bits - 1)
     positive, negative = _quantiles(offset, half), _quantiles(offset, half - 1)
@@ -86,9 +87,9 @@ def normal_float(bits: int, offset: float) -> Tensor:
 
 
 def _quantiles(offset: float, count: int) -> Tensor:
-    """Return quantiles of a standard normal: at `count` even steps from `offset` to above 0.5, (count,) fp32."""
+    """Return quantiles of a standard normal at `count` even steps from `offset` to above 0.5, (count,) fp32."""
     highest = float(torch.tensor(offset, dtype=torch.float32))
-    # Stepped in fp64 and then rounded: torch.linspace in fp32 need not give every processor the same last bit.
+    # Steps in fp64, then rounded: in fp32, torch.linspace may give different last bits on different processors.
     probabilities = torch.linspace(highest, 0.5, count + 1, dtype=torch.float64)[:-1].float()
     quantiles: Tensor = torch.special.ndtri(probabilities.double())
     return quantiles.float()
@@ -97,7 +98,7 @@ def _quantiles(offset: float, count: int) -> Tensor:
 def float4() -> Tensor:
     """Return FP4's values by code, (16,) fp32: a sign bit, two exponent bits e and one of mantissa m.
 
-    The magnitude is 2^(4 - e)·(1 + m / 2) / 12, and m / 16 / 12 where e = 0: codes are not in ascending order.
+    The magnitude is 2^(4 - e)·(1 + m / 2) / 12, or m / 16 / 12 if e = 0. The codes are not in ascending order.
     """
     code = torch.arange(8, dtype=torch.int32)
     e, m = code >> 1, (code & 1).float()
@@ -105,7 +106,7 @@ def float4() -> Tensor:
     return torch.cat([magnitudes, 0.0 - magnitudes])  # 0 - x, so that both codes of zero give +0.0
 
 
-# The 4-bit codebooks: name in checkpoints -> the values by code, (16,) fp32, for a block size.
+# The 4-bit codebooks: name in checkpoints -> function of the block size that returns the values by code, (16,) fp32.
 QUANT_TYPES: dict[str, Callable[[int], Tensor]] = {
     "nf4": lambda block_size: normal_float(bits=4, offset=0.9677083),
     "fp4": lambda block_size: float4(),
@@ -114,7 +115,7 @@ _built: dict[tuple[str, Callable[[int], Tensor], int], Codebook] = {}  # name, i
 
 
 def codebook(quant_type: str, block_size: int = 64) -> Codebook:
-    """Return the 4-bit codebook of that name for blocks of that size.
+    """Return the 4-bit codebook with this name for blocks of this size.
 
     Raises:
         ConfigError: there is none.
@@ -129,7 +130,7 @@ def codebook(quant_type: str, block_size: int = 64) -> Codebook:
 
 
 def check_quant_type(quant_type: str) -> None:
-    """Raise ConfigError unless there is a codebook of that name."""
+    """Raise ConfigError unless there is a codebook with this name."""
     if quant_type not in QUANT_TYPES:
         known = ", ".join(QUANT_TYPES)
         raise ConfigError(f"unknown quant_type '{quant_type}'{did_you_mean(quant_type, QUANT_TYPES)} (known: {known})")

@@ -1,8 +1,8 @@
-"""Which modules are quantized, and how: data that a recipe, a test or a config file can hold, not code.
+"""Which modules are quantized, and how: data that a recipe, a test or a config file can hold.
 
-A pattern matches a module by its name, by a dotted suffix of it, or as a regular expression on either: "down_proj",
-"layers.0.mlp.down_proj" and "layers\\.[0-3]\\..*" all do. A pattern without effect is an error: a misspelled exception
-would otherwise be found out by its cost.
+A pattern matches a module by its name, by a dotted suffix of its name, or as a regular expression on either:
+"down_proj", "layers.0.mlp.down_proj" and "layers\\.[0-3]\\..*" are all patterns. A pattern without effect is an error:
+otherwise a misspelled exception would only show by its cost.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DEFAULT_SKIP = ("lm_head",)
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How one weight is quantized; the arguments of `lorakit.quantize`."""
+    """How one weight is quantized: the arguments of `lorakit.quantize`."""
 
     quant_type: str = "nf4"
     block_size: int = 64
@@ -33,7 +33,7 @@ class WeightFormat:
 
 
 class _Checked(Settings):
-    """The checks that the settings of the whole and of a pattern share."""
+    """The checks that `QuantConfig` and `Override` share."""
 
     @field_validator("quant_type", check_fields=False)
     @classmethod
@@ -58,7 +58,7 @@ class _Checked(Settings):
 
 
 class Override(_Checked):
-    """What is different for the modules that one pattern matches; None: as for all others.
+    """The settings that differ for the modules that one pattern matches. None means: as for all others.
 
     Attributes:
         quant_type: a name in `QUANT_TYPES`, such as "nf4".
@@ -75,7 +75,7 @@ class Override(_Checked):
     @model_validator(mode="after")
     def _skips_or_changes(self) -> Override:
         if self.skip and (self.quant_type, self.block_size, self.double_quant) != (None, None, None):
-            raise ValueError("a pattern either has skip: true or says how its modules are quantized")
+            raise ValueError("a pattern either has skip: true or says how its modules are quantized, not both")
         return self
 
 
@@ -83,12 +83,12 @@ class QuantConfig(_Checked):
     """Which linear layers are quantized to 4 bits, and how.
 
     Attributes:
-        quant_type: a name in `QUANT_TYPES`, or null: nothing but what an override gives a quant_type.
+        quant_type: a name in `QUANT_TYPES`, or null to quantize only the modules to which an override gives a quant_type.
         block_size: elements that share a scale, one of 32, 64, ..., 4096.
         double_quant: store the scales in 8 bits.
-        storage_dtype: what the packed bytes are called in files; the bytes are the same. FSDP1 wants a float type.
-        skip: patterns of modules left in 16 bits. The default is the output head; a list given here replaces it.
-        overrides: pattern -> what is different there. The first that matches counts, and none changes what is skipped.
+        storage_dtype: dtype that files give the packed bytes; the bytes are the same. FSDP1 needs a float dtype.
+        skip: patterns of modules left in 16 bits. A list replaces the default, which is the output head.
+        overrides: pattern -> settings that differ there. The first match counts. Skipped modules stay skipped.
     """
 
     quant_type: str | None = "nf4"
@@ -105,27 +105,28 @@ class QuantConfig(_Checked):
             modules: the paths of all linear layers of a model.
 
         Raises:
-            ConfigError: a pattern matches none of them, or others leave it nothing to change; all such are named.
+            ConfigError: a pattern matches none of them, or other patterns leave it nothing to change. The message names
+                every such pattern.
         """
         paths = list(modules)
         problems: list[tuple[str, str]] = []
-        left = dict.fromkeys(paths)  # an ordered set: what no pattern has decided yet
+        undecided = dict.fromkeys(paths)  # an ordered set: modules that no pattern has matched yet
         formats: dict[str, WeightFormat | None] = dict.fromkeys(paths)
         rules = [("skip", pattern, Override(skip=True)) for pattern in self.skip]
         rules += [("overrides", pattern, override) for pattern, override in self.overrides.items()]
         for key, pattern, rule in rules:
             matched = [path for path in paths if _compiled(pattern).fullmatch(path)]
-            decided = [path for path in matched if path in left]
+            decided = [path for path in matched if path in undecided]
             if not matched and (key, self.skip) != ("skip", DEFAULT_SKIP):  # a model need not have a head
                 problems.append((key, f"no linear layer matches '{pattern}'{_nearest(pattern, paths)}"))
             elif not decided and key == "overrides":
                 problems.append((key, f"'{pattern}' changes nothing: all it matches is skipped or overridden before"))
             for path in decided:
                 formats[path] = self._format(rule)
-                del left[path]
+                del undecided[path]
         if problems:
             raise ConfigError("\n".join(f"{key}: {message}" for key, message in problems), problems)
-        return formats | dict.fromkeys(left, self._format(Override()))
+        return formats | dict.fromkeys(undecided, self._format(Override()))
 
     def _format(self, override: Override) -> WeightFormat | None:
         quant_type = override.quant_type or self.quant_type
@@ -137,15 +138,15 @@ class QuantConfig(_Checked):
 
 @cache
 def _compiled(pattern: str) -> re.Pattern[str]:
-    """The rule of PEFT's rank_pattern: for a name it is the same as comparing suffixes."""
+    """Compile a pattern by the rule of PEFT's rank_pattern, which compares suffixes if the pattern is a plain name."""
     try:
-        re.compile(pattern)  # alone, so that an error counts positions in what was written
+        re.compile(pattern)  # by itself, so that an error counts positions in the user's pattern
         return re.compile(rf"(.*\.)?({pattern})")
     except re.error as error:
         raise ConfigError(f"'{pattern}' is not a regular expression: {error}") from None
 
 
 def _nearest(pattern: str, paths: Iterable[str]) -> str:
-    """Name the nearest name that would have matched something, if one is near."""
+    """Return "; did you mean 'x'?" for the nearest name that would have matched, or "" if none is near."""
     suffixes = dict.fromkeys(path.split(".", cut)[-1] for path in paths for cut in range(path.count("."), -1, -1))
     return did_you_mean(pattern, suffixes)

@@ -1,4 +1,4 @@
-"""How much a quantized weight differs from its source."""
+"""The error of a quantized weight."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class QuantizationError:
     Attributes:
         mse: mean squared error.
         max: largest absolute error.
-        relative_frobenius: ‖error‖ / ‖source‖; 0 where both are 0.
-        snr_db: 10 log10(‖source‖² / ‖error‖²), decibels; inf where there is no error.
-        worst_row: index of the row (first dimension) with the largest relative error, None for an empty tensor.
+        relative_frobenius: ‖error‖ / ‖source‖; 0 if both are 0.
+        snr_db: 10 log10(‖source‖² / ‖error‖²), decibels; inf if there is no error.
+        worst_row: index of the row (first dimension) with the largest relative error; None for an empty tensor.
         worst_row_relative: that row's ‖error‖ / ‖source‖.
     """
 
@@ -33,7 +33,11 @@ class QuantizationError:
 
 
 def quantization_error(values: Tensor, source: Tensor) -> QuantizationError:
-    """Compare quantized values with their source; sums are taken in fp64.
+    """Compare quantized values with their source. Sums are taken in fp64.
+
+    Args:
+        values: dequantized values, any shape.
+        source: the original weight, the same shape.
 
     Raises:
         ShapeError: the shapes differ.

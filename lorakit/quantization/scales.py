@@ -1,11 +1,10 @@
-"""Double quantization: the scales of the blocks, themselves in 8 bits.
+"""Double quantization: the scales of the blocks in 8 bits (QLoRA, arXiv:2305.14314, section 3).
 
-QLoRA, arXiv:2305.14314, section 3. The mean of the fp32 scales is taken off, the rest is quantized in blocks of 256
-with the dynamic map, and
+The mean of the fp32 scales is subtracted, and the remainders are quantized in blocks of 256 with the dynamic map:
 
     absmax = dynamic[code] * nested_absmax + offset
 
-with the product and the sum each rounded to fp32. The mean is taken in fp64, so that it depends on its input alone and
+The product and the sum are each rounded to fp32. The mean is taken in fp64, so that it depends only on its input and
 not on the order in which a device adds.
 """
 
@@ -51,9 +50,9 @@ class NestedScales:
         return NestedScales(codes, nested, offset, table.values.to(absmax.device))
 
     def __getitem__(self, blocks: slice) -> Tensor:
-        """Return the scales of some blocks, step 1: (blocks,) fp32."""
+        """Return the scales of consecutive blocks, (blocks,) fp32."""
         first, last, _ = blocks.indices(len(self.codes))
-        start, stop = first // self.block_size, -(-last // self.block_size)  # the nested blocks that they touch
+        start, stop = first // self.block_size, -(-last // self.block_size)  # the nested blocks that hold them
         origin = start * self.block_size
         scaled: Tensor = kernels.dequantize_8bit(
             self.codes[origin:last], self.code_values, self.absmax[start:stop], self.block_size
@@ -67,5 +66,5 @@ class NestedScales:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, nested scales and offset; the dynamic map is a constant and not counted."""
+        """Bytes of codes, nested scales and offset. The dynamic map is a constant and does not count."""
         return self.codes.nbytes + self.absmax.nbytes + self.offset.nbytes

@@ -1,4 +1,4 @@
-"""`quantize` and `QuantizedWeight`: a weight in 4 bits, exactly as bitsandbytes lays it out, open to inspection."""
+"""`quantize` and `QuantizedWeight`: a weight in 4 bits, in bitsandbytes' exact layout, open to inspection."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ SOURCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, eq=False, repr=False)
 class QuantizedWeight:
-    """A tensor in 4-bit codes with one scale a block.
+    """A tensor in 4-bit codes with one scale per block.
 
     Attributes:
-        packed: uint8, two codes a byte, the even element in the high nibble: (..., in / 2) where the tensor has two or
-            more dimensions and the last is even, else (ceil(numel / 2),).
+        packed: uint8, two codes per byte, the even element in the high nibble: (..., in / 2) if the tensor has two or
+            more dimensions and the last is even, otherwise (ceil(numel / 2),).
         scales: (blocks,) fp32, or `NestedScales` after double quantization.
-        shape: of the original tensor.
-        dtype: of the original tensor.
+        shape: shape of the original tensor.
+        dtype: dtype of the original tensor.
         quant_type: name of the codebook, one of `QUANT_TYPES`.
-        block_size: elements a block; blocks run over the flat tensor and may straddle rows.
+        block_size: elements per block; blocks run over the flat tensor and may straddle rows.
         code_values: (16,) fp32 codebook, by code.
     """
 
@@ -45,12 +45,12 @@ class QuantizedWeight:
 
     @property
     def absmax(self) -> Tensor:
-        """The scales of the blocks, (ceil(numel / block_size),) fp32, expanded from 8 bits where they are nested."""
+        """The scales of the blocks, (ceil(numel / block_size),) fp32, expanded from 8 bits if they are nested."""
         return self.scales[:] if isinstance(self.scales, NestedScales) else self.scales
 
     @property
     def codes(self) -> Tensor:
-        """The codes, one a byte: uint8 of the original shape."""
+        """The codes, one per byte: uint8 of the original shape."""
         return kernels.unpack_4bit(self.packed, self.numel).view(self.shape)
 
     @property
@@ -60,12 +60,12 @@ class QuantizedWeight:
 
     @property
     def numel(self) -> int:
-        """Elements of the original tensor."""
+        """The number of elements of the original tensor."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes and scales, which is what a layer holds in memory."""
+        """Bytes of codes and scales, as a layer holds them in memory."""
         return self.packed.nbytes + self.scales.nbytes
 
     @property
@@ -74,10 +74,10 @@ class QuantizedWeight:
         return 8 * self.nbytes / max(1, self.numel)
 
     def stored(self, dtype: torch.dtype) -> Tensor:
-        """Return the packed bytes viewed as another dtype, as FSDP1 wants them: (bytes / itemsize,), no copy.
+        """Return the packed bytes viewed as another dtype, (bytes / itemsize,), for FSDP1. No copy is made.
 
         Raises:
-            ShapeError: the dtype is not one of uint8, bf16, fp16, fp32, or the bytes do not divide into its elements.
+            ShapeError: the dtype is not uint8, bf16, fp16 or fp32, or the bytes do not divide into its elements.
         """
         if dtype not in STORAGE_DTYPES:
             raise ShapeError(f"storage dtype {dtype} is not one of {', '.join(map(str, STORAGE_DTYPES))}")
@@ -91,38 +91,39 @@ class QuantizedWeight:
     def dequantize(
         self, dtype: torch.dtype | None = None, out: Tensor | None = None, rows: slice | None = None
     ) -> Tensor:
-        """Return the values, codebook[code] * absmax in fp32, rounded once to `dtype` (default: the original dtype).
+        """Return the values, codebook[code] * absmax in fp32, rounded once to the dtype of the result.
 
         Args:
-            out: a contiguous tensor of the result's shape to fill; its dtype wins over `dtype`.
-            rows: only these rows of the first dimension, step 1; no other block is computed.
+            dtype: dtype of the result; None: the original dtype.
+            out: a contiguous tensor of the result's shape to fill; its dtype overrides `dtype`.
+            rows: return only these rows of the first dimension, with step 1; no other block is computed.
 
         Raises:
             ShapeError: `out` has another shape or is not contiguous, or `rows` has a step.
         """
         if rows is not None:
-            part = self._rows(rows, dtype or self.dtype)
-            return part if out is None else _checked_out(out, part.shape).copy_(part)
+            values = self._rows(rows, dtype or self.dtype)
+            return values if out is None else _checked_out(out, values.shape).copy_(values)
         if out is None:
             return kernels.dequantize_4bit(self.operand, dtype or self.dtype)
         kernels.dequantize_4bit_out(self.operand, _checked_out(out, self.shape))
         return out
 
     def gather(self, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the rows of these numbers, `dequantize(dtype)[ids]` to the bit; no other row is decoded.
+        """Return the rows with these indices: bit for bit `dequantize(dtype)[ids]`, with no other row decoded.
 
         Args:
             ids: (...) int64, from 0 to below the number of rows.
-            dtype: of the result; None: the original dtype.
+            dtype: dtype of the result; None: the original dtype.
 
         Returns:
-            (..., columns), for a weight of shape (rows, columns).
+            (..., columns) for a weight of shape (rows, columns).
 
         Raises:
             ShapeError: the weight is not two-dimensional.
         """
         if len(self.shape) != 2:
-            raise ShapeError(f"rows are looked up in a weight of two dimensions, got shape {tuple(self.shape)}")
+            raise ShapeError(f"gather needs a weight of two dimensions, got shape {tuple(self.shape)}")
         return kernels.gather_4bit(self.operand, ids, dtype or self.dtype)
 
     @property
@@ -137,7 +138,7 @@ class QuantizedWeight:
         )
 
     def _rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Dequantize the blocks that the rows touch, and cut the rows out of them."""
+        """Dequantize the blocks that hold the rows, and cut the rows out of them."""
         if not self.shape:
             raise ShapeError("a weight without dimensions has no rows")
         first, last, step = rows.indices(self.shape[0])
@@ -154,7 +155,7 @@ class QuantizedWeight:
         return flat[start - origin : stop - origin].reshape(max(0, last - first), *self.shape[1:])
 
     def error(self, reference: Tensor) -> QuantizationError:
-        """Return how far the values are from those of `reference`, a tensor of the same shape."""
+        """Return the error of the values against `reference`, a tensor of the same shape."""
         return quantization_error(self.dequantize(torch.float32), reference)
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
@@ -178,7 +179,7 @@ def quantize(
     """Quantize a weight to 4 bits (QLoRA, arXiv:2305.14314, section 3), block by block over the flat tensor.
 
     Args:
-        weight: any shape; fp32, bf16 or fp16. It is not changed.
+        weight: any shape; fp32, bf16 or fp16. It stays unchanged.
         quant_type: name of the codebook, one of `QUANT_TYPES`, such as "nf4".
         block_size: elements that share a scale, one of 32, 64, ..., 4096.
         double_quant: store the scales themselves in 8 bits.
@@ -211,10 +212,16 @@ def assemble(
     block_size: int,
     double_quant: bool,
 ) -> QuantizedWeight:
-    """Put packed codes (ceil(numel / 2),) and fp32 scales (blocks,) together, double-quantizing the scales if asked.
+    """Return a weight made of packed uint8 codes (ceil(numel / 2),) and fp32 scales (blocks,).
+
+    Args:
+        packed, absmax: codes and scales, as from `lorakit_kernels.quantize_4bit`.
+        shape, dtype: shape and dtype of the original tensor.
+        quant_type, block_size: how it was quantized.
+        double_quant: quantize the scales too.
 
     Raises:
-        ShapeError: a scale is inf or nan, as those of a weight with inf or nan are.
+        ShapeError: a scale is inf or nan, because the weight holds inf or nan.
     """
     if not torch.isfinite(absmax).all():
         block = int((~torch.isfinite(absmax)).nonzero()[0])

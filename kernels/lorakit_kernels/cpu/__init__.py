@@ -1,8 +1,8 @@
-"""The operations in C++, for tensors on the CPU: codecs, products, the optimizer, and what training adds around them.
+"""The operations in C++, for tensors on the CPU: codecs, products, the optimizer, and the elementwise operations.
 
 Codecs and optimizer give the results of their definitions, bit for bit. The functions have the definitions' signatures.
-They check what C++ cannot see, dtypes and sizes behind the pointers (`arguments`), and hand the pointers to the
-library, which `loading` finds and `build` compiles.
+They check what C++ cannot see, the dtypes and sizes behind the pointers (`arguments`), and pass the pointers to the
+library. `loading` finds the library and `build` compiles it.
 """
 
 from .adamw_8bit import adamw_8bit

@@ -1,7 +1,7 @@
-// One step of AdamW with its moments in 8 bits, as reference_training.py defines it, bit for bit.
+// One step of AdamW with its moments in 8 bits, bit for bit as ops/adamw_8bit.py defines it.
 //
-// A block of both moments, of the gradient and of the parameter is widened into buffers on the stack, updated, and
-// quantized again: nothing of the size of the parameter is allocated, and every number in memory is touched once.
+// A block of both moments, the gradient and the parameter is widened into buffers on the stack, updated, and quantized
+// again. Nothing of the parameter's size is allocated, and every number in memory is touched once.
 
 #include "blocks.h"
 
@@ -9,13 +9,13 @@ namespace {
 
 constexpr int64_t BLOCK = 256;  // STATE_BLOCK_SIZE
 
-// What all elements of a step share, rounded to fp32 by the caller.
+// The factors that all elements of a step share, rounded to fp32 by the caller.
 struct Step {
     float beta1, rest1, beta2, rest2;  // rest = 1 - beta
     float keep, step_size, root_scale, eps;
 };
 
-// A moment: its codes, its scales, and the code's values and boundaries.
+// A moment: its codes and scales, and the codebook's values and boundaries.
 struct Moment {
     uint8_t* codes;
     float* absmax;
@@ -33,7 +33,7 @@ struct Moment {
     }
 };
 
-// The operations and their order are those of reference_training.adamw; each is rounded to fp32.
+// The operations and their order are those of `adamw` in ops/adamw_8bit.py; each is rounded to fp32.
 inline void update(float* p, const float* g, float* m, float* v, const Step& by) {
     for (int64_t i = 0; i < BLOCK; ++i) {
         m[i] = m[i] * by.beta1 + g[i] * by.rest1;

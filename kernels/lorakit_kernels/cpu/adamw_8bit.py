@@ -19,7 +19,7 @@ def adamw_8bit(parameter: Tensor, gradient: Tensor, first: Moment8bit, second: M
     count, dtype = parameter.numel(), parameter.dtype
     if dtype not in DTYPES:
         raise ValueError(f"parameter must be fp32, bf16 or fp16, got {dtype}")
-    rows = writable("parameter", parameter.contiguous(), dtype, count, CPU)
+    target = writable("parameter", parameter.contiguous(), dtype, count, CPU)
     gradient = readable("gradient", gradient, dtype, count, CPU)
     first, second = (
         writable_moment(name, moment, count, STATE_BLOCK_SIZE, CPU)
@@ -28,8 +28,8 @@ def adamw_8bit(parameter: Tensor, gradient: Tensor, first: Moment8bit, second: M
     moments = first.codes, first.absmax, second.codes, second.absmax
     tables = first.values, first.boundaries, second.values, second.boundaries
     library().adamw_8bit(
-        rows.data_ptr(), gradient.data_ptr(), DTYPES[dtype], count, *(t.data_ptr() for t in (*moments, *tables)),
+        target.data_ptr(), gradient.data_ptr(), DTYPES[dtype], count, *(t.data_ptr() for t in (*moments, *tables)),
         step.beta1, 1 - step.beta1, step.beta2, 1 - step.beta2, *step.factors(), step.eps, *threads(),
     )  # fmt: skip
-    if rows is not parameter:
-        parameter.copy_(rows)
+    if target is not parameter:
+        parameter.copy_(target)

@@ -1,4 +1,4 @@
-// What the operations on blocks share: threads, dtypes, the scale of a block and its 8-bit codes.
+// Shared by the operations on blocks: threads, dtypes, the scale of a block and its 8-bit codes.
 #pragma once
 
 #include "lanes.h"
@@ -16,15 +16,15 @@ using Fork = void (*)(void (*function)(void*), void* argument, unsigned threads,
 
 struct Threads {
     Fork fork;
-    unsigned count;  // always all of PyTorch's: libgomp ends the threads of its pool that a smaller team leaves out
+    unsigned count;  // always all of PyTorch's threads: libgomp ends pool threads that a smaller team leaves out
 };
 
-constexpr int64_t CHUNK = 1 << 16;     // elements that a thread takes at a time, or more:
-constexpr int64_t CHUNKS = 64;         // that an operation has at the most, so that they are long enough to prefetch
-constexpr int64_t PARALLEL = 1 << 18;  // fewer take under 30 us, not worth waking a thread
+constexpr int64_t CHUNK = 1 << 16;     // fewest elements that a thread takes at a time
+constexpr int64_t CHUNKS = 64;         // most chunks of an operation, so that they are long enough to prefetch
+constexpr int64_t PARALLEL = 1 << 18;  // fewer elements take under 30 us, not worth waking a thread
 
-// Call body(first block, last block) for chunks that cover all blocks. Threads take chunks as they become free, so that
-// one that wakes late, on a busy machine, holds nobody up.
+// Call body(first block, last block) for chunks that cover all blocks. Threads take chunks as they become free, so a
+// thread that wakes late on a busy machine does not hold up the others.
 template <class Body>
 void for_blocks(int64_t count, int64_t block_size, Threads threads, const Body& body) {
     struct Job {
@@ -47,8 +47,8 @@ void for_blocks(int64_t count, int64_t block_size, Threads threads, const Body& 
 
 // ---- quantization ------------------------------------------------------------------------------------------------
 
-// The largest |x| of a block. Without their sign bits floats are ordered like integers, and nan is above inf: a block
-// with a nan gets a nan, as from torch's amax.
+// The largest |x| of a block. Without their sign bits, floats are ordered like integers. nan is above inf, so a block
+// with a nan gets a nan, as with torch's amax.
 template <class Source>
 float largest(const Source* x, int64_t count) {
     Words most{};
@@ -70,12 +70,12 @@ float largest(const Source* x, int64_t count) {
     return result;
 }
 
-// x / absmax as the reference computes it; zero stays zero where the reciprocal is inf.
+// x / absmax as the definition computes it; zero stays zero even if the reciprocal is inf.
 inline Floats scaled(Floats x, float reciprocal) { return (Floats)((Words)(x * reciprocal) & (Words)(x != 0.0f)); }
 
-// Eight-bit codes: how many of up to 255 boundaries are below an element.
+// Eight-bit codes: the number of boundaries, up to 255, below an element.
 struct Ranks {
-    float boundaries[255];  // padded with inf, which is below nothing
+    float boundaries[255];  // padded with inf, which is below no element
     int last;
 
     Ranks(const float* from, int count) : last(count) {
@@ -94,8 +94,8 @@ struct Ranks {
             int32_t rank[GROUP]{};
             memcpy(part, x + i, size * sizeof(Source));
             for (int lane = 0; lane < GROUP; lane += LANES) store(scaled(load(part + lane), reciprocal), s + lane);
-            // A binary search whose steps are additions. The group takes each step together, or every one would wait
-            // for the one before: 5 ns an element, not 10.
+            // A binary search whose steps are additions. The group takes each step together: one element's steps wait
+            // for each other. This takes 5 ns per element instead of 10.
             for (int step = 128; step; step /= 2)
                 for (int lane = 0; lane < GROUP; ++lane) {
                     float boundary = boundaries[rank[lane] + step - 1];

@@ -1,9 +1,9 @@
-"""Compiling the operations in C++ on first use, once per machine, into the cache.
+"""Compiles the C++ operations on first use, once per machine, into the cache.
 
 One call of the compiler turns the `.cpp` files beside this one into a shared library with a plain C interface, which
-`ctypes` loads. The usual way, torch.utils.cpp_extension, wants ninja and reads PyTorch's headers: 40 seconds where this
-takes five. There is one library per instruction set, compiled with the flags of that set alone, so that its name (a
-hash of source, flags and compiler) says all that it depends on and a cache on a shared disk serves different machines.
+`ctypes` loads. This takes five seconds. The usual way, torch.utils.cpp_extension, needs ninja, reads PyTorch's headers
+and takes 40. There is one library per instruction set, compiled with the flags of that set alone. Its name is a hash of
+source, flags and compiler, which are all that it depends on, so a cache on a shared disk serves different machines.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ INSTRUCTION_SETS = {  # each includes those before it
     "avx512_bf16": (*_AVX512, "-mavx512bf16"),
 }
 
-# Strict IEEE: no contraction of a * b + c into one rounding. -O3 alone changes no result, nor does leaving errno alone,
-# without which a square root is a branch and no vector instruction.
+# Strict IEEE: no contraction of a * b + c into one rounding. -O3 alone changes no result. Neither does -fno-math-errno,
+# without which a square root compiles to a branch instead of a vector instruction.
 _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi", "-fPIC", "-shared")
 _FOLDER = Path(__file__).parent
 _SOURCES = ("ops.cpp", "matmul.cpp", "elementwise.cpp", "adamw.cpp")
@@ -38,11 +38,11 @@ _OTHER_FOLDER = "LORAKIT_CACHE names another folder"
 
 
 class BuildError(RuntimeError):
-    """The library cannot be built; the message says why and what would help."""
+    """The library cannot be built. The message says why and what would help."""
 
 
 def library_path(instruction_set: str) -> Path:
-    """Return the compiled library for one of `INSTRUCTION_SETS`, compiling it if the cache has none.
+    """Return the compiled library for one of `INSTRUCTION_SETS`; compile it if the cache has none.
 
     Raises:
         BuildError: there is no compiler, it fails, or the cache cannot be written.
@@ -67,7 +67,7 @@ def library_path(instruction_set: str) -> Path:
 
 
 def _compiler() -> list[str]:
-    """Return the command of the compiler: $CXX, which may hold arguments, or the first usual one there is."""
+    """Return the compiler's command: $CXX, which may hold arguments, or the first usual compiler in PATH."""
     if command := shlex.split(os.environ.get("CXX", "")):
         return command
     for name in ("g++", "clang++", "c++"):
@@ -87,15 +87,15 @@ def _key(compiler: list[str], flags: tuple[str, ...]) -> str:
 def _compile(compiler: list[str], flags: tuple[str, ...], path: Path) -> None:
     """Compile beside `path`, flush and rename, so that no process ever loads half a library."""
     with tempfile.TemporaryDirectory(prefix=".build-", dir=path.parent) as folder:
-        part = Path(folder) / path.name
-        _run([*compiler, *flags, *(str(_FOLDER / name) for name in _SOURCES), "-o", str(part)])
-        with open(part, "rb") as file:
+        temporary = Path(folder) / path.name
+        _run([*compiler, *flags, *(str(_FOLDER / name) for name in _SOURCES), "-o", str(temporary)])
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        os.replace(part, path)
+        os.replace(temporary, path)
 
 
 def _run(command: list[str]) -> str:
-    """Return what a command prints; where it fails, the error quotes the first line that tells why."""
+    """Return what a command prints; if it fails, the error quotes the first line that tells why."""
     try:
         result = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT)
     except (OSError, subprocess.TimeoutExpired) as error:

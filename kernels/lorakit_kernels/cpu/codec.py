@@ -15,7 +15,7 @@ def quantize_4bit(x: Tensor, boundaries: Tensor, order: Tensor, block_size: int)
     """See `ops.codec.quantize_4bit`.
 
     Raises:
-        ValueError: a tensor has another dtype, size or device than the operation reads; so for all functions here.
+        ValueError: a tensor has another dtype, size or device than the operation reads. All functions here raise this.
     """
     x, count, steps = readable_source(x, CPU), x.numel(), boundary_count(boundaries, 15)
     boundaries = readable("boundaries", boundaries, torch.float32, steps, CPU)

@@ -1,4 +1,4 @@
-// A 4-bit weight and its values: what `dequantize_4bit` writes out and `linear_4bit` multiplies by.
+// A 4-bit weight and its values. `dequantize_4bit` writes them and `linear_4bit` multiplies by them.
 #pragma once
 
 #include "blocks.h"
@@ -7,8 +7,8 @@
 
 namespace {
 
-// A block has 16 different values at most, so they are multiplied and rounded once a block, not once an element; what
-// is left is a look-up.
+// A block has at most 16 different values, so they are multiplied and rounded once per block, not once per element.
+// Each element then takes one look-up.
 template <class Target>
 void dequantize_block(const uint8_t* packed, const float* codebook, float absmax, Target* out, int64_t count) {
     Target table[16];
@@ -20,14 +20,14 @@ void dequantize_block(const uint8_t* packed, const float* codebook, float absmax
 struct Weight {
     const uint8_t* packed;
     const float* codebook;
-    const void* scales;  // fp32 numbers, or uint8 codes where there is a nested codebook
+    const void* scales;  // fp32 numbers, or uint8 codes if there is a nested codebook
     const float *nested_codebook, *nested_absmax, *offset;
     int64_t nested_block_size, block_size;
 
-    static constexpr int64_t SCALES = 1024;  // that are expanded at a time
+    static constexpr int64_t SCALES = 1024;  // scales that are expanded at a time
 
-    // The scales of blocks from `first` to before `last`, at most SCALES: where they lie, or in `expanded`, from their
-    // codes. Product and sum are rounded each.
+    // The scales of the blocks from `first` to before `last`, at most SCALES. fp32 scales are returned in place, codes
+    // are expanded into `expanded`. Product and sum are each rounded.
     const float* absmax(int64_t first, int64_t last, float* expanded) const {
         if (!nested_codebook) return (const float*)scales + first;
         const uint8_t* codes = (const uint8_t*)scales;

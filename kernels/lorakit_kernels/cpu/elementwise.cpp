@@ -1,11 +1,11 @@
-// What stands between the matrix products of a training step, as reference_training.py defines it: RMSNorm, rotary
-// embedding, SwiGLU and their gradients; dropout; and the loss.
+// The operations between the matrix products of a training step, as ops/ defines them: RMSNorm, rotary embedding,
+// SwiGLU and their gradients, dropout, and the loss.
 //
-// The definition goes over memory once for each product and sum that it writes; here every element is read once, worked
-// on in fp32 registers and written once. It is rounded to 16 bits wherever the definition rounds, so rotations agree with
-// it bit for bit, and so does dropout. The others differ in two things: sums are taken in fp64, which leaves them right
-// to half a unit, and the exponential is the one below. The shapes of what the pointers point at are checked by the
-// caller, in Python.
+// A definition makes one pass over memory for each product and sum. Here every element is read once, processed in fp32
+// registers and written once. It is rounded to 16 bits wherever the definition rounds, so rotations and dropout agree
+// with their definitions bit for bit. The other operations differ in two things: sums are taken in fp64, which leaves
+// them right to half a unit, and the exponential is the one below. The caller, in Python, checks the sizes behind the
+// pointers.
 
 #include "blocks.h"
 
@@ -13,7 +13,7 @@ namespace {
 
 // ---- RMSNorm -----------------------------------------------------------------------------------------------------
 
-// A sum in fp64, where an order of addition hardly shows, for one rounding to fp32 at the end.
+// A sum in fp64, rounded once to fp32 at the end. In fp64 the order of addition hardly shows.
 class Sum {
     typedef double Doubles __attribute__((vector_size(4 * LANES)));
     typedef float HalfFloats __attribute__((vector_size(2 * LANES)));
@@ -65,7 +65,7 @@ void normalize_backward(const Y* dy, const X* x, const float* weight, float rstd
     });
 }
 
-// Call body with null pointers of x's type and y's, which is x's or fp32.
+// Call body with null pointers of x's type and y's type; y's is x's or fp32.
 template <class Body>
 void with_dtypes(int x, int y, const Body& body) {
     with_dtype(x, [&](auto* type) {
@@ -78,7 +78,7 @@ void with_dtypes(int x, int y, const Body& body) {
 
 // ---- rotary embedding --------------------------------------------------------------------------------------------
 
-// One head of one token. The rotation by the negative angle subtracts where the other adds.
+// One head of one token. Backward rotates by the negative angle, which flips the sign of the sine.
 template <class Type>
 void rotate(const Type* x, const Type* cos, const Type* sin, bool backward, int64_t half, Type* out) {
     for_lanes(half, [&](int64_t i, auto lanes) {
@@ -95,7 +95,7 @@ void rotate(const Type* x, const Type* cos, const Type* sin, bool backward, int6
 
 // ---- SwiGLU ------------------------------------------------------------------------------------------------------
 
-constexpr int64_t SPAN = 1024;  // elements that are not divided among threads
+constexpr int64_t SPAN = 1024;  // consecutive elements that one thread takes
 
 // e^x within one unit in the last place, for x above -87; e^-87 below. e^x = 2^n e^r with |r| <= ln(2) / 2.
 inline Floats exponential(Floats x) {
@@ -109,7 +109,7 @@ inline Floats exponential(Floats x) {
     return (power + power) * (Floats)((Words)shifted << 23);  // times 2^(n - 1), as there is no 2^128
 }
 
-// silu(gate) = gate / (1 + e^-gate), rounded as a tensor of it would be.
+// silu(gate) = gate / (1 + e^-gate), rounded as in a tensor of this type.
 template <class Type>
 Floats silu(Floats gate, Floats one_plus_exponential) {
     return rounded<Type>(gate / one_plus_exponential);
@@ -136,7 +136,7 @@ void activate_backward(const Type* dy, const Type* gate, const Type* up, int64_t
 
 // ---- dropout -----------------------------------------------------------------------------------------------------
 
-// Philox4x32-10 of the counters `first` + lane; `first` is a multiple of the lanes, so that they share the higher word.
+// Philox4x32-10 of the counters `first` + lane. `first` is a multiple of LANES, so all lanes share the higher word.
 inline void philox(int64_t first, uint64_t key, Words words[4]) {
     constexpr uint32_t LANE[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     Words a = load_bits<Words>(LANE) + (uint32_t)first, b = Words{} + (uint32_t)(first >> 32), c{}, d{};
@@ -151,9 +151,9 @@ inline void philox(int64_t first, uint64_t key, Words words[4]) {
     words[0] = a, words[1] = b, words[2] = c, words[3] = d;
 }
 
-constexpr int64_t GROUP = 64;  // elements that take the four words of 16 counters
+constexpr int64_t GROUP = 64;  // elements that share 16 counters of four words
 
-// x and y are a whole group.
+// x and y hold a whole group.
 template <class Type>
 void drop_group(const Type* x, int64_t group, uint64_t key, uint32_t threshold, Type* y) {
     using Bits = std::conditional_t<sizeof(Type) == 4, Words, Halves>;
@@ -170,15 +170,15 @@ void drop_group(const Type* x, int64_t group, uint64_t key, uint32_t threshold, 
 
 // ---- cross-entropy -----------------------------------------------------------------------------------------------
 
-// Lanes without an element count for nothing: they become `other`.
+// Lanes without an element become `other`, which does not affect the result.
 inline Floats filled(Floats values, Whole, float) { return values; }
 inline Floats filled(Floats values, Part part, float other) {
     for (int lane = part.count; lane < LANES; ++lane) values[lane] = other;
     return values;
 }
 
-// -log softmax(x)[target]; with `gradient` x becomes softmax(x) - onehot(target). The exponentials are computed twice,
-// which is faster than to keep them.
+// -log softmax(x)[target]. With `gradient`, x becomes softmax(x) - onehot(target). Computing the exponentials twice is
+// faster than keeping them.
 template <class Type>
 float cross_entropy_of(Type* x, int64_t size, int64_t target, bool gradient) {
     constexpr float LEAST = -__builtin_inff();
@@ -279,7 +279,7 @@ void drop(const void* x, int dtype, int64_t count, int64_t seed, unsigned thresh
             for (int64_t group = first; group < whole; ++group)
                 drop_group((Type)x + group * GROUP, group, (uint64_t)seed, threshold, (Type)y + group * GROUP);
             if (whole == last) return;
-            std::remove_pointer_t<Type> part[GROUP]{};  // the rest of the elements
+            std::remove_pointer_t<Type> part[GROUP]{};  // the elements after the last whole group
             const int64_t size = (count - whole * GROUP) * sizeof *part;
             memcpy(part, (Type)x + whole * GROUP, size);
             drop_group(part, whole, (uint64_t)seed, threshold, part);

@@ -1,6 +1,6 @@
-"""The operations around the matrix products, in C++: RMSNorm, rotary embedding, SwiGLU, dropout and the loss.
+"""The operations between the matrix products, in C++: RMSNorm, rotary embedding, SwiGLU, dropout and the loss.
 
-What C++ does not take (fp64, mixed dtypes, shapes that broadcast, nothing at all) is computed by the reference.
+The reference computes what C++ does not take: fp64, mixed dtypes, shapes that broadcast, empty tensors.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
     """See `ops.rms_norm.rms_norm_backward`."""
-    same = dy.shape == x.shape and dy.dtype == torch.promote_types(x.dtype, weight.dtype)
-    if not (same and _has_rows(x, weight)):
+    dy_fits = dy.shape == x.shape and dy.dtype == torch.promote_types(x.dtype, weight.dtype)
+    if not (dy_fits and _has_rows(x, weight)):
         return reference.rms_norm_backward(dy, x, weight, rstd)
     rows, size = x.shape[:-1].numel(), x.shape[-1]
     dy, x = (readable(name, tensor, tensor.dtype, rows * size, CPU) for name, tensor in (("dy", dy), ("x", x)))
@@ -66,7 +66,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backward: bool = False)
 def _rotated(name: str, x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
     if not x.is_cpu:
         raise ValueError(f"{name} must be on the CPU, got {x.device}")
-    x = x if x.stride(2) == 1 else x.contiguous()  # gradients come as (heads, tokens, head_dim), transposed
+    x = x if x.stride(2) == 1 else x.contiguous()  # gradients arrive as (heads, tokens, head_dim), transposed
     out = torch.empty(x.shape, dtype=x.dtype)
     library().rope(
         x.data_ptr(), DTYPES[x.dtype], *x.shape, *x.stride()[:2], cos.data_ptr(), sin.data_ptr(), backward,
@@ -136,7 +136,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, with_gradient: bool) -> Tenso
 
 
 def _has_rows(x: Tensor, weight: Tensor) -> bool:
-    """Whether x has rows, each of as many elements as the weight, in dtypes that C++ takes."""
+    """Return whether x has rows as long as the weight, and both have dtypes that C++ takes."""
     return x.numel() > 0 and x.dim() > 0 and x.shape[-1:] == weight.shape and {x.dtype, weight.dtype} <= DTYPES.keys()
 
 

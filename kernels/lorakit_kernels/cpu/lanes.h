@@ -1,5 +1,5 @@
-// One register of elements at a time, in the vector types that GCC and Clang share: ordinary operators on them become
-// instructions of whatever set the flags name. Intrinsics stand where those types have no word for the instruction.
+// One register of elements at a time, in the vector types that GCC and Clang share. Ordinary operators on them become
+// instructions of the set that the flags name. Intrinsics are used where these types cannot express the instruction.
 #pragma once
 
 #include <cstdint>
@@ -47,7 +47,7 @@ static inline Vector load_bits(const void* from) {
 
 static inline Floats load(const float* from) { return load_bits<Floats>(from); }
 
-// Spelled out, because GCC 12 makes four instructions of the conversion.
+// Spelled out, because GCC 12 turns the conversion into four instructions.
 static inline Words widen(const void* from) {
 #if defined(__AVX512F__)
     return (Words)_mm512_cvtepu16_epi32(load_bits<__m256i>(from));
@@ -64,7 +64,7 @@ static inline Floats load(const Float16* from) {
 #if defined(__AVX512F__)
     return (Floats)_mm512_cvtph_ps(load_bits<__m256i>(from));
 #else
-    // Exponent and mantissa moved into fp32's place make a float that is 2^112 too small, whatever its exponent.
+    // Moving exponent and mantissa to fp32's positions makes a float that is 2^112 too small, whatever its exponent.
     Words half = widen(from);
     Words magnitude = (Words)((Floats)((half & 0x7fff) << 13) * 0x1p112f);
     Words special = (Words)((half & 0x7c00) == 0x7c00) & 0x7f800000;  // inf and nan keep the highest exponent
@@ -76,7 +76,7 @@ static inline Floats load(const Float16* from) {
 
 static inline void store(Floats value, float* to) { memcpy(to, &value, sizeof value); }
 
-// The 16 bits that stay are the higher ones; the others are not cleared.
+// The higher 16 bits are the result; the lower ones are not cleared.
 static inline Words rounded_bfloat16(Floats value) {
     Words bits = (Words)value;
     Words nan = Words{} + 0x7fc00000;  // adding could carry it into inf or zero
@@ -94,7 +94,7 @@ static inline void store(Floats value, Float16* to) {
 #else
     Words bits = (Words)value & 0x7fffffff;
     Floats magnitude = (Floats)bits;
-    Words normal = (bits - (112u << 23) + 0xfff + (bits >> 13 & 1)) >> 13;  // rounding may carry up to inf, rightly
+    Words normal = (bits - (112u << 23) + 0xfff + (bits >> 13 & 1)) >> 13;  // rounding may carry to inf, as it should
     Words tiny = (Words)(magnitude + 0.5f) - 0x3f000000;  // 0.5f has the step of fp16's subnormals, 2^-24
     Words is_tiny = (Words)(bits < (113u << 23)), is_huge = (Words)(bits >= (143u << 23));
     Words huge = 0x7c00 | ((Words)(magnitude != magnitude) & 0x200);
@@ -108,7 +108,7 @@ static inline void store(Floats value, Float16* to) {
 
 struct Whole {};
 struct Part {
-    int64_t count;  // of the first lanes; the others are read as zero and not written
+    int64_t count;  // lanes in use, from the first; the others are read as zero and not written
 };
 
 template <class Type>
@@ -135,7 +135,7 @@ static inline void store(Floats value, Type* to, Part part) {
     memcpy(to, lanes, part.count * sizeof(Type));
 }
 
-// Call body(i, lanes) for the registers, the last maybe in part, that `count` elements fill.
+// Call body(i, lanes) for each register that `count` elements fill. `lanes` is Whole, or Part for a partial last one.
 template <class Body>
 static inline void for_lanes(int64_t count, const Body& body) {
     int64_t i = 0;
@@ -155,7 +155,7 @@ static inline Floats clamped(Floats value, float low, float high) {
 #endif
 }
 
-// What is left of a value that is written down as the type.
+// A value rounded to the type and widened again.
 template <class Type>
 static inline Floats rounded(Floats value) {
     if constexpr (std::is_same_v<Type, Bfloat16>) return (Floats)(rounded_bfloat16(value) & 0xffff0000);
@@ -164,7 +164,7 @@ static inline Floats rounded(Floats value) {
     return load(lanes);
 }
 
-// The halves of each lane's 64-bit product with a factor. Multiplications are of every other lane.
+// The halves of each lane's 64-bit product with a factor. One multiplication takes every other lane.
 static inline void multiply(Words x, uint32_t factor, Words& high, Words& low) {
 #if defined(__AVX512F__)
     const __m512i by = _mm512_set1_epi32((int)factor);
@@ -187,8 +187,8 @@ static inline void multiply(Words x, uint32_t factor, Words& high, Words& low) {
 
 // ---- look-up of 4-bit codes --------------------------------------------------------------------------------------
 
-// Write `count` entries of `table`, which has 16, the high nibble of each byte first. Entries are moved as bits: there
-// is one function for 2-byte and one for 4-byte entries, and both end with the plain loop over what is left.
+// Look `count` codes up in a table of 16 entries, the high nibble of each byte first. Entries are moved as bits, with
+// one function for 2-byte entries and one for 4-byte entries. Both end with the plain loop over the remaining codes.
 
 template <class Entry>
 static inline void look_up_from(int64_t i, const uint8_t* packed, const Entry* table, Entry* out, int64_t count) {
@@ -202,8 +202,8 @@ static inline void look_up_from(int64_t i, const uint8_t* packed, const Entry* t
 static inline void look_up(const uint8_t* packed, const uint16_t* table, uint16_t* out, int64_t count) {
     int64_t i = 0;
 #if defined(__AVX512BW__)
-    // Each byte b becomes two indices, b >> 4 and b. The instruction looks at the low 5 bits: bit 4 of an index is not
-    // masked off but picks one of two copies of the table.
+    // Each byte b becomes two indices, b >> 4 and b. The instruction reads the low 5 bits. Bit 4 need not be masked
+    // off, since it picks one of two copies of the table.
     __m512i entries = _mm512_broadcast_i64x4(load_bits<__m256i>(table));
     for (; i + 32 <= count; i += 32) {
         __m512i bytes = _mm512_cvtepu8_epi32(load_bits<__m128i>(packed + i / 2));
@@ -211,7 +211,7 @@ static inline void look_up(const uint8_t* packed, const uint16_t* table, uint16_
         _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(codes, entries));
     }
 #elif defined(__AVX2__)
-    // The instruction looks bytes up, so low and high bytes of the entries come from two tables.
+    // The instruction looks up bytes, so the low and high bytes of the entries come from two tables.
     __m256i low_bytes = _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, -1, -1, -1, -1, -1, -1, -1, -1,  //
                                          0, 2, 4, 6, 8, 10, 12, 14, -1, -1, -1, -1, -1, -1, -1, -1);
     __m256i entries = load_bits<__m256i>(table);
@@ -222,7 +222,7 @@ static inline void look_up(const uint8_t* packed, const uint16_t* table, uint16_
     for (; i + 32 <= count; i += 32) {
         __m256i bytes = _mm256_cvtepu8_epi16(load_bits<__m128i>(packed + i / 2));
         __m256i codes = _mm256_or_si256(_mm256_srli_epi16(bytes, 4), _mm256_slli_epi16(bytes, 8));
-        codes = _mm256_and_si256(codes, _mm256_set1_epi8(15));  // 32 codes, one a byte
+        codes = _mm256_and_si256(codes, _mm256_set1_epi8(15));  // 32 codes, one per byte
         __m256i lows = _mm256_shuffle_epi8(low, codes), highs = _mm256_shuffle_epi8(high, codes);
         __m256i even = _mm256_unpacklo_epi8(lows, highs), odd = _mm256_unpackhi_epi8(lows, highs);
         _mm256_storeu_si256((__m256i*)(out + i), _mm256_permute2x128_si256(even, odd, 0x20));
@@ -242,7 +242,7 @@ static inline void look_up(const uint8_t* packed, const uint32_t* table, uint32_
         _mm512_storeu_si512(out + i, _mm512_permutexvar_epi32(codes, entries));
     }
 #elif defined(__AVX2__)
-    // The instruction looks at the low 3 bits; bit 3 of the index, moved to the sign, blends the halves of the table.
+    // The instruction reads the low 3 bits. Bit 3 of the index, moved to the sign, picks the half of the table.
     __m256i first = load_bits<__m256i>(table), second = load_bits<__m256i>(table + 8);
     for (; i + 8 <= count; i += 8) {
         uint32_t four;

@@ -1,8 +1,8 @@
-"""Products with a 4-bit weight: of few tokens straight from the codes, of many from bands of values.
+"""Products with a 4-bit weight: straight from the codes for few tokens, from bands of values for many.
 
-A band is a part of the weight whose values fit a small workspace that stays in the cache, so memory does not grow with
-the weight. Forward, a band is some rows of W: some columns of y. Backward, it is some columns of W: some columns of dx.
-Either way a product over a whole row or column is one sum, with one rounding, as if there were no bands.
+A band is a part of the weight whose values fit a small reused workspace, so memory does not grow with the weight. A
+forward band is some rows of W and gives some columns of y. A backward band is some columns of W and gives some columns
+of dx. Either way each element of the result is one sum with one rounding, as without bands.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from .codec import dequantize_4bit_out
 from .loading import CPU, DTYPES, library, pointers, threads
 from .workspace import workspace
 
-FEW_TOKENS = 32  # beyond, values and PyTorch's product are faster: of 64 tokens in 0.9 of the time, at 4096 x 4096
+FEW_TOKENS = 32  # above, values and PyTorch's product are faster: 64 tokens take 0.9 of the time at 4096 x 4096
 BAND_BYTES = 32 << 20  # bytes of values at a time; bands of 8 MiB make products of 512 tokens 4 to 8% slower
-_ALIGNED = 64  # rows or columns that a band is a multiple of
+_ALIGNMENT = 64  # a band is a multiple of so many rows or columns
 
 
 def linear_4bit(
@@ -30,21 +30,21 @@ def linear_4bit(
 ) -> Tensor:
     """See `ops.linear_4bit.linear_4bit`."""
     rows, columns = weight.shape
-    if not _takes(x, columns):
+    if not _is_supported(x, columns):
         return definition.linear_4bit.definition(x, weight, bias, lora, scaling)
     weight = readable_weight(weight, rows * columns, CPU)
     flat = x.reshape(math.prod(x.shape[:-1]), columns)
-    if len(flat) <= FEW_TOKENS and _divides(weight.block_size, columns):
-        y = _from_codes(flat, weight, bias)
+    if len(flat) <= FEW_TOKENS and _blocks_fit(weight.block_size, columns):
+        y = _multiply_codes(flat, weight, bias)
     else:
         y = x.new_empty(len(flat), rows)
         for first, last in bands(rows, columns * x.itemsize):
-            band = _part(weight, x.dtype, (first, last), (0, columns)).T
-            part = y[:, first:last]
+            band = _dequantize_band(weight, x.dtype, (first, last), (0, columns)).T
+            out = y[:, first:last]
             if bias is None:
-                torch.mm(flat, band, out=part)
+                torch.mm(flat, band, out=out)
             else:
-                torch.addmm(bias[first:last], flat, band, out=part)
+                torch.addmm(bias[first:last], flat, band, out=out)
     if lora:
         u, lora_b = lora
         y.addmm_(u.reshape(len(flat), u.shape[-1]), lora_b.T, alpha=scaling)
@@ -72,28 +72,29 @@ def _accumulate(dx: Tensor, dy: Tensor, weight: Weight4bit, beta: int) -> None:
     """Write beta * dx + dy W into dx, (tokens, in_features)."""
     rows, columns = weight.shape
     flat = dy.reshape(math.prod(dy.shape[:-1]), rows)
-    if not _takes(dy, columns):
+    if not _is_supported(dy, columns):
         values = torch.empty(rows, columns, dtype=dy.dtype)
         dequantize_4bit_out(weight, values)
         dx.addmm_(flat, values, beta=beta)
         return
     weight = readable_weight(weight, rows * columns, CPU)
     for first, last in bands(columns, rows * dy.itemsize):
-        band = _part(weight, dy.dtype, (0, rows), (first, last))
+        band = _dequantize_band(weight, dy.dtype, (0, rows), (first, last))
         dx[:, first:last].addmm_(flat, band, beta=beta)
 
 
-def _takes(x: Tensor, columns: int) -> bool:
-    """Return whether C++ computes with x's dtype and can cut rows of so many columns."""
+def _is_supported(x: Tensor, columns: int) -> bool:
+    """Return whether C++ takes x's dtype and can cut bands out of rows with so many columns."""
     return x.dtype in DTYPES and columns > 0 and columns % 2 == 0
 
 
-def _divides(block_size: int, columns: int) -> bool:
-    """Return whether blocks are what matmul.cpp reads."""
+def _blocks_fit(block_size: int, columns: int) -> bool:
+    """Return whether matmul.cpp can read blocks of this size."""
     return block_size >= 64 and block_size & (block_size - 1) == 0 and columns % block_size == 0
 
 
-def _from_codes(x: Tensor, weight: Weight4bit, bias: Tensor | None) -> Tensor:
+def _multiply_codes(x: Tensor, weight: Weight4bit, bias: Tensor | None) -> Tensor:
+    """Return x Wᵀ + bias for few tokens, (tokens, out_features), straight from the codes."""
     tokens, (rows, columns) = len(x), weight.shape
     x = readable("x", x, x.dtype, tokens * columns, CPU)
     bias = bias if bias is None else readable("bias", bias, x.dtype, rows, CPU)
@@ -106,14 +107,14 @@ def _from_codes(x: Tensor, weight: Weight4bit, bias: Tensor | None) -> Tensor:
 
 
 def bands(count: int, bytes_each: int) -> Iterator[tuple[int, int]]:
-    """Return first and last of each band of rows or columns."""
-    step = max(1, BAND_BYTES // max(1, bytes_each) // _ALIGNED) * _ALIGNED
+    """Yield the first row or column of each band, and the end before which it stops."""
+    step = max(1, BAND_BYTES // max(1, bytes_each) // _ALIGNMENT) * _ALIGNMENT
     for first in range(0, count, step):
         yield first, min(first + step, count)
 
 
-def _part(weight: Weight4bit, dtype: torch.dtype, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
-    """Return the values of some rows and of a part of their columns, in the workspace."""
+def _dequantize_band(weight: Weight4bit, dtype: torch.dtype, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
+    """Return the values in some rows and columns of a weight, in the workspace."""
     height, width = rows[1] - rows[0], columns[1] - columns[0]
     out = workspace((height, width), dtype)
     library().dequantize_part(

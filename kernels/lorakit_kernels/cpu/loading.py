@@ -1,7 +1,7 @@
-"""The compiled library: loaded once for the processor's instruction set, what its functions take, its threads.
+"""The compiled library: loaded once for the processor's instruction set, its functions' signatures, its threads.
 
-It is compiled on first use (see `build`) for the best instruction set that the processor has, from AVX-512 with bf16
-products down to none. LORAKIT_CPU_ISA=generic|avx2|avx512|avx512_bf16 picks a smaller one.
+`build` compiles it on first use for the best instruction set of the processor, from AVX-512 with bf16 products down to
+none. LORAKIT_CPU_ISA=generic|avx2|avx512|avx512_bf16 picks a smaller set.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ SIGNATURES = {  # of every function of the library
 
 
 def pointers(weight: Weight4bit) -> tuple[int | None, ...]:
-    """Return what the functions take of a weight that was checked, as `struct Weight` in dequantize.h has it."""
+    """Return the arguments for a checked weight, in the order of `struct Weight` in dequantize.h."""
     packed, codebook, absmax, block_size, _, nested, nested_block_size = weight
     tables = [tensor.data_ptr() for tensor in nested] or (None, None, None)
     return packed.data_ptr(), codebook.data_ptr(), absmax.data_ptr(), *tables, nested_block_size, block_size
 
 
 def is_available() -> bool:
-    """Return whether the library is there, building it if need be; a failure is warned about, once."""
+    """Return whether the library can be loaded; build it if it is missing, and warn once if that fails."""
     result = _attempt(os.environ.get("LORAKIT_CPU_ISA"))
     if isinstance(result, BuildError):
         _warn(
             f"the CPU takes the slower path in plain PyTorch, with the same 4-bit weights: {result}. "
-            "LORAKIT_BACKEND=reference chooses it without this warning."
+            "LORAKIT_BACKEND=reference chooses this path without a warning."
         )
         return False
     return True
@@ -77,9 +77,9 @@ def library() -> CDLL:
 
 @cache
 def _attempt(choice: str | None) -> CDLL | BuildError:
-    """Build and load once; a failure is remembered too, or every operation would try again.
+    """Build and load once. A failure is remembered too, or every operation would try again.
 
-    Where nobody chose and the compiler is too old for the processor's best instructions, the next smaller set is taken.
+    Without a choice, a compiler that is too old for the processor's best instructions builds for the next smaller set.
     """
     wanted = _instruction_set(choice)
     failures: list[BuildError] = []
@@ -98,7 +98,7 @@ def _load(instruction_set: str) -> CDLL | BuildError:
         path = library_path(instruction_set)
         try:
             loaded = CDLL(str(path))
-        except OSError:  # a damaged file, or none a moment later: build it again
+        except OSError:  # a damaged file, or one that was deleted a moment ago: build it again
             path.unlink(missing_ok=True)
             loaded = CDLL(str(library_path(instruction_set)))
     except BuildError as error:
@@ -117,8 +117,8 @@ def _warn(message: str) -> None:
 
 
 def instruction_sets() -> list[str]:
-    """Return those of `build.INSTRUCTION_SETS` that this processor has, each including those before it."""
-    detected = torch.backends.cpu.get_cpu_capability()  # by which PyTorch chooses its own kernels
+    """Return the `build.INSTRUCTION_SETS` that this processor has, each including those before it."""
+    detected = torch.backends.cpu.get_cpu_capability()  # PyTorch chooses its own kernels by it
     best = {"AVX512": "avx512", "AVX2": "avx2"}.get(detected, "generic")
     if best == "avx512" and torch.cpu._is_avx512_bf16_supported():
         best = "avx512_bf16"
@@ -127,13 +127,13 @@ def instruction_sets() -> list[str]:
 
 
 def _instruction_set(choice: str | None) -> str:
-    """Return the choice, if the processor has it, or its best."""
-    has = instruction_sets()
+    """Return the chosen instruction set after checking that the processor has it; without a choice, the best."""
+    available = instruction_sets()
     if choice and choice not in INSTRUCTION_SETS:
         raise ValueError(f"LORAKIT_CPU_ISA is '{choice}', expected one of {', '.join(INSTRUCTION_SETS)}")
-    if choice and choice not in has:
-        raise ValueError(f"LORAKIT_CPU_ISA is '{choice}', but this processor has '{has[-1]}' at most")
-    return choice or has[-1]
+    if choice and choice not in available:
+        raise ValueError(f"LORAKIT_CPU_ISA is '{choice}', but this processor has '{available[-1]}' at most")
+    return choice or available[-1]
 
 
 # ---- threads -------------------------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def _instruction_set(choice: str | None) -> str:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute within the context in the calling thread alone: for callers that are several threads themselves."""
+    """Within the context, compute in the calling thread alone: for callers that run several threads themselves."""
     token = _alone.set(True)
     try:
         yield
@@ -150,13 +150,13 @@ def one_thread() -> Iterator[None]:
 
 
 def threads() -> tuple[int | None, int]:
-    """Return what the functions take last: how to fork (None: not at all) and into how many threads."""
+    """Return the last arguments of every function: how to fork (None: not at all) and the number of threads."""
     return (None, 1) if _alone.get() else (_fork(), torch.get_num_threads())
 
 
 @cache
 def _fork() -> int | None:
-    """Return the address of GOMP_parallel in the OpenMP runtime that PyTorch loaded; None means a single thread."""
+    """Return the address of GOMP_parallel in the OpenMP runtime that PyTorch loaded, or None for a single thread."""
     try:
         return ctypes.cast(CDLL(None).GOMP_parallel, c_void_p).value
     except AttributeError:  # another runtime, as on macOS

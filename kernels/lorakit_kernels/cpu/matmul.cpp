@@ -1,8 +1,8 @@
 // y = x Wᵀ + bias for few tokens and a 4-bit weight, without ever writing the weight's values to memory.
 //
 // A few rows of W are dequantized piece by piece into the first-level cache, and each piece is multiplied by all tokens
-// while it is there. One token alone does not need even that. What moves through memory is the codes, a quarter of a
-// bf16 weight. Sums are in fp32, rounded once.
+// while it is there. For a single token even these writes are unnecessary. Only the codes move through memory, a
+// quarter of a bf16 weight. Sums are in fp32, rounded once.
 //
 // block_size is a power of two, 64 or more, that divides `columns`.
 
@@ -13,10 +13,10 @@
 namespace {
 
 constexpr int ROWS = 4;  // of W at a time
-constexpr int TOKENS = 6;  // at a time: 24 sums, in 32 registers (with 4 tokens 10% slower)
+constexpr int TOKENS = 6;  // at a time: 24 sums in 32 registers; 4 tokens are 10% slower
 constexpr int64_t WIDTH = 2048;  // columns at a time: in bf16 a piece takes 16 KiB, half of the first-level cache
-constexpr int AHEAD = 2 * ROWS;  // rows whose codes are fetched into the second-level cache, by the time they are read
-constexpr int MOST_TOKENS = 16;  // whose sums are kept over the columns; more take another pass over the codes
+constexpr int AHEAD = 2 * ROWS;  // how many rows ahead codes are prefetched into the second-level cache
+constexpr int MOST_TOKENS = 16;  // tokens whose sums are kept over the columns; more take another pass over the codes
 
 float total(Floats lanes) {
 #if defined(__AVX512F__)
@@ -33,7 +33,7 @@ struct Linear {
     using Product = Products<Number>;
 
     const Weight& weight;
-    const Number* x;  // (tokens, stride), dealt out
+    const Number* x;  // (tokens, stride), dealt out (see products.h)
     int64_t stride, columns, rows;
     const Number* bias;  // or null
     Number* y;           // (tokens, rows)
@@ -84,7 +84,7 @@ struct Linear {
         memcpy(sums, local, sizeof local);
     }
 
-    // ROWS rows from `first`, for the one token there is.
+    // ROWS rows from `first`, for a single token.
     void one(int64_t first) const {
         constexpr int64_t WIDE = 16 * WIDTH;  // columns whose scales are expanded at a time
         float expanded[ROWS][WIDE / 64];

@@ -1,8 +1,8 @@
 // The codecs of ops/codec.py on the CPU, bit for bit, as a shared library with a plain C interface.
 //
 // Nothing here may change a result: fp32 throughout, a true division for the reciprocal, one rounding at the end, no
-// flushing of subnormals, and flags that keep the compiler from contracting a * b + c. The sizes and dtypes of what the
-// pointers point at are checked by the caller, in Python.
+// flushing of subnormals, and flags that keep the compiler from contracting a * b + c. The caller, in Python, checks
+// the sizes and dtypes behind the pointers.
 
 #include "dequantize.h"
 
@@ -12,7 +12,7 @@ namespace {
 
 // order[number of boundaries below s]. A nan passes all boundaries, as in torch.bucketize: hence "not <=", not ">".
 struct Coder {
-    float boundaries[16];  // padded with inf, which is below nothing
+    float boundaries[16];  // padded with inf, which is below no element
     uint32_t order[16];    // padded with the last
 
     Coder(const float* from, const uint8_t* codes, int count) {
@@ -34,7 +34,7 @@ struct Coder {
         }
         return (Words)_mm512_permutexvar_epi32(rank, load_bits<__m512i>(order));
 #else
-        // The first code plus a difference for each boundary that is passed: neither branches nor look-ups.
+        // The first code plus a difference for each boundary passed: neither branches nor look-ups.
         Words code = Words{} + order[0];
         for (int i = 0; i < 15; ++i) code += ~(Words)(s <= boundaries[i]) & (order[i + 1] - order[i]);
         return code;
@@ -106,7 +106,7 @@ void dequantize_8bit(const uint8_t* codes, const float* codebook, const float* a
     });
 }
 
-// The arguments of a weight are those of `struct Weight`.
+// The first eight arguments are the fields of `struct Weight`.
 void dequantize_4bit(const uint8_t* packed, const float* codebook, const void* scales, const float* nested_codebook,
                      const float* nested_absmax, const float* offset, int64_t nested_block_size, int64_t block_size,
                      int64_t count, void* out, int dtype, Fork fork, unsigned threads) {
@@ -120,7 +120,7 @@ void dequantize_4bit(const uint8_t* packed, const float* codebook, const void* s
     });
 }
 
-// Some rows and columns of a matrix whose rows have an even number of `columns`; `first_column` is even.
+// Some rows and columns of a matrix. `columns`, the length of its rows, and `first_column` are even.
 void dequantize_part(const uint8_t* packed, const float* codebook, const void* scales, const float* nested_codebook,
                      const float* nested_absmax, const float* offset, int64_t nested_block_size, int64_t block_size,
                      int64_t columns, int64_t first_row, int64_t rows, int64_t first_column, int64_t width, void* out,

@@ -1,7 +1,7 @@
 // How `linear_4bit` multiplies a dtype: STEP elements at a time, summed in fp32.
 //
-// Where it pays, a row of W is not unpacked in its order but dealt out, in groups of GROUP elements, and x is dealt out
-// likewise: the sum over a group does not mind.
+// Where it is faster, a row of W is dealt out: unpacked in another order within each group of GROUP elements. x is
+// dealt out in the same way, and the sum over a group is the same.
 #pragma once
 
 #include "dequantize.h"
@@ -11,7 +11,7 @@ namespace {
 template <class Number>
 struct Products {
     static constexpr int STEP = LANES, GROUP = LANES;
-    static constexpr bool IN_REGISTERS = false;  // whether `unpack` gives a group of weights without writing it
+    static constexpr bool IN_REGISTERS = false;  // whether `unpack` returns a group of weights without writing it
     using Vector = Floats;
 
     static Vector read(const Number* from) { return load(from); }
@@ -34,10 +34,11 @@ struct Products {
 };
 
 #if defined(__AVX512BF16__)
-// A register of packed bytes is 32 numbers of 16 bits, of four codes each. Shifted by 0, 4, 8 and 12 bits it is four
-// times 32 indices, of the elements 4j + 1, 4j, 4j + 3 and 4j + 2: one instruction each, where the order of the row
-// takes three. Its halves lie in two blocks, or both in one, and their tables share the register that is looked up.
-// The table's entries are those of `dequantize_block`, but that the instructions take subnormal numbers for zero.
+// A register of packed bytes holds 32 numbers of 16 bits, with four codes each. Shifted by 0, 4, 8 and 12 bits, it
+// gives four sets of 32 indices, for the elements 4j + 1, 4j, 4j + 3 and 4j + 2. Each set takes one instruction; the
+// order of the row would take three. The register's halves lie in two blocks or in one, and their tables share the
+// register that is looked up. The table's entries are those of `dequantize_block`, except that the instructions treat
+// subnormal numbers as zero.
 template <>
 struct Products<Bfloat16> {
     static constexpr int STEP = 32, GROUP = 128;
@@ -57,7 +58,7 @@ struct Products<Bfloat16> {
         }
     }
 
-    // A group of GROUP elements, or half of one: `packed` and the scales of its halves.
+    // The values of a group, or of half a group if not WHOLE; `low` and `high` are the scales of its halves.
     template <bool WHOLE>
     static void unpack(const Weight& weight, const uint8_t* packed, float low, float high, Vector out[4]) {
         const __m512i words = WHOLE ? load_bits<__m512i>(packed) : _mm512_zextsi256_si512(load_bits<__m256i>(packed));

@@ -1,4 +1,4 @@
-"""One reused buffer per thread, for what is dequantized, multiplied by and forgotten."""
+"""One reused buffer per thread, for values that are dequantized, multiplied by and discarded."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _buffer = _Buffer()
 
 
 def workspace(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return a tensor on the CPU with arbitrary content, which this thread's next call returns again.
+    """Return a CPU tensor of this shape and dtype with arbitrary content. This thread's next call reuses its memory.
 
-    It grows to the largest that was asked for and stays: the pages of a fresh buffer cost several times what it costs
-    to dequantize into it.
+    The buffer grows to the largest size requested and stays: the pages of a fresh buffer cost several times as much as
+    dequantizing into it.
     """
     size = math.prod(shape) * dtype.itemsize
     if _buffer.memory.numel() < size:
-        with torch.inference_mode(False):  # what is made in inference mode could not be written to outside of it
+        with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside it
             _buffer.memory = torch.empty(size, dtype=torch.uint8)
     return _buffer.memory[:size].view(dtype).view(*shape)

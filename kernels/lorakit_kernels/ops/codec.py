@@ -1,16 +1,16 @@
 """The 4-bit and 8-bit codecs.
 
 Block-wise quantization (Dettmers et al. 2023, arXiv:2305.14314, eq. 1-2). A tensor is read flat, in row-major order, in
-blocks of `block_size` elements, the last of which may be short. Per block, all in fp32:
+blocks of `block_size` elements; the last block may be short. Per block, all in fp32:
 
     absmax = max |x|        s = x * (1 / absmax)        code = order[number of boundaries strictly below s]
 
-so a tie goes to the lower value. An element that is zero has s = 0, also in a block whose absmax is zero or so small
-that its reciprocal overflows. The inverse is codebook[code] * absmax, rounded once to the output dtype.
+A tie goes to the lower value. An element that is zero has s = 0, even in a block whose absmax is zero or so small that
+its reciprocal overflows. The inverse is codebook[code] * absmax, rounded once to the output dtype.
 
 Four-bit codes are packed two to a byte, the even element in the high nibble; an odd count is padded with the code of 0.
-The work goes in chunks that stay in the cache, through buffers that are reused: seven times faster than one pass over
-a 4096x4096 matrix, since fresh buffers of that size cost more in page faults than the arithmetic.
+The definitions work in chunks that stay in the cache and reuse their buffers. On a 4096x4096 matrix this is seven times
+faster than one pass: page faults of fresh buffers of that size cost more than the arithmetic.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 from ..dispatch import operation
 from ..operands import Weight4bit
 
-_CHUNK = 1 << 18  # bytes of packed codes per chunk; measured best of 2^14 .. 2^20 on a 1 MiB L2 cache
+_CHUNK = 1 << 18  # bytes of packed codes per chunk; the fastest of 2^14 .. 2^20 with 1 MiB of L2 cache
 
 
 # ---- quantization --------------------------------------------------------------------------------------------------
@@ -63,7 +63,7 @@ def quantize_4bit(x: Tensor, boundaries: Tensor, order: Tensor, block_size: int)
 
     Args:
         x: any shape, fp32, bf16 or fp16; read flat.
-        boundaries: (distinct - 1,) fp32, ascending: the values that separate neighbouring codes.
+        boundaries: (distinct - 1,) fp32, ascending: they separate neighbouring values.
         order: (distinct,) uint8: the codes in ascending order of their values.
         block_size: elements per block, even.
 
@@ -73,7 +73,7 @@ def quantize_4bit(x: Tensor, boundaries: Tensor, order: Tensor, block_size: int)
     flat, count = x.reshape(-1), x.numel()
     packed = torch.empty(-(-count // 2), dtype=torch.uint8, device=x.device)
     absmax = torch.empty(-(-count // block_size), dtype=torch.float32, device=x.device)
-    zero = int((boundaries < 0).sum())  # the bucket of 0
+    zero = int((boundaries < 0).sum())  # position of 0 among the values
     step = max(1, _CHUNK // block_size) * block_size
     for start in range(0, count, step):
         codes, scale = quantize_8bit.definition(flat[start : start + step], boundaries, block_size)
@@ -92,17 +92,32 @@ def _empty_scales(codes: Tensor, codebook: Tensor, absmax: Tensor, block_size: i
 
 @operation(fake=_empty_scales)
 def dequantize_8bit(codes: Tensor, codebook: Tensor, absmax: Tensor, block_size: int) -> Tensor:
-    """Return codebook[codes] * absmax of each element's block: (numel,) fp32 from (numel,) uint8 codes."""
+    """Return codebook[code] * absmax of its block for each element.
+
+    Args:
+        codes: (numel,) uint8.
+        codebook: (256,) fp32.
+        absmax: (ceil(numel / block_size),) fp32.
+        block_size: elements per block.
+
+    Returns:
+        (numel,) fp32.
+    """
     return codebook[codes.int()] * absmax.repeat_interleave(block_size)[: codes.numel()]
 
 
-def _nothing(weight: Weight4bit, out: Tensor) -> None:
+def _no_result(weight: Weight4bit, out: Tensor) -> None:
     return None
 
 
-@operation(writes=("out",), fake=_nothing)
+@operation(writes=("out",), fake=_no_result)
 def dequantize_4bit_out(weight: Weight4bit, out: Tensor) -> None:
-    """Fill `out`, of as many elements as the weight and contiguous, with its values, rounded once from fp32."""
+    """Fill `out` with the values of a weight, rounded once from fp32.
+
+    Args:
+        weight: the weight.
+        out: any shape with as many elements as the weight, contiguous; fp32, bf16 or fp16.
+    """
     packed, codebook, absmax, block_size = weight.packed, weight.codebook, weight.absmax, weight.block_size
     if weight.nested:
         nested_codebook, nested_absmax, offset = weight.nested
@@ -111,19 +126,20 @@ def dequantize_4bit_out(weight: Weight4bit, out: Tensor) -> None:
     byte = torch.arange(256, device=packed.device)
     pairs = torch.stack([codebook[byte >> 4], codebook[byte & 15]], dim=1).view(torch.float64).view(-1)
     source, target, count = packed.reshape(-1), out.view(-1), out.numel()
-    whole = count // block_size * block_size  # all but a short last block
+    in_full_blocks = count // block_size * block_size  # all elements but those of a short last block
     step = max(1, _CHUNK * 2 // block_size) * block_size
-    index = torch.empty(min(step, whole) // 2, dtype=torch.int32, device=packed.device)
-    values = torch.empty(min(step, whole) // 2, dtype=torch.float64, device=packed.device)
-    for start in range(0, whole, step):
-        size = min(step, whole - start) // 2
+    index = torch.empty(min(step, in_full_blocks) // 2, dtype=torch.int32, device=packed.device)
+    values = torch.empty(min(step, in_full_blocks) // 2, dtype=torch.float64, device=packed.device)
+    for start in range(0, in_full_blocks, step):
+        size = min(step, in_full_blocks - start) // 2
         index[:size].copy_(source[start // 2 : start // 2 + size])
         torch.index_select(pairs, 0, index[:size], out=values[:size])
         blocks = values[:size].view(torch.float32).view(-1, block_size)
         blocks.mul_(absmax[start // block_size : start // block_size + len(blocks), None])
         target[start : start + 2 * size].copy_(blocks.view(-1))
-    if whole < count:
-        target[whole:] = codebook[unpack_4bit(source[whole // 2 :], count - whole).int()] * absmax[-1]
+    if in_full_blocks < count:
+        codes = unpack_4bit(source[in_full_blocks // 2 :], count - in_full_blocks)
+        target[in_full_blocks:] = codebook[codes.int()] * absmax[-1]
 
 
 def _empty_values(weight: Weight4bit, dtype: torch.dtype) -> Tensor:
@@ -132,7 +148,10 @@ def _empty_values(weight: Weight4bit, dtype: torch.dtype) -> Tensor:
 
 @operation(fake=_empty_values)
 def dequantize_4bit(weight: Weight4bit, dtype: torch.dtype) -> Tensor:
-    """Return the values of a weight as a fresh tensor; a backend fills it by `dequantize_4bit_out`."""
+    """Return the values of a weight as a fresh tensor of the weight's shape and `dtype`, rounded once from fp32.
+
+    A backend fills it with `dequantize_4bit_out`.
+    """
     out = _empty_values(weight, dtype)
     dequantize_4bit_out(weight, out)
     return out
@@ -146,18 +165,20 @@ def _empty_rows(weight: Weight4bit, rows: Tensor, dtype: torch.dtype) -> Tensor:
 def gather_4bit(weight: Weight4bit, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Return some rows of a matrix, as an embedding looks them up: `dequantize_4bit(weight, dtype)[rows]`.
 
-    Only these rows are decoded, element by element, since blocks run over the flat tensor and may straddle rows.
+    Only these rows are decoded. They are decoded element by element, since blocks run over the flat tensor and may
+    straddle rows.
 
     Args:
-        weight: of shape (rows, columns).
-        rows: (...) int64, the numbers of the rows, from 0.
+        weight: shape (rows, columns).
+        rows: (...) int64, row indices.
+        dtype: dtype of the result.
 
     Returns:
-        (..., columns) of the dtype, rounded once from fp32.
+        (..., columns), rounded once from fp32.
     """
     columns = weight.shape[1]
     column = torch.arange(columns, device=rows.device)
-    element = rows[..., None] * columns + column  # (..., columns), numbers in the flat tensor
+    element = rows[..., None] * columns + column  # (..., columns), indices into the flat tensor
     byte = weight.packed.reshape(-1)[element // 2]
     code = torch.where(element % 2 == 0, byte >> 4, byte & 15)
     block = element // weight.block_size
@@ -169,6 +190,6 @@ def gather_4bit(weight: Weight4bit, rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def unpack_4bit(packed: Tensor, count: int) -> Tensor:
-    """Return the first `count` codes (uint8, 0..15) of packed bytes."""
+    """Return the first `count` codes of packed uint8 bytes of any shape: (count,) uint8, 0..15."""
     flat = packed.reshape(-1)
     return torch.stack([flat >> 4, flat & 15], dim=1).view(-1)[:count]

@@ -1,7 +1,7 @@
-"""The losses of a chunk of logits, whose gradient takes their place: no second matrix of that size is ever held.
+"""The losses of a chunk of logits. The gradient overwrites the logits, so no second matrix of that size is ever held.
 
-Autograd does not differentiate it, the layer that calls it does. Other backends agree to the rounding of a sum and of
-an exponential.
+Autograd does not differentiate this operation; the layer that calls it does. Other backends agree to the rounding of a
+sum and an exponential.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ def _empty_losses(logits: Tensor, targets: Tensor, with_gradient: bool) -> Tenso
 
 @operation(writes=("logits",), written_if="with_gradient", fake=_empty_losses)
 def cross_entropy(logits: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:
-    """Return −log softmax(logits)[target] of each row, and leave the gradient of their sum where the logits were.
+    """Return −log softmax(logits)[target] of each row, and on request overwrite the logits with the sum's gradient.
 
     Args:
-        logits: (rows, vocabulary), contiguous; with `with_gradient` overwritten by softmax(logits) − onehot(target),
-            rounded once from fp32.
+        logits: (rows, vocabulary), contiguous.
         targets: (rows,) int64.
+        with_gradient: overwrite the logits with softmax(logits) − onehot(target), rounded once from fp32.
 
     Returns:
         (rows,) fp32.
     """
     shifted = logits.float() - logits.amax(dim=-1, keepdim=True).float()
-    # Not log_softmax, whose sum has one accumulator a lane: over millions of logits it loses four digits.
+    # log_softmax sums with one accumulator per lane, which loses four digits over millions of logits.
     log_probs = shifted.sub_(shifted.exp().sum(dim=-1, keepdim=True).log_())
     losses = -log_probs.gather(1, targets[:, None]).squeeze(1)
     if with_gradient:

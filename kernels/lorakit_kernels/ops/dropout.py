@@ -1,7 +1,7 @@
-"""Dropout (Srivastava et al. 2014) without its factor: y = m(seed)∘x, and so dx = m(seed)∘dy.
+"""Dropout (Srivastava et al. 2014) without its factor: y = m(seed)∘x, hence dx = m(seed)∘dy.
 
-What is dropped follows from the seed and the place alone, on every device, bit for bit: none of it need be kept for the
-backward pass, but the seed.
+The seed and an element's position decide whether it is dropped, bit for bit on every device. The backward pass needs
+only the seed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..dispatch import differentiate, operation
 
-GROUP = 64  # elements that take the four words of 16 counters
+GROUP = 64  # elements that share 16 counters of four words
 
 
 def _empty_dropped(x: Tensor, seed: Tensor, p: float) -> Tensor:
@@ -22,18 +22,18 @@ def _empty_dropped(x: Tensor, seed: Tensor, p: float) -> Tensor:
 
 @operation(fake=_empty_dropped)
 def drop(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    """Return x with each element zero with probability p, to 2^-32.
+    """Return x with each element set to zero with probability p, to within 2^-32.
 
-    Element i is dropped where its word of Philox4x32-10 (Salmon et al. 2011, doi:10.1145/2063384.2063405) with the key
+    Element i is dropped if its word of Philox4x32-10 (Salmon et al. 2011, doi:10.1145/2063384.2063405) with the key
     `seed` is below p·2^32: word (i / 16) mod 4 of counter 16·(i / 64) + i mod 16.
 
     Args:
-        x: any shape, elements counted row-major.
+        x: any shape; elements are counted row-major.
         seed: () int64, on the CPU.
         p: from 0 to below 1.
 
     Raises:
-        ValueError: p is outside of that.
+        ValueError: p is outside that range.
     """
     threshold = drop_threshold(p)
     groups = -(-x.numel() // GROUP)
@@ -45,18 +45,18 @@ def drop(x: Tensor, seed: Tensor, p: float) -> Tensor:
 
 
 def drop_threshold(p: float) -> int:
-    """Return p·2^32, rounded: the words below it drop their elements. At most 2^32 − 1, which a word can hold."""
+    """Return p·2^32, rounded, and at most 2^32 − 1, which a word can hold. Words below it drop their elements."""
     if not 0 <= p < 1:
         raise ValueError(f"the probability of dropping must be from 0 to below 1, got {p}")
     return min(round(p * 2**32), 2**32 - 1)
 
 
 def philox(counters: Tensor, key: int) -> Tensor:
-    """Return the four words of Philox4x32-10 of each counter, like these (4, ...) int64 in 0 .. 2^32 − 1.
+    """Return the four 32-bit words of Philox4x32-10 for each counter, (4, ...) int64 in 0 .. 2^32 − 1.
 
     Args:
-        counters: words of 32 bits, the lowest first.
-        key: of 64 bits.
+        counters: (4, ...) int64 in 0 .. 2^32 − 1, the 32-bit words of each counter, the lowest first.
+        key: 64 bits.
     """
     low = 2**32 - 1
     a, b, c, d = counters

@@ -1,10 +1,10 @@
 """Products with a 4-bit weight (QLoRA, arXiv:2305.14314, eq. 5), with an adapter's update, bias, and their gradients.
 
     linear_4bit       y = x Wᵀ + b + s·u Bᵀ     dx = dy W,  db = Σ dy,  du = s·dy B,  dB = s·dyᵀ u
-    linear_4bit_dx    dx = dy W + t A           of it again: W and A applied forward
+    linear_4bit_dx    dx = dy W + t A           its own gradient multiplies by Wᵀ and Aᵀ, as the forward pass does
 
-W are the weight's values in x's dtype. Backends differ in the order in which they add, and in whether the sum of the
-products is rounded before the rest is added; they all accumulate products in fp32.
+W holds the weight's values in x's dtype. All backends accumulate products in fp32. They differ in the order in which
+they add, and in whether they round the sum of the products before they add the rest.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def linear_4bit(
         x: (..., in_features) fp32, bf16 or fp16.
         weight: (out_features, in_features).
         bias: (out_features,) of x's dtype.
-        lora: of an adapter, what its update takes: u = x Aᵀ (..., r) and B (out_features, r), of x's dtype.
-        scaling: of the update.
+        lora: empty, or an adapter's u = x Aᵀ (..., r) and B (out_features, r), of x's dtype.
+        scaling: factor on the adapter's update.
 
     Returns:
         (..., out_features) of x's dtype.
@@ -50,12 +50,12 @@ def _empty_gradient(dy: Tensor, weight: Weight4bit, lora: Sequence[Tensor]) -> T
 
 @operation(fake=_empty_gradient)
 def linear_4bit_dx(dy: Tensor, weight: Weight4bit, lora: Sequence[Tensor] = ()) -> Tensor:
-    """Return dx = dy W + t A, the gradient of `linear_4bit` by its input; rounding as there.
+    """Return dx = dy W + t A, the gradient of `linear_4bit` with respect to its input.
 
     Args:
         dy: (..., out_features) fp32, bf16 or fp16.
         weight: (out_features, in_features).
-        lora: of an adapter: t = scaling dy B (..., r) and A (r, in_features), of dy's dtype.
+        lora: empty, or an adapter's t = scaling dy B (..., r) and A (r, in_features), of dy's dtype.
 
     Returns:
         (..., in_features) of dy's dtype.
@@ -63,13 +63,19 @@ def linear_4bit_dx(dy: Tensor, weight: Weight4bit, lora: Sequence[Tensor] = ()) 
     return dense_linear_dx(dy, _values(weight, dy), lora)
 
 
-def _nothing(dx: Tensor, dy: Tensor, weight: Weight4bit) -> None:
+def _no_result(dx: Tensor, dy: Tensor, weight: Weight4bit) -> None:
     return None
 
 
-@operation(writes=("dx",), fake=_nothing)
+@operation(writes=("dx",), fake=_no_result)
 def add_linear_4bit_dx(dx: Tensor, dy: Tensor, weight: Weight4bit) -> None:
-    """Add dy W to dx, (..., in_features), contiguous, of dy's dtype: for layers that read the same x."""
+    """Add dy W to dx, for layers that read the same x.
+
+    Args:
+        dx: (..., in_features) of dy's dtype, contiguous; overwritten.
+        dy: (..., out_features) fp32, bf16 or fp16.
+        weight: (out_features, in_features).
+    """
     dx += linear_4bit_dx.definition(dy, weight)
 
 
@@ -80,13 +86,13 @@ def _values(weight: Weight4bit, x: Tensor) -> Tensor:
     return values
 
 
-# ---- the same with values instead of codes -------------------------------------------------------------------------
+# ---- the same products with a dense weight -------------------------------------------------------------------------
 
 
 def dense_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, lora: Sequence[Tensor] = (), scaling: float = 1.0
 ) -> Tensor:
-    """Return `linear_4bit` of values, (out_features, in_features) of x's dtype."""
+    """Return `linear_4bit` for a dense weight, (out_features, in_features) of x's dtype."""
     y = linear(x, weight, bias)
     if lora:
         u, lora_b = lora
@@ -95,7 +101,7 @@ def dense_linear(
 
 
 def dense_linear_dx(dy: Tensor, weight: Tensor, lora: Sequence[Tensor] = ()) -> Tensor:
-    """Return `linear_4bit_dx` of values, (out_features, in_features) of dy's dtype."""
+    """Return `linear_4bit_dx` for a dense weight, (out_features, in_features) of dy's dtype."""
     dx = dy @ weight
     if lora:
         t, lora_a = lora
@@ -103,7 +109,7 @@ def dense_linear_dx(dy: Tensor, weight: Tensor, lora: Sequence[Tensor] = ()) -> 
     return dx
 
 
-# ---- gradients: the weight has none --------------------------------------------------------------------------------
+# ---- gradients; the weight has none --------------------------------------------------------------------------------
 
 
 def _save(ctx: Any, weight: Weight4bit, lora: Sequence[Tensor]) -> None:
@@ -119,7 +125,7 @@ def _saved(ctx: Any) -> tuple[Weight4bit, Sequence[Tensor]]:
 
 
 def _no_gradient(weight: Weight4bit) -> Weight4bit:
-    """Return None for each field of a weight, and for each tensor in its list."""
+    """Return a record with None for each field of a weight and for each tensor in `nested`."""
     nothing: Any = None
     return Weight4bit(nothing, nothing, nothing, nothing, nothing, [nothing] * len(weight.nested), nothing)
 

@@ -1,8 +1,8 @@
-"""RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4), whose backward pass skips a frozen weight's gradient.
+"""RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4). Its backward pass skips the gradient of a frozen weight.
 
     y = w·x̂, x̂ = x·rstd        g = w·dy,  dx = rstd·(g − x̂·mean(g·x̂)),  dw = Σ dy·x̂
 
-What is saved are x as it came and rstd, a number a row. Other backends agree to the rounding of a sum.
+The forward pass saves x in its own dtype and rstd, one number per row. Other backends agree to the rounding of a sum.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _empty_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return weight * x·rstd and rstd = 1 / sqrt(mean(x²) + eps).
 
-    Statistics are fp32; x·rstd is rounded to x's dtype before the weight multiplies it, as transformers does.
+    Statistics are fp32. As in transformers, x·rstd is rounded to x's dtype before the weight multiplies it.
 
     Args:
         x: (..., size), fp32, bf16 or fp16.
@@ -44,7 +44,13 @@ def _empty_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) ->
 
 @operation(fake=_empty_norm_backward)
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
-    """Return dx = rstd·(g − x̂·mean(g·x̂)) with x̂ = x·rstd and g = weight·dy, in x's shape and dtype."""
+    """Return dx = rstd·(g − x̂·mean(g·x̂)) with x̂ = x·rstd and g = weight·dy, in x's shape and dtype.
+
+    Args:
+        dy: (..., size) of y's dtype.
+        x, weight: as for `rms_norm`.
+        rstd: (..., 1) fp32, from `rms_norm`.
+    """
     normed = x.float() * rstd
     g = (dy * weight).float()
     dx = (g - normed * (g * normed).mean(-1, keepdim=True)) * rstd
@@ -60,7 +66,7 @@ def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | 
     x, weight, rstd = ctx.saved_tensors
     dx = rms_norm_backward(dy, x, weight, rstd) if ctx.needs_input_grad[0] else None
     dweight = None
-    if ctx.needs_input_grad[1]:  # someone trains the norm
+    if ctx.needs_input_grad[1]:  # the norm is trained
         normed = (x.float() * rstd).to(x.dtype)
         dweight = (dy.float() * normed).flatten(0, -2).sum(0).to(weight.dtype)
     return dx, dweight, None

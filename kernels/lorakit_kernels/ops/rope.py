@@ -25,9 +25,9 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backward: bool = False)
     Args:
         q: (tokens, heads, head_dim).
         k: (tokens, kv_heads, head_dim).
-        cos, sin: (tokens, head_dim), of the angles, whose second half repeats the first. A row a token: positions may
-            start anew anywhere, as they do in a packed batch.
-        backward: rotate by −angle, which is the inverse, and so also what gradients go through.
+        cos, sin: (tokens, head_dim); the second half of each row repeats the first. Each token has its own row, so
+            positions may restart anywhere, as they do in a packed batch.
+        backward: rotate by −angle, which is the inverse and the map that gradients go through.
 
     Returns:
         The rotated q and k, of the same shapes and dtypes.
@@ -38,8 +38,8 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backward: bool = False)
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
-    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
-    return x * cos[:, None] + turned * sin[:, None]
+    quarter_turn = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
+    return x * cos[:, None] + quarter_turn * sin[:, None]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:

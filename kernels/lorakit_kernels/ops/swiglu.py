@@ -1,4 +1,4 @@
-"""SwiGLU (Shazeer 2020, arXiv:2002.05202, eq. 6), whose backward pass computes the activation anew.
+"""SwiGLU (Shazeer 2020, arXiv:2002.05202, eq. 6). Its backward pass recomputes the activation.
 
     y = silu(g)·u, σ = sigmoid(g)        du = dy·g·σ,  dg = dy·u·σ·(1 + g·(1 − σ))
 
@@ -22,7 +22,7 @@ def _empty_swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 @operation(fake=_empty_swiglu)
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """Return silu(gate) * up; both of one shape and dtype."""
+    """Return silu(gate) * up. All tensors have one shape and dtype."""
     return silu(gate).mul_(up)
 
 
@@ -32,7 +32,7 @@ def _empty_swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor
 
 @operation(fake=_empty_swiglu_backward)
 def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Return dgate = dy·up·σ·(1 + gate·(1 − σ)) and dup = dy·gate·σ, all of one shape and dtype."""
+    """Return dgate = dy·up·σ·(1 + gate·(1 − σ)) and dup = dy·gate·σ. All tensors have one shape and dtype."""
     return torch.ops.aten.silu_backward(dy * up, gate), silu(gate).mul_(dy)
 
 

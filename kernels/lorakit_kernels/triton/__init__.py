@@ -1,8 +1,8 @@
 """The operations of `ops` in Triton, for GPUs: CUDA, ROCm, XPU.
 
-Quantizing and dequantizing agree bit for bit. Only this package imports triton, and it is imported when its backend is
-first asked for. A module of the training operations has its functions, its kernels, and `sources()`: the same kernels
-for typical arguments, to compile where there is no GPU.
+Quantizing and dequantizing agree with their definitions bit for bit. Only this package imports triton, and it is
+imported when its backend is first chosen. Each module of a training operation has its functions, its kernels, and
+`sources()`: the same kernels for typical arguments, to compile without a GPU.
 """
 
 from .adamw_8bit import adamw_8bit

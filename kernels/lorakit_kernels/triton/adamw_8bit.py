@@ -1,8 +1,8 @@
 """One step of AdamW with its moments in 8 bits, as `ops.adamw_8bit` defines it.
 
-A program takes four blocks of 256 elements from the codes of their moments to the new codes: 12 to 16 bytes move for an
-element, where fp32 moments move 28. Every operation rounds as the definition's does (quotient and root to nearest, no
-fusing of products and sums), so fp32 parameters are the same bit for bit.
+A program takes four blocks of 256 elements from the codes of their moments to the new codes. It moves 12 to 16 bytes
+per element, where fp32 moments move 28. Every operation rounds as the definition's does (quotient and root to nearest,
+no fusing of products and sums), so fp32 parameters are the same bit for bit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..operands import AdamWStep, Moment8bit
 from ..ops.adamw_8bit import STATE_BLOCK_SIZE
 from .launch import on_device_of, source
 
-_BLOCKS = 4  # a program
+_BLOCKS = 4  # per program
 
 
 def adamw_8bit(parameter: Tensor, gradient: Tensor, first: Moment8bit, second: Moment8bit, step: AdamWStep) -> None:
@@ -29,7 +29,7 @@ def adamw_8bit(parameter: Tensor, gradient: Tensor, first: Moment8bit, second: M
         ValueError: a tensor has another dtype, size or device than the kernel reads.
     """
     count, device = parameter.numel(), parameter.device
-    rows = parameter.contiguous()
+    target = parameter.contiguous()
     gradient = readable("gradient", gradient, parameter.dtype, count, device)
     first, second = (
         writable_moment(name, moment, count, STATE_BLOCK_SIZE, device)
@@ -39,13 +39,13 @@ def adamw_8bit(parameter: Tensor, gradient: Tensor, first: Moment8bit, second: M
     if count:
         with on_device_of(parameter):
             adamw_8bit_kernel[(triton.cdiv(blocks, _BLOCKS),)](
-                rows, gradient, first.codes, first.absmax, second.codes, second.absmax,
+                target, gradient, first.codes, first.absmax, second.codes, second.absmax,
                 first.values, first.boundaries, second.values, second.boundaries,
                 step.beta1, 1 - step.beta1, step.beta2, 1 - step.beta2, *step.factors(), step.eps,
                 count, blocks, BLOCKS=_BLOCKS, BLOCK=STATE_BLOCK_SIZE, enable_fp_fusion=False,
             )  # fmt: skip
-    if rows is not parameter:
-        parameter.copy_(rows)
+    if target is not parameter:
+        parameter.copy_(target)
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def adamw_8bit_kernel(
     keep: tl.tensor, step_size: tl.tensor, root_scale: tl.tensor, eps: tl.tensor, count: tl.tensor, blocks: tl.tensor,
     BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Dequantize, update, quantize BLOCKS blocks; rest is 1 − beta."""
+    """Dequantize, update and quantize BLOCKS blocks; rest is 1 − beta."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     offset = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask, is_block = offset < count, block < blocks
@@ -77,7 +77,7 @@ def adamw_8bit_kernel(
 def _moment(
     codes: tl.tensor, absmax: tl.tensor, values: tl.tensor, mask: tl.tensor, is_block: tl.tensor
 ) -> tl.tensor:  # fmt: skip
-    """Return a moment (blocks, elements) in fp32, zero beyond its end."""
+    """Return a moment, (blocks, elements) fp32, zero beyond its end."""
     scale = tl.load(absmax, mask=is_block, other=0.0)
     return tl.load(values + tl.load(codes, mask=mask, other=0).to(tl.int32), mask=mask, other=0.0) * scale[:, None]
 
@@ -86,11 +86,11 @@ def _moment(
 def _quantize(
     x: tl.tensor, codes: tl.tensor, absmax: tl.tensor, boundaries: tl.tensor, mask: tl.tensor, is_block: tl.tensor
 ) -> None:
-    """Write the codes, numbers of boundaries below x / absmax, and the scales of blocks."""
+    """Write the codes, which count the boundaries below x / absmax, and the scales of the blocks."""
     scale = tl.max(tl.abs(x), axis=1)
     scaled = tl.where(x == 0, 0.0, x * tl.div_rn(1.0, scale)[:, None])
     rank = tl.zeros(x.shape, tl.int32)
-    for bit in tl.static_range(8):  # binary search among 255
+    for bit in tl.static_range(8):  # binary search among 255 boundaries
         half = 128 >> bit
         rank += tl.where(scaled <= tl.load(boundaries + rank + half - 1), 0, half)
     tl.store(codes, rank.to(tl.uint8), mask=mask)

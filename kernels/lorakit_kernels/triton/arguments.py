@@ -1,4 +1,4 @@
-"""What the kernels take of a 4-bit weight, beyond the checks that all backends share."""
+"""A 4-bit weight as the Triton kernels take it, beyond the checks that all backends share."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ..operands import Weight4bit
 
 
 class KernelWeight(NamedTuple):
-    """A 4-bit weight, checked, as the kernels take it.
+    """A checked 4-bit weight as the kernels take it.
 
     Attributes:
         words: (ceil(numel / 8),) int32, eight codes each.
         codebook: (16,) fp32.
-        absmax: (blocks,) fp32, or uint8 codes where the scales are nested.
-        nested_codebook, nested_absmax, nested_offset: (256,), (nested blocks,) and () fp32, or None where they are not.
-        nested_block_size: scales per nested block; 0 where they are not nested.
+        absmax: (blocks,) fp32, or uint8 codes if the scales are nested.
+        nested_codebook, nested_absmax, nested_offset: (256,), (nested blocks,) and () fp32; None if not nested.
+        nested_block_size: scales per nested block; 0 if not nested.
         block_size: elements per block.
     """
 
@@ -35,10 +35,10 @@ class KernelWeight(NamedTuple):
 
     @staticmethod
     def of(weight: Weight4bit, count: int, device: torch.device) -> KernelWeight:
-        """Return a weight of `count` elements.
+        """Return a weight of `count` elements for the kernels.
 
         Raises:
-            ValueError: a tensor of it has another dtype, size or device.
+            ValueError: one of its tensors has another dtype, size or device.
         """
         packed, codebook, absmax, block_size, _, nested, nested_block_size = readable_weight(weight, count, device)
         nested_codebook, nested_absmax, nested_offset = nested or (None, None, None)
@@ -48,16 +48,16 @@ class KernelWeight(NamedTuple):
         )  # fmt: skip
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """Return the tensors, in the order of the kernels' arguments."""
+        """Return the tensors in the order of the kernels' arguments."""
         return self[:6]
 
     def has_one_scale(self, columns: int, step: int) -> bool:
-        """Whether `step` columns of a row, from a multiple of `step`, lie in one block; a row has so many columns."""
+        """Return whether `step` columns of a row, starting at a multiple of `step`, always lie in one block."""
         return columns % self.block_size == 0 and self.block_size % step == 0
 
 
 def _words(packed: Tensor, count: int) -> Tensor:
-    """Return packed codes as (ceil(count / 8),) int32; a copy where the bytes are no whole words, or not aligned."""
+    """Return packed codes as (ceil(count / 8),) int32; a copy if the bytes are not whole, aligned words."""
     size, needed = (count + 1) // 2, -(-count // 8) * 4
     flat = packed.view(-1)[:size]
     if size < needed:

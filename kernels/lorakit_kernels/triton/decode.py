@@ -1,8 +1,8 @@
-"""Products of a few tokens with a 4-bit weight, as in generating text: the time is that of reading the codes.
+"""Products of a few tokens with a 4-bit weight, as in generating text: reading the codes takes most of the time.
 
-The product is turned round, y^T = W x^T: the weight's rows, of which there are many, fill the 16 rows that a
-tensor-core instruction has, and the tokens, of which there are few, are its narrow side, 16 wide. A program takes few
-rows, so that there are enough programs for all processors, and wide steps, so that a row is read in whole cache lines.
+The kernel computes the transpose, y^T = W x^T. The many rows of the weight fill the 16 rows of a tensor-core
+instruction, and the few tokens are its narrow side, 16 wide. A program takes few rows, so that there are enough
+programs for all processors. It takes wide steps, so that a row is read in whole cache lines.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ def decode_kernel(
     BLOCK: tl.constexpr, NESTED: tl.constexpr, ONE_SCALE: tl.constexpr,
     FEATURES: tl.constexpr, STEP: tl.constexpr, RANK_STEP: tl.constexpr,
 ) -> None:  # fmt: skip
-    """y (tokens, rows) = x (tokens, columns) W^T + bias + scaling u B^T for at most 16 tokens: FEATURES rows of W."""
+    """y (tokens, rows) = x (tokens, columns) W^T + bias + scaling u B^T: at most 16 tokens and FEATURES rows of W."""
     token = tl.arange(0, 16)
     row = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
     table = tl.load(codebook + tl.arange(0, 16))
     sums = tl.zeros([FEATURES, 16], tl.float32)
     if u is not None:
         for start in range(0, rank, RANK_STEP):
-            part = start + tl.arange(0, RANK_STEP)
-            right = load_matrix(u, token, part, tokens, rank).T
-            sums = tl.dot(load_matrix(lora_b, row, part, rows, rank), right, sums, input_precision="ieee")
+            component = start + tl.arange(0, RANK_STEP)
+            right = load_matrix(u, token, component, tokens, rank).T
+            sums = tl.dot(load_matrix(lora_b, row, component, rows, rank), right, sums, input_precision="ieee")
         sums *= scaling
     for start in range(0, columns, STEP):
         weight = load_weights(

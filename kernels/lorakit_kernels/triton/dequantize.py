@@ -1,8 +1,8 @@
 """Codes to values: `dequantize_4bit_out`, double-quantized scales included, and `dequantize_8bit`.
 
-A program takes a row of words, eight codes each. A thread loads four words at once, the program hands the words round
-in shared memory, and a thread then computes the eight values of single words, which it writes at once: 16 bytes a load
-and a store, neighbouring threads at neighbouring addresses in both.
+A program takes a row of words, eight codes each. A thread loads four words at once. The program exchanges the words
+through shared memory. A thread then computes the eight values of one word and writes them at once. Loads and stores are
+16 bytes each, and neighbouring threads use neighbouring addresses in both.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from .arguments import KernelWeight
 from .device import load_scales, look_up, unpack
 from .launch import on_device_of
 
-WORDS = 1024  # words a program; with 4 warps a thread computes 64 weights
+WORDS = 1024  # words per program; with 4 warps a thread computes 64 weights
 WARPS = 4
-VALUES_8BIT = 2048  # values a program
+VALUES_8BIT = 2048  # values per program
 
 
 def dequantize_4bit_out(weight: Weight4bit, out: Tensor) -> None:
     """See `ops.codec.dequantize_4bit_out`.
 
     Raises:
-        ValueError: a tensor has another dtype, size or device than the operation reads; so for all functions here.
+        ValueError: a tensor has another dtype, size or device than the operation reads. All functions here raise this.
     """
     if weight.block_size % 8 or not out.dtype.is_floating_point:  # a word must lie in one block
         return definition.dequantize_4bit_out.definition(weight, out)

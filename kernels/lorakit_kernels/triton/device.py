@@ -1,14 +1,14 @@
-"""What the kernels share: unpacking codes, looking values up, reading scales. Functions that run inside a kernel.
+"""Functions that run inside the kernels: they unpack codes, look values up and read scales.
 
 Eight codes are read as one 32-bit word. Its bytes are in order, but within a byte the even element is in the high
-nibble, so element e of a word is at bit 4e with the lowest bit of e flipped:
+nibble. Element e of a word is therefore at bit 4e with the lowest bit of e flipped:
 
     element  0  1  2  3  4  5  6  7
     bit      4  0 12  8 20 16 28 24      = (4 e) xor 4
 
-Look-ups go through `tl.gather`, which keeps the table in shared memory: 16 entries of 4 bytes lie in 16 different
-banks, so that however the codes fall no two lanes wait for each other. That is two instructions less for each weight
-than a look-up in global memory, with its 64-bit addresses.
+Look-ups go through `tl.gather`, which keeps the table in shared memory. Its 16 entries of 4 bytes lie in 16 different
+banks, so no two lanes wait for each other, whatever the codes. Each weight takes two instructions less than with a
+look-up in global memory, which needs 64-bit addresses.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import triton.language as tl
 
 @triton.jit
 def unpack(words: tl.tensor) -> tl.tensor:
-    """Return the codes (..., 8) int32, 0..15, of words (...) int32."""
+    """Return the codes, (..., 8) int32 in 0..15, of words (...) int32."""
     return (tl.expand_dims(words, -1) >> ((tl.arange(0, 8) * 4) ^ 4)) & 15
 
 
 @triton.jit
 def pack(codes: tl.tensor) -> tl.tensor:
-    """Return words (rows, words) int32 of codes (rows, words, 8) int32."""
+    """Return the words, (rows, words) int32, of codes (rows, words, 8) int32."""
     return tl.sum(codes << ((tl.arange(0, 8) * 4) ^ 4), axis=2)
 
 
@@ -42,8 +42,8 @@ def load_scales(
 ) -> tl.tensor:  # fmt: skip
     """Return the fp32 scales of blocks, of block's shape.
 
-    absmax is fp32 with NESTED = 0. Else it is uint8 codes, NESTED is the number of scales in a nested block, and a
-    scale is codebook[code] * absmax + offset, product and sum each rounded: kernels are compiled without fusing.
+    With NESTED = 0, absmax is fp32. Otherwise it is uint8 codes, NESTED is the number of scales per nested block, and
+    a scale is codebook[code] * absmax + offset. Product and sum are each rounded: kernels are compiled without fusing.
     """
     if NESTED == 0:
         scale = tl.load(absmax + block, mask=mask, other=0.0)
@@ -60,10 +60,10 @@ def load_weights(
     row: tl.tensor, first: tl.tensor, rows: tl.tensor, columns: tl.tensor, dtype: tl.constexpr,
     BLOCK: tl.constexpr, NESTED: tl.constexpr, COLUMNS: tl.constexpr, ONE_SCALE: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """Return values (len(row), COLUMNS) of `dtype` of a weight (rows, columns), from column `first`.
+    """Return values of a weight (rows, columns) from column `first`: (len(row), COLUMNS) of `dtype`.
 
-    What lies outside of the weight is some finite number. ONE_SCALE says that COLUMNS columns lie in one block, so that
-    a row needs one scale instead of one a word.
+    Elements outside the weight get some finite number. With ONE_SCALE, COLUMNS columns lie in one block, so a row needs
+    one scale instead of one per word.
     """
     word = first // 8 + tl.arange(0, COLUMNS // 8)
     position = row.to(tl.int64)[:, None] * (columns // 8) + word[None, :]
@@ -83,6 +83,6 @@ def load_weights(
 def load_matrix(
     matrix: tl.tensor, row: tl.tensor, column: tl.tensor, rows: tl.tensor, columns: tl.tensor
 ) -> tl.tensor:  # fmt: skip
-    """Return the elements of a matrix (rows, columns) at some rows and columns, zero outside of it."""
+    """Return the elements of a matrix (rows, columns) at some rows and columns, zero outside it."""
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     return tl.load(matrix + row.to(tl.int64)[:, None] * columns + column[None, :], mask=inside, other=0.0)

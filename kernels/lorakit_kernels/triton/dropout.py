@@ -1,7 +1,7 @@
-"""Dropout without its factor, from a seed: what is dropped is drawn anew wherever it is needed, and never kept.
+"""Dropout without its factor, from a seed: the mask is drawn again wherever it is needed, and never kept.
 
-Ten rounds of Philox give four words, one for each of four elements that lie 16 apart: a program reads and writes in
-rows of 16, which a thread's share divides evenly.
+Ten rounds of Philox give four words for four elements that lie 16 apart. A program thus reads and writes rows of 16,
+which threads share evenly.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 from ..ops.dropout import drop_threshold
 from .launch import on_device_of, source
 
-_TILE = 256  # counters a program, of four elements each
+_TILE = 256  # counters per program, four elements each
 
 
 def drop(x: Tensor, seed: Tensor, p: float) -> Tensor:
@@ -35,7 +35,7 @@ def drop(x: Tensor, seed: Tensor, p: float) -> Tensor:
 def drop_kernel(
     x: tl.tensor, y: tl.tensor, seed: tl.tensor, threshold: tl.tensor, count: tl.tensor, TILE: tl.constexpr
 ) -> None:  # fmt: skip
-    """y = x, or 0 where the word is below the threshold."""
+    """y = x, or 0 if the word is below the threshold."""
     counter = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     first = counter // 16 * 64 + counter % 16
     words = tl.randint4x(seed, counter)

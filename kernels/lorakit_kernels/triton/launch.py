@@ -1,4 +1,4 @@
-"""What the kernels of this package need around them: launching on a tensor's device, and sources to compile offline."""
+"""Launching kernels on a tensor's device, and their sources for compiling offline."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from triton.compiler import ASTSource
 
 
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Make the device of x the current one, which is where Triton launches; the CPU, in the interpreter, needs none."""
+    """Within the context, make the device of x the current one: Triton launches there. x may have any shape and dtype.
+
+    A tensor on the CPU, as in Triton's interpreter, needs no current device.
+    """
     if x.device.type == "cpu":
         return contextlib.nullcontext()
     device: contextlib.AbstractContextManager[Any] = torch.get_device_module(x.device).device(x.device)
@@ -21,11 +24,11 @@ def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def source(kernel: triton.JITFunction, types: Mapping[str, str], constants: Mapping[str, Any]) -> ASTSource:
-    """Return a kernel specialized as a launch would, for triton.compile.
+    """Return a kernel for triton.compile, specialized as a launch would specialize it.
 
     Args:
-        types: by argument: "*bf16" (aligned to 16 bytes), "fp32", "i32", or "i32:16" for a multiple of 16.
-        constants: values of the arguments that are tl.constexpr.
+        types: argument -> type: "*bf16" (aligned to 16 bytes), "fp32", "i32", or "i32:16" for a multiple of 16.
+        constants: argument -> value, for the tl.constexpr arguments.
     """
     signature = {name: types[name].partition(":")[0] if name in types else "constexpr" for name in kernel.arg_names}
     aligned = [name for name, kind in types.items() if kind.startswith("*") or kind.endswith(":16")]

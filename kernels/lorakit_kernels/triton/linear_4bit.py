@@ -1,11 +1,11 @@
-"""Products with a 4-bit weight in one kernel each: `linear_4bit` and, for its backward, `linear_4bit_dx`.
+"""Products with a 4-bit weight in one kernel each: `linear_4bit` and, for its backward pass, `linear_4bit_dx`.
 
-A program computes one tile of the result. It walks along the dimension that is summed over, and for each step loads
-codes, turns them into a tile of values in shared memory, and multiplies on the tensor cores. The weight's values never
-exist in global memory. The adapter's product is summed first, into the same fp32 accumulator.
+A program computes one tile of the result. It walks along the dimension that is summed over. Each step loads codes,
+turns them into a tile of values in shared memory, and multiplies on the tensor cores. The weight's values never exist
+in global memory. The adapter's product is summed first, into the same fp32 accumulator.
 
-Every row of tiles turns the codes into values anew, which is why many tokens are better served by dequantizing once and
-an ordinary product: see `tiles`. A few tokens have a kernel of their own, in `decode`.
+Every row of tiles decodes the weight again. For many tokens it is faster to dequantize once and call an ordinary
+product: see `tiles`. Few tokens have a kernel of their own, in `decode`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def linear_4bit(
     """See `ops.linear_4bit.linear_4bit`.
 
     Raises:
-        ValueError: a tensor has another dtype, size or device than the operation reads; so for all functions here.
+        ValueError: a tensor has another dtype, size or device than the operation reads. All functions here raise this.
     """
     rows, columns = weight.shape
     tokens = math.prod(x.shape[:-1])
@@ -74,7 +74,7 @@ def linear_kernel(
 ) -> None:  # fmt: skip
     """y (tokens, rows) = x (tokens, columns) W^T + bias + scaling u (tokens, rank) B^T: a program computes one tile.
 
-    Programs that follow one another take the same rows of the weight, which so stay in the cache.
+    Consecutive programs take the same rows of the weight, which therefore stay in the cache.
     """
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     row = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
@@ -82,9 +82,9 @@ def linear_kernel(
     sums = tl.zeros([TOKENS, FEATURES], tl.float32)
     if u is not None:
         for start in range(0, rank, RANK_STEP):
-            part = start + tl.arange(0, RANK_STEP)
-            left = load_matrix(u, token, part, tokens, rank)
-            sums = tl.dot(left, load_matrix(lora_b, row, part, rows, rank).T, sums, input_precision="ieee")
+            component = start + tl.arange(0, RANK_STEP)
+            left = load_matrix(u, token, component, tokens, rank)
+            sums = tl.dot(left, load_matrix(lora_b, row, component, rows, rank).T, sums, input_precision="ieee")
         sums *= scaling
     for start in range(0, columns, STEP):
         left = load_matrix(x, token, start + tl.arange(0, STEP), tokens, columns)
@@ -136,7 +136,7 @@ def linear_dx_kernel(
 ) -> None:  # fmt: skip
     """dx (tokens, columns) = dy (tokens, rows) W + t (tokens, rank) A: a program computes one tile.
 
-    Codes are packed along a row, so a tile of W is read as in the forward pass, and here needs no transposing.
+    Codes are packed along a row, so a tile of W is read as in the forward pass. Here it needs no transposing.
     """
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     first = tl.program_id(1) * FEATURES
@@ -145,9 +145,9 @@ def linear_dx_kernel(
     sums = tl.zeros([TOKENS, FEATURES], tl.float32)
     if t is not None:
         for start in range(0, rank, RANK_STEP):
-            part = start + tl.arange(0, RANK_STEP)
-            left = load_matrix(t, token, part, tokens, rank)
-            sums = tl.dot(left, load_matrix(lora_a, part, column, rank, columns), sums, input_precision="ieee")
+            component = start + tl.arange(0, RANK_STEP)
+            left = load_matrix(t, token, component, tokens, rank)
+            sums = tl.dot(left, load_matrix(lora_a, component, column, rank, columns), sums, input_precision="ieee")
     for start in range(0, rows, STEP):
         row = start + tl.arange(0, STEP)
         left = load_matrix(dy, token, row, tokens, rows)
@@ -164,7 +164,7 @@ def linear_dx_kernel(
 
 
 def _tile(operation: str, x: Tensor, weight: Weight4bit, tokens: int) -> Tile | None:
-    """Return the tile to compute with, or None where dequantizing first is better, or the only way."""
+    """Return the tile to compute with, or None if dequantizing first is faster or the only way."""
     rows, columns = weight.shape
     if columns % 8 or weight.block_size % 8 or x.dtype not in FLOATS or not tokens * rows * columns:
         return None  # a word must lie in one row and one block
@@ -179,7 +179,7 @@ def _values(weight: Weight4bit, x: Tensor) -> Tensor:
 
 
 def _lora(lora: Sequence[Tensor], tokens: int, features: int, x: Tensor) -> tuple[Tensor | None, Tensor | None, int]:
-    """Return the two factors, checked, and the rank."""
+    """Return the two checked factors and the rank; (None, None, 0) without an adapter."""
     if not lora:
         return None, None, 0
     left, right = lora
@@ -192,5 +192,5 @@ def _lora(lora: Sequence[Tensor], tokens: int, features: int, x: Tensor) -> tupl
 
 
 def _rank_step(rank: int) -> int:
-    """Return how many of the rank's columns to multiply at a time; products take at least 16."""
+    """Return how many columns of rank to multiply at a time. Products take at least 16."""
     return 16 if rank <= 16 else 32 if rank <= 32 else 64

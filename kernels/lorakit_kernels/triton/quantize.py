@@ -1,8 +1,8 @@
 """Values to codes: `quantize_4bit` and `quantize_8bit`.
 
-A program takes whole blocks, one a row, and keeps them in registers between the two passes: the largest magnitude, then
-the codes. Every step is the reference's own operation in fp32, which is why the bits agree: a division that rounds as
-IEEE 754 says, a product, comparisons.
+A program takes whole blocks, one per row, and keeps them in registers between two passes: the largest magnitude, then
+the codes. The bits agree with the definition because every step is the same fp32 operation: an IEEE 754 division, a
+product, comparisons.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..ops import codec as definition
 from .device import look_up, pack
 from .launch import on_device_of
 
-VALUES = 4096  # values a program, or one block if that is larger; with 4 warps 32 a thread
+VALUES = 4096  # values per program, or one block if that is larger; with 4 warps 32 per thread
 WARPS = 4
 _LARGEST_BLOCK = 4096
 
@@ -26,7 +26,7 @@ def quantize_4bit(x: Tensor, boundaries: Tensor, order: Tensor, block_size: int)
     """See `ops.codec.quantize_4bit`.
 
     Raises:
-        ValueError: a tensor has another dtype, size or device than the operation reads; so for all functions here.
+        ValueError: a tensor has another dtype, size or device than the operation reads. All functions here raise this.
     """
     if block_size > _LARGEST_BLOCK or block_size % 8:  # a word must lie in one block
         return definition.quantize_4bit.definition(x, boundaries, order, block_size)
@@ -49,7 +49,7 @@ def quantize_8bit(x: Tensor, boundaries: Tensor, block_size: int) -> tuple[Tenso
 def _launch(
     x: Tensor, boundaries: Tensor, order: Tensor | None, codes: Tensor, block_size: int, table: int
 ) -> Tensor:  # fmt: skip
-    """Fill `codes`, packed if there is an order, and return the scales."""
+    """Fill `codes`, packed if there is an order, and return the scales, (blocks,) fp32."""
     x = readable_source(x, x.device)
     scales, steps = block_count(x.numel(), block_size), boundaries.numel()
     boundaries = readable("boundaries", boundaries, torch.float32, steps, x.device)
@@ -83,19 +83,19 @@ def quantize_kernel(
         inside = inside & (column < BLOCK)[None, :]
     values = tl.load(x + element, mask=inside, other=0.0).to(tl.float32)
 
-    # Without their sign bits floats are ordered like integers, and nan is above inf: a block with a nan gets a nan.
+    # Without their sign bits, floats are ordered like integers. nan is above inf, so a block with a nan gets a nan.
     magnitudes = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     scale = tl.max(magnitudes, axis=1).to(tl.float32, bitcast=True)
     tl.store(absmax + block, scale, mask=block * BLOCK < count)
 
-    # A plain "/" would be an approximation on a GPU. Zero stays zero where the reciprocal is inf.
+    # A plain "/" would be an approximation on a GPU. Zero stays zero even if the reciprocal is inf.
     reciprocal = tl.math.div_rn(tl.full([ROWS], 1.0, tl.float32), scale)
     scaled = tl.where(values == 0.0, 0.0, values * reciprocal[:, None])
     rank = tl.minimum(_boundaries_below(scaled, boundaries, steps, TABLE), steps)
     if order is None:
         tl.store(codes + element, rank.to(tl.uint8), mask=inside)
     else:
-        # The elements after the last are zeros, above, which gives the code that pads an odd count.
+        # Elements after the last were loaded as zeros, which gives the code that pads an odd count.
         entry = tl.arange(0, TABLE)
         code = look_up(tl.load(order + entry, mask=entry <= steps, other=0).to(tl.int32), rank)
         words = pack(tl.reshape(code, [ROWS, WIDTH // 8, 8]))
@@ -106,9 +106,9 @@ def quantize_kernel(
 
 @triton.jit
 def _boundaries_below(s: tl.tensor, boundaries: tl.tensor, steps: tl.tensor, TABLE: tl.constexpr) -> tl.tensor:
-    """Return how many boundaries are strictly below s, by binary search; TABLE - 1 for nan, which passes them all."""
+    """Return the number of boundaries strictly below s, by binary search; TABLE - 1 for nan, which passes them all."""
     entry = tl.arange(0, TABLE)
-    table = tl.load(boundaries + entry, mask=entry < steps, other=float("inf"))  # inf is below nothing
+    table = tl.load(boundaries + entry, mask=entry < steps, other=float("inf"))  # inf is below no element
     rank = tl.zeros(s.shape, tl.int32)
     for halving in tl.static_range(1, 9):
         if TABLE >> halving:

@@ -1,7 +1,7 @@
 """RMSNorm with a frozen weight, forward and backward.
 
-A program takes as many whole rows as make a tile of some 2,048 elements: one row of a hidden state, 32 rows of the
-64 dimensions of a head. Each element is read once and written once; nothing but rstd, a number a row, is kept.
+A program takes whole rows that make a tile of about 2,048 elements: one row of a hidden state, or 32 rows of a head
+with 64 dimensions. Each element is read once and written once. Only rstd, one number per row, is kept.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """See `ops.rms_norm.rms_norm`.
 
     Raises:
-        ValueError: the weight has not one element for each of a row; so for `rms_norm_backward`.
+        ValueError: the weight is not as long as a row of x. `rms_norm_backward` raises this too.
     """
     size = _row_size(x, weight)
     x, weight = x.contiguous(), weight.contiguous()
@@ -52,7 +52,7 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Te
 
 def _row_size(x: Tensor, weight: Tensor) -> int:
     if weight.shape != x.shape[-1:]:
-        raise ValueError(f"weight must be ({x.shape[-1]},), one element for each of a row; got {tuple(weight.shape)}")
+        raise ValueError(f"weight must be ({x.shape[-1]},), as long as a row of x; got {tuple(weight.shape)}")
     return x.shape[-1]
 
 
@@ -74,7 +74,7 @@ def rms_norm_kernel(
     values = tl.load(x + offset, mask=mask, other=0.0)
     wide = values.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, axis=1) / size + eps)
-    normed = (wide * scale[:, None]).to(values.dtype).to(tl.float32)  # rounded as the definition does
+    normed = (wide * scale[:, None]).to(values.dtype).to(tl.float32)  # rounded as in the definition
     w = tl.load(weight + column, mask=column < size, other=0.0).to(tl.float32)
     tl.store(y + offset, normed * w[None, :], mask=mask)
     tl.store(rstd + row, scale, mask=row < rows)

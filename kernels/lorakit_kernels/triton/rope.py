@@ -1,8 +1,8 @@
 """Rotary embedding of queries and keys in one launch, forward and backward.
 
-A program takes a token: it reads the token's row of the tables once for all heads, and rotates every pair. Positions
-are in the tables, a row a token, so packed sequences need nothing more. fp32 inside and one rounding at the end, where
-the definition rounds both products too.
+A program takes one token. It reads the token's row of the tables once for all heads and rotates every pair. The tables
+have one row per token and thus hold the positions, so packed sequences need nothing more. The kernel computes in fp32
+and rounds once at the end; the definition rounds both products too.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _rotate(
 
 
 def sources() -> Iterator[tuple[str, ASTSource]]:
-    """Yield kernels for 32 heads of 128 dimensions that share 8 keys, in bf16."""
+    """Yield kernels for 32 query heads and 8 key heads of 128 dimensions, in bf16."""
     pointers = dict.fromkeys(("q", "k", "cos", "sin", "turned_q", "turned_k"), "*bf16")
     sizes = {"heads": "i32:16", "kv_heads": "i32", "half": "i32:16"}
     for name, backward in (("rope", False), ("rope_backward", True)):

@@ -1,7 +1,8 @@
-"""SwiGLU, forward and backward; the backward pass computes the activation anew.
+"""SwiGLU, forward and backward. The backward pass recomputes the activation.
 
-Element by element: five 16-bit numbers move for a backward step and three for a forward one, which bounds both. fp32
-inside and one rounding at the end. Offsets have 64 bits: 150,000 tokens of a width of 14,336 are over 2^31 elements.
+The kernels work element by element. The backward pass moves five 16-bit numbers per element and the forward pass three,
+which bounds both. They compute in fp32 and round once at the end. Offsets have 64 bits: 150,000 tokens of width 14,336
+are over 2^31 elements.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from triton.compiler import ASTSource
 
 from .launch import on_device_of, source
 
-_TILE = 1024  # elements a program
+_TILE = 1024  # elements per program
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Measure which tile, or dequantizing first, is fastest for each shape on this GPU, and keep the answers.
+"""Measure for each shape which tile is fastest on this GPU, or whether dequantizing first is, and keep the answers.
 
-The file is read when the library next starts (see `tiles.tuned_file`); deleting it returns to the defaults. Never run
-on a GPU by its authors, who had none; what runs around the timing is tested in Triton's interpreter.
+The library reads the file when it next starts (see `tiles.tuned_file`). Delete the file to return to the defaults. The
+authors had no GPU and never ran this on one; the code around the timing is tested in Triton's interpreter.
 
 Run as: python -m lorakit_kernels.triton.tune [--shapes 4096x4096,14336x4096] [--tokens 1,128,512,2048]
 """
@@ -32,12 +32,14 @@ def tune(
     measure: Callable[[Callable[[], Tensor]], float],
     dtype: torch.dtype = torch.bfloat16,
 ) -> Path:
-    """Measure each operation, shape and candidate, and return the file with the fastest.
+    """Measure each operation, shape and candidate, and return the file that holds the fastest.
 
     Args:
-        shapes: of weights: out_features, in_features.
-        tokens: numbers of them, each standing for its power of 2.
+        shapes: (out_features, in_features) of each weight.
+        tokens: numbers of tokens, each standing for its power of 2.
+        device: the device to measure on.
         measure: returns the time that a call takes, in any unit.
+        dtype: dtype of the tensors that the weight is multiplied by.
     """
     table = tuned(device)
     for rows, columns in shapes:
@@ -47,7 +49,7 @@ def tune(
                 times = {}
                 for tile in (*CANDIDATES[family(operation, count)], None):
                     table.pop(shape, None)
-                    table[shape] = tile  # what the operation looks up
+                    table[shape] = tile  # the operation looks it up
                     times[tile] = measure(run)
                 table[shape] = min(times, key=lambda tile: times[tile])
                 print(f"{shape}: {table[shape] or 'dequantize, then multiply'}", flush=True)
@@ -60,7 +62,7 @@ def tune(
 def _operations(
     rows: int, columns: int, tokens: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Callable[[], Tensor]]:
-    """Return the products with a random weight of fp32 scales, ready to be called."""
+    """Return name -> call for the products with a random weight with fp32 scales."""
     weight = Weight4bit(
         torch.randint(256, (rows * columns // 2,), dtype=torch.uint8, device=device),
         torch.linspace(-1, 1, 16, device=device),
@@ -76,7 +78,7 @@ def _operations(
 def main() -> None:
     """Tune on the current GPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default="4096x4096,14336x4096,4096x14336", help="of weights: out x in features")
+    parser.add_argument("--shapes", default="4096x4096,14336x4096,4096x14336", help="weights, OUTxIN features each")
     parser.add_argument("--tokens", default="1,32,64,128,256,512,1024,2048", help="numbers of tokens")
     options = parser.parse_args()
     device = torch.accelerator.current_accelerator()

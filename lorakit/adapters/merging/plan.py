@@ -162,7 +162,7 @@ class _MergePlan:
                 f"{path}: a {type(module).__name__} cannot hold a low-rank part beside its 4 bits; give a 16-bit base, "
                 "or quantize=False"
             )
-        return merged_4bit_with_residual(weight, update, self.residual_rank, self.dtype)
+        return merged_4bit_with_residual(own, update, self.residual_rank, self.dtype)
 
     def _check(self, path: str, layer: AdaptedLayer) -> None:
         """Raise AdapterError if a merge would be wrong whatever the weights."""

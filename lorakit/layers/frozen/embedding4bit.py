@@ -1,4 +1,4 @@
-"""`Embedding4bit`: a frozen embedding table in 4 bits, which decodes only the rows that are looked up."""
+"""`Embedding4bit`: a frozen embedding table in 4 bits that decodes only the rows that are looked up."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from .quantized_module import QuantizedModule
 
 
 class Embedding4bit(QuantizedModule):
-    """A frozen embedding with a 4-bit table: y = dequantize(W)[ids], equal to the bit.
+    """A frozen embedding with a 4-bit table: y = dequantize(W)[ids], bit for bit.
 
     Shapes:
         ids (...) int64 -> y (..., embedding_dim) in `dtype`; packed (num_embeddings, embedding_dim / 2) uint8.
 
     Args:
         weight: the quantized table, (num_embeddings, embedding_dim).
-        dtype: of the result; None: that of the source.
+        dtype: dtype of the result; None: the dtype of the original table.
+        storage_dtype: dtype of the packed bytes, as for `Linear4bit`.
 
     Raises:
         ShapeError: the weight is not two-dimensional, or an id is outside the table.
@@ -35,7 +36,7 @@ class Embedding4bit(QuantizedModule):
     def from_embedding(
         dense: nn.Embedding, quant_type: str = "nf4", block_size: int = 64, double_quant: bool = True
     ) -> Embedding4bit:
-        """Quantize a dense table, which is not changed.
+        """Quantize a dense table, which stays unchanged.
 
         Raises:
             ShapeError, ConfigError: as `lorakit.quantize`.

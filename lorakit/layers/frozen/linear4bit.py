@@ -26,8 +26,8 @@ class Linear4bit(QuantizedModule):
     Args:
         weight: the quantized weight, of shape (out_features, in_features).
         bias: (out_features,) or None.
-        compute_dtype: dtype of the product; None: that of x.
-        storage_dtype: dtype that the packed bytes are held as: uint8, or a float dtype, as FSDP1 can shard no other.
+        compute_dtype: dtype of the product; None: x's dtype.
+        storage_dtype: dtype of the packed bytes: uint8, or a float dtype for FSDP1, which can shard no other.
 
     Raises:
         ShapeError: the weight is not two-dimensional, or x's last dimension is not in_features.
@@ -54,7 +54,7 @@ class Linear4bit(QuantizedModule):
         compute_dtype: torch.dtype | None = None,
         storage_dtype: torch.dtype = torch.uint8,
     ) -> Linear4bit:
-        """Quantize a dense layer, which is not changed; the bias is copied.
+        """Quantize a dense layer, which stays unchanged. The bias is copied.
 
         Raises:
             ShapeError, ConfigError: as `lorakit.quantize`.
@@ -64,34 +64,43 @@ class Linear4bit(QuantizedModule):
         return Linear4bit(weight, bias, compute_dtype, storage_dtype)
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
-        """Return the dequantized weight, (out_features, in_features) in `dtype`; a fresh tensor."""
+        """Return the dequantized weight as a fresh tensor, (out_features, in_features) in `dtype`."""
         return self.quantized.dequantize(dtype)
 
     def add_residual(self, y: Tensor, x: Tensor) -> Tensor:
-        """Add to y = x Wᵀ, in place, what the layer's weight has beside its codes: here nothing."""
+        """Add to y = x Wᵀ, in place, the product of x with the weight's part outside its codes; there is none here.
+
+        Shapes:
+            y (..., out_features), x (..., in_features)
+        """
         return y
 
     def add_residual_dx(self, dx: Tensor, dy: Tensor) -> Tensor:
-        """Add to dx = dy W, in place, what the layer's weight has beside its codes: here nothing."""
+        """Add to dx = dy W, in place, the product of dy with the weight's part outside its codes; there is none here.
+
+        Shapes:
+            dx (..., in_features), dy (..., out_features)
+        """
         return dx
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features:
             raise ShapeError(f"Linear4bit({self.in_features} -> {self.out_features}) got x of shape {tuple(x.shape)}")
-        given = x.dtype
+        input_dtype = x.dtype
         x = x if self.compute_dtype is None else x.to(self.compute_dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         is_differentiated = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-        # torch.compile (2.13) fails on the function, whose weight is no argument; the operation has the same gradients.
+        # torch.compile (2.13) fails on the function because its weight is not an argument. The operation has the same
+        # gradients.
         if is_differentiated and not torch.compiler.is_compiling():
             y: Tensor = _FrozenLinear.apply(x, bias, self)
         else:
             y = frozen_linear(self, x, bias)
-        return y.to(given)
+        return y.to(input_dtype)
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """y = x Wᵀ + b and dx = dy W, from the codes in each pass. Saves nothing: the layer is there."""
+    """y = x Wᵀ + b and dx = dy W, from the codes in each pass. Saves no tensor: the layer holds the weight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: Linear4bit) -> Tensor:
@@ -101,11 +110,11 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         (dy,) = grads
-        bias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None  # if someone trains the bias
-        return frozen_linear_dx(ctx.layer, dy), bias, None
+        dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None  # the bias may be trained
+        return frozen_linear_dx(ctx.layer, dy), dbias, None
 
 
-# ---- products with a frozen weight, dense or in 4 bits, for the functions that differentiate by hand -----------------
+# ---- products with a frozen weight, dense or in 4 bits, for functions with gradients by hand -------------------------
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -147,7 +156,7 @@ def frozen_linear_dx(base: nn.Linear | Linear4bit, dy: Tensor, lora: Sequence[Te
 
 
 def add_frozen_linear_dx(dx: Tensor, base: nn.Linear | Linear4bit, dy: Tensor) -> None:
-    """Add dy W to dx, for layers that read the same x; both (tokens, features)."""
+    """Add dy W to dx, for layers that read the same x: dy (tokens, out_features), dx (tokens, in_features)."""
     if isinstance(base, Linear4bit):
         kernels.add_linear_4bit_dx(dx, dy, base.operand)
         base.add_residual_dx(dx, dy)

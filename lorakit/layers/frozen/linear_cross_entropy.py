@@ -1,7 +1,7 @@
-"""Output head and cross-entropy in one, chunk by chunk: (tokens, vocabulary) is never held.
+"""Output head and cross-entropy in one, chunk by chunk, so that (tokens, vocabulary) is never held.
 
 With a vocabulary of 49,152, the fp32 logits of 2,048 tokens and their gradient take 805 MB; a chunk in bf16 takes 32.
-The gradient is computed in the forward pass, in the place of the chunk's logits.
+The forward pass computes the gradient, which overwrites the chunk's logits.
 """
 
 from __future__ import annotations
@@ -21,31 +21,34 @@ CHUNK_ELEMENTS = 1 << 24  # logits held at a time: 32 MiB in bf16, 341 rows of a
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, losses: Tensor | None = None) -> Tensor:
     """Return the summed negative log-likelihood of the targets under softmax(hidden @ weight.T), fp32, shape ().
 
-    Equal, value and gradient, to cross_entropy((hidden @ weight.T).float(), targets, reduction="sum"); the weight is
-    frozen and gets no gradient.
+    Value and gradient equal those of cross_entropy((hidden @ weight.T).float(), targets, reduction="sum"). The weight
+    is frozen and gets no gradient.
 
     Args:
-        hidden: (tokens, hidden); leave out tokens that are not trained, so that they cost nothing.
+        hidden: (tokens, hidden); leave out untrained tokens, so that they cost nothing.
         weight: (vocabulary, hidden), frozen.
         targets: (tokens,) int64.
-        losses: (tokens,) fp32 to fill with the loss of each token, for those who look on; None: nobody does.
+        losses: (tokens,) fp32 to fill with the loss of each token, for monitoring; or None.
 
     Raises:
-        ShapeError: there is not one target per row of `hidden`.
+        ShapeError: the number of targets is not the number of rows of `hidden`.
     """
     result: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, losses)
     return result
 
 
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Return the negative log-likelihood of each target, (tokens,) fp32, without gradient; arguments as above."""
+    """Return the negative log-likelihood of each target, (tokens,) fp32, without gradient.
+
+    The arguments are those of `linear_cross_entropy`.
+    """
     with torch.no_grad():
-        parts = [kernels.cross_entropy(_logits(h, weight), t, False) for h, t in _chunks(hidden, weight, targets)]
-    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+        losses = [kernels.cross_entropy(_logits(h, weight), t, False) for h, t in _chunks(hidden, weight, targets)]
+    return torch.cat(losses) if losses else hidden.new_zeros(0, dtype=torch.float32)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """d loss / d hidden = (softmax(logits) − onehot(target)) @ weight, kept from forward, scaled in backward."""
+    """d loss / d hidden = (softmax(logits) − onehot(target)) @ weight, computed in forward and scaled in backward."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, losses: Tensor | None) -> Tensor:
@@ -54,14 +57,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         start = 0
         for h, t in _chunks(hidden, weight, targets):
             logits = _logits(h, weight)
-            each = kernels.cross_entropy(logits, t, gradient is not None)
-            total += each.sum(dtype=torch.float64)
+            chunk_losses = kernels.cross_entropy(logits, t, gradient is not None)
+            total += chunk_losses.sum(dtype=torch.float64)
             if losses is not None:
-                losses[start : start + len(t)] = each
-            if gradient is not None:  # the logits are now their own gradient
+                losses[start : start + len(t)] = chunk_losses
+            if gradient is not None:  # the logits now hold their own gradient
                 gradient[start : start + len(t)] = product(logits, weight.to(hidden.dtype))
             start += len(t)
-            del logits  # or this chunk would still be there while the next one is made
+            del logits  # frees this chunk before the next one is made
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total.float()

@@ -1,4 +1,4 @@
-"""RMSNorm; `lorakit_kernels.ops.rms_norm` has its backward pass, which skips the gradient of a frozen weight."""
+"""RMSNorm. Its backward pass in `lorakit_kernels.ops.rms_norm` skips the gradient of a frozen weight."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class RMSNorm(nn.Module):
 
         y = weight * x / sqrt(mean(x²) + eps)
 
-    Statistics are fp32; the normalized x is rounded to x's dtype before the weight multiplies it, as transformers does.
+    Statistics are fp32. As in transformers, the normalized x is rounded to x's dtype before the weight multiplies it.
 
     Shapes:
         x (..., size) -> y (..., size)

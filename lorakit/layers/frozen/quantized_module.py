@@ -1,4 +1,4 @@
-"""What every layer with a 4-bit weight shares: the tensors, and the promise that nothing changes their bytes."""
+"""The base class of layers with a 4-bit weight: their tensors, and the guarantee that nothing changes their bytes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ...quantization import NestedScales, QuantizedWeight
 class QuantizedModule(nn.Module):
     """A module that holds one quantized matrix in plain tensors.
 
-    Codes and scales are registered as parameters without gradient, so that they move, save and shard like any other.
-    Nothing (eval, `.to(dtype)`, saving) changes their bytes.
+    Codes and scales are registered as parameters without gradient, so that they are moved, saved and sharded like any
+    other. Nothing (eval, `.to(dtype)`, saving) changes their bytes.
 
     Attributes:
-        packed: (rows, columns / 2) uint8, or the same bytes flat as `storage_dtype`.
+        packed: (rows, columns / 2) uint8, or the same bytes as a flat tensor of `storage_dtype`.
         absmax: (blocks,) fp32, or (blocks,) uint8 codes of the nested scales.
         nested_absmax, nested_offset, nested_code_values: with double quantization; see `NestedScales`.
         code_values: (16,) fp32.
@@ -38,8 +38,8 @@ class QuantizedModule(nn.Module):
         self.quant_type, self.block_size = weight.quant_type, weight.block_size
         self._packed_shape = weight.packed.shape
         self.packed = frozen(weight.packed if storage_dtype == torch.uint8 else weight.stored(storage_dtype))
-        # Cloned, or all layers would share the library's own table: a write to one would change the codebook, and
-        # safetensors refuses to save tensors that share memory.
+        # Cloned, since all layers would otherwise share the library's table. A write to one would change the codebook,
+        # and safetensors refuses to save tensors that share memory.
         self.code_values = frozen(weight.code_values.clone())
         if isinstance(weight.scales, NestedScales):
             self.nested_block_size = weight.scales.block_size
@@ -67,19 +67,19 @@ class QuantizedModule(nn.Module):
     @property
     def operand(self) -> Weight4bit:
         """The weight as the kernels take it; see `QuantizedWeight.operand`."""
-        # As attributes they would take 5 µs together, a tenth of a small layer's time.
-        own = cast(dict[str, Tensor], self._parameters)
-        packed, code_values, absmax = own["packed"], own["code_values"], own["absmax"]
+        # Reading them as attributes takes 5 µs, a tenth of a small layer's time.
+        tensors = cast(dict[str, Tensor], self._parameters)
+        packed, code_values, absmax = tensors["packed"], tensors["code_values"], tensors["absmax"]
         nested: list[Tensor] = []
         if self.nested_block_size:
-            nested = [own[name] for name in ("nested_code_values", "nested_absmax", "nested_offset")]
+            nested = [tensors[name] for name in ("nested_code_values", "nested_absmax", "nested_offset")]
         if packed.dtype != torch.uint8:
             packed = packed.view(torch.uint8).view(self._packed_shape)
         shape, nested_block_size = self.weight_shape, self.nested_block_size
         return Weight4bit(packed, code_values, absmax, self.block_size, shape, nested, nested_block_size)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # `.to(torch.bfloat16)` must move the codes and scales but never round them; only a bias is ordinary.
+        # `.to(torch.bfloat16)` must move the codes and scales but never round them; a bias is converted as usual.
         bias = getattr(self, "bias", None)
 
         def keep_bytes(tensor: Tensor) -> Tensor:
@@ -97,5 +97,5 @@ class QuantizedModule(nn.Module):
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:
-    """Return a tensor as a parameter without gradient."""
+    """Return a tensor of any shape as a parameter without gradient."""
     return nn.Parameter(tensor, requires_grad=False)

@@ -1,4 +1,4 @@
-"""`ResidualLinear4bit`: a 4-bit linear layer with a frozen low-rank part for what its codes cannot hold."""
+"""`ResidualLinear4bit`: a 4-bit linear layer with a frozen low-rank part for what the codes cannot represent."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ class ResidualLinear4bit(Linear4bit):
 
         y = x @ (dequantize(W) + up @ down).T + bias
 
-    Merging into 4 bits makes it where there is no 16-bit weight to merge into: rounding would lose a small update
-    whole, and the low-rank part keeps it.
+    Merging into 4 bits makes this layer if there is no 16-bit weight to merge into. Rounding to 4 bits would lose a
+    small update entirely; the low-rank part keeps it.
 
     Shapes:
         x (..., in_features) -> y (..., out_features); residual_up (out_features, k); residual_down (k, in_features)
 
     Args:
-        weight, bias, compute_dtype, storage_dtype: as of `Linear4bit`.
-        up, down: the low-rank part.
+        weight, bias, compute_dtype, storage_dtype: as for `Linear4bit`.
+        up, down: the low-rank part, (out_features, k) and (k, in_features).
 
     Raises:
-        ShapeError: as `Linear4bit`, or up and down do not fit the weight.
+        ShapeError: as for `Linear4bit`, or up and down do not fit the weight.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class ResidualLinear4bit(Linear4bit):
         self.residual_up, self.residual_down = frozen(up), frozen(down)
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
-        """Return the whole weight, (out_features, in_features) in `dtype`; a fresh tensor."""
+        """Return the weight with its low-rank part as a fresh tensor, (out_features, in_features) in `dtype`."""
         wide = torch.promote_types(dtype, torch.float32)
         low_rank = self.residual_up.to(wide) @ self.residual_down.to(wide)
         return (self.quantized.dequantize(wide) + low_rank).to(dtype)

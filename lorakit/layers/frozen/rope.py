@@ -1,4 +1,4 @@
-"""Rotary position embedding, with the frequency scalings that published checkpoints use."""
+"""Rotary position embedding with the frequency scalings of published checkpoints."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def rope_frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] | N
         scaling: `rope_scaling` of config.json: rope_type "default", "linear" or "llama3" and its parameters.
 
     Raises:
-        ConfigError: another rope_type, or a parameter of it is missing or not a number.
+        ConfigError: the rope_type is another one, or one of its parameters is missing or not a number.
     """
     frequencies: Tensor = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
     if not scaling:
@@ -57,7 +57,13 @@ def _llama3(frequencies: Tensor, scaling: Mapping[str, Any]) -> Tensor:
 
 
 def rope_tables(frequencies: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of position * frequency, each (tokens, head_dim), the half-split layout of Hugging Face."""
+    """Return cos and sin of position * frequency, each (tokens, head_dim) in Hugging Face's half-split layout.
+
+    Args:
+        frequencies: (head_dim / 2,) fp32, from `rope_frequencies`.
+        positions: (tokens,).
+        dtype: dtype of the tables.
+    """
     angles = positions[:, None].float() * frequencies.to(positions.device)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)

@@ -1,4 +1,4 @@
-"""The ways in which a low-rank update enters a layer, one file each; a new one is a file and a line in the table."""
+"""The LoRA variants, one file each. A new variant is one file and one line in the table."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +22,6 @@ VARIANTS: dict[str, Variant] = {
 
 
 def variants_read(values: Mapping[str, Any]) -> list[Variant]:
-    """Return the variants that the settings in an adapter_config.json name: one, in files that make sense."""
+    """Return the variants that the settings in an adapter_config.json name. A valid file names one."""
     found = [variant for variant in VARIANTS.values() if variant.reads(values)]
     return [variant for variant in found if variant.switch] or found

@@ -1,9 +1,9 @@
-"""DoRA: the direction of each row by LoRA, its length trained apart (Liu et al. 2024, arXiv:2402.09353, eq. 5 and 6).
+"""DoRA: LoRA trains each row's direction, a vector its length (Liu et al. 2024, arXiv:2402.09353, eq. 5 and 6).
 
     W' = m * (W + s B A) / n        n_i = ||row i of W + s B A||, a constant to the gradient (section 4.3)
 
-so that an adapter is plain LoRA with the gain g = m / n on each output. The paper writes W as (in, out) and speaks of
-columns; PyTorch's weight has them as rows. The norms come from W, A and B without the product B A:
+A DoRA adapter is thus plain LoRA with the gain g = m / n on each output. The paper writes W as (in, out) and speaks of
+columns, which are rows of PyTorch's weight. The norms come from W, A and B without the product B A:
 
     n_i² = ||w_i||² + 2 s b_i · (A w_i) + s² b_i (A Aᵀ) b_iᵀ
 """
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from .variant import AttachedAdapter, FrozenWeight, KeptGain, Variant
 
-_ELEMENTS = 1 << 17  # of a weight that are squared at a time, 1 MiB in float64
+_ELEMENTS = 1 << 17  # weights that are squared at a time, 1 MiB in float64
 
 
 class DoRA(Variant):
-    """One more trained vector: the magnitude m of each row, which starts at the norm of the row."""
+    """A further trained vector (out_features,): the magnitude m of each row, which starts at the row's norm."""
 
     name = "dora"
     trained = ("lora_magnitude_vector",)
@@ -46,37 +46,37 @@ class DoRA(Variant):
 
     def gain(self, layer: FrozenWeight, adapter: AttachedAdapter, dtype: torch.dtype) -> Tensor:
         magnitude = adapter.parameters["lora_magnitude_vector"]
-        # One token after another, the norms would cost as much as the layer: without gradient the gain is kept while
-        # nothing changes. What it comes from is compared by value, as a write to `.data` changes no version.
+        # Decoding token by token, the norms would cost as much as the layer, so without gradient the gain is kept while its
+        # sources stay the same. They are compared by value, since a write to `.data` changes no version.
         sources, kept = (magnitude, adapter.lora_A, adapter.lora_B), adapter.kept_gain
         adapter.kept_gain = None
         if not torch.is_grad_enabled() and kept is not None:
             is_same = (kept.dtype, kept.scaling) == (dtype, adapter.scaling)
-            if is_same and all(map(_same, sources, kept.sources)):
+            if is_same and all(map(_is_equal, sources, kept.sources)):
                 adapter.kept_gain = kept
                 return kept.gain
         norms = row_norms(layer, *self.factors(adapter), dtype)
-        gain = magnitude / norms.masked_fill(norms == 0, 1)  # a row of zeros, whose magnitude is zero too, stays one
+        gain = magnitude / norms.masked_fill(norms == 0, 1)  # a row of zeros, whose magnitude is 0, stays zero
         if not torch.is_grad_enabled():
             own = tuple(source.detach().clone() for source in sources)
             adapter.kept_gain = KeptGain(dtype, adapter.scaling, gain, own)
         return gain
 
     def file_shape(self, layer: FrozenWeight, table: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """A convolution's magnitudes are (1, out_features, 1, ...)."""
+        """Return the shape in a file: a convolution's magnitudes are (1, out_features, 1, ...)."""
         kernel = layer.matrix_shapes(1)[0][2:]
         return (1, *shape, *(1 for _ in kernel)) if kernel and table in self.trained else shape
 
     def held_bytes(self, out_features: int) -> int:
-        """||w_i||² of the rows, in fp64."""
+        """Return the bytes of ||w_i||² of the rows, in fp64."""
         return 8 * out_features
 
     def flops(self, rank: int, in_features: int, out_features: int) -> int:
-        """The norms of the rows of W + s B A: A Wᵀ, A Aᵀ and B (A Aᵀ)."""
+        """Return the FLOPs of the norms of the rows of W + s B A: A Wᵀ, A Aᵀ and B (A Aᵀ)."""
         return 2 * rank * (out_features * in_features + rank * in_features + rank * out_features)
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def _is_equal(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
@@ -85,9 +85,9 @@ def row_norms(layer: FrozenWeight, up: Tensor, down: Tensor, dtype: torch.dtype)
     """Return n, the norms of the rows of W + up @ down: (out_features,), fp32 or better.
 
     Args:
-        up: (out_features, r), the scaling in it.
+        up: (out_features, r), with the scaling.
         down: (r, in_features).
-        dtype: of the product of A with the base weight, which is the dtype the layer computes in.
+        dtype: dtype of the product of A with the base weight, in which the layer computes.
     """
     up, down = up.to(torch.promote_types(up.dtype, torch.float32)), down.to(dtype)
     across = layer.project(down).to(up.dtype)  # (r, out): A Wᵀ
@@ -97,13 +97,13 @@ def row_norms(layer: FrozenWeight, up: Tensor, down: Tensor, dtype: torch.dtype)
 
 
 def squared_rows(layer: FrozenWeight) -> Tensor:
-    """Return ||w_i||² of the rows of the base weight, (out_features,) float64, computed once a base weight."""
+    """Return ||w_i||² of the base weight's rows, (out_features,) float64, computed once per base weight."""
     kept = layer.kept_of_base.get("squared_rows")
     if kept is None or kept.device != layer.device:
-        # A few rows at a time: whole weights, one after another, would leave the heap in pieces.
+        # A few rows at a time: whole weights, one after another, would fragment the heap.
         step = max(1, _ELEMENTS // layer.in_features)
         starts = range(0, layer.out_features, step)
-        parts = (layer.base_rows(slice(first, min(first + step, layer.out_features))) for first in starts)
-        kept = torch.cat([part.double().square().sum(1) for part in parts])
+        chunks = (layer.base_rows(slice(first, min(first + step, layer.out_features))) for first in starts)
+        kept = torch.cat([rows.double().square().sum(1) for rows in chunks])
         layer.kept_of_base["squared_rows"] = kept
     return kept

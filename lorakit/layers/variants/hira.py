@@ -2,9 +2,9 @@
 
     W' = W + s W ∘ (B A)
 
-The change of the weight has up to r times the rank of W, where LoRA's has rank r. PEFT has it as a method of its own,
-whose files have no alpha: s is 1 there, and goes into B. Each forward pass makes a matrix M of the weight's size. Its
-gradient needs W, which the layer has, and not the product B A, which is not kept:
+The change of the weight has up to r times the rank of W; LoRA's change has rank r. In PEFT, HiRA is a method of its
+own whose files have no alpha: s is 1 there and goes into B. Each forward pass makes a matrix M of the weight's size.
+Its gradient needs W, which the layer has. It does not need the product B A, which is not kept:
 
     M = W ∘ (s B A),  dP = W ∘ dM,  dA = s Bᵀ dP,  dB = s dP Aᵀ
 """
@@ -28,7 +28,7 @@ _OURS = ("bias", "ensure_weight_tying", "trainable_token_indices")  # PEFT's rea
 
 
 class HiRA(Variant):
-    """A and B as they are; what they multiply is the base weight."""
+    """Plain A and B, whose product multiplies the base weight element by element."""
 
     name = "hira"
     is_fused = False
@@ -52,7 +52,7 @@ class HiRA(Variant):
     is_dense = True
 
     def update(self, layer: FrozenWeight, adapter: AttachedAdapter, x: Tensor) -> Tensor:
-        dtype = x.dtype if x.is_floating_point() else adapter.lora_A.dtype  # ids have none of their own
+        dtype = x.dtype if x.is_floating_point() else adapter.lora_A.dtype  # ids have no float dtype
         return layer.apply_matrix(_multiplied(layer, adapter, dtype), x)
 
     def delta(self, layer: FrozenWeight, adapter: AttachedAdapter) -> Tensor:
@@ -78,7 +78,7 @@ class HiRA(Variant):
         return {table: matrix.detach() for table, matrix in tables}
 
     def flops(self, rank: int, in_features: int, out_features: int) -> int:
-        """B A."""
+        """Return the FLOPs of B A."""
         return 2 * rank * in_features * out_features
 
 
@@ -90,7 +90,7 @@ def _multiplied(layer: FrozenWeight, adapter: AttachedAdapter, dtype: torch.dtyp
 
 
 class _Multiplied(torch.autograd.Function):
-    """M = W ∘ (U D), the weight taken from the layer in each pass.
+    """M = W ∘ (U D). Each pass takes the weight from the layer.
 
     Shapes:
         up U (out_features, r), down D (r, in_features) -> (out_features, in_features)
@@ -106,5 +106,5 @@ class _Multiplied(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         up, down = ctx.saved_tensors
         gradient = grads[0] * ctx.layer.as_matrix(ctx.layer.base_weight(up.dtype))
-        of_up, of_down, _ = ctx.needs_input_grad
-        return gradient @ down.T if of_up else None, up.T @ gradient if of_down else None, None
+        train_up, train_down, _ = ctx.needs_input_grad
+        return gradient @ down.T if train_up else None, up.T @ gradient if train_down else None, None

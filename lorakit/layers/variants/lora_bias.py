@@ -1,6 +1,6 @@
-"""LoRA whose B has a bias, for updates that were extracted from a full fine-tune: W + s B A, b + s b_B.
+"""LoRA with a bias on B, for updates that were extracted from a full fine-tune: W + s B A, b + s b_B.
 
-The bias is scaled like the rest of the update; at the start it is zero.
+The bias starts at zero and is scaled like the rest of the update.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .variant import PLAIN_ENDINGS, AttachedAdapter, FrozenWeight, Variant
 
 
 class LoRABias(Variant):
-    """One more trained vector, which `scaling` multiplies as it does B @ A."""
+    """A further trained vector (out_features,), which `scaling` multiplies like B @ A."""
 
     name = "lora_bias"
     trained = ("lora_bias",)

@@ -1,4 +1,4 @@
-"""Plain LoRA: W + scaling * B @ A (Hu et al. 2021, arXiv:2106.09685, eq. 3). rsLoRA differs in the scaling alone."""
+"""Plain LoRA: W + scaling * B @ A (Hu et al. 2021, arXiv:2106.09685, eq. 3). rsLoRA differs only in the scaling."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from .variant import Variant
 
 
 class Plain(Variant):
-    """The update as it is."""
+    """The plain update."""
 
     name = "plain"
     title = "LoRA"

@@ -1,11 +1,11 @@
 """Adapters that start inside the base weight (PiSSA, MiLoRA, OLoRA, LoRA-GA), without writing to it.
 
-Their papers take the start out of the base, W_res = W - s B₀ A₀, and train W_res + s B A. The same function, with the
-bytes of W as they were:
+Their papers subtract the start from the base, W_res = W - s B₀ A₀, and train W_res + s B A. Written as
 
     W + s B A - s B₀ A₀
 
-which is plain LoRA of rank 2 r, [B, -B₀] and [A; A₀], of which one half is trained; so it is written to files too.
+the same function leaves the bytes of W unchanged. This is plain LoRA of rank 2 r, [B, -B₀] and [A; A₀], with one half
+trained. Files store it in that form too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .variant import AttachedAdapter, FrozenWeight, Variant
 
 
 class Residual(Variant):
-    """The update minus the one it started as."""
+    """The update minus its initial value."""
 
     name = "residual"
     kept = ("start_A", "start_B")
@@ -44,7 +44,7 @@ class Residual(Variant):
         return adapter.scaling * lora_b.flatten(1), lora_a.flatten(1)
 
     def to_file(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Plain LoRA of twice the rank, with the same scaling."""
+        """Return the settings of plain LoRA with twice the rank and the same scaling."""
         factor = 2**0.5 if values["use_rslora"] else 2
         return values | {
             "r": 2 * values["r"],
@@ -58,6 +58,6 @@ class Residual(Variant):
 
 
 def _doubled(adapter: AttachedAdapter) -> tuple[Tensor, Tensor]:
-    """Return [A; A₀] and [B, -B₀]."""
+    """Return [A; A₀], (2 r, in_features), and [B, -B₀], (out_features, 2 r)."""
     lora_a = torch.cat([adapter.lora_A, adapter.parameters["start_A"]], dim=0)
     return lora_a, torch.cat([adapter.lora_B, -adapter.parameters["start_B"]], dim=1)

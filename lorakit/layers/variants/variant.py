@@ -1,4 +1,4 @@
-"""What a variant of LoRA has to say, and what it is told: the record of one adapter on one layer, and the layer."""
+"""The interface of a LoRA variant, and its arguments: the record of one adapter on one layer, and the layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class KeptGain(NamedTuple):
-    """A gain, and the dtype, scaling and values that it was computed for."""
+    """A gain, and the dtype, scaling and tensors that it was computed from."""
 
     dtype: torch.dtype
     scaling: float
@@ -25,13 +25,13 @@ class AttachedAdapter:
     """One adapter on one layer.
 
     Attributes:
-        parameters: A, B, what else the variant trains or keeps, a copy of the bias: table -> parameter. While the
-            adapter is attached they are read from the layer's own tables.
+        parameters: table -> parameter: A, B, the variant's further parameters, a copy of the bias. While the adapter is
+            attached, they are read from the layer's own tables.
         scaling: the factor on B @ A.
         variant: how the update enters the layer.
-        dropout_p: probability with which numbers of the adapter's input are dropped in training.
-        matrices: what A and B are called in `parameters`.
-        kept_gain: the variant's gain, between forward passes without gradient.
+        dropout_p: probability of dropping an element of the adapter's input in training.
+        matrices: names of A and B in `parameters`.
+        kept_gain: the variant's gain, kept between forward passes without gradient.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -53,15 +53,15 @@ class AttachedAdapter:
 
     @property
     def offset(self) -> Tensor | None:
-        """What is added to the layer's bias, (out_features,), or None."""
+        """The vector added to the layer's bias, (out_features,), or None."""
         return self.variant.offset(self)
 
 
 class FrozenWeight(Protocol):
-    """What a variant may ask of the layer: all of it is about the frozen weight, a matrix (out_features, in_features).
+    """The layer as a variant sees it: the frozen weight, as a matrix (out_features, in_features).
 
     Attributes:
-        kept_of_base: what variants have computed from the frozen weight and keep, by names of theirs.
+        kept_of_base: tensors that variants have computed from the frozen weight, under names of their own.
     """
 
     in_features: int
@@ -69,15 +69,15 @@ class FrozenWeight(Protocol):
     kept_of_base: dict[str, Tensor]
 
     def matrix_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of A and B at rank r, those of a convolution with the dimensions of its kernel."""
+        """Return the shapes of A and B at rank r; for a convolution they include the kernel's dimensions."""
 
     @property
     def has_bias(self) -> bool:
-        """Whether the base layer has a place for a bias, empty or not."""
+        """Whether the base layer has a `bias` attribute, even if it is None."""
 
     @property
     def device(self) -> torch.device:
-        """Where the base weight is."""
+        """The base weight's device."""
 
     def base_weight(self, dtype: torch.dtype) -> Tensor:
         """Return the base weight in the shape the layer keeps it in, dense."""
@@ -92,48 +92,48 @@ class FrozenWeight(Protocol):
         """Return matrix @ Wᵀ: (rows, in_features) -> (rows, out_features)."""
 
     def low_rank(self, lora_a: Tensor, lora_b: Tensor, x: Tensor) -> Tensor:
-        """Return what the layer would with B @ A in the place of its weight and no bias."""
+        """Return the layer's output for x, in the layer's output shape, with B @ A as its weight and no bias."""
 
     def apply_matrix(self, matrix: Tensor, x: Tensor) -> Tensor:
-        """Return what the layer would with a matrix (out_features, in_features) in the place of its weight, no bias."""
+        """Return the layer's output for x with a matrix (out_features, in_features) as its weight and no bias."""
 
 
-# A table of a layer -> how the name of its tensor ends in PEFT's files, where the two differ.
+# A table of a layer -> how its tensor's name ends in PEFT's files, if the two differ.
 PLAIN_ENDINGS = MappingProxyType({"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"})
 
 
 class Variant:
     """How the update of one adapter enters a layer: W becomes gain * (W + update), row by row.
 
-    One object serves all layers; whatever belongs to an adapter is in its `AttachedAdapter`. The settings, files,
-    merges, exports, inspection and the planner ask a variant what they have to know, and none asks for a name.
+    One object serves all layers. An adapter's state is in its `AttachedAdapter`. The settings, files, merges, exports,
+    inspection and the planner ask a variant for what they need to know and never compare its name.
 
     Attributes of the update:
         name: its key in `VARIANTS`.
         trained: names of the tables of further trained parameters.
-        kept: names of the tables of parameters that the adapter needs and nobody trains.
-        is_fused: whether A, B, scaling and gain say it all, so that a layer's fused function may compute it.
-        has_gain: whether the gain may differ from 1.
-        has_offset: whether the layer's bias is changed.
+        kept: names of the tables of parameters that the adapter needs but does not train.
+        is_fused: whether A, B, scaling and gain describe it fully, so that a layer's fused function can compute it.
+        has_gain: whether the gain can differ from 1.
+        has_offset: whether it changes the layer's bias.
         is_factored: whether the update is the low-rank matrix of `factors`.
-        row_lengths: the table, if there is one, that holds the length of each row of the adapted weight.
+        row_lengths: name of the table with the length of each row of the adapted weight, or None.
 
     Attributes for users and files:
-        title, meaning, scales: what messages call it, what they say of it, and of what it does to the base weight.
-        not_low_rank: what messages say of an adapter where one that `is_low_rank` is needed.
-        further: what messages call its further trained parameters.
-        may_lack_further: whether a file without them means something: an adapter that has none.
-        switch: PEFT's setting that chooses it, true or false; None: `LoraConfig(variant=name)` does.
-        is_of_starts: whether the start of an adapter chooses it, and no setting.
-        peft_type: of its adapter_config.json. PEFT refuses a file of the default, which it would misread.
-        endings: table -> how the name of its tensor ends in a file, where the two differ.
-        old_endings: how the names of tensors ended in older files -> table.
+        title, meaning, scales: its name, its description and its effect on the base weight, in messages.
+        not_low_rank: the message about an adapter where one that `is_low_rank` is needed.
+        further: the name of its further trained parameters in messages.
+        may_lack_further: whether a file may lack them; the adapter then has none.
+        switch: PEFT's boolean setting that chooses it; None: `LoraConfig(variant=name)` does.
+        is_of_starts: whether the start of an adapter chooses it instead of a setting.
+        peft_type: the `peft_type` in its adapter_config.json. PEFT refuses the default, which it would misread.
+        endings: table -> how its tensor's name ends in a file, if the two differ.
+        old_endings: how tensor names ended in older files -> table.
 
     Attributes for the planner:
-        rank_factor: the rank of the products, in ranks of the adapter.
-        frozen_copies: of A and B, that are held and not trained.
-        joins_matrices: whether A and B are joined with others for each product, and so are new tensors in any dtype.
-        is_dense: whether x is multiplied with a matrix of the weight's size that A and B make, which the backward pass
+        rank_factor: the rank of the products, as a multiple of the adapter's rank.
+        frozen_copies: number of copies of A and B that are held but not trained.
+        joins_matrices: whether each product joins A and B with other matrices, which makes new tensors in any dtype.
+        is_dense: whether x is multiplied by a matrix of the weight's size made from A and B, which the backward pass
             keeps.
     """
 
@@ -165,51 +165,54 @@ class Variant:
 
     @property
     def is_low_rank(self) -> bool:
-        """Whether the change of the weight is the low-rank matrix of `factors`, and there is no other change."""
+        """Whether the low-rank matrix of `factors` is the only change of the layer."""
         return self.is_factored and not self.has_gain and not self.has_offset
 
     @property
     def multiplies_base(self) -> bool:
-        """Whether the change of the weight depends on the weight, so that another adapter's merge would change it."""
+        """Whether the change of the weight depends on the weight, so that merging another adapter would alter it."""
         return self.has_gain or not self.is_factored
 
     @property
     def setting(self) -> str:
-        """How a user chooses it."""
+        """The setting by which a user chooses it."""
         return self.switch or f"variant '{self.name}'"
 
     # ---- the update --------------------------------------------------------------------------------------------------
 
     def shapes(self, layer: FrozenWeight) -> dict[str, tuple[int, ...]]:
-        """Return the trained tables' shapes: name of the table -> shape of an adapter's parameter."""
+        """Return the shapes of the further trained parameters: table name -> shape."""
         return dict.fromkeys(self.trained, (layer.out_features,))
 
     def problem(self, layer: FrozenWeight) -> str | None:
-        """Say why a layer cannot be adapted so, or None: it can."""
+        """Return why this variant cannot adapt a layer, or None if it can."""
         return None
 
     def start(self, layer: FrozenWeight, adapter: AttachedAdapter) -> dict[str, Tensor]:
-        """Return the first values of all tables, for the A and B that the adapter has by now."""
+        """Return the initial values of the variant's parameters for the adapter's current A and B: table -> tensor.
+
+        Trained parameters have the shapes that `shapes` states; kept ones have shapes of the variant's own.
+        """
         return {}
 
     def gain(self, layer: FrozenWeight, adapter: AttachedAdapter, dtype: torch.dtype) -> Tensor | None:
         """Return the factor on each row of the adapted weight, (out_features,), fp32 or better, or None for 1.
 
         Args:
-            dtype: of the layer's products.
+            dtype: dtype of the layer's products.
         """
         return None
 
     def offset(self, adapter: AttachedAdapter) -> Tensor | None:
-        """Return what is added to the layer's bias, (out_features,), or None."""
+        """Return the vector added to the layer's bias, (out_features,), or None."""
         return None
 
     def update(self, layer: FrozenWeight, adapter: AttachedAdapter, x: Tensor) -> Tensor:
-        """Return what the update adds to the layer's output for x, before the gain."""
+        """Return the update's contribution to the layer's output for x, of the output's shape, before the gain."""
         return adapter.scaling * layer.low_rank(adapter.lora_A, adapter.lora_B, x)
 
     def factors(self, adapter: AttachedAdapter) -> tuple[Tensor, Tensor]:
-        """Return the low-rank matrix as (up, down): (out_features, k), with the scaling, and (k, in_features)."""
+        """Return the low-rank matrix as up (out_features, k), with the scaling, and down (k, in_features)."""
         return adapter.scaling * adapter.lora_B.flatten(1), adapter.lora_A.flatten(1)
 
     def delta(self, layer: FrozenWeight, adapter: AttachedAdapter) -> Tensor:
@@ -225,33 +228,36 @@ class Variant:
     # ---- files -------------------------------------------------------------------------------------------------------
 
     def reads(self, values: Mapping[str, Any]) -> bool:
-        """Return whether the settings in an adapter_config.json are those of an adapter of this variant."""
+        """Return whether the settings in an adapter_config.json describe an adapter of this variant."""
         if self.is_of_starts or values.get("peft_type") != self.peft_type:
             return False
         return bool(values.get(self.switch)) if self.switch else values.get("variant", "plain") == self.name
 
     def to_file(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Return the contents of adapter_config.json for the settings of `LoraConfig` and those that PEFT adds."""
+        """Return the contents of adapter_config.json for `LoraConfig`'s settings and those that PEFT adds."""
         return values
 
     def from_file(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Return the settings of `LoraConfig` for the contents of an adapter_config.json; it may have others too."""
+        """Return `LoraConfig`'s settings for the contents of an adapter_config.json, perhaps with other keys."""
         return values
 
     def file_tensors(self, adapter: AttachedAdapter) -> dict[str, Tensor]:
-        """Return the tensors that a file has of an adapter, but for a trained bias: table -> tensor."""
+        """Return the tensors that a file holds of an adapter, without a trained bias: table -> tensor.
+
+        A and B have the shapes of `matrix_shapes` at the file's rank, further parameters those of `shapes`.
+        """
         return {table: adapter.parameters[table].detach() for table in (*adapter.matrices, *self.trained)}
 
     def file_shape(self, layer: FrozenWeight, table: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape that a file has of a table's parameter."""
+        """Return the shape in a file of a table's parameter with this shape."""
         return shape
 
     # ---- costs -------------------------------------------------------------------------------------------------------
 
     def held_bytes(self, out_features: int) -> int:
-        """Return the bytes that a layer keeps of its base weight."""
+        """Return the bytes that a layer keeps of what was computed from its base weight."""
         return 0
 
     def flops(self, rank: int, in_features: int, out_features: int) -> int:
-        """Return the FLOPs of a forward pass that do not depend on the number of tokens."""
+        """Return those FLOPs of a forward pass that do not depend on the number of tokens."""
         return 0

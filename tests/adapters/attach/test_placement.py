@@ -195,7 +195,7 @@ class TestRefusals:
         for name in ("a", "b"):
             add_adapter(model, config(modules_to_save=["lm_head"]), name)
         set_adapter(model, ["a", "b"])
-        with pytest.raises(AdapterError, match="one of them can be active"):
+        with pytest.raises(AdapterError, match="only one can be active"):
             model(IDS)
 
     def test_a_weight_in_4_bits_cannot_be_trained(self) -> None:

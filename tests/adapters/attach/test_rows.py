@@ -218,7 +218,7 @@ class TestPlainModels:
         model = self.layers()
         with use_rows(model, ["a", "b"]), pytest.raises(ShapeError, match=r"each of 2 rows.*\(4,\)"):
             model(torch.randn(4, 6))
-        with use_rows(model, ["a", "b"], [2, 1]), pytest.raises(ShapeError, match="do not make"):
+        with use_rows(model, ["a", "b"], [2, 1]), pytest.raises(ShapeError, match="do not fill"):
             model(torch.randn(4, 6))
         assert all(layer.rows is None for layer in lora_layers(model).values())
 
