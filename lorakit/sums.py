@@ -32,13 +32,16 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def flat_slices(tensor: Tensor) -> tuple[Tensor, ...]:
-    """Return the elements in slices of at most `LONGEST_SUM`: the norm of their norms is the tensor's."""
+    """Cut a tensor of any shape into flat slices of at most `LONGEST_SUM` elements.
+
+    The norm of their norms is the norm of the tensor.
+    """
     slices: tuple[Tensor, ...] = tensor.flatten().split(LONGEST_SUM)
     return slices
 
 
 def norms(tensors: Sequence[Tensor]) -> list[float]:
-    """Return the Frobenius norm of each tensor, its slices summed in fp32; one wait for the device."""
+    """Return the Frobenius norm of each tensor, of any shape, its slices summed in fp32; one wait for the device."""
     if not tensors:
         return []
     slices = [flat_slices(tensor) for tensor in tensors]

@@ -22,9 +22,10 @@ from safetensors.torch import save_file
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 
-from lorakit import Decoder, Linear4bit, LoraConfig, Record, add_adapter, save_records
+from lorakit import Decoder, Linear4bit, LoraConfig, Record, add_adapter, save_records, set_adapter
 from lorakit.adapters import adapter_configs, adapter_modules, lora_layers
 from lorakit.data import Message
+from lorakit.layers import BASE
 from lorakit.models import DecoderConfig, Tokenizer, load_tokenizer
 
 # ---- tokenizers ------------------------------------------------------------------------------------------------------
@@ -301,3 +302,8 @@ def adapted(seed: int = 0, quantized: bool = False, **lora: Any) -> Decoder:
     torch.manual_seed(seed)
     add_adapter(model, LoraConfig(**{"r": 4, "lora_alpha": 8, **lora}))
     return model
+
+
+def alone(model: nn.Module, name: str) -> None:
+    """Make one adapter, or with "__base__" none, the active one: what a row that uses it is compared with."""
+    set_adapter(model, [] if name == BASE else name)

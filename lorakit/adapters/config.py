@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ..errors import did_you_mean
 from ..layers import VARIANTS, Variant
@@ -98,13 +98,9 @@ class LoraConfig(Settings):
             raise ValueError("target_parameters takes plain LoRA without dropout")
         return self
 
-    @model_serializer(mode="wrap")
-    def _in_peft_words(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out `variant` for plain LoRA, since PEFT's files have no such key."""
-        values: dict[str, Any] = dump(self)
-        if values.get("variant") == "plain":
-            del values["variant"]
-        return values
+    def peft_values(self) -> dict[str, Any]:
+        """Return the settings as JSON values under PEFT's keys; it has no `variant`, which plain LoRA does not need."""
+        return self.model_dump(mode="json", exclude={"variant"} if self.variant == "plain" else None)
 
     def _chosen_variants(self) -> dict[str, Variant]:
         """Return the variants chosen besides plain LoRA, setting that chooses it -> variant."""

@@ -83,7 +83,7 @@ class QuantConfig(_Checked):
     """Which linear layers are quantized to 4 bits, and how.
 
     Attributes:
-        quant_type: a name in `QUANT_TYPES`, or null to quantize only the modules to which an override gives a quant_type.
+        quant_type: a name in `QUANT_TYPES`, or null: quantize only the modules to which an override gives a quant_type.
         block_size: elements that share a scale, one of 32, 64, ..., 4096.
         double_quant: store the scales in 8 bits.
         storage_dtype: dtype that files give the packed bytes; the bytes are the same. FSDP1 needs a float dtype.

@@ -289,7 +289,7 @@ def _fingerprint(
     settings |= {name: optimizer.defaults[name] for name in OPTIMIZERS[config.optimizer].settings}  # where it says None
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for adapter, lora in adapter_configs(model).items():
-        digest.update(f"{adapter} {lora.model_dump_json()}".encode())
+        digest.update(f"{adapter} {json.dumps(lora.peft_values(), separators=(',', ':'))}".encode())
     for example in examples:
         digest.update(repr((example.input_ids, example.loss_mask)).encode())
     for name, parameter in parameters.items():

@@ -122,7 +122,7 @@ def write_updates(
         StorageError: writing failed; whatever was at `path` is untouched.
     """
     ranks = ranks_of(updates)
-    config = config_for_ranks(ranks).model_dump(mode="json")
+    config = config_for_ranks(ranks).peft_values()
     r, pattern = rank_pattern(ranks)
     first = sources[0].adapter.config
     config |= {"lora_alpha": r, "alpha_pattern": pattern}  # whole numbers

@@ -120,7 +120,7 @@ def file_variant(values: Mapping[str, Any], file: Path) -> Variant:
 def peft_config(model: nn.Module, name: str) -> dict[str, Any]:
     """Return the contents of adapter_config.json for an adapter of a model."""
     config = adapter_configs(model)[name]
-    values = config.model_dump(mode="json")
+    values = config.peft_values()
     targets = values["target_modules"]
     is_word = isinstance(targets, str) and targets.lower() == "all-linear"  # not every reader knows the word
     is_narrowed = (

@@ -60,7 +60,7 @@ def inspect_adapter(
         vectors: SingularVectors | None = None  # of the base weight, computed once for all its updates
         for updates, measured in ((ours, layers), (theirs, others)):
             for update in updates:
-                weight = weights.weight(update, is_transposed) if weights else None
+                weight = weights.weight(update, is_transposed) if weights and update.is_whole else None
                 against = None
                 if weight is not None:
                     if min(weight.shape) <= EXACT_UP_TO:

@@ -63,7 +63,7 @@ class Updates:
             check_adapter(source, name)
             self._layers, self._name = lora_layers(source, name), name
             self.paths, self.source = list(self._layers), f"{type(source).__name__}, adapter {name}"
-            self.config: dict[str, Any] = adapter_configs(source)[name].model_dump(mode="json")
+            self.config: dict[str, Any] = adapter_configs(source)[name].peft_values()
         else:
             self.folder = read_adapter_folder(source)
             self.paths, self.config = in_model_order(self.folder.layers), self.folder.config

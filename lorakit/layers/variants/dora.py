@@ -46,8 +46,8 @@ class DoRA(Variant):
 
     def gain(self, layer: FrozenWeight, adapter: AttachedAdapter, dtype: torch.dtype) -> Tensor:
         magnitude = adapter.parameters["lora_magnitude_vector"]
-        # Decoding token by token, the norms would cost as much as the layer, so without gradient the gain is kept while its
-        # sources stay the same. They are compared by value, since a write to `.data` changes no version.
+        # Decoding token by token, the norms would cost as much as the layer. So without gradient the gain is kept while
+        # its sources stay the same. They are compared by value, since a write to `.data` changes no version.
         sources, kept = (magnitude, adapter.lora_A, adapter.lora_B), adapter.kept_gain
         adapter.kept_gain = None
         if not torch.is_grad_enabled() and kept is not None:
