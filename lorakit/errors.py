@@ -13,7 +13,7 @@ MOST_LISTED = 20  # problems spelled out in one message
 
 
 class LorakitError(Exception):
-    """Base class of every deliberate error: says what is wrong, where, what was expected and the nearest right thing."""
+    """Base class of every deliberate error: what is wrong, where, what was expected, the nearest right thing."""
 
 
 class ConfigError(LorakitError, ValueError):

@@ -2,7 +2,7 @@
 
 The tuned model gets the short prompt that it was trained on: the record up to its answer. The base model has never seen
 the task. It gets the strongest prompt that needs no training: instructions in place of the system prompt, and worked
-examples as earlier turns (Brown et al. 2020, arXiv:2005.14165). Only then does the comparison show the gain of training.
+examples as earlier turns (Brown et al. 2020, arXiv:2005.14165). Only so does the comparison show the gain of training.
 
 Examples come from the training records alone; one from the held-out set would give an answer away.
 """

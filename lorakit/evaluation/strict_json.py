@@ -24,7 +24,7 @@ def parse_json(text: str) -> Any:
 
 
 def same_json(first: Any, second: Any) -> bool:
-    """Return whether two JSON values are equal by JSON Schema's rule: 1 equals 1.0 but not true, as it does in Python."""
+    """Return whether two JSON values are equal by JSON Schema's rule: 1 equals 1.0, but unlike in Python not true."""
     if isinstance(first, bool) or isinstance(second, bool):
         return first is second
     if isinstance(first, dict) and isinstance(second, dict):

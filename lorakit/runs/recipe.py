@@ -118,7 +118,9 @@ class Recipe(Settings):
     @classmethod
     def _start_needs_no_data(cls, lora: LoraConfig) -> LoraConfig:
         if needs := lora.start.needs:
-            message = f"'{lora.start.name}' needs `{needs}`, which a recipe cannot give; give them to add_adapter in Python"
+            message = (
+                f"'{lora.start.name}' needs `{needs}`, which a recipe cannot give; give them to add_adapter in Python"
+            )
             raise ConfigError(message, [("init_lora_weights", message)])
         return lora
 

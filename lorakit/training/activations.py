@@ -1,4 +1,4 @@
-"""Activations of a training step: which are kept for the backward pass, which are recomputed, and where they are kept."""
+"""Activations of a training step: kept for the backward pass, in memory of device or host, or recomputed."""
 
 from __future__ import annotations
 

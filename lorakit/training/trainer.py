@@ -267,7 +267,7 @@ def _trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def _resumed(
     config: TrainConfig, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, fingerprint: str
 ) -> TrainResult:
-    """Load the last checkpoint, if there is one, into parameters and optimizer; return the run's state at that point."""
+    """Load the last checkpoint, if there is one, into parameters and optimizer; return the run's state there."""
     result = TrainResult()
     if config.output and (checkpoints := list_checkpoints(config.output / "checkpoints")):
         result.steps, progress = load_checkpoint(checkpoints[-1], parameters, optimizer, fingerprint)

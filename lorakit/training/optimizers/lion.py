@@ -30,8 +30,7 @@ class Lion(Optimizer):
     """
 
     summary: ClassVar[str] = (
-        "one momentum in fp32, 4 bytes a trained parameter; needs a 3 to 10 times smaller lr; default betas "
-        "[0.9, 0.99]"
+        "one momentum in fp32, 4 bytes a trained parameter; needs a 3 to 10 times smaller lr; default betas [0.9, 0.99]"
     )
     settings: ClassVar[tuple[str, ...]] = ("betas", "weight_decay")
     frugal: ClassVar[str | None] = "adamw_8bit"
