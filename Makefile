@@ -59,7 +59,7 @@ docs: setup $(STAMPS)/docs  ## build the pages of docs/ into site/
 	@echo "[docs] open site/index.html"
 
 bench: peers $(STAMPS)/bench  ## install what the measurements need, and say how to run them
-	@echo "All measurements of the kernels (ten minutes of a quiet machine) or of training (half an hour), and their pages:"
+	@echo "All measurements of the kernels (ten minutes of a quiet machine) or of training (more than an hour), and their pages:"
 	@echo "  $(BIN)/python -m bench.pages --run"
 	@echo "  $(BIN)/python -m bench.pages --run --page training"
 	@echo "Statistics of the same calls: $(BIN)/python -m pytest bench --benchmark-only"

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Runs all that can be learned of the kernels on this computer's GPU, and writes it to one Markdown file: what the
-# machine is, the kernels' tests, the tuning run, bench.gpu (are they right, how fast are they), bench.static_gpu.
-# A step that fails is in the report too, and the rest goes on.
+# Runs every check of the kernels on this computer's GPU and writes one Markdown file: the machine, the kernels' tests,
+# the tuning run, bench.gpu (correctness and speed) and bench.static_gpu. After a failed step, which is also in the
+# report, the others still run.
 #
 # Run as: bench/gpu.sh [REPORT.md] [options of bench.gpu]      (PYTHON=... names another Python than .venv's)
-# Where there is no GPU it exits with status 2; `bench/gpu.sh report.md --device cpu --small` shows what it would write.
+# Without a GPU it exits with status 2. `bench/gpu.sh report.md --device cpu --small` shows what it would write.
 set -uo pipefail
 
 report=gpu-report.md

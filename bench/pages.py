@@ -1,11 +1,11 @@
-"""Writes the pages docs/benchmarks/kernels.md and training.md, with pictures, from the measurements' JSON files there.
+"""Writes the pages kernels.md, training.md and adapters.md of docs/benchmarks, with pictures, from their JSON files.
 
-Each section is the measurement's own description, its command, the machine and versions, the table and the picture;
-nothing on these pages is written by hand. `--run` takes the measurements of a page anew, one after another, each in a
-process of its own: the kernels' in about ten minutes on two cores that do nothing else, training's in an hour.
+Each section has the measurement's own description, its command, the machine and versions, the table and the picture.
+Nothing on these pages is written by hand. `--run` repeats the measurements of a page one after another, each in its own
+process. The kernels take about ten minutes on two otherwise idle cores, training takes more than an hour.
 
-Pages of docs/explanation that quote a study are written by hand; the tables between their markers, and the pictures,
-are written here.
+Pages of docs/explanation that quote a study are written by hand, except for their pictures and the tables between
+markers, which this module writes.
 
 Run as: python -m bench.pages [--run] [--page kernels] [--only decode,quantize] [--folder docs/benchmarks]
 """
@@ -37,12 +37,12 @@ class Section:
     """A measurement on a page.
 
     Attributes:
-        module: of this package.
-        title: of the section.
-        name: of its JSON file and its picture; by default that of the module.
-        arguments: of the command, where there are some.
-        shown: of a long table, the values of a column whose rows are shown; the file has all.
-        draws: whether the measurement draws its picture itself, which is then not in its JSON file.
+        module: name of the measurement's module in this package.
+        title: heading of the section.
+        name: name of its JSON file and its picture; by default the module's.
+        arguments: arguments of the command.
+        shown: for a long table, a column and the values whose rows are shown; the file has all rows.
+        draws: whether the measurement draws its picture itself; then the JSON file does not hold it.
     """
 
     module: str
@@ -54,13 +54,13 @@ class Section:
 
     @property
     def file(self) -> str:
-        """Name of its files, without the ending."""
+        """Name of its files, without suffix."""
         return self.name or self.module
 
 
 @dataclass(frozen=True)
 class Page:
-    """A page: what it opens with, and its sections."""
+    """A page: its opening text and its sections."""
 
     title: str
     opening: str
@@ -83,9 +83,9 @@ PAGES = {
     ),
     "training": Page(
         "Training",
-        "The peers' side of each comparison is a script of its own in `bench/training/sides/`, with their best "
-        "settings. What bounds a step is said in [Where a training step spends its time and memory]"
-        "(../explanation/training-step.md).",
+        "The peers' side of each comparison is a separate script in `bench/training/sides/`, with their best settings. "
+        "[Where a training step spends its time and memory](../explanation/training-step.md) explains what bounds a "
+        "step.",
         (
             Section("train_step", "One step", arguments=("--rounds", "4", "--steps", "3")),
             Section(
@@ -104,7 +104,7 @@ PAGES = {
     ),
     "adapters": Page(
         "Adapters",
-        "What merging keeps, and what DoRA, switching, looking on and looking inside cost.",
+        "The share of an update that a merge keeps, and the cost of DoRA, switching, probes and inspection.",
         (
             Section("merge", "What survives a merge"),
             Section(
@@ -126,17 +126,17 @@ MARKERS = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end of table -->)", re.D
 WRITTEN = """
 <!-- Written by `python -m bench.pages`; change the measurements, not this page. -->
 
-How these figures are taken is said in [Benchmarks](index.md); a target that was missed is listed below its table.
+[Benchmarks](index.md) describes how these figures are measured. A missed target is listed below its table.
 """
 
 
 def main() -> None:
-    """Measure where asked to, and write the page."""
+    """Measure if asked to, and write the pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", action="store_true", help="take the measurements anew")
-    parser.add_argument("--page", choices=PAGES, default="kernels", help="whose measurements to take")
-    parser.add_argument("--only", help="measurements to take, with commas between them")
-    parser.add_argument("--folder", type=Path, default=Path("docs/benchmarks"), help="where the page is")
+    parser.add_argument("--run", action="store_true", help="repeat the measurements")
+    parser.add_argument("--page", choices=PAGES, default="kernels", help="page whose measurements to run")
+    parser.add_argument("--only", help="measurements to run, separated by commas")
+    parser.add_argument("--folder", type=Path, default=Path("docs/benchmarks"), help="folder of the pages")
     options = parser.parse_args()
     sections = {section.file: section for section in PAGES[options.page].sections}
     chosen = options.only.split(",") if options.only else list(sections)
@@ -153,12 +153,12 @@ def main() -> None:
 
 
 def run(folder: Path, sections: Sequence[Section]) -> None:
-    """Take measurements, which write their JSON files into the folder.
+    """Run measurements, which write their JSON files into the folder.
 
     Raises:
-        SystemExit: one failed. The files of those before it are written.
+        SystemExit: a measurement failed; the files of earlier ones are written.
     """
-    file_to_draw(str(folder / "a.svg"))  # matplotlib is missed now rather than at the end
+    file_to_draw(str(folder / "a.svg"))  # fail now, rather than at the end, if matplotlib is missing
     for section in sections:
         start, part = time.perf_counter(), folder / f"{section.file}.json.part"
         command = [sys.executable, "-m", f"bench.{section.module}", *section.arguments, "--json", str(part)]
@@ -175,12 +175,12 @@ def write(folder: Path) -> None:
     """Write the pages and their pictures from the JSON files in the folder.
 
     Raises:
-        FileNotFoundError: one of them is missing; no page is touched.
+        FileNotFoundError: a file is missing; no page is changed.
     """
-    found = {name: [(section, read(folder, section)) for section in page.sections] for name, page in PAGES.items()}
+    measured = {name: [(section, read(folder, section)) for section in page.sections] for name, page in PAGES.items()}
     for name, page in PAGES.items():
         parts = [f"# {page.title}\n{WRITTEN}{page.opening}\n"]
-        for section, figures in found[name]:
+        for section, figures in measured[name]:
             if figures["picture"]:
                 draw(Picture(**figures["picture"]), figures["title"], folder / f"{section.file}.svg")
             parts.append(in_markdown(section, figures))
@@ -188,11 +188,11 @@ def write(folder: Path) -> None:
 
 
 def fill(measured: Path, page: Path) -> None:
-    """Write a study's tables anew into the page that quotes it, and its pictures beside its JSON file.
+    """Replace a study's tables in the page that quotes it, and draw its pictures beside its JSON file.
 
     Raises:
         FileNotFoundError: one of the two files is missing.
-        KeyError: the page asks for a table that was not measured; it is not touched.
+        KeyError: the page asks for a table that was not measured; it is not changed.
     """
     figures = json.loads(measured.read_text(encoding="utf-8"))
 
@@ -215,7 +215,7 @@ def read(folder: Path, section: Section) -> dict[str, Any]:
     """Return the figures of a measurement.
 
     Raises:
-        FileNotFoundError: there are none, with the command that takes them.
+        FileNotFoundError: there are none; the message has the command that measures them.
     """
     file = folder / f"{section.file}.json"
     if not file.exists():
@@ -234,7 +234,7 @@ def in_markdown(section: Section, figures: dict[str, Any]) -> str:
         note = f"The rows of {' and '.join(values)}; the file has the others.\n\n"
     name = section.file
     drawn = f"![{figures['title']}]({name}.svg)\n\n" if figures["picture"] or section.draws else ""
-    what = "" if section.name else f"{description(section.module)}\n"  # the second section of a module is the same anew
+    what = "" if section.name else f"{description(section.module)}\n"  # once, in the module's first section
     return (
         f"\n## {section.title}\n\n{what}    {figures['command']}\n\n"
         f"{figures['title']}.\n\n{note}"
@@ -244,7 +244,7 @@ def in_markdown(section: Section, figures: dict[str, Any]) -> str:
 
 
 def verdict(targets: Sequence[dict[str, Any]]) -> str:
-    """Return how many targets are met, and which are not."""
+    """Return the number of targets that are met, and the names of those that are not."""
     if not targets:
         return ""
     missed = [target for target in targets if not target["met"]]
@@ -254,7 +254,7 @@ def verdict(targets: Sequence[dict[str, Any]]) -> str:
 
 
 def description(module: str) -> str:
-    """Return what a measurement says of itself, without how to run it; read, as importing it may need a peer."""
+    """Return a measurement's docstring up to "Run as:", without importing the module, which may need a peer."""
     found = importlib.util.find_spec(f"bench.{module}")
     if found is None or found.origin is None:
         raise ModuleNotFoundError(f"bench has no module {module}")

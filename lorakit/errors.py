@@ -1,7 +1,7 @@
-"""Every error lorakit raises on purpose, and the helpers that word them: the nearest right thing, a list of problems.
+"""The errors that lorakit raises on purpose, and helpers that word them: the nearest right thing, a list of problems.
 
-All derive from `LorakitError`, so `except LorakitError` catches whatever the library means to say; the second base
-class of some keeps `except ValueError` and `except OSError` working for people who write those.
+All derive from `LorakitError`, so `except LorakitError` catches them all. A second base class keeps
+`except ValueError`, `except OSError` and `except RuntimeError` working.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
-MOST_LISTED = 20  # problems that one message spells out
+MOST_LISTED = 20  # problems spelled out in one message
 
 
 class LorakitError(Exception):
-    """Base class of every deliberate error: says what is wrong, where, what was expected, the nearest right thing."""
+    """Base class of every deliberate error: what is wrong, where, what was expected, the nearest right thing."""
 
 
 class ConfigError(LorakitError, ValueError):
@@ -49,7 +49,7 @@ class TrainingError(LorakitError, RuntimeError):
 
 
 class StorageError(LorakitError, OSError):
-    """Writing failed (disk full, no permission); whatever stood at the target before is untouched."""
+    """Writing failed (disk full, no permission); the file or folder that was at the target is untouched."""
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:
@@ -59,15 +59,15 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
 
 
 def first_few(problems: Sequence[str], most: int = MOST_LISTED, count: int | None = None) -> list[str]:
-    """Return the first `most` problems, one a line, and "(+N more)" where there are others.
+    """Return the first `most` problems, one a line, then "(+N more)" if there are others.
 
     Args:
-        count: how many problems there are, where `problems` does not hold all of them.
+        count: the number of problems, if `problems` does not hold all of them.
     """
     hidden = (len(problems) if count is None else count) - most
     return [*problems[:most], *([f"(+{hidden} more)"] if hidden > 0 else [])]
 
 
 def listing(problems: Sequence[str], most: int = MOST_LISTED) -> str:
-    """Return the lines of `first_few`, each on a line of its own and indented: what a message has after its colon."""
+    """Return the lines of `first_few`, each indented on a line of its own, to follow a message's colon."""
     return "".join(f"\n  {line}" for line in first_few(problems, most))

@@ -1,7 +1,7 @@
 """Files that are whole or absent: atomic writes, strict JSON reading and hashes.
 
-Everything lorakit writes goes through `atomic_write` or `atomic_folder`: beside the target, flushed to disk, then
-renamed. A crash, a kill or a full disk leaves the old content or nothing, never half of the new.
+Everything lorakit writes goes through `atomic_write` or `atomic_folder`. They write beside the target, flush to disk,
+then rename. A crash, a kill or a full disk leaves the old content or nothing, never half of the new.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
 
 
 def _swap(part: Path, target: Path) -> None:
-    """Put the folder `part` in the place of the folder `target`; where that fails, `target` is put back."""
+    """Replace the folder `target` with the folder `part`; put `target` back if that fails."""
     old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
     try:
         os.replace(target, old)  # rename onto an empty folder is atomic
@@ -125,7 +125,7 @@ def _swap(part: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def _storage_error(target: Path, state: str = "") -> Iterator[None]:
-    """Within the context, what fails to write `target` is a StorageError, which ends with what became of it."""
+    """Within the context, turn a failure to write `target` into a StorageError that ends with the target's `state`."""
     try:
         yield
     except StorageError:

@@ -1,4 +1,4 @@
-"""What the process has used: peak resident memory."""
+"""The peak resident memory of this process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def peak_rss_mb() -> float:
-    """Return the process's peak resident memory so far in MiB (0.0 where the system does not tell)."""
+    """Return the process's peak resident memory so far, in MiB (0.0 if the system does not report it)."""
     try:
         # Not getrusage on Linux: its maximum starts from the parent's size at the fork.
         for line in Path("/proc/self/status").read_text().splitlines():

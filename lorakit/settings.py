@@ -31,19 +31,19 @@ class Settings(BaseModel):
 
 def _problems(model: type[BaseModel], error: ValidationError) -> list[tuple[str, str]]:
     """Flatten pydantic's errors, nested settings included, to (dotted key, sentence)."""
-    found: list[tuple[str, str]] = []
+    problems: list[tuple[str, str]] = []
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])
         inner = item.get("ctx", {}).get("error")
         if isinstance(inner, ConfigError) and inner.problems:
-            found += [(f"{key}.{name}" if name else key, message) for name, message in inner.problems]
+            problems += [(f"{key}.{name}" if name else key, message) for name, message in inner.problems]
         elif item["type"] == "extra_forbidden":
-            found.append((key, f"unknown key{did_you_mean(str(item['loc'][-1]), model.model_fields)}"))
+            problems.append((key, f"unknown key{did_you_mean(str(item['loc'][-1]), model.model_fields)}"))
         elif item["type"] == "missing":
-            found.append((key, "is required"))
+            problems.append((key, "is required"))
         elif item["type"] == "value_error":
-            found.append((key, str(inner)))
+            problems.append((key, str(inner)))
         else:
             message = item["msg"][0].lower() + item["msg"][1:]
-            found.append((key, f"{message} (got {item['input']!r})"))
-    return found
+            problems.append((key, f"{message} (got {item['input']!r})"))
+    return problems

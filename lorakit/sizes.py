@@ -1,4 +1,4 @@
-"""Sizes in bytes as people write and read them."""
+"""Sizes in bytes, parsed from and formatted as text."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _UNITS = {"": 1, "B": 1} | {
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes of "5GB" (10^9 each), "512MiB" (2^20 each), "1000000".
+    """Return the number of bytes that a text such as "5GB" (10^9 each), "512MiB" (2^20 each) or "1000000" states.
 
     Raises:
-        ConfigError: it is not a size, or not a positive one.
+        ConfigError: the text is not a size, or not a positive one.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     size = 0
@@ -29,5 +29,5 @@ def parse_size(text: str) -> int:
 
 
 def format_size(size: float) -> str:
-    """Return a size in GiB, or in MiB where it is less than one: "3.21 GiB", "87 MiB"."""
+    """Return a size in GiB, or in MiB below 1 GiB: "3.21 GiB", "87 MiB"."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

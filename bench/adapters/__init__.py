@@ -1,1 +1,1 @@
-"""What is done with adapters: merging, switching, DoRA, probes, inspection, exports."""
+"""Operations on adapters: merging, switching, DoRA, probes, inspection, exports."""

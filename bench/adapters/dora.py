@@ -1,12 +1,13 @@
-"""What DoRA costs: our LoRA step, our DoRA step, and PEFT's DoRA step, on one model.
+"""The cost of DoRA: our LoRA step, our DoRA step and PEFT's DoRA step on one model.
 
 The model is llama-1b, the shape and vocabulary of Llama-3.2-1B with random weights, at 1 x 1,024 tokens, or the real
-SmolLM2. Rank 16 on all linear layers, every token but the first trained, AdamW; NF4 with double quantization below
-bf16, and bf16 weights. At its start a DoRA adapter changes nothing: all sides must report the same first loss.
+SmolLM2. All linear layers have rank 16, every token except the first is trained, the optimizer is AdamW. The base
+weights are NF4 with double quantization, or bf16. A DoRA adapter starts without an effect, so all sides must report the
+same first loss.
 
-Each figure comes from a process of its own that loads the model, takes a step that is not counted and then --steps that
-are; ours take turns for --rounds, PEFT's, whose step is several times as long, runs once. Peak memory is the process's
-peak resident size less that of a bare Python interpreter.
+A separate process for each figure loads the model, takes a step that is not counted and then --steps counted steps. Our
+sides take turns for --rounds. PEFT's side, whose step is several times as long, runs once. Peak memory is the process's
+peak resident size minus that of a bare Python interpreter.
 
 Run as: python -m bench.dora [--model llama-1b] [--rounds 3] [--steps 3] [--check] [--json FILE] [--plot FILE]
 """
@@ -21,8 +22,8 @@ from bench.harness.processes import Figures, Side, alternate, interpreter_mb, mi
 from bench.harness.report import Target, arguments, finish
 
 LENGTHS = {"llama-1b": 1024, "smollm2-135m-instruct": 1024}
-SLOWER, LARGER = 1.15, 1.2  # at the most, our DoRA step's time and peak memory of our LoRA step's
-LOSS_TOLERANCE = 0.01  # of the first loss between the sides: all round to bf16, in different places
+SLOWER, LARGER = 1.15, 1.2  # limits of our DoRA step's time and peak memory, as multiples of our LoRA step's
+LOSS_TOLERANCE = 0.01  # relative difference of the sides' first losses: all round to bf16, in different places
 WHO = ("lorakit LoRA", "lorakit DoRA", "PEFT DoRA")
 
 Sides = dict[str, Side]  # by WHO
@@ -51,7 +52,7 @@ def measure(found: dict[str, Sides], rounds: int) -> Seen:
 
 
 def check_losses(found: dict[str, Sides], seen: Seen) -> None:
-    """Raise where the sides did not compute the same."""
+    """Raise AssertionError if the sides' first losses differ."""
     for sides in found.values():
         losses = {side.name: seen[side][0]["losses"][0] for side in sides.values()}
         if max(losses.values()) - min(losses.values()) > LOSS_TOLERANCE * min(losses.values()):

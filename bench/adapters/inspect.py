@@ -1,11 +1,11 @@
-"""Inspecting an adapter with lorakit and with gradience (PyPI): do they agree, and how long does each take?
+"""Inspecting an adapter with lorakit and with gradience (PyPI): agreement, time and memory.
 
-- a trained adapter of SmolLM2 (--adapter; without it random factors of the same shape), alone and on its base;
+- a trained adapter of SmolLM2 (--adapter; without it, random factors of the same shape), alone and on its base;
 - an adapter of Llama-70B's shape, rank 64, from its 3.3 GB file: time and peak memory;
-- two adapters on which the two tools differ, decided by a dense SVD in float64: rsLoRA's scaling, and singular values
-  far below the largest.
+- two adapters on which the two tools differ: rsLoRA's scaling, and singular values far below the largest. A dense SVD
+  in float64 decides.
 
-gradience runs in the environment that it is installed in:
+gradience runs in its own environment:
 
     python -m venv ../gradience && ../gradience/bin/pip install gradience
 
@@ -37,7 +37,7 @@ FIGURES = ("norm", "stable_rank", "effective_rank", "rank_for_90")
 
 
 def measure(python: str, side: str, *words: str) -> dict[str, Any]:
-    """Run a side's script in a process of its own and return what it prints."""
+    """Run a side's script in its own process and return its figures."""
     print(f"  {side} {' '.join(words)} ...", file=sys.stderr)
     run = subprocess.run([python, "-m", f"bench.inspect_{side}", *words], capture_output=True, text=True)
     if run.returncode:
@@ -58,7 +58,7 @@ def write(folder: Path, factors: Mapping[str, tuple[Tensor, Tensor]], **config: 
 
 
 def random_adapter(folder: Path) -> Path:
-    """An adapter of rank 16 on all linear layers of SmolLM2, its values random."""
+    """Write an adapter with random values, of rank 16 on all linear layers of SmolLM2."""
     checkpoint = Checkpoint(resolve_model(BASE))
     weights = [name.removesuffix(".weight") for name in checkpoint.names if name.endswith("_proj.weight")]
     torch.manual_seed(0)
@@ -70,14 +70,14 @@ def random_adapter(folder: Path) -> Path:
 
 
 def graded_adapter(folder: Path) -> Path:
-    """Singular values from 1 down to 1e-12 of it, in double precision."""
+    """Write an adapter with singular values from 1 to 1e-12, in float64."""
     torch.manual_seed(0)
     left, right = (torch.linalg.qr(torch.randn(size, 16, dtype=torch.float64)).Q for size in (300, 200))
     return write(folder, {"q_proj": (left * torch.logspace(0, -12, 16, dtype=torch.float64), right.T)}, r=16)
 
 
 def deviation(found: Mapping[str, Any], expected: Mapping[str, Any]) -> float:
-    """Return the largest relative difference of any figure of any layer; singular values relative to the largest."""
+    """Return the largest relative difference over all figures and layers; singular values relative to the largest."""
     worst = 0.0
     for name, layer in expected.items():
         pairs = [(found[name][figure], layer[figure], abs(layer[figure])) for figure in FIGURES]
@@ -90,13 +90,13 @@ def deviation(found: Mapping[str, Any], expected: Mapping[str, Any]) -> float:
 
 
 def dense(folder: Path) -> dict[str, list[float]]:
-    """Singular values of every update, multiplied out, in float64."""
+    """Return the singular values of every update, multiplied out, in float64."""
     layers = read_adapter_folder(folder).layers
     return {path: torch.linalg.svdvals(layer.update().dense()).tolist()[: layer.rank] for path, layer in layers.items()}
 
 
 def worst_value(found: Mapping[str, Any], expected: Mapping[str, list[float]]) -> float:
-    """Return the largest relative error of any singular value, each relative to itself."""
+    """Return the largest error of a singular value, each relative to itself."""
     return max(
         abs(value - right) / right
         for path, values in expected.items()
@@ -107,7 +107,7 @@ def worst_value(found: Mapping[str, Any], expected: Mapping[str, list[float]]) -
 def main() -> None:
     """Measure, print, check."""
     parser = arguments(str(__doc__))
-    parser.add_argument("--gradience", help="a Python that has gradience")
+    parser.add_argument("--gradience", help="Python interpreter with gradience installed")
     parser.add_argument("--adapter", type=Path, help=f"a trained adapter of {BASE}")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""gradience's audit of an adapter folder, timed. It imports nothing of ours, so that gradience's own Python can run it.
+"""gradience's audit of an adapter folder, timed. It does not import lorakit, so gradience's own Python can run it.
 
 Run as: python -m bench.inspect_gradience FOLDER [--rounds 3]
 It prints one line of JSON, as bench.inspect_lorakit does.
@@ -30,7 +30,7 @@ def main() -> None:
             seconds.append(time.perf_counter() - start)
     layers = {
         layer.name.removeprefix("base_model.model."): {
-            "singular_values": [value * layer.scale for value in layer.top_singular_values],  # theirs are of B·A
+            "singular_values": [value * layer.scale for value in layer.top_singular_values],  # gradience's are of B·A
             "norm": layer.delta_fro_norm,
             "stable_rank": layer.stable_rank,
             "effective_rank": layer.effective_rank,

@@ -1,7 +1,7 @@
-"""lorakit's inspection of an adapter folder, timed: everything `lorakit inspect` measures, the table included.
+"""lorakit's inspection of an adapter folder, timed: everything that `lorakit inspect` measures, table included.
 
 Run as: python -m bench.inspect_lorakit FOLDER [--base MODEL] [--rounds 3]
-It prints one line of JSON: seconds of each round, peak memory, and by layer what gradience measures as well.
+It prints one line of JSON: seconds of each round, peak memory, and by layer the figures that gradience also measures.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""An adapter in llama.cpp beside the same adapter here: the same most likely tokens?
+"""An adapter in llama.cpp beside the same adapter in lorakit: agreement of the most likely tokens.
 
 The adapter is exported for llama.cpp and loaded on the GGUF file that our SmolLM2 was made from. Both sides read the
-held-out conversations, and at positions in the answers their most likely next tokens are compared: base with base,
-tuned with tuned, and tuned with base, which says how much the adapter changes. On the file as it is, llama.cpp
-multiplies Q4_1 weights with activations rounded to 8 bits and keeps keys and values in 16. On a second file, with our
-weights in fp32 and keys and values in fp32, nothing is rounded: what differs there is an error in the export.
+held-out conversations, and their most likely next tokens are compared at positions in the answers: base with base,
+tuned with tuned, and tuned with base, to show the adapter's effect. With the original file, llama.cpp multiplies Q4_1
+weights with activations rounded to 8 bits and keeps keys and values in 16 bits. With a second file that has our weights
+in fp32, and with keys and values in fp32, nothing is rounded. A difference there is an error in the export.
 
 Run as: python -m bench.llama_cpp [--adapter runs/quickstart/adapter] [--records runs/quickstart/data/eval.jsonl]
                                   [--positions 500] [--check] [--json FILE]
@@ -34,12 +34,12 @@ from lorakit.models.pretrained import KNOWN_MODELS
 
 MODEL = "smollm2-135m-instruct"
 CONTEXT = 512
-SAME_QUANTIZED, SAME_EXACT = 0.95, 0.998  # shares of the tokens; nearly equal logits may still change places
+SAME_QUANTIZED, SAME_EXACT = 0.95, 0.998  # shares of the tokens; nearly equal logits may still swap
 
 
 @dataclass(frozen=True)
 class Positions:
-    """Sequences of token ids, and for each the places after which the next token is looked at."""
+    """Sequences of token ids, and the positions in each whose next token is compared."""
 
     sequences: list[list[int]]
     places: list[list[int]]
@@ -47,14 +47,14 @@ class Positions:
 
 @dataclass(frozen=True)
 class Logits:
-    """What one side computes at all positions, (positions, vocabulary), without and with the adapter."""
+    """The logits of one side at all positions, (positions, vocabulary), without and with the adapter."""
 
     base: Tensor
     tuned: Tensor
 
 
 def held_out_positions(records: Path, count: int) -> Positions:
-    """Return `count` positions from which a trained token is predicted, spread over few enough conversations."""
+    """Return `count` positions before a trained token, from every n-th conversation with n as large as possible."""
     examples = encode_records(load_tokenizer(resolve_model(MODEL)), load_records(records), CONTEXT)
     answers = [[place - 1 for place, trained in enumerate(example.loss_mask) if trained] for example in examples]
     if sum(map(len, answers)) < count:
@@ -110,7 +110,7 @@ def gguf_in_wheel() -> Path:
 
 
 def write_exact_gguf(source: Path, target: Path) -> None:
-    """Copy a GGUF file with each tensor in fp32, of the values that our checkpoint has: rounded to bf16."""
+    """Copy a GGUF file with each tensor in fp32, with our checkpoint's values, which are rounded to bf16."""
     gguf: Any = importlib.import_module("gguf")
     opened = open_gguf(source)
     writer = gguf.GGUFWriter(target, opened.value("general.architecture", str))
@@ -132,7 +132,7 @@ def same(one: Tensor, other: Tensor) -> float:
 
 
 def effect_error(one: Logits, other: Logits) -> float:
-    """Return how far the adapter's effects, tuned - base, lie apart: norm of the difference over norm of the effect."""
+    """Return the difference of the adapter's effects, tuned - base: its norm over the norm of the effect."""
     effect = other.tuned - other.base
     return float((one.tuned - one.base - effect).norm() / effect.norm())
 

@@ -1,7 +1,7 @@
 """Write an adapter folder with the shape of one for Llama-70B, rank 64 on all linear layers: 3.3 GB of fp32.
 
-The values repeat one pool of normal numbers from shifting offsets, as in bench.make_llama; a decomposition takes as
-long as for other values.
+The values repeat one pool of normal numbers from shifting offsets, as in bench.make_llama. The time of a decomposition
+does not depend on them.
 
 Run as: python -m bench.make_adapter FOLDER [--layers 80] [--rank 64]
 """

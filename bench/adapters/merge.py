@@ -1,13 +1,13 @@
-"""How much of an update survives a merge into 4-bit weights? PEFT's merge beside ours, on SmolLM2's real layers.
+"""The share of an update that survives a merge into 4-bit weights: PEFT's merge beside ours, on SmolLM2's real layers.
 
-Random updates of rank 16 whose norm is 1, 2, 5, 10 and 20% of that of the weight, in all linear layers of four decoder
-layers, NF4 in blocks of 64 with double quantization. The share that survived is the projection of the real change on
-the intended one, over all these layers. PEFT's is its own `merge` of a bitsandbytes layer: dequantize, add, quantize
-again. The 16-bit base is SmolLM2 as it was dequantized from a Q4_1 file.
+Random updates of rank 16 have 1, 2, 5, 10 and 20% of the weight's norm, in all linear layers of four decoder layers.
+The weights are NF4 in blocks of 64 with double quantization. The surviving share is the projection of the real change
+on the intended one, over all these layers. PEFT's figure comes from its own `merge` of a bitsandbytes layer:
+dequantize, add, quantize again. The 16-bit base is SmolLM2 dequantized from a Q4_1 file.
 
-With --adapter, a trained adapter's scores on held-out records instead: as it is, merged in each way, and merged by
-PEFT, whose merged weights are put into our decoder, so that all generate by the same code. "same answers" is the share
-of records that are answered exactly as by the adapter on its 4-bit base.
+With --adapter, the command measures a trained adapter's scores on held-out records instead: unmerged, merged in each
+way, and merged by PEFT. Our decoder generates with PEFT's merged weights too, so all answers come from the same code.
+"same answers" is the share of records with exactly the answer of the adapter on its 4-bit base.
 
 Run as: python -m bench.merge [--adapter RUN] [--rows 100] [--check] [--json FILE] [--plot FILE]
 """
@@ -92,7 +92,7 @@ def peft_share(layers: Sequence[AdaptedLayer]) -> float:
     return share_of(torch.cat(real), torch.cat(intended))
 
 
-# ---- with --adapter: what a merge does to a trained adapter --------------------------------------------------------
+# ---- with --adapter: the scores of a merged adapter ------------------------------------------------------------------
 
 
 def task_rows(run: Path, count: int) -> tuple[list[str], list[list[object]]]:
@@ -114,7 +114,7 @@ def task_rows(run: Path, count: int) -> tuple[list[str], list[list[object]]]:
 
 
 def answers_of(recipe: Recipe, adapter: Path, prompts: Sequence[Any]) -> dict[str, list[str]]:
-    """Return the answers of the adapter, of each merge, and of PEFT's where it is installed."""
+    """Return the answers of the adapter, of each merge, and of PEFT's merge if PEFT is installed."""
     assert recipe.eval is not None  # the caller made sure
     model, tok = load_base(recipe)
     settings = recipe.eval.max_new_tokens, recipe.eval.batch_size
@@ -139,7 +139,7 @@ def ask(model: Decoder, tok: Tokenizer, prompts: Sequence[Any], max_new_tokens: 
 
 
 def merged_model_of_peft(folder: Path, adapter: Path) -> Decoder:
-    """Return our decoder with the weights, dequantized to bf16, that PEFT's merge of a bitsandbytes model gives."""
+    """Return our decoder with the weights of PEFT's merge of a bitsandbytes model, dequantized to bf16."""
     from peft import PeftModel
 
     from bench.training.sides.peft_step import load
@@ -154,7 +154,7 @@ def merged_model_of_peft(folder: Path, adapter: Path) -> Decoder:
 
 @contextlib.contextmanager
 def data_of(recipe: Recipe) -> Iterator[None]:
-    """Within the context the recipe's data are there; the quickstart's are built where they are not."""
+    """Within the context the recipe's data exist; the quickstart's are built if they are missing."""
     if recipe.data.train.is_file():
         yield
         return
@@ -171,8 +171,8 @@ def in_words(score: Score) -> str:
 def main() -> None:
     """Measure, print, compare with the targets."""
     parser = arguments(str(__doc__), plots=True)
-    parser.add_argument("--adapter", type=Path, metavar="RUN", help="folder of a run, for the scores")
-    parser.add_argument("--rows", type=int, default=100, help="held-out records that are answered for them")
+    parser.add_argument("--adapter", type=Path, metavar="RUN", help="measure the scores of this run's adapter")
+    parser.add_argument("--rows", type=int, default=100, help="held-out records for the scores")
     options = parser.parse_args()
     if options.adapter:
         columns, rows = task_rows(options.adapter.resolve(), options.rows)

@@ -1,12 +1,12 @@
-"""What the probes cost a training step: steps with them and without, in turn, in one process.
+"""The cost of the probes in a training step: steps with and without them, in turn, in one process.
 
     QLoRA of SmolLM2-135M, rank 16 on all linear layers, 2 x 512 tokens in two micro-batches, all trained
 
-Two models of the same start take the same steps, one of them with probes at their defaults, by turns the one and the
-other; this stops unless losses and adapters are equal to the bit. Each kind of step is measured by itself: one that
-looks at norms alone, one that looks at the gradient's noise too, one at spectra, one at drift. The overhead is that of
-a long run: of each kind, the median of (seconds with / seconds of the step without beside it), weighted by how often it
-comes. What is done once a run is a line of its own.
+Two models with the same start take the same steps. One of them has probes with their defaults, and they swap roles
+every round. The measurement stops unless losses and adapters are equal to the bit. Each kind of step is measured
+separately: one that measures norms only, one with the gradient's noise too, one with spectra, one with drift. The
+overhead is that of a long run: for each kind the median of (seconds with probes / seconds of the neighboring step
+without), weighted by its share of the steps. Work that is done once a run has its own line.
 
 Run as: python -m bench.probes [--model smollm2-135m-instruct] [--rounds 8] [--check] [--json FILE] [--plot FILE]
 """
@@ -43,7 +43,7 @@ SHARES = {  # of a long run's steps
 
 
 class Side:
-    """A model in training, that probes may look at."""
+    """A model in training, with probes that can be switched on."""
 
     def __init__(self, folder: Path, output: Path) -> None:
         self.model: Decoder = load_model(folder, "nf4")
@@ -75,7 +75,7 @@ class Side:
 
 
 def measure(sides: Sequence[Side], rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """Take the steps in turn; return of each kind the pairs of seconds, without probes and with them.
+    """Take the steps in turn; return for each kind the pairs of seconds, without probes and with them.
 
     Raises:
         AssertionError: losses or adapters differ.

@@ -1,8 +1,8 @@
-"""Sixteen adapters on one SmolLM2-135M: switching, and batches whose 16 rows use all of them; PEFT beside it.
+"""Sixteen adapters on one SmolLM2-135M: switching, and batches whose 16 rows use all of them, beside PEFT.
 
-"One" is the time of the same batch with one adapter for all rows. The passes are in bf16 and without gradients: one of
-rows of 64 tokens, and 16 in a row of one token each, as in generation. A step is forward and backward of rows of 64
-tokens. PEFT has its adapters in bf16 too; it does not train by rows.
+"One" is the time of the same batch with one adapter for all rows. The passes run in bf16 and without gradients: one
+pass over rows of 64 tokens, and 16 passes in sequence over one token a row, as in generation. A step is a forward and
+backward pass over rows of 64 tokens. PEFT has its adapters in bf16 too, and does not train by rows.
 
 Run as: python -m bench.swap [--check] [--json FILE] [--plot FILE] [--rounds 5]
 """
@@ -36,7 +36,7 @@ MAX_RATIO = 1.5  # of the time with 16 adapters to that with one
 
 
 def our_calls(folder: Path) -> dict[str, Calls]:
-    """Return lorakit's calls: what is measured -> contender -> call."""
+    """Return lorakit's calls: measurement -> contender -> call."""
     model = load_model(folder, quant_type=None, dtype=torch.bfloat16)
     for name in NAMES:
         add_adapter(model, LoraConfig(r=RANK, init_lora_weights=False), name)
@@ -96,7 +96,7 @@ def peft_calls(folder: Path) -> dict[str, Calls]:
 
 
 def passes(model: nn.Module, ids: Tensor, count: int, **options: Any) -> Callable[[], None]:
-    """Return a call that runs a batch through a model so many times."""
+    """Return a call that runs a batch through a model `count` times."""
 
     @torch.inference_mode()
     def run() -> None:

@@ -1,1 +1,1 @@
-"""The Triton kernels: on a GPU, and as compiled code where there is none."""
+"""The Triton kernels: on a GPU, and as compiled code without one."""

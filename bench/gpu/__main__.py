@@ -1,4 +1,4 @@
-"""Makes `python -m bench.gpu` run the measurement, since the room has the command's name."""
+"""Makes `python -m bench.gpu` run the measurement, because the room has the command's name."""
 
 from bench.gpu.measure import main
 

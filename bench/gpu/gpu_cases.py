@@ -1,6 +1,6 @@
-"""What `bench.gpu` measures of 4-bit weights: each operation with its check, its rivals and the bytes that it moves.
+"""The operations on 4-bit weights that `bench.gpu` measures, each with its check, its rivals and the bytes it moves.
 
-A case is built when its turn comes and dropped after it, so that only one holds memory.
+A case is built for its turn and dropped after it, so that only one holds memory.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from lorakit import Linear4bit, QuantizedWeight, quantize
 from lorakit.quantization import NestedScales
 
 RANK = 16  # of the adapter that products are checked with
-CHECKED_TOKENS = 512  # at most
+CHECKED_TOKENS = 512  # maximum for the check of a layer
 
 Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how large the cases are.
+    """The device and the sizes of the cases.
 
     Attributes:
         weights: shapes, (out, in).
-        training, decoding, fused: numbers of tokens: of a layer's forward and backward pass, of generating, and of the
-            products that dequantize on the way.
+        training, decoding, fused: numbers of tokens of a layer's forward and backward pass, of generation, and of the
+            products that dequantize as they go.
         rows: tokens of the operations around the weights.
-        heads, kv_heads, head_dim: of rotary embedding; width: of SwiGLU; vocabulary: of the loss.
+        heads: of rotary embedding; width: of SwiGLU; vocabulary: of the loss; parameters: of the optimizer.
     """
 
     device: torch.device
@@ -47,14 +47,14 @@ class Setting:
     fused: tuple[int, ...] = (64, 256)
     rows: int = 4096
     hidden: int = 4096
-    heads: tuple[int, int, int] = (32, 8, 128)  # of queries, of keys, dimensions of each
+    heads: tuple[int, int, int] = (32, 8, 128)  # query heads, key heads, dimensions of each
     width: int = 14336
     vocabulary: int = 128_256
     parameters: int = 2**24
 
     @staticmethod
     def small(device: torch.device, dtype: torch.dtype) -> Setting:
-        """The same cases, small enough for Triton's interpreter; their times mean nothing."""
+        """Return the same cases, small enough for Triton's interpreter; their times mean nothing."""
         return Setting(
             device, dtype, weights=((128, 256),), training=(40,), decoding=(1, 16), fused=(20,), rows=16, hidden=64,
             heads=(4, 2, 16), width=128, vocabulary=512, parameters=5000,
@@ -70,10 +70,10 @@ class Case:
     """One operation at one size.
 
     Attributes:
-        check: computes with the kernel and by definition, and returns how far they are apart: in parts of what rounding
-            allows, or, where `exact`, the number of elements that differ.
-        rivals: name -> what sets a call up, and returns it: lorakit's and the others'.
-        bytes_moved: that pass through memory at least; 0 where memory is not the limit.
+        check: computes with the kernel and by definition, and returns their difference: as a multiple of the rounding
+            bound, or, if `exact`, the number of elements that differ.
+        rivals: name -> function that sets up a call and returns it, for lorakit and the others.
+        bytes_moved: the least bytes that pass through memory; 0 if memory is not the limit.
     """
 
     operation: str
@@ -193,7 +193,7 @@ def _layer(setting: Setting, weight: Tensor, tokens: int) -> Case:
         y.backward(dy[:CHECKED_TOKENS])
         assert few.grad is not None
         values = _values(layer.quantized)
-        # The products of whole layers are PyTorch's, which may add partial sums that it has rounded.
+        # PyTorch computes the products of whole layers, and may add rounded partial sums.
         forward = of_bound(y.detach(), (few.detach(), values.T), sums=2.0**-12)
         return max(forward, of_bound(few.grad, (dy[:CHECKED_TOKENS], values), sums=2.0**-12))
 
@@ -209,7 +209,7 @@ def _layer(setting: Setting, weight: Tensor, tokens: int) -> Case:
 
 
 def differing(found: Tensor, expected: Tensor) -> float:
-    """Return how many elements differ in their bits."""
+    """Return the number of elements whose bits differ."""
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[found.itemsize]
     if found.dtype != expected.dtype or found.shape != expected.shape:
         return math.inf
@@ -217,10 +217,10 @@ def differing(found: Tensor, expected: Tensor) -> float:
 
 
 def of_bound(found: Tensor, *products: tuple[Tensor, Tensor], sums: float = 2.0**-20) -> float:
-    """Return the largest error of a sum of products, in parts of what rounding allows.
+    """Return the largest error of a sum of products, as a multiple of the rounding bound.
 
-    That is a unit of the dtype of each product, since a backend may round one before it adds the next, and `sums` of
-    what the magnitudes of all factors add up to. The products are computed anew in fp32.
+    The bound is one unit in the dtype for each product, since a backend may round one before it adds the next, plus
+    `sums` times the sum of the factors' magnitudes. The exact products are computed in fp32.
     """
     exact = allowed = torch.zeros((), device=found.device)
     for left, right in products:
@@ -232,9 +232,9 @@ def of_bound(found: Tensor, *products: tuple[Tensor, Tensor], sums: float = 2.0*
 
 
 def close(found: Tensor, exact: Tensor, units: int = 1, floor: float | None = None) -> float:
-    """Return the largest error in parts of what rounding allows: units of found's dtype, of an element and of `floor`.
+    """Return the largest error as a multiple of the bound: `units` of rounding of an element, plus `floor`.
 
-    By default that is the root of the mean square, since backends may round the terms of which an element is the sum.
+    By default `floor` is `units` of the root mean square, since backends may round the terms that an element sums.
     """
     unit = units * max(torch.finfo(found.dtype).eps, 1e-5)  # 1e-5: fp32 sums in another order
     least = float(exact.square().mean().sqrt()) * unit if floor is None else floor
@@ -242,7 +242,7 @@ def close(found: Tensor, exact: Tensor, units: int = 1, floor: float | None = No
 
 
 def _largest(errors: Tensor) -> float:
-    """Return the largest of them; nan is infinite."""
+    """Return the largest error; NaN counts as infinite."""
     return float(errors.nan_to_num(nan=math.inf).max())
 
 
@@ -253,7 +253,7 @@ def _parts(weight: QuantizedWeight) -> list[Tensor]:
 
 
 def _values(packed: QuantizedWeight) -> Tensor:
-    """Return the values by definition."""
+    """Return the values that the definition dequantizes."""
     with kernels.use_backend("reference"):
         return packed.dequantize()
 

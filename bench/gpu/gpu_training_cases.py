@@ -1,7 +1,8 @@
-"""What `bench.gpu` measures of a step's other operations: from RMSNorm and dropout to AdamW with 8-bit moments.
+"""A step's other operations that `bench.gpu` measures, from RMSNorm and dropout to AdamW with 8-bit moments.
 
-Their rivals are PyTorch's own operations, eager, with autograd's backward passes; for the optimizer PyTorch's fused one
-with fp32 moments and the peers' with 8-bit ones. PyTorch has no rotary embedding: there it is the usual formula.
+Their rivals are PyTorch's own eager operations, with autograd's backward passes. The optimizer's rivals are PyTorch's
+fused one with fp32 moments and the peers' with 8-bit moments. PyTorch has no rotary embedding, so its rival is the
+usual formula.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def _drop(setting: Setting) -> Case:
 
 
 def _cross_entropy(setting: Setting) -> Case:
-    """The loss and its gradient; repeated calls find what the one before left, which changes no time."""
+    """Return the case of the loss and its gradient; a call overwrites the logits, which does not change later times."""
     rows = min(setting.rows, 2048)
     logits = setting.random(rows, setting.vocabulary)
     targets = torch.randint(setting.vocabulary, (rows,), device=setting.device)

@@ -1,17 +1,17 @@
-"""The Triton kernels on this computer's GPU (CUDA, ROCm, XPU): first whether they are right, then how fast they are.
+"""The Triton kernels on this computer's GPU (CUDA, ROCm, XPU): first their correctness, then their speed.
 
-Every kernel is held against its definition, plain PyTorch (`reference.py`, `reference_training.py`), on the same
-inputs: the codec and the optimizer bit for bit, the others within a bound, what rounding allows. Then it is timed by
-Triton's `do_bench` (device events, the cache cleared before each call, medians), and so are PyTorch's own operation on
-dense bf16 tensors (for the codec, its definition), bitsandbytes and torchao where they are installed. A size is that of
-the weight, (out, in), and the number of tokens. The limit is the bytes that have to move through memory, at the speed
-of a copy measured first; training a layer has none, as its products bound it.
+Every kernel is compared with its definition in plain PyTorch on the same inputs: the codec and the optimizer bit for
+bit, the others within the bound of rounding. Then Triton's `do_bench` times it (device events, the cache cleared before
+each call, medians). It also times PyTorch's own operation on dense bf16 tensors (for the codec, the definition), and
+bitsandbytes and torchao if they are installed. A size is the weight's, (out, in), and the number of tokens. The limit
+is the time to move the necessary bytes through memory, at the speed of a copy measured first. Training a layer has no
+such limit, because its products bound it.
 
-No GPU figure has been measured by the authors, who had none: nothing is claimed, this is what you can run.
+The authors have measured no GPU and claim nothing about speed.
 
 Run as: python -m bench.gpu [--json FILE] [--markdown FILE] [--plot FILE] [--check]
-To see that it works where there is no GPU: python -m bench.gpu --device cpu --small (with TRITON_INTERPRET=1
-LORAKIT_BACKEND=triton before it, of the Triton kernels); those times mean nothing.
+To try it without a GPU: python -m bench.gpu --device cpu --small (with TRITON_INTERPRET=1 LORAKIT_BACKEND=triton
+before it, for the Triton kernels); those times mean nothing.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main() -> None:
     """Check, measure, print."""
     parser = arguments(str(__doc__), plots=True)
     parser.add_argument("--markdown", type=Path, help="write the table to this file")
-    parser.add_argument("--device", help="another one than the current GPU")
+    parser.add_argument("--device", help="device, instead of the current GPU")
     parser.add_argument("--small", action="store_true", help="small shapes, nothing compiled by the peers")
     options = parser.parse_args()
     device = torch.device(options.device) if options.device else current_gpu()
@@ -85,10 +85,10 @@ def current_gpu() -> torch.device:
 
 
 def checked(case: Case) -> tuple[str, bool]:
-    """Return in words how far a kernel is from its definition, and whether that is near enough."""
+    """Return in words the difference of a kernel from its definition, and whether it is within the bound."""
     try:
         error = case.check()
-    except Exception as failure:  # on whatever GPU this is: the rest of the table is worth having
+    except Exception as failure:  # an unknown GPU may fail anywhere; the rest of the table is still useful
         return f"FAILED: {_name(failure)}", False
     if case.exact:
         return ("bit-equal", True) if error == 0 else (f"WRONG: {error:g} elements differ", False)
@@ -97,7 +97,7 @@ def checked(case: Case) -> tuple[str, bool]:
 
 
 def measured(case: Case, clock: Callable[[Call], float]) -> Iterator[tuple[str, float | str | None]]:
-    """Yield the milliseconds of each rival, or why there are none, or None where it has no such operation."""
+    """Yield the milliseconds of each rival, or the reason for none, or None if it has no such operation."""
     for name in RIVALS:
         if name not in case.rivals:
             yield name, None
@@ -111,7 +111,7 @@ def measured(case: Case, clock: Callable[[Call], float]) -> Iterator[tuple[str, 
 
 
 def clock_of(device: torch.device) -> Callable[[Call], float]:
-    """Return what measures a call in ms: events of the device, or on a CPU the clock on the wall."""
+    """Return a function that times a call in ms: by device events, or on a CPU by the wall clock."""
     if device.type == "cpu":
         return lambda call: 1e3 * medians({"call": call}, rounds=2)["call"]
     do_bench = importlib.import_module("triton.testing").do_bench
@@ -119,7 +119,7 @@ def clock_of(device: torch.device) -> Callable[[Call], float]:
 
 
 def time_of_a_byte(setting: Setting, clock: Callable[[Call], float]) -> float:
-    """Return the ms that one byte takes of a copy of the largest weight."""
+    """Return the ms per byte of a copy of the largest weight."""
     source = setting.random(*setting.weights[-1])
     target = torch.empty_like(source)
     return clock(lambda: target.copy_(source)) / (2 * source.nbytes)

@@ -1,6 +1,6 @@
-"""Reads compiled GPU code: how many instructions, how wide the loads and stores are, which loop is the main one.
+"""Reads compiled GPU code: the number of instructions, the width of loads and stores, the main loop.
 
-The disassemblers are those of Triton's wheel; the AMD code is the assembly that Triton hands on to the assembler.
+The disassemblers come from Triton's wheel. The AMD code is the assembly that Triton passes to the assembler.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Code:
     """The instructions of a kernel.
 
     Attributes:
-        names: of the instructions, in order, but for the padding at the end.
-        loops: names within each loop that lies in no other, in order.
-        registers: a thread's, accumulation registers included.
-        spills: instructions that move registers to local memory or back.
+        names: names of the instructions, in order, without the padding at the end.
+        loops: names within each outermost loop, in order.
+        registers: registers of a thread, accumulation registers included.
+        spills: number of instructions that move registers to local memory or back.
     """
 
     names: list[str]
@@ -37,7 +37,7 @@ class Code:
 
     @property
     def loop(self) -> list[str]:
-        """Names within the longest loop; empty where there is none."""
+        """Names within the longest loop; empty if there is none."""
         return max(self.loops, key=len, default=[])
 
     @property
@@ -115,7 +115,7 @@ def amd(assembly: str) -> Code:
 
 
 def _outermost(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return the spans, of first and last places, that lie in no other."""
+    """Return the spans (first, last) that lie in no other."""
     result: list[tuple[int, int]] = []
     for first, last in sorted(spans, key=lambda span: (span[0], -span[1])):
         if not result or first > result[-1][1]:
@@ -124,7 +124,7 @@ def _outermost(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def from_library(library: Path, architecture: str, kernel: re.Pattern[str]) -> tuple[str, Code] | None:
-    """Return the first kernel of a shared library whose mangled name matches: its name and code."""
+    """Return name and code of the first kernel in a shared library whose mangled name matches."""
     symbols = _run("cuobjdump", "--dump-elf-symbols", "--gpu-architecture", architecture, str(library))
     names = [name for name in re.findall(r"STO_ENTRY\s+(\S+)", symbols) if kernel.search(name)]
     if not names:

@@ -1,9 +1,8 @@
 """Every Triton kernel as the library launches it, for `bench.static_gpu` to compile: types, constants, warps, bytes.
 
-The bytes that a kernel moves are counted from its arguments' types: each tensor once for every time that the kernel
-passes over it, divided by the weights, or elements, that it computes. What all programs share (codebooks, boundaries,
-a norm's weight) stays in the caches and is not counted; of a product, x and y are counted once, for a weight of
-4096 x 4096.
+The bytes that a kernel moves are counted from its arguments' types: each tensor once for every pass over it, divided by
+the number of weights, or elements, that the kernel computes. Tensors that all programs share (codebooks, boundaries, a
+norm's weight) stay in the caches and are not counted. In a product, x and y count once, for a weight of 4096 x 4096.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from triton.compiler import ASTSource
 linear = importlib.import_module("lorakit_kernels.triton.linear_4bit")  # the package has a function of this name
 
 BLOCK, NESTED_BLOCK = 64, 256
-FEATURES = 4096  # rows and columns of the weight that products are counted for
+FEATURES = 4096  # rows and columns of the weight in products
 PRODUCT_TYPES = {
     "x": "*bf16", "dy": "*bf16", "y": "*bf16", "dx": "*bf16", "bias": "*bf16",
     "u": "*bf16", "lora_b": "*bf16", "t": "*bf16", "lora_a": "*bf16", "packed": "*i32", "codebook": "*fp32",
@@ -52,11 +51,11 @@ class Case:
     """A kernel for bf16, blocks of 64 and large tensors.
 
     Attributes:
-        source: what Triton compiles.
+        source: the source that Triton compiles.
         per_program: weights or elements that a program computes, once or in each step of its loops.
-        bytes_moved: of global memory, a weight or element.
-        options: of the launch.
-        in_loops: whether the work is that of the loops; else of the whole kernel.
+        bytes_moved: bytes of global memory moved a weight or element.
+        options: options of the launch.
+        in_loops: whether only the loops' instructions count, instead of the whole kernel's.
         is_product: whether it multiplies on tensor cores, in the longest loop.
     """
 
@@ -74,7 +73,7 @@ class Case:
 
 
 def cases(lanes: int) -> Iterator[Case]:
-    """Yield every kernel, with the default tiles for warps of so many threads."""
+    """Yield every kernel, with the default tiles for warps of `lanes` threads."""
     yield from _codecs()
     yield from _products(lanes)
     yield from _training()
@@ -133,7 +132,7 @@ def _products(lanes: int) -> Iterator[Case]:
 
 
 def _training() -> Iterator[Case]:
-    """Yield the kernels of a training step, which say themselves for which arguments they are compiled."""
+    """Yield the kernels of a training step; their modules list the arguments that they are compiled for."""
     for name, moved in MOVED_IN_TRAINING.items():
         module = importlib.import_module(f"lorakit_kernels.triton.{name}")  # the package has functions of these names
         for label, source in module.sources():
@@ -142,13 +141,13 @@ def _training() -> Iterator[Case]:
             elements = math.prod(size for key, size in sizes.items() if key != "WITH_GRADIENT")
             if name == "rope":
                 elements = _heads(sizes) * 2 * sizes["HALF"]
-            elements *= 4 if name == "dropout" else 1  # of a counter
+            elements *= 4 if name == "dropout" else 1  # elements of a counter
             moves = _bytes(source, moved(sizes))
             yield Case(label, source, elements, moves, options, in_loops=name == "cross_entropy")
 
 
 def _rope_moves(sizes: Mapping[str, int]) -> dict[str, float]:
-    """A token's row of each table, of twice HALF elements, serves all of its heads."""
+    """Return the moves of rotary embedding; a token's row of each table, 2 * HALF elements, serves all its heads."""
     heads = _heads(sizes)
     q, k = sizes["HEADS"] / heads, sizes["KV_HEADS"] / heads
     return {"q": q, "turned_q": q, "k": k, "turned_k": k, "cos": 0.5 / heads, "sin": 0.5 / heads}  # it reads half
@@ -159,7 +158,7 @@ def _heads(sizes: Mapping[str, int]) -> int:
 
 
 def _source(kernel: Any, types: Mapping[str, str], constants: Mapping[str, object]) -> ASTSource:
-    """Return a kernel with pointers and sizes that are multiples of 16, as those of real layers are."""
+    """Return a kernel's source with pointers and sizes that are multiples of 16, as in real layers."""
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     aligned = {
@@ -171,11 +170,11 @@ def _source(kernel: Any, types: Mapping[str, str], constants: Mapping[str, objec
 
 
 def _constants(source: ASTSource) -> dict[str, int]:
-    """Return the sizes that a source is compiled for, by name; Triton keys them by their place."""
+    """Return name -> size of the constants that a source is compiled for; Triton keys them by position."""
     return {source.fn.arg_names[place[0]]: int(value) for place, value in source.constants.items()}
 
 
 def _bytes(source: ASTSource, moved: Mapping[str, float]) -> float:
-    """Return the bytes of the pointers' types, times how many elements of each move; others are not there."""
+    """Return the sum over the pointers of the type's bytes times the number of elements moved."""
     sizes = {"*bf16": 2, "*fp32": 4, "*i32": 4, "*u8": 1}
     return sum(sizes[kind] * moved.get(name, 0) for name, kind in source.signature.items() if kind in sizes)

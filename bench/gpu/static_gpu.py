@@ -1,12 +1,12 @@
-"""What can be said of the Triton kernels without a GPU: compiles each for every target and counts instructions.
+"""The Triton kernels without a GPU: compiles each for every target and counts instructions.
 
-For a kernel and target: registers a thread, shared memory, spills, instructions a weight (of an operation without
-weights: an element), bytes of global memory moved a weight, the widest load and store of global memory, tensor-core
-instructions. Instructions a weight are those that each thread runs for a weight: of the whole kernel, or, of products
-and of cross-entropy, of its loops. `bench/gpu/static_cases.py` says how bytes are counted. bitsandbytes' own kernel is
-read from its library where it is installed.
+The table has, for each kernel and target: registers a thread, shared memory, spills, instructions a weight (or element,
+if the operation has no weights), bytes of global memory moved a weight, the widest load and store of global memory, and
+tensor-core instructions. Instructions a weight are those of the whole kernel divided by its weights; for products and
+cross-entropy, those of its loops. `bench/gpu/static_cases.py` describes how bytes are counted. bitsandbytes' own kernel
+is read from its library if that is installed.
 
-None of this is a time: no GPU has run these kernels here.
+None of these figures is a time: no GPU has run these kernels here.
 
 Run as: python -m bench.static_gpu [--only TEXT] [--check] [--json FILE] [--plot FILE]
 """
@@ -26,10 +26,10 @@ from bench.harness.plot import Picture
 from bench.harness.report import Target, arguments, finish
 
 TARGETS = [GPUTarget("cuda", number, 32) for number in (80, 86, 89, 90, 100)] + [GPUTarget("hip", "gfx942", 64)]
-DRAWN = ("sm_86", "sm_90", "gfx942")  # of the six, so that the picture stays readable
+DRAWN = ("sm_86", "sm_90", "gfx942")  # three of the six, to keep the picture readable
 PEER = re.compile(r"kDequantizeBlockwise\w*nv_bfloat16Li512ELi64ELi8ELi2E")  # NF4, 64 threads for 1024 weights
-PEER_WEIGHTS = 16  # a thread's
-PEER_BYTES = 2.5 + 4 / 64  # its scales are fp32: another kernel expands them
+PEER_WEIGHTS = 16  # weights of a thread
+PEER_BYTES = 2.5 + 4 / 64  # its scales are fp32, expanded by another kernel
 COLUMNS = [
     "kernel", "target", "registers", "shared", "spills", "instr. a weight", "bytes a weight", "load", "store",
     "tensor cores",
@@ -37,7 +37,7 @@ COLUMNS = [
 
 
 def peer() -> list[object] | None:
-    """Return bitsandbytes' row, from the newest library for CUDA that it has installed."""
+    """Return bitsandbytes' row, from its newest installed CUDA library."""
     spec = importlib.util.find_spec("bitsandbytes")
     if spec is None or spec.origin is None:
         return None
@@ -82,14 +82,14 @@ def main() -> None:
 
 
 def counted(case: Case, code: sass.Code) -> int:
-    """Return how many instructions compute what `case.per_program` counts."""
+    """Return the number of instructions for the work that `case.per_program` counts."""
     if case.is_product:
         return len(code.loop)
     return sum(map(len, code.loops)) if case.in_loops else len(code.names)
 
 
 def checks(case: Case, name: str, code: sass.Code, a_weight: float) -> list[Target]:
-    """Return what must hold for a kernel on a target."""
+    """Return the targets of a kernel on a GPU target."""
     label = f"{case.name}, {name}"
     result = [Target(f"{label}: spills", code.spills, 0)]
     if case.is_product:

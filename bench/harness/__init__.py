@@ -1,1 +1,1 @@
-"""What every measurement shares: timing, processes, reports, pictures, the peers, checkpoints with random weights."""
+"""Shared parts of all measurements: timing, processes, reports, pictures, peers, checkpoints with random weights."""

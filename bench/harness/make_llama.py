@@ -1,8 +1,8 @@
-"""Write checkpoint folders with the shape of a Llama and random bf16 weights: 13.5 GB for Llama-7B, in a minute or so.
+"""Write checkpoint folders with the shape of a Llama and random bf16 weights: 13.5 GB for Llama-7B, in about a minute.
 
 The values repeat one pool of normal numbers (standard deviation 0.02, as in a trained model) from shifting offsets, so
-that writing is as fast as the disk. What is measured with it, reading, quantizing, the time and memory of a training
-step, does not depend on the values.
+that writing is as fast as the disk. The measurements that use these checkpoints do not depend on the values: reading,
+quantizing, and the time and memory of a training step.
 
 Run as: python -m bench.make_llama FOLDER [--shape llama-7b] [--layers 32]
 """
@@ -43,7 +43,7 @@ LLAMA_7B: dict[str, Any] = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
-LLAMA_1B = LLAMA_7B | {  # Llama-3.2-1B, with its own vocabulary
+LLAMA_1B = LLAMA_7B | {  # Llama-3.2-1B with its own vocabulary
     "vocab_size": 128256,
     "hidden_size": 2048,
     "intermediate_size": 8192,
@@ -52,7 +52,7 @@ LLAMA_1B = LLAMA_7B | {  # Llama-3.2-1B, with its own vocabulary
     "rope_theta": 500_000.0,
     "tie_word_embeddings": True,
 }
-SMOLLM2 = LLAMA_7B | {  # SmolLM2-135M, for other numbers of layers and vocabularies than its own
+SMOLLM2 = LLAMA_7B | {  # SmolLM2-135M, to vary the number of layers and the vocabulary
     "vocab_size": 49152,
     "hidden_size": 576,
     "intermediate_size": 1536,
@@ -67,7 +67,7 @@ SHAPES = {"llama-7b": LLAMA_7B, "llama-1b": LLAMA_1B, "smollm2": SMOLLM2}
 
 
 def shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return tensor name -> shape, sorted by name, as in published checkpoints; a tied head is not among them."""
+    """Return tensor name -> shape, sorted by name, as in published checkpoints, without a tied head."""
     with torch.device("meta"):
         model = Decoder(DecoderConfig.from_dict(config))
     found = {name: tuple(tensor.shape) for name, tensor in sorted(model.state_dict().items())}
@@ -82,7 +82,7 @@ def nbytes(config: Mapping[str, Any]) -> int:
 
 
 def make_llama(folder: Path, config: Mapping[str, Any] = LLAMA_7B, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write the folder; config.json comes last, so that one without it is known to be unfinished."""
+    """Write the folder, config.json last: a folder without it is unfinished."""
     groups: list[dict[str, tuple[int, ...]]] = [{}]
     room = shard_bytes
     for name, shape in shapes(config).items():
@@ -111,7 +111,7 @@ def model_folder(name: str) -> Path:
     """Return the checkpoint folder of a name in `SHAPES`, written into the cache on first use, or of a real model.
 
     Raises:
-        CheckpointError: it is neither, nor a folder.
+        CheckpointError: the name is none of these, nor a folder.
     """
     if name not in SHAPES:
         return resolve_model(name)
@@ -132,16 +132,16 @@ def _values(pool: Tensor, name: str, count: int) -> Iterator[Tensor]:
         return
     start = zlib.crc32(name.encode()) % len(pool)
     while count > 0:
-        part = pool[start : start + count]
-        yield part
-        start, count = 0, count - len(part)
+        values = pool[start : start + count]
+        yield values
+        start, count = 0, count - len(values)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shape", choices=SHAPES, default="llama-7b")
-    parser.add_argument("--layers", type=int, help="another number of layers than the shape's")
+    parser.add_argument("--layers", type=int, help="number of layers, instead of the shape's")
     options = parser.parse_args()
     layers = {"num_hidden_layers": options.layers} if options.layers else {}
     make_llama(options.folder, SHAPES[options.shape] | layers)

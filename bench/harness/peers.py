@@ -1,9 +1,9 @@
-"""The peers as the measurements use them, each at its best documented settings; none has to be installed.
+"""The peers as the measurements use them, each with its best documented settings; none has to be installed.
 
-torchao's NF4 is compiled by torch.compile, as its recipes do: eager, it takes two to four times as long. Its blocks are
-of 64 with scales in blocks of 256, like those of the others, but its scales are rounded to the weight's dtype and to
-8 bits in even steps, so its values differ: only its time is compared. It lives in `torchao.quantization` (0.18); older
-versions had it in `torchao.dtypes`.
+torchao's NF4 is compiled with torch.compile, as in its recipes; eager, it takes two to four times as long. Like the
+others it has blocks of 64, with scales in blocks of 256. But it rounds the scales to the weight's dtype and to 8 bits
+in even steps, so its values differ, and only its time is compared. NF4 is in `torchao.quantization` since 0.18, before
+in `torchao.dtypes`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NF4_MODULE = "torchao.quantization.quantize_.workflows.nf4.nf4_tensor"
 
 
 def has(name: str) -> bool:
-    """Whether a peer is installed."""
+    """Return whether a peer is installed."""
     return importlib.util.find_spec(name) is not None
 
 
@@ -93,7 +93,7 @@ def quantized_by_torchao(weight: Tensor) -> Callable[[], Any]:
 
 
 def torchao_layer(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return torchao's function x -> y of a frozen NF4 weight, (out, in); to be set up outside of inference mode."""
+    """Return torchao's function x -> y of a frozen NF4 weight, (out, in); call this outside of inference mode."""
     module = _nf4()
     packed, linear = module.to_nf4(weight.detach(), NF4_BLOCK, NF4_SCALER_BLOCK), _faster(module.linear_nf4)
     return lambda x: linear(x, packed)
@@ -105,14 +105,14 @@ def _get_original_weight(packed: Any) -> Any:
 
 @cache
 def _faster(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function, compiled for each shape that it meets; `torch.compiler.set_stance` can say: eager."""
+    """Return the function, compiled for each shape that it meets, unless `torch.compiler.set_stance` forces eager."""
     torch._dynamo.config.recompile_limit = 64  # the default of 8 is fewer than the shapes of one measurement
     return torch.compile(function, dynamic=False)
 
 
 @cache
 def _nf4() -> Any:
-    """Import torchao's NF4 without what it logs of libraries for other processors, and warns of caching."""
+    """Import torchao's NF4 without its log about libraries for other processors and its warning about caching."""
     warnings.filterwarnings("ignore", message="NF4Tensor does not implement _stable_hash_for_caching")
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

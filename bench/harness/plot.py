@@ -1,7 +1,7 @@
-"""Draws a measurement: horizontal bars in groups, with marks for what they are to be compared with.
+"""Draws a measurement: horizontal bars in groups, with marks for references such as a copy.
 
-The colors are those of Okabe and Ito, which the color-blind tell apart; bars are hatched and have their numbers too, so
-that a picture reads in grey. Only this module imports matplotlib, when it draws.
+The colors are Okabe and Ito's, which color-blind people can tell apart. Bars also have hatching and numbers, so that a
+picture is readable in grey. Only this module imports matplotlib, when it draws.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 SUFFIXES = (".png", ".svg")
-LOOKS = {  # a contender looks alike in all pictures: color and hatching
+LOOKS = {  # a contender's color and hatching, the same in all pictures
     "lorakit": ("#0072B2", ""), "reused buffer": ("#0072B2", ""), "fresh": ("#56B4E9", "///"),
     "bitsandbytes": ("#E69F00", "|||"), "torchao": ("#009E73", "\\\\\\"), "dense": ("#999999", ""),
 }  # fmt: skip
 OTHERS = (("#0072B2", ""), ("#E69F00", "|||"), ("#009E73", "\\\\\\"), ("#CC79A7", "///"), ("#56B4E9", ""))
-MARKS = ("-", (0, (2, 1.2)))  # how the lines of marks are dashed
-LOG_RANGE = 8.0  # longest bar / shortest, from which on the axis is logarithmic
+MARKS = ("-", (0, (2, 1.2)))  # line styles of marks
+LOG_RANGE = 8.0  # above this ratio of the longest to the shortest bar, the axis is logarithmic
 BAR_INCHES = 0.17
-LEGEND_LETTERS = 80  # that a row of the legend has room for
+LEGEND_LETTERS = 80  # room in a row of the legend
 STYLE: Any = {
     "font.size": 9, "font.family": "DejaVu Sans", "svg.fonttype": "path", "svg.hashsalt": "lorakit",
     "hatch.linewidth": 0.5, "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False,
@@ -33,12 +33,12 @@ STYLE: Any = {
 
 @dataclass
 class Picture:
-    """What a plot shows: groups of bars, and marks across a group.
+    """The content of a plot: groups of bars, and marks across a group.
 
     Attributes:
-        unit: of the numbers.
+        unit: unit of the numbers.
         bars: group -> bar -> number.
-        marks: group -> mark -> number: what the bars are to be compared with, such as a copy.
+        marks: group -> mark -> number; references to compare the bars with, such as a copy.
     """
 
     unit: str
@@ -46,13 +46,13 @@ class Picture:
     marks: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def add(self, group: str, seconds: Mapping[str, float], bars: Sequence[str], marks: Sequence[str]) -> None:
-        """Add a group of times, in ms, of those that were measured."""
+        """Add a group of times in ms; bars that were not measured are left out."""
         self.bars[group] = {name: 1e3 * seconds[name] for name in bars if name in seconds}
         self.marks[group] = {name: 1e3 * seconds[name] for name in marks}
 
 
 def file_to_draw(name: str) -> Path:
-    """Return the path of a picture that can be drawn, before minutes are spent on measuring.
+    """Return the path of a picture after checking that it can be drawn, before minutes are spent on measuring.
 
     Raises:
         argparse.ArgumentTypeError: its suffix is not .png or .svg, its folder is missing, or matplotlib is.
@@ -86,7 +86,7 @@ def draw(picture: Picture, title: str, file: Path) -> None:
 
 @contextlib.contextmanager
 def canvas(file: Path, width: float, height: float) -> Iterator[Any]:
-    """Give an empty matplotlib figure of a size in inches, and write what is drawn on it as PNG or SVG."""
+    """Yield an empty matplotlib figure of a size in inches, then write it as PNG or SVG."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -130,7 +130,7 @@ def _bars(axes: Any, picture: Picture) -> None:
 
 
 def _axis(axes: Any, picture: Picture) -> None:
-    """Make the axis of the numbers logarithmic where they differ much, and leave room for the longest bar's number."""
+    """Make the numbers' axis logarithmic if they differ a lot, and leave room for the longest bar's number."""
     values = [value for bars in picture.bars.values() for value in bars.values()]
     values += [value for marks in picture.marks.values() for value in marks.values()]
     positive = [value for value in values if value > 0]
@@ -149,5 +149,5 @@ def _axis(axes: Any, picture: Picture) -> None:
 def _has_matplotlib() -> bool:
     try:
         return importlib.util.find_spec("matplotlib") is not None
-    except ValueError:  # what is in sys.modules without being a module
+    except ValueError:  # an entry of sys.modules that is not a module
         return False

@@ -1,4 +1,4 @@
-"""Sides of a comparison run in turn, each in a process of its own: peak memory is its own, and noise meets all."""
+"""Runs the sides of a comparison in turn, each in its own process: peak memory is separate, and noise affects all."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-# Settings of TrainConfig that compute activations again instead of keeping them.
+# Settings of TrainConfig that recompute activations instead of keeping them.
 CHECKPOINTING: tuple[str, ...] = ("checkpointing=layer",)
 
-Figures = Mapping[str, Any]  # what a script prints
+Figures = Mapping[str, Any]  # a script's output
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Side:
     """A script that prints its figures as its last line, in JSON.
 
     Attributes:
-        name: for tables.
-        module: the script.
+        name: name in tables.
+        module: module of the script.
         arguments: its command line.
     """
 
@@ -34,7 +34,7 @@ class Side:
     arguments: tuple[str, ...]
 
     def measure(self) -> Figures:
-        """Run the script in a process of its own; return its figures."""
+        """Run the script in its own process; return its figures."""
         print(f"  {self.name} ...", end="", flush=True, file=sys.stderr)
         run = subprocess.run(
             [sys.executable, "-m", self.module, *self.arguments],
@@ -68,7 +68,7 @@ def middle(runs: Sequence[Figures], key: str) -> float:
 
 
 def interpreter_mb() -> float:
-    """Return the resident memory of a Python interpreter that has done nothing, in MiB."""
+    """Return the resident memory of an idle Python interpreter, in MiB."""
     code = "import re; print(re.search(r'VmRSS:\\s+(\\d+)', open('/proc/self/status').read())[1])"
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     return int(run.stdout) / 1024

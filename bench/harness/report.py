@@ -1,4 +1,4 @@
-"""What every measurement shares: a table of results with targets, --check, --json, --plot."""
+"""The report of a measurement: a table of results with targets, and the options --check, --json, --plot."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from bench.harness.plot import Picture, draw, file_to_draw
 PEERS = ("bitsandbytes", "torchao", "peft", "transformers", "triton")
 NOT_INSTALLED = "not installed"
 INSTRUCTIONS = ("avx2", "avx512_f", "avx512_bw", "avx512_vbmi", "avx512_bf16", "amx_bf16")
-_PLACES = ("--json", "--plot", "--plots", "--folder", "--markdown")  # options that say where things go
-MANY = 30  # targets; more are not listed one by one where they are met
+_PLACES = ("--json", "--plot", "--plots", "--folder", "--markdown")  # options that name files or folders to write
+MANY = 30  # targets; of more than these, only the missed ones are listed
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Target:
     """A figure that must hold.
 
     Attributes:
-        name: what is measured.
-        value: what was seen.
-        limit: what it may be at the most (or at the least, with `at_least`).
+        name: name of the figure.
+        value: the measured value.
+        limit: the largest value allowed, or with `at_least` the smallest.
     """
 
     name: str
@@ -46,14 +46,14 @@ class Target:
 
     @property
     def met(self) -> bool:
-        """Whether the figure holds; one that is no number does not."""
+        """Whether the value is within the limit; NaN is not."""
         return self.value >= self.limit if self.at_least else self.value <= self.limit
 
 
 def arguments(description: str, plots: bool = False) -> argparse.ArgumentParser:
-    """Return a parser with the options that all measurements take, and --plot for those that have a picture."""
+    """Return a parser with the options of all measurements, and --plot for those that have a picture."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="exit 1 where a target is missed")
+    parser.add_argument("--check", action="store_true", help="exit 1 if a target is missed")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     if plots:
         parser.add_argument("--plot", type=file_to_draw, help="draw the figures: a .png or .svg file")
@@ -65,10 +65,10 @@ def finish(
     targets: Sequence[Target] = (), picture: Picture | None = None, *, device: torch.device | None = None,
     more: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
-    """Print the table and the targets, write the files, and exit 1 under --check where a target is missed.
+    """Print the table and the targets, write the files, and exit 1 under --check if a target is missed.
 
     Args:
-        more: what else the JSON file has.
+        more: further content of the JSON file.
     """
     console = Console(width=120 if not sys.stdout.isatty() else None)
     table = Table(title=escape(title), title_justify="left")
@@ -102,14 +102,14 @@ def finish(
 
 
 def text(cell: object) -> str:
-    """Return a cell of a table: four digits of a number, nothing for None."""
+    """Return the text of a table's cell: four digits of a number, nothing for None."""
     if isinstance(cell, float):
         return f"{cell:,.0f}" if abs(cell) >= 1000 else f"{cell:.4g}"
     return "" if cell is None else str(cell)
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Return a table in Markdown; columns of numbers are aligned to the right."""
+    """Return a table in Markdown, with columns of numbers aligned to the right."""
     is_number = [all(isinstance(row[place], int | float | None) for row in rows) for place in range(len(columns))]
     lines = [list(columns), ["---:" if number else "---" for number in is_number]]
     lines += [[text(cell).replace("|", r"\|") for cell in row] for row in rows]
@@ -117,19 +117,19 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def milliseconds(seconds: Mapping[str, float], name: str) -> float | str:
-    """Return a median in ms, or that the contender is not installed."""
+    """Return a median in ms, or `NOT_INSTALLED`."""
     return 1e3 * seconds[name] if name in seconds else NOT_INSTALLED
 
 
 def ratio(seconds: Mapping[str, float], slow: str, fast: str) -> float | None:
-    """Return how many times the time of another one contender takes; None where one is not installed."""
+    """Return the ratio of two contenders' times; None if one is not installed."""
     return seconds[slow] / seconds[fast] if slow in seconds and fast in seconds else None
 
 
 def command() -> str:
-    """Return the command line, without the options that only say where things go; data by their names alone."""
+    """Return the command line, without the options that name output files; data files by their names alone."""
     script = Path(sys.argv[0])
-    name = script.parent.name if script.stem == "__main__" else script.stem  # bench.gpu is a room of that name
+    name = script.parent.name if script.stem == "__main__" else script.stem  # bench.gpu is a room with a command
     words, kept = iter(sys.argv[1:]), ["python", "-m", f"bench.{name}"]
     for word in words:
         if word in _PLACES:
@@ -140,7 +140,7 @@ def command() -> str:
 
 
 def machine(device: torch.device | None = None) -> dict[str, str | int]:
-    """Return what the figures were measured on, and when: processor or GPU, instruction sets, threads, versions."""
+    """Return the date and the machine of a measurement: processor or GPU, instruction sets, threads, versions."""
     found: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     names = [name for name in INSTRUCTIONS if found.get(name)] or [torch.backends.cpu.get_cpu_capability()]
     result: dict[str, str | int] = {
@@ -157,7 +157,7 @@ def machine(device: torch.device | None = None) -> dict[str, str | int]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of PyTorch and of the peers that are installed."""
+    """Return the versions of Python, PyTorch and the peers."""
     result = {"python": platform.python_version(), "torch": torch.__version__}
     for name in PEERS:
         try:

@@ -1,4 +1,4 @@
-"""Timing several calls side by side: in turn, within one process, medians."""
+"""Timing several calls side by side: in turn, within one process, as medians."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from statistics import median
 
 SHAPES = ((2048, 2048), (4096, 4096), (4096, 14336), (14336, 4096))  # of weights, (out, in)
 
-# The calls of one line of a table, by contender: lorakit, the peers that are installed, and what they are held against.
+# The calls of one line of a table, by contender: lorakit, the installed peers and the references.
 Calls = dict[str, Callable[[], object]]
 
 
 def medians(calls: Mapping[str, Callable[[], object]], rounds: int = 15) -> dict[str, float]:
     """Return the median seconds of each call.
 
-    They take turns, so that whatever else the machine does meets all of them; a first round is not counted.
+    They take turns, so that other load on the machine affects all of them. A first round is not counted.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds + 1):
@@ -28,5 +28,5 @@ def medians(calls: Mapping[str, Callable[[], object]], rounds: int = 15) -> dict
 
 
 def size_of(shape: tuple[int, int]) -> str:
-    """Return a weight's shape as the tables name it."""
+    """Return a weight's shape in the tables' wording."""
     return f"{shape[0]} x {shape[1]}"

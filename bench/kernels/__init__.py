@@ -1,1 +1,1 @@
-"""The kernels on this processor: the 4-bit codec, linear layers, and what stands between the products."""
+"""The kernels on this processor: the 4-bit codec, linear layers, and the operations between the products."""

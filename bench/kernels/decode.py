@@ -1,13 +1,13 @@
 """A 4-bit linear layer in generation, 1 and 16 tokens: lorakit, the dense bf16 layer, the peers.
 
-bitsandbytes repacks its weight at the first call in eval mode, which is not counted, and then rounds its scales.
+bitsandbytes repacks its weight and rounds its scales at the first call in eval mode, which is not counted.
 
-The limit at one token is the time to read the packed codes: they are summed as 64-bit integers, by all threads, in the
-same turns. At 16 tokens it is the dense layer's time, whose product is the same and whose weight is four times as long
-to read; a kernel that multiplies codes as it reads them may go below that.
+The limit at one token is the time to read the packed codes: all threads sum them as 64-bit integers, in the same turns.
+At 16 tokens it is the dense layer's time. That layer computes the same product and reads a weight four times as large.
+A kernel that multiplies codes as it reads them may go below that limit.
 
-torchao has no kernel for few tokens: it dequantizes the whole weight, in 10 to 60 times the time of the others, and
-would leave nothing of theirs in the caches. So its turns come after theirs.
+torchao has no kernel for few tokens. It dequantizes the whole weight, in 10 to 60 times the time of the others, and
+would empty the caches for them. So its turns come after theirs.
 
 Run as: python -m bench.decode [--check] [--json FILE] [--plot FILE] [--rounds 31]
 """
@@ -30,9 +30,9 @@ CONTENDERS = ("lorakit", "bitsandbytes", "torchao", "dense", "read the codes")
 
 
 def calls(shape: tuple[int, int], tokens: int) -> Calls:
-    """Return what takes turns, by contender."""
+    """Return the calls that take turns, by contender."""
     x = torch.randn(tokens, shape[1], dtype=torch.bfloat16)
-    codes = torch.randint(256, (shape[0] * shape[1] // 16,))  # as many 64-bit integers as the codes fill
+    codes = torch.randint(256, (shape[0] * shape[1] // 16,))  # 64-bit integers of the codes' size
     result: Calls = {name: _generating(layer, x) for name, layer in layers(shape, training=False).items()}
     return result | {"read the codes": codes.sum}
 
@@ -48,7 +48,7 @@ def _generating(layer: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], ob
 def main() -> None:
     """Measure, print, compare with the targets."""
     parser = arguments(str(__doc__), plots=True)
-    parser.add_argument("--rounds", type=int, default=31, help="times that each call is measured")
+    parser.add_argument("--rounds", type=int, default=31, help="rounds of each call")
     options = parser.parse_args()
     rows, targets, picture = [], [], Picture("milliseconds")
     for shape, tokens in SIZES:

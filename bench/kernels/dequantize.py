@@ -3,8 +3,8 @@
 lorakit is measured as its layers use it, `QuantizedWeight.dequantize(out=buffer)` with a reused buffer, and with a
 fresh result. The others offer no buffer, so their results are always fresh.
 
-The limit is what memory allows: the time of a copy of the bf16 matrix between two buffers, measured in the same turns,
-times the share of its bytes that dequantizing moves. A copy moves 4 bytes a weight; dequantizing reads 0.5 of codes and
+Memory sets the limit: the time of a copy of the bf16 matrix between two buffers, measured in the same turns, times the
+share of its bytes that dequantizing moves. A copy moves 4 bytes a weight. Dequantizing reads 0.5 bytes of codes and
 1/64 of scales and writes 2.
 
 Run as: python -m bench.dequantize [--check] [--json FILE] [--plot FILE] [--rounds 15]
@@ -26,11 +26,11 @@ from lorakit import quantize
 SIZES = tuple((shape,) for shape in SHAPES)
 CONTENDERS = ("reused buffer", "fresh", "bitsandbytes", "torchao", "copy")
 CODES = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight of codes, their scales, and the scales of scales
-MOVED, COPIED = CODES + 2, 4  # the copy measures what a byte takes
+MOVED, COPIED = CODES + 2, 4  # bytes a weight that dequantizing and the copy move
 
 
 def calls(shape: tuple[int, int]) -> Calls:
-    """Return what takes turns, by contender."""
+    """Return the calls that take turns, by contender."""
     weight = torch.randn(shape).bfloat16()
     ours, out = quantize(weight), torch.empty_like(weight)
     result: Calls = {"reused buffer": lambda: ours.dequantize(out=out), "fresh": ours.dequantize}
@@ -44,7 +44,7 @@ def calls(shape: tuple[int, int]) -> Calls:
 def main() -> None:
     """Measure, print, compare with the targets."""
     parser = arguments(str(__doc__), plots=True)
-    parser.add_argument("--rounds", type=int, default=15, help="times that each call is measured")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds of each call")
     options = parser.parse_args()
     is_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512" and "LORAKIT_CPU_ISA" not in os.environ
     rows, targets, picture = [], [], Picture("milliseconds")

@@ -1,4 +1,4 @@
-"""RMSNorm, rotary embedding and SwiGLU on the CPU: C++, and the definition in plain PyTorch.
+"""RMSNorm, rotary embedding, SwiGLU and dropout on the CPU: C++ beside the definition in plain PyTorch.
 
 Run as: python -m bench.elementwise [--json FILE] [--rounds 40] [--dtype bfloat16]
 """
@@ -19,7 +19,7 @@ Case = tuple[str, str, tuple[Any, ...]]  # operation, shape, arguments
 
 
 def cases(dtype: torch.dtype) -> Iterator[Case]:
-    """The shapes of 1,024 tokens in SmolLM2-135M and in models with 2,048 hidden dimensions, and of a single token."""
+    """Yield the operations for 1,024 tokens of SmolLM2-135M and of models with hidden size 2,048, and for one token."""
     for tokens, size in ((1024, 576), (1024, 2048), (1, 576)):
         x, dy = torch.randn(2, tokens, size).to(dtype)
         weight, rstd = torch.randn(size).to(dtype), torch.rand(tokens, 1)
@@ -38,7 +38,7 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
 def main() -> None:
     """Measure and print."""
     parser = arguments(str(__doc__))
-    parser.add_argument("--rounds", type=int, default=40, help="times that each call is measured")
+    parser.add_argument("--rounds", type=int, default=40, help="rounds of each call")
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32")
     options = parser.parse_args()
     rows = []

@@ -1,6 +1,6 @@
 """A frozen 4-bit linear layer in training, forward and backward to x: lorakit, the dense bf16 layer, the peers.
 
-The limit is the dense layer's time: its two products have to be computed whatever the weight is stored in.
+The limit is the dense layer's time: its two products have to be computed for any storage of the weight.
 
 Run as: python -m bench.linear4bit [--check] [--json FILE] [--plot FILE] [--rounds 5]
 """
@@ -18,7 +18,7 @@ from bench.harness.report import Target, arguments, finish, milliseconds, ratio
 from bench.harness.timing import SHAPES, Calls, medians, size_of
 from lorakit.layers import Linear4bit
 
-TOKENS = {512: 1.12, 2048: 1.05}  # and how many times the dense layer's time each may take
+TOKENS = {512: 1.12, 2048: 1.05}  # tokens -> the largest allowed multiple of the dense layer's time
 SIZES = tuple((shape, tokens) for shape in SHAPES for tokens in TOKENS)
 CONTENDERS = ("lorakit", "bitsandbytes", "torchao", "dense")
 
@@ -36,7 +36,7 @@ def layers(shape: tuple[int, int], training: bool) -> dict[str, Callable[[Tensor
 
 
 def step(layer: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> Callable[[], object]:
-    """Return a call that goes forward, and backward to x."""
+    """Return a call of the forward pass and the backward pass to x."""
 
     def run() -> None:
         x.grad = None
@@ -46,7 +46,7 @@ def step(layer: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> Callable[[
 
 
 def calls(shape: tuple[int, int], tokens: int) -> Calls:
-    """Return what takes turns, by contender."""
+    """Return the calls that take turns, by contender."""
     x = torch.randn(tokens, shape[1], dtype=torch.bfloat16, requires_grad=True)
     dy = torch.randn(tokens, shape[0], dtype=torch.bfloat16)
     return {name: step(layer, x, dy) for name, layer in layers(shape, training=True).items()}
@@ -55,7 +55,7 @@ def calls(shape: tuple[int, int], tokens: int) -> Calls:
 def main() -> None:
     """Measure, print, compare with the targets."""
     parser = arguments(str(__doc__), plots=True)
-    parser.add_argument("--rounds", type=int, default=5, help="times that each call is measured")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of each call")
     options = parser.parse_args()
     rows, targets, picture = [], [], Picture("milliseconds")
     for shape, tokens in SIZES:

@@ -1,7 +1,7 @@
 """Quantizing bf16 weights to NF4, blocks of 64, with double quantization: lorakit, bitsandbytes, torchao.
 
-The limit is what memory allows: the time of a copy of the bf16 matrix between two buffers, measured in the same turns,
-times the share of its bytes that quantizing moves. A copy moves 4 bytes a weight; quantizing reads 2 and writes 0.52.
+Memory sets the limit: the time of a copy of the bf16 matrix between two buffers, measured in the same turns, times the
+share of its bytes that quantizing moves. A copy moves 4 bytes a weight; quantizing reads 2 and writes 0.52.
 
 Run as: python -m bench.quantize [--check] [--json FILE] [--plot FILE] [--rounds 5]
 """
@@ -23,7 +23,7 @@ MOVED = 2 + CODES
 
 
 def calls(shape: tuple[int, int]) -> Calls:
-    """Return what takes turns, by contender."""
+    """Return the calls that take turns, by contender."""
     weight = torch.randn(shape).bfloat16()
     out = torch.empty_like(weight)
     result: Calls = {"lorakit": lambda: quantize(weight)}
@@ -37,7 +37,7 @@ def calls(shape: tuple[int, int]) -> Calls:
 def main() -> None:
     """Measure, print, compare with the target."""
     parser = arguments(str(__doc__), plots=True)
-    parser.add_argument("--rounds", type=int, default=5, help="times that each call is measured")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of each call")
     options = parser.parse_args()
     rows, targets, picture = [], [], Picture("milliseconds")
     for shape in SHAPES:

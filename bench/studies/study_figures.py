@@ -1,6 +1,6 @@
-"""What the study reads off its adapters, one function a question; every figure by lorakit.inspection's functions.
+"""The study's figures, one function a question, all computed with lorakit.inspection.
 
-Each returns JSON values: tables (columns and rows) and what only the pictures show.
+Each function returns JSON values: tables (columns and rows), and data that only the pictures show.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from lorakit.inspection.measure.base_weights import BaseWeights
 from lorakit.inspection.measure.module_paths import module_paths
 from lorakit.inspection.measure.updates import Updates
 
-KINDS = ("q_proj", "v_proj")  # that the paper shows
+KINDS = ("q_proj", "v_proj")  # the modules that the paper shows
 SHOWN = ((1, 1), (1, 8), (8, 8), (8, 64))  # (i, j), in the table
 STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # leading directions, in the heat maps
 RANDOM = "random"
@@ -44,7 +44,7 @@ Figures = dict[str, Any]
 
 
 def budget(lab: Lab, seeds: int) -> Figures:
-    """Which modules deserve the budget (section 7.1), and does ablation say the same?"""
+    """Return the losses of each way to spend the budget (section 7.1), and an ablation of all-linear."""
     shapes = module_shapes(lab.model)
     ways = {
         f"loss, alpha = {words}{f', seed {seed}' if seeds > 1 else ''}": budget_runs(shapes, seed, alpha)
@@ -70,9 +70,9 @@ def budget(lab: Lab, seeds: int) -> Figures:
 
 
 def similarity(lab: Lab) -> Figures:
-    """Subspace similarity between ranks and between seeds (section 7.2), of A and of the update, layer by layer.
+    """Return the subspace similarity between ranks and between seeds (section 7.2), of A and of the update, by layer.
 
-    The table has runs of both lengths, maps and curves the longer ones.
+    The table has runs of both lengths; maps and curves have the longer ones.
     """
     rows: list[list[Any]] = []
     maps: Figures = {}
@@ -102,9 +102,9 @@ def similarity(lab: Lab) -> Figures:
 
 
 def amplification(lab: Lab) -> Figures:
-    """‖Uᵀ W V‖F in the update's directions, the weight's own and random ones, and the amplification (section 7.3).
+    """Return ‖Uᵀ W V‖F in the update's, the weight's own and random directions, and the amplification (section 7.3).
 
-    The table has runs of both lengths, the factors of all layers are those of the longer ones.
+    The table has runs of both lengths; the factors of all layers come from the longer ones.
     """
     weights, rows, factors = BaseWeights(lab.model), list[list[Any]](), Figures()
     for kind, times in product(KINDS, TIMES):
@@ -129,7 +129,7 @@ def amplification(lab: Lab) -> Figures:
 
 
 def intruders(lab: Lab) -> Figures:
-    """Intruder dimensions by learning rate and rank, beside the losses on the task and on general text."""
+    """Return intruder dimensions by learning rate and rank, beside the losses on the task and on general text."""
     base = lab.finished(None)
     rows: list[list[Any]] = [["", "", 0.0, 0, None, base.held_out, base.general]]
     kinds: Figures = {}
@@ -149,11 +149,11 @@ def intruders(lab: Lab) -> Figures:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Figures:
-    """Return a table as JSON has it."""
+    """Return a table as JSON values."""
     return {"columns": list(columns), "rows": [list(row) for row in rows]}
 
 
-# ---- what they are made of -------------------------------------------------------------------------------------------
+# ---- helpers ---------------------------------------------------------------------------------------------------------
 
 
 def _layers(lab: Lab, run: Run) -> Mapping[str, AdapterLayer]:
@@ -163,12 +163,12 @@ def _layers(lab: Lab, run: Run) -> Mapping[str, AdapterLayer]:
 
 
 def _of_a(layer: AdapterLayer) -> Tensor:
-    """Right singular vectors of A, (in, r): what the paper compares."""
+    """Return the right singular vectors of A, (in, r), which the paper compares."""
     return LowRank(torch.eye(layer.rank, dtype=torch.float64), layer.lora_A.double()).svd[2].T
 
 
 def _of_update(layer: AdapterLayer) -> Tensor:
-    """Right singular vectors of the update, (in, r): A's, but weighted by what B makes of them."""
+    """Return the right singular vectors of the update, (in, r): directions in A's row space, weighted by B."""
     return layer.update().svd[2].T
 
 
@@ -180,12 +180,12 @@ def _at(phi: Tensor, i: int, j: int) -> float:
 
 
 def _summary(found: Collection[Tensor]) -> list[float]:
-    """Return the mean over the layers of φ at the places of SHOWN."""
+    """Return the mean over the layers of φ at the (i, j) of SHOWN."""
     return [mean(_at(phi, i, j) for phi in found) for i, j in SHOWN]
 
 
 def _grid(phi: Tensor) -> list[list[float]]:
-    """Return φ at STEPS, as far as the two ranks go."""
+    """Return φ at the STEPS within the two ranks."""
     rows, columns = ([step for step in STEPS if step <= size] for size in phi.shape)
     return [[_at(phi, i, j) for j in columns] for i in rows]
 

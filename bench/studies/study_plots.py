@@ -22,7 +22,7 @@ def draw(figures: Figures, folder: Path) -> None:
 
 
 def budget(figures: Figures, file: Path) -> None:
-    """Held-out loss of each way to spend the budget; what each kind is worth in an adapter of all."""
+    """Draw the held-out loss of each way to spend the budget, and each kind's share in an adapter of all."""
     with canvas(file, 9.0, 3.4) as figure:
         left, right = figure.subplots(1, 2)
         rows = sorted(figures["budget"]["rows"], key=lambda row: -row[3])
@@ -51,7 +51,7 @@ def budget(figures: Figures, file: Path) -> None:
 
 
 def similarity(figures: Figures, file: Path) -> None:
-    """Heat maps of φ(i, j) at a layer of the middle."""
+    """Draw heat maps of φ(i, j) at the middle layer."""
     maps = figures["maps"]
     columns = list(dict.fromkeys(key.partition("|")[2] for key in maps))
     most = max(value for phi in maps.values() for row in phi for value in row)
@@ -71,7 +71,7 @@ def similarity(figures: Figures, file: Path) -> None:
 
 
 def layers(figures: Figures, file: Path) -> None:
-    """φ(1, 8) over the layers."""
+    """Draw φ(1, 8) over the layers."""
     with canvas(file, 9.0, 3.0) as figure:
         for axes, kind in zip(figure.subplots(1, len(KINDS), sharey=True), KINDS, strict=True):
             names = [key.partition("|")[2] for key in figures["curves"] if key.startswith(f"{kind}|")]
@@ -83,7 +83,7 @@ def layers(figures: Figures, file: Path) -> None:
 
 
 def amplification(figures: Figures, file: Path) -> None:
-    """The amplification factor over the layers, by rank."""
+    """Draw the amplification factor over the layers, by rank."""
     with canvas(file, 9.0, 3.0) as figure:
         for axes, kind in zip(figure.subplots(1, len(KINDS), sharey=True), KINDS, strict=True):
             names = [key for key in figures["factors"] if key.startswith(f"{kind}|")]
@@ -96,9 +96,9 @@ def amplification(figures: Figures, file: Path) -> None:
 
 
 def intruders(figures: Figures, file: Path) -> None:
-    """Intruders by the size of the update; by kind of module; and what is forgotten for what is learned.
+    """Draw intruders by the size of the update and by kind of module, and the general loss over the task's loss.
 
-    Runs that learned nothing are left out of the last.
+    The last panel leaves out runs that learned nothing.
     """
     base, *rows = figures["intruders"]["rows"]
     learned = [row for row in rows if row[5] < base[5]]

@@ -1,7 +1,7 @@
-"""The runs of the study: which adapters it trains, with what ranks, and what it keeps of each.
+"""The runs of the study: the adapters that it trains, their ranks, and the files that it keeps.
 
-A run that is finished lies in its folder: adapter, losses, and its layers' figures once they are read. None of it is
-made again; who changes what is measured deletes the folder.
+A finished run has a folder with the adapter, the losses, and its layers' figures once they are read. None of them is
+computed again. After a change to the measurements, delete the folder.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from lorakit.inspection.interventions.studies import Metric, held_out_loss
 from lorakit.models import Checkpoint, resolve_model
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-MODULES = {  # what one budget is spent on
+MODULES = {  # ways to spend the budget
     "q": ("q_proj",), "k": ("k_proj",), "v": ("v_proj",), "o": ("o_proj",), "q+v": ("q_proj", "v_proj"),
     "q+k+v+o": ALL[:4], "mlp": ALL[4:], "all-linear": ALL,
 }  # fmt: skip
-BUDGET_RANK = 8  # of all-linear; the other sets' ranks give as many parameters
+BUDGET_RANK = 8  # rank of all-linear; the other sets' ranks give nearly as many parameters
 LR = 5e-4
 RATES, RANKS = (1e-4, 5e-4, 2e-3, 1e-2), (1, 8, 64)
 BATCH = 8
@@ -56,7 +56,7 @@ class Run:
     Attributes:
         modules: a name in MODULES.
         alpha: lora_alpha; None: SCALING times the rank.
-        times: as long as the other runs.
+        times: length as a multiple of the normal length.
     """
 
     modules: str
@@ -68,7 +68,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Name of its folder."""
         alpha = "" if self.alpha is None else f"-alpha{self.alpha:g}"
         times = "" if self.times == 1 else f"-times{self.times}"
         return f"{self.modules}-r{self.rank}{alpha}-lr{self.lr:g}-seed{self.seed}{times}"
@@ -80,10 +80,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Losses:
-    """What a run came to.
+    """The outcome of a run.
 
     Attributes:
-        parameters: trained.
+        parameters: number of trained parameters.
         held_out: nats a trained token of the held-out addresses.
         general: nats a token of lorakit's general text.
     """
@@ -94,7 +94,7 @@ class Losses:
 
 
 def module_shapes(model: str) -> dict[str, tuple[int, int]]:
-    """Return the shape (out, in) of every layer of a checkpoint that may be adapted, from its header."""
+    """Return the shape (out, in) of every adaptable layer of a checkpoint, from its header."""
     checkpoint = Checkpoint(resolve_model(model))
     names = [name.removesuffix(".weight") for name in checkpoint.names if name.endswith("_proj.weight")]
     return {name: (shape[0], shape[1]) for name in names for shape in [checkpoint.shape(f"{name}.weight")]}
@@ -127,7 +127,7 @@ def grid_runs() -> list[Run]:
 EIGHT = Run("all-linear", BUDGET_RANK)
 WIDE = Run("all-linear", 64), Run("all-linear", 64, seed=1)  # of section 7.2
 NARROW = Run("all-linear", 4)  # of section 7.3
-TIMES = (1, 6)  # how long the runs of both are
+TIMES = (1, 6)  # lengths of the runs of both sections
 
 
 def all_runs(shapes: Mapping[str, tuple[int, int]], seeds: int) -> list[Run]:
@@ -140,13 +140,13 @@ def all_runs(shapes: Mapping[str, tuple[int, int]], seeds: int) -> list[Run]:
 
 @dataclass(frozen=True)
 class Lab:
-    """What all runs share: the model, the records, the folder.
+    """The model, the records and the folder that all runs share.
 
     Attributes:
         model: a checkpoint folder or a known name; its weights stay in bf16.
         train, held_out: conversations.
-        epochs: of each run that is not longer.
-        folder: where finished runs are kept.
+        epochs: epochs of a run of normal length.
+        folder: folder of finished runs.
     """
 
     model: str
@@ -165,11 +165,11 @@ class Lab:
         return held_out_loss(load_tokenizer(self.model), self.held_out)
 
     def base_model(self) -> Decoder:
-        """Load the model, in bf16: the papers' bases are not quantized, and an adapter of one that is also repairs."""
+        """Load the model in bf16, as in the papers; an adapter on a quantized base would also repair its errors."""
         return load_model(self.model, quant_type=None)
 
     def finished(self, run: Run | None) -> Losses:
-        """Return a run's losses, after training it where that has not been done; without a run the base model's."""
+        """Return a run's losses, training it first if needed; without a run, the base model's."""
         file = self.folder / (run.name if run else "base") / "losses.json"
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -180,7 +180,7 @@ class Lab:
         return Losses(**read_json_object(file))
 
     def inspected(self, run: Run) -> list[dict[str, Any]]:
-        """Return a finished run's layers as rows of figures, measured against the base; kept beside its losses."""
+        """Return a finished run's layers as rows of figures, measured against the base; they are kept in its folder."""
         file = self.folder / run.name / "layers.json"
         if not file.exists():
             self.finished(run)
@@ -198,7 +198,7 @@ class Lab:
 
     def _trained(self, run: Run) -> Decoder:
         model = self.base_model()
-        torch.manual_seed(1000 * run.seed + run.rank)  # no two runs begin with rows in common
+        torch.manual_seed(1000 * run.seed + run.rank)  # runs of other ranks or seeds start from other rows
         config = LoraConfig(
             r=run.rank, lora_alpha=run.alpha or SCALING * run.rank, target_modules=list(MODULES[run.modules])
         )

@@ -1,1 +1,1 @@
-"""Training steps and whole runs: time, memory, and plans beside what was measured."""
+"""Training steps and whole runs: time, memory, and plans beside measurements."""

@@ -1,17 +1,17 @@
-"""Load a Llama-7B-shaped checkpoint (13.5 GB of bf16) in NF4: how much memory at its peak, how long next to reading it?
+"""Loading a Llama-7B-shaped checkpoint (13.5 GB of bf16) in NF4: peak memory, and time beside that of reading it.
 
-Each figure comes from a process of its own: one reads all tensors with the reader that loading uses and drops them, the
+Each figure comes from its own process. One reads all tensors with the reader that loading uses and drops them, the
 other is `load_model(folder)`. They alternate, from a warm page cache and from a cold one (the files are dropped from it
-before the process starts). Peak memory is the process's VmHWM, Python and PyTorch (about 0.3 GiB) included; time is
+before the process starts). Peak memory is the process's VmHWM, Python and PyTorch (about 0.3 GiB) included. Time is
 that of the call, without imports.
 
-The target for the time is for files that come from the disk. From the page cache they come at the speed of a memory
-copy, and loading takes six times the processor time of that: two cores load in three times the time of reading, more
-cores in less. It needs the processors to itself: measure on a machine that has nothing else to do.
+The target for the time holds for files on the disk. The page cache delivers them at the speed of a memory copy, and
+loading takes six times the processor time of that: two cores load in three times the time of reading, more cores in
+less. Loading needs all processors, so measure on an otherwise idle machine.
 
 Run as: python -m bench.load_7b [--check] [--json FILE] [--folder DIR] [--keep] [--runs 3] [--layers 32]
-The checkpoint goes to DIR (default: a temporary folder), is used again if it is there, and is removed at the end
-unless DIR was given with --keep.
+The checkpoint is written to DIR (default: a temporary folder) or used if it exists. If this command wrote it, it is
+removed at the end, unless DIR was given with --keep.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ CACHES = ("warm", "cold")
 
 
 def shape(layers: int) -> dict[str, Any]:
-    """Return the config of a Llama-7B with so many layers."""
+    """Return the config of a Llama-7B with this number of layers."""
     return LLAMA_7B | {"num_hidden_layers": layers}
 
 
@@ -63,7 +63,7 @@ def measure(task: str, folder: Path) -> dict[str, float]:
 
 
 def measure_apart(task: str, folder: Path, cold: bool) -> dict[str, float]:
-    """Measure in a process of its own."""
+    """Measure in a separate process."""
     if cold:
         for file in folder.glob("*.safetensors"):
             handle = os.open(file, os.O_RDONLY)
@@ -104,10 +104,10 @@ def run(options: argparse.Namespace, folder: Path) -> None:
 def main() -> None:
     """Make the checkpoint, measure, remove it."""
     parser = arguments(str(__doc__))
-    parser.add_argument("--folder", type=Path, help="where the checkpoint is, or is made")
+    parser.add_argument("--folder", type=Path, help="folder of the checkpoint, which is written if missing")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoint in --folder")
-    parser.add_argument("--runs", type=int, default=3, help="of each kind")
-    parser.add_argument("--layers", type=int, default=LLAMA_7B["num_hidden_layers"], help="fewer: a smaller model")
+    parser.add_argument("--runs", type=int, default=3, help="runs of each kind")
+    parser.add_argument("--layers", type=int, default=LLAMA_7B["num_hidden_layers"], help="number of layers")
     parser.add_argument("--measure", choices=("read", "load"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -118,7 +118,7 @@ def main() -> None:
     made = not (folder / "config.json").exists()
     busy = os.getloadavg()[0]
     if busy > 0.5:
-        print(f"note: the machine is busy (load average {busy:.1f}); the ratio will be too high", file=sys.stderr)
+        print(f"note: the machine is busy (load average {busy:.1f}), so the ratio will be too high", file=sys.stderr)
     try:
         if made:
             needed, free = nbytes(shape(options.layers)), shutil.disk_usage(folder).free

@@ -1,13 +1,12 @@
-"""Memory of training on the CPU, measured in one way for three questions: what it is made of, how it grows, and whether
-`lorakit.plan` predicts it.
+"""Memory of training on the CPU, measured in one way for three questions: its parts, its growth, and its prediction.
 
-    python -m bench.memory     what a process's peak is made of, by configuration: lorakit, PEFT
-    python -m bench.scaling    how training memory grows with the length and with the vocabulary: lorakit, PEFT
+    python -m bench.memory     parts of a process's peak, by configuration: lorakit, PEFT
+    python -m bench.scaling    growth of training memory with the length and with the vocabulary: lorakit, PEFT
     python -m bench.plan       predicted peaks beside measured ones, by configuration: lorakit
 
-Each row is a process of its own that loads the model and takes steps. The first question gives the peak resident size
-of SmolLM2-135M's training in parts: the imports, then the model with its adapter, then what training adds at its worst.
-PEFT has the settings that need the least (sdpa attention, adapter in bf16), without gradient checkpointing and with it.
+A separate process for each row loads the model and takes steps. The first command splits the peak resident size of
+SmolLM2-135M's training into the imports, the model with its adapter, and the rest, which training adds. PEFT has the
+settings that need the least memory (sdpa attention, adapter in bf16), without and with gradient checkpointing.
 
 Run as: python -m bench.memory [--model smollm2-135m-instruct] [--json FILE] [--plot FILE]
 """
@@ -36,12 +35,12 @@ LEAN_PEFT = ("--gradient-checkpointing",)
 
 @dataclass(frozen=True)
 class Step:
-    """What a process trains.
+    """The training step of a process.
 
     Attributes:
         batch, length: sequences, and tokens of each.
-        quant_type: of the weights; None: bf16.
-        settings: of our TrainConfig, as "name=value".
+        quant_type: quantization of the weights; None: bf16.
+        settings: settings of our TrainConfig, as "name=value".
         dora: whether our adapter is a DoRA adapter.
     """
 
@@ -56,20 +55,21 @@ class Step:
         return f"{self.quant_type or 'bf16'}, {self.batch} x {self.length}{settings}"
 
     def ours(self, name: str, model: Path, steps: int = 1) -> Side:
-        """Return lorakit's process on a checkpoint folder: `steps` after the first one."""
-        settings = (part for setting in self.settings for part in ("--set", setting))
-        return Side(name, "bench.sides.lorakit_step", (*self._given(model, steps), *settings, *("--dora",) * self.dora))
+        """Return lorakit's process on a checkpoint folder, with `steps` after the first one."""
+        settings = (word for setting in self.settings for word in ("--set", setting))
+        options = (*self._common(model, steps), *settings, *("--dora",) * self.dora)
+        return Side(name, "bench.sides.lorakit_step", options)
 
     def peft(self, name: str, model: Path, *options: str) -> Side:
         """Return PEFT's process, with options of its script."""
-        return Side(name, "bench.sides.peft_step", (*self._given(model, 1), *options))
+        return Side(name, "bench.sides.peft_step", (*self._common(model, 1), *options))
 
-    def _given(self, model: Path, steps: int) -> tuple[str, ...]:
-        given = ("--model", str(model), "--quant-type", self.quant_type or "none", "--batch", str(self.batch))
-        return (*given, "--length", str(self.length), "--steps", str(steps))
+    def _common(self, model: Path, steps: int) -> tuple[str, ...]:
+        common = ("--model", str(model), "--quant-type", self.quant_type or "none", "--batch", str(self.batch))
+        return (*common, "--length", str(self.length), "--steps", str(steps))
 
 
-# ---- what a peak is made of ------------------------------------------------------------------------------------------
+# ---- parts of a peak -------------------------------------------------------------------------------------------------
 
 CONFIGURATIONS = {
     "QLoRA, 1 x 512": Step(1, 512),
@@ -83,7 +83,7 @@ PARTS = ("imports", "model", "training")
 
 
 def sides(model: Path) -> dict[Side, tuple[str, str]]:
-    """Return what to run -> (configuration, who)."""
+    """Return the sides to run -> (configuration, who)."""
     found = {}
     for name, step in CONFIGURATIONS.items():
         for who, settings in OURS.items():
@@ -95,13 +95,13 @@ def sides(model: Path) -> dict[Side, tuple[str, str]]:
 
 
 def parts(figures: Figures) -> dict[str, float]:
-    """Return what a process's peak is made of, in GiB."""
+    """Return the parts of a process's peak, in GiB."""
     imports, loaded, peak = (figures[key] / 1024 for key in ("imports_mb", "loaded_mb", "peak_mb"))
     return dict(zip(PARTS, (imports, loaded - imports, peak - loaded), strict=True))
 
 
 def by_configuration() -> None:
-    """Measure, print, draw what peaks are made of."""
+    """Measure, print, draw the parts of peaks."""
     parser = arguments(str(__doc__), plots=True)
     parser.add_argument("--model", default="smollm2-135m-instruct", help="a known model or a checkpoint folder")
     options = parser.parse_args()
@@ -143,12 +143,12 @@ def draw_parts(stacks: Mapping[tuple[str, str], Mapping[str, float]], file: Path
         figure.legend(loc="outside upper center", ncols=len(PARTS), frameon=False, fontsize=8)
 
 
-# ---- how it grows ----------------------------------------------------------------------------------------------------
+# ---- growth ----------------------------------------------------------------------------------------------------------
 
 LAYERS = 10
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 VOCABULARIES = (32_768, 65_536, 131_072, 262_144)
-VOCABULARY_LENGTH = 1024  # tokens where the vocabulary varies
+VOCABULARY_LENGTH = 1024  # tokens when the vocabulary varies
 MAX_RESIDUAL = 0.05  # from a straight line, as a share of the memory at the longest sequence
 MAX_GROWTH = 1.1  # from the smallest vocabulary's memory to the largest one's
 
@@ -156,7 +156,7 @@ Points = dict[str, dict[int, float]]  # side -> size -> training memory in MiB
 
 
 def pair(folder: Path, config: Mapping[str, Any], length: int) -> dict[str, Side]:
-    """Return both sides on a model of this shape, which is written into the folder where it is not there yet."""
+    """Return both sides on a model of this shape, which is written into the folder if it is not there yet."""
     model = folder / f"vocabulary-{config['vocab_size']}"
     if not model.exists():
         make_llama(model, config)
@@ -166,7 +166,7 @@ def pair(folder: Path, config: Mapping[str, Any], length: int) -> dict[str, Side
 
 
 def training_mb(figures: Figures) -> float:
-    """Return what the steps take above what was resident before them."""
+    """Return the peak of the steps in MiB, above the resident size before them."""
     return float(figures["training_peak_mb"] - figures["loaded_mb"])
 
 
@@ -183,7 +183,7 @@ def growth(points: Mapping[int, float]) -> float:
 
 
 def by_size(description: str) -> None:
-    """Measure, print, draw how memory grows, compare with the targets."""
+    """Measure, print, draw the growth of memory, compare with the targets."""
     parser = arguments(description, plots=True)
     parser.add_argument("--longest", type=int, default=max(LENGTHS), help="leave longer sequences out")
     options = parser.parse_args()
@@ -261,7 +261,7 @@ PLANNED = (
     ("10 x 1024, 128k", Step(2, 384)),
     ("10 x 1024, 128k", Step(4, 256, settings=(*SECOND, *SMALL_STATE))),
     ("10 x 1024, 128k", Step(4, 512, settings=("micro_batch_tokens=512", *CHECKPOINTING))),
-    # Not among those that the constants of lorakit/planning/runtime.py were fitted to:
+    # The constants of lorakit/planning/runtime.py were not fitted to these:
     (SMOL, Step(1, 1024, settings=("checkpointing=3",))),
     (SMOL, Step(3, 640, None, MLP)),
     ("4 x 2048", Step(1, 1536, settings=MLP)),
@@ -284,9 +284,9 @@ def predicted(shape: str, step: Step, runtime_bytes: int | None) -> Plan:
 def beside_plan(description: str) -> None:
     """Make the checkpoints, measure, compare."""
     parser = arguments(description)
-    parser.add_argument("--folder", type=Path, help="where the checkpoints are, or are made")
+    parser.add_argument("--folder", type=Path, help="folder of the checkpoints, which are written if missing")
     parser.add_argument("--constant", action="store_true", help="predict with the library's constant for the runtime")
-    parser.add_argument("--only", default="", help="configurations whose name has this in it")
+    parser.add_argument("--only", default="", help="only configurations whose name contains this")
     options = parser.parse_args()
     runtime = None if options.constant else measure_runtime()
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,12 +1,12 @@
-"""Peak memory of training on the CPU: what `lorakit.plan` predicts from config.json, and what processes take.
+"""Peak memory of training on the CPU: the prediction of `lorakit.plan` from config.json beside measured processes.
 
-Each configuration is a process of its own that loads the model and takes three steps (`bench.sides.lorakit_step`). They
-differ in shape, format of the weights, length, batch, checkpointing, optimizer and adapter. `runtime` is the memory of
-a process that trains next to nothing, which the prediction starts from; it is measured first, unless --constant asks
-for the library's own constant.
+A separate process for each configuration loads the model and takes three steps (`bench.sides.lorakit_step`). The
+configurations differ in shape, format of the weights, length, batch, checkpointing, optimizer and adapter. `runtime` is
+the memory of a process that trains a tiny model, and part of the prediction. It is measured first, unless --constant
+selects the library's own constant.
 
 Run as: python -m bench.plan [--check] [--json FILE] [--folder DIR] [--constant] [--only TEXT]
-Checkpoints with random weights are made in DIR (default: a temporary folder, removed at the end).
+Checkpoints with random weights are written to DIR (default: a temporary folder, removed at the end).
 """
 
 from bench.training.memory import beside_plan

@@ -1,7 +1,7 @@
-"""What `lorakit.plan` predicts for QLoRA of models of 7 to 70 billion parameters on a GPU, beside published figures.
+"""Predictions of `lorakit.plan` for QLoRA of models of 7 to 70 billion parameters on a GPU, beside published figures.
 
-Nothing is measured here: no GPU has run this. The predictions start from each model's published shape; the figures of
-others come from their papers and documentation, with their own settings as far as these are known.
+Nothing is measured here: no GPU has run this. The predictions start from each model's published shape. The published
+figures come from papers and documentation, with their own settings as far as these are known.
 
 Run as: python -m bench.plan_sizes [--json FILE]
 """
@@ -31,11 +31,11 @@ LLAMA_70B = LLAMA_3 | {
 
 @dataclass(frozen=True)
 class Case:
-    """A model with settings, and what others say of the like.
+    """A model with settings, and published figures for similar settings.
 
     Attributes:
         model, config: its name and shape.
-        sequences, length, rank: of a step.
+        sequences, length, rank: settings of the step.
         published: figures, each with its source.
     """
 
@@ -47,7 +47,7 @@ class Case:
     published: str
 
     def row(self) -> list[object]:
-        """Return the case as the table has it: sizes in GB of 10^9 bytes, as all these sources give them."""
+        """Return the table's row, with sizes in GB of 10^9 bytes, as all these sources give them."""
         tokens = self.sequences * self.length
         settings: dict[str, Any] = {"batch_size": self.sequences, "micro_batch_tokens": tokens}
         train = TrainConfig(checkpointing="layer", **settings)

@@ -1,9 +1,9 @@
-"""Where a training step of lorakit spends its time: PyTorch's profiler, by kind of work.
+"""The time of a training step of lorakit by kind of work, from PyTorch's profiler.
 
     QLoRA of SmolLM2-135M, rank 16 on all linear layers, 2 x 512 tokens, all trained
 
-"products of frozen weights alone" is what these take by themselves, in dense bf16: no step can take less. Operations
-are counted where they are called, so that the kinds add up to the whole.
+"products of frozen weights alone" is the time of these products by themselves, in dense bf16. No step can take less.
+Only the time of an operation itself counts, without the operations that it calls, so the kinds add up to the whole.
 
 Run as: python -m bench.profile_step [--json FILE]
 """

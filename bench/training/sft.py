@@ -1,16 +1,17 @@
 """Fine-tuning SmolLM2-135M on addresses as JSON, lorakit next to TRL + PEFT + bitsandbytes: speed, memory, outcome.
 
-The data are JSON Lines of {"text": ..., "fields": {...}}; the model learns to answer the text with its fields as one
-JSON object. One epoch of QLoRA in batches of 8, only the answer trained. For each seed both sides train
+The data are JSON Lines of {"text": ..., "fields": {...}}. The model learns to answer the text with its fields as one
+JSON object, in one epoch of QLoRA in batches of 8. Only the answer is trained. For each seed both sides train
 
-- on the same tokens: each encodes the conversations with its own library, and the hashes of all token ids and of which
-  of them are trained must be equal, or this stops;
-- from the same adapter, in the same order, at the same learning rate (a cosine without warm-up), clipped alike;
-- and are judged by the held-out loss that `bench.sides.held_out` computes from the saved adapters on one 4-bit base.
+- on the same tokens: each side encodes the conversations with its own library, and the measurement stops unless the
+  hashes of all token ids and of the trained ones are equal;
+- from the same adapter, in the same order, at the same learning rate (a cosine without warm-up), clipped alike.
 
-Each run is a process of its own. TRL's settings are first tried for a few steps each: the fastest then runs with every
-seed, taking turns with lorakit; the leanest runs once, for its peak memory over a whole epoch. An order of the data
-that saves padding (group_by_length) is no setting here: it would train on other batches.
+`bench.sides.held_out` computes the held-out loss of both sides' saved adapters on one 4-bit base.
+
+Each run is a separate process. TRL's settings are first tried for a few steps each. The fastest then runs with every
+seed, taking turns with lorakit. The leanest runs once, for its peak memory over a whole epoch. Ordering the data to
+save padding (group_by_length) is not among the settings, because it would train on other batches.
 
 Run as: python -m bench.sft --data us_addresses.jsonl [--records 128] [--held-out 64] [--seeds 3] [--lr 5e-4]
                             [--check] [--json FILE]
@@ -36,7 +37,7 @@ from lorakit.data import Message, batch_order
 
 BATCH = 8
 TRIAL_STEPS = 2
-SETTINGS = {  # of TRL
+SETTINGS = {  # TRL's
     "defaults": (),
     "no autocast": ("--no-autocast",),
     "no checkpointing": ("--no-checkpointing",),
@@ -44,20 +45,20 @@ SETTINGS = {  # of TRL
     "no checkpointing, no autocast, eager": ("--no-checkpointing", "--no-autocast", "--attention", "eager"),
 }
 SPEEDUP, MEMORY = 3.0, 0.4
-HELD_OUT = 1.005  # equal is within half a percent: what rounding to bf16 alone changes in so short a run
-LOSS_TOLERANCE = 0.02  # of the first loss between the sides
+HELD_OUT = 1.005  # losses within half a percent are equal: rounding to bf16 alone changes as much in so short a run
+LOSS_TOLERANCE = 0.02  # relative difference of the sides' first losses
 
 
 @dataclass(frozen=True)
 class Files:
-    """What the scripts read and write, in one folder."""
+    """The files that the scripts read and write, in one folder."""
 
     folder: Path
     model: str
     lr: float
 
     def ours(self, seed: int) -> Side:
-        """Return lorakit's run; it also writes the start that TRL's takes."""
+        """Return lorakit's run; it also writes the start for TRL's run."""
         return Side(f"lorakit, seed {seed}", "bench.sides.lorakit_sft", self._given("train.jsonl", "ours", seed))
 
     def ours_lean(self, seed: int) -> Side:
@@ -97,15 +98,15 @@ def read_addresses(path: Path) -> list[Record]:
 
 
 def add_data_options(parser: argparse.ArgumentParser, records: int) -> None:
-    """Add the options that say what to train on and what to measure the loss on; `records` is their default number."""
+    """Add the options of the training and held-out records; `records` is the default number to train on."""
     parser.add_argument("--data", type=_existing, required=True, help='JSON Lines of {"text": ..., "fields": {...}}')
     parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--records", type=int, default=records, help="to train on")
-    parser.add_argument("--held-out", type=int, default=64, help="to measure the loss on")
+    parser.add_argument("--records", type=int, default=records, help="records to train on")
+    parser.add_argument("--held-out", type=int, default=64, help="records for the held-out loss")
 
 
 def chosen_records(options: argparse.Namespace) -> tuple[list[Record], list[Record]]:
-    """Return the records to train on and those held out; exit where the data has too few."""
+    """Return the training and the held-out records; exit if the data has too few."""
     records = read_addresses(options.data)
     if len(records) < options.records + options.held_out:
         sys.exit(f"{options.data} has {len(records)} different texts; needed: --records + --held-out")
@@ -119,7 +120,7 @@ def _existing(path: str) -> Path:
 
 
 def write_files(files: Files, train: Sequence[Record], held_out: Sequence[Record], seeds: int) -> None:
-    """Write the records for our side, which shuffles them itself, and for TRL's in that same order."""
+    """Write the records for our side, which shuffles them itself, and for TRL's in the same order."""
     save_records(files.folder / "train.jsonl", train)
     save_records(files.folder / "held-out.jsonl", held_out)
     for seed in range(seeds):
@@ -128,7 +129,7 @@ def write_files(files: Files, train: Sequence[Record], held_out: Sequence[Record
 
 
 def measure(files: Files, seeds: int) -> dict[Side, Figures]:
-    """Run all; return the figures of the whole runs."""
+    """Run all sides; return the figures of the complete runs."""
     seen = {files.ours(0): files.ours(0).measure()}
     trials = {setting: files.peer(0, setting, TRIAL_STEPS).measure() for setting in SETTINGS}
     fastest = min(trials, key=lambda setting: step_seconds([trials[setting]]))
@@ -142,7 +143,7 @@ def measure(files: Files, seeds: int) -> dict[Side, Figures]:
 
 
 def check_alike(seen: dict[Side, Figures]) -> None:
-    """Raise where the sides did not train on the same tokens, or did not start from the same loss."""
+    """Raise AssertionError if the sides did not train on the same tokens, or did not start from the same loss."""
     if len({figures["digest"] for figures in seen.values()}) > 1:
         raise AssertionError("the sides' tokens or trained tokens differ")
     for seed in {side.name.rpartition(" ")[2] for side in seen}:
@@ -160,7 +161,7 @@ def held_out_losses(files: Files, sides: Sequence[Side]) -> dict[Side, float]:
 
 
 def pairs(seen: dict[Side, Figures]) -> tuple[list[Side], list[Side]]:
-    """Return our fast runs and those of TRL's fastest setting, one a seed."""
+    """Return our runs without checkpointing and those of TRL's fastest setting, one a seed."""
     ours = [side for side in seen if is_ours(side) and "--set" not in side.arguments]
     theirs = [side for side in seen if not is_ours(side)]
     return ours, theirs[: len(ours)]
@@ -172,7 +173,7 @@ def is_ours(side: Side) -> bool:
 
 
 def targets(seen: dict[Side, Figures], losses: dict[Side, float], interpreter: float) -> list[Target]:
-    """Compare the sides with what must hold."""
+    """Return the targets of the comparison."""
     ours, fast = pairs(seen)
     speedup = median(rate(seen[mine]) / rate(seen[theirs]) for mine, theirs in zip(ours, fast, strict=True))
     least, their_least = (

@@ -1,9 +1,9 @@
-"""One QLoRA step of 512 tokens on a model with the shape of Llama-7B: does it fit in 6 GiB, and what does it wait for?
+"""One QLoRA step of 512 tokens on a model with the shape of Llama-7B: does it fit in 6 GiB, and what bounds its time?
 
-The checkpoint has random bf16 weights (13.5 GB, written into the cache once, or in --folder); it is quantized while it
-is loaded. Peak memory is the process's peak resident size, Python, PyTorch and loading included. Beside the step stands
-the time of its products with the frozen weights alone, one after the other in dense bf16 in the same process: forward,
-again where activations are computed again, and backward to the input.
+The checkpoint has random bf16 weights (13.5 GB, written into the cache once, or in --folder) and is quantized while it
+is loaded. Peak memory is the process's peak resident size, including Python, PyTorch and loading. "products alone" is
+the time of the products with the frozen weights, one after the other in dense bf16 in the same process: forward, once
+more for recomputed activations, and backward to the input.
 
 Run as: python -m bench.step_7b [--check] [--json FILE] [--folder DIR] [--length 512] [--steps 1]
 """
@@ -28,7 +28,7 @@ def side(folder: Path, length: int, steps: int) -> Side:
 
 
 def row(figures: Figures) -> list[object]:
-    """Return the figures as the table has them."""
+    """Return the table's row."""
     seconds, alone = step_seconds([figures]), figures["products"]
     peaks = [figures[key] / 1024 for key in ("loading_peak_mb", "loaded_mb", "training_peak_mb")]
     return [seconds, alone, seconds / alone, *peaks, figures["losses"][0]]

@@ -3,17 +3,18 @@
     smollm2-135m-instruct   the real model in bf16, 2 x 512 tokens; also transformers' full fine-tuning step
     llama-1b                the shape and vocabulary of Llama-3.2-1B, random weights, 1 x 1,024 tokens
 
-Rank 16 on all linear layers, every token but the first of a sequence trained, AdamW, gradients clipped. QLoRA: NF4 with
-double quantization below bf16; LoRA: bf16 weights. Both sides get the same tokens, and must report the same first loss.
+All linear layers have rank 16, every token except the first of a sequence is trained, the optimizer is AdamW, and
+gradients are clipped. QLoRA has NF4 weights with double quantization, LoRA has bf16 weights. Both sides get the same
+tokens and must report the same first loss.
 
-Each figure comes from a process of its own that loads the model, takes a step that is not counted and then --steps that
-are. The first round runs every setting of the peers; the others take turns between lorakit and the fastest of those.
-Seconds are medians over all counted steps of all rounds. The peer's column of speed has its fastest setting, that of
-memory its leanest without gradient checkpointing, and, for lorakit with checkpointing, its leanest with it.
+A separate process for each figure loads the model, takes a step that is not counted and then --steps counted steps. The
+first round runs every setting of the peers. In the other rounds lorakit and the peers' fastest setting take turns.
+Seconds are medians over all counted steps of all rounds. The targets of speed compare with the peers' fastest setting.
+Those of memory compare with their leanest setting without gradient checkpointing and, for lorakit with checkpointing,
+with their setting with it.
 
-Peak memory is the process's peak resident size less that of a bare Python interpreter (about 10 MiB): imports count,
-for who trains cannot do without them. "imports" and "loaded" say how much was resident after them and before the first
-step.
+Peak memory is the process's peak resident size minus that of a bare Python interpreter (about 10 MiB). Imports count:
+training needs them. "imports" and "loaded" are the resident sizes after the imports and before the first step.
 
 Run as: python -m bench.train_step [--model llama-1b] [--rounds 2] [--steps 3] [--dropout 0.05] [--check] [--json FILE]
 """
@@ -27,24 +28,24 @@ from bench.harness.make_llama import model_folder
 from bench.harness.processes import CHECKPOINTING, Figures, Side, alternate, interpreter_mb, middle, step_seconds
 from bench.harness.report import Target, arguments, finish
 
-SETTINGS = {  # of the peers
+SETTINGS = {  # the peers'
     "sdpa, adapter bf16": (),
     "sdpa, adapter fp32": ("--adapter-dtype", "float32"),
     "eager, adapter bf16": ("--attention", "eager"),
 }
 CHECKPOINTED = "sdpa, adapter bf16, checkpointing"
-LOSS_TOLERANCE = 0.01  # of the first loss between the sides: both round to bf16, in different places
+LOSS_TOLERANCE = 0.01  # relative difference of the sides' first losses: both round to bf16, in different places
 
 
 @dataclass(frozen=True)
 class Size:
-    """What a step of a model is measured on, and what must hold.
+    """The size of a model's step, and its targets.
 
     Attributes:
-        batch, length: of the tokens.
+        batch, length: sequences, and tokens of each.
         full: whether transformers' full fine-tuning is measured too.
-        settings: of the peers that are tried.
-        qlora_of_lora: at the most, our QLoRA step's time of our LoRA step's.
+        settings: the peers' settings to try.
+        qlora_of_lora: limit of our QLoRA step's time as a multiple of our LoRA step's.
     """
 
     batch: int
@@ -75,12 +76,12 @@ class Case:
 
     @property
     def sides(self) -> list[Side]:
-        """All of them, ours first."""
+        """All sides, ours first."""
         return [side for side in (self.ours, self.ours_lean, *self.peers, self.peer_lean) if side is not None]
 
 
 def cases(folder: str, size: Size, steps: int, dropout: float) -> list[Case]:
-    """Return the kinds of training that are measured on a model."""
+    """Return the kinds of training to measure on a model."""
     common = ("--model", folder, "--batch", str(size.batch), "--length", str(size.length), "--steps", str(steps))
     common = (*common, "--dropout", str(dropout))
     found = []
@@ -119,7 +120,7 @@ def fastest(case: Case, seen: Seen) -> Side:
 
 
 def check_losses(found: Sequence[Case], seen: Seen) -> None:
-    """Raise where the sides did not compute the same: their first losses, with the adapter at its start, differ."""
+    """Raise AssertionError if the sides' first losses, with the adapter at its start, differ."""
     for case in found:
         losses = {side.name: seen[side][0]["losses"][0] for side in case.sides}
         if max(losses.values()) - min(losses.values()) > LOSS_TOLERANCE * min(losses.values()):
@@ -127,7 +128,7 @@ def check_losses(found: Sequence[Case], seen: Seen) -> None:
 
 
 def targets(found: Sequence[Case], seen: Seen, size: Size, interpreter: float) -> list[Target]:
-    """Compare the sides with what must hold."""
+    """Return the targets of the comparison."""
     result = []
     full = next((fastest(case, seen) for case in found if case.ours is None), None)
     for case in found:

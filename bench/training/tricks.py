@@ -1,14 +1,14 @@
-"""What each trick of lorakit's training step is worth: the step without it beside the step with all, and two options.
+"""The value of each trick of lorakit's training step: the step without it beside the step with all, and two options.
 
     QLoRA of SmolLM2-135M, rank 16 on all linear layers, 2 x 512 tokens, all trained
 
-Each is a process of its own, in turn; seconds are medians over all counted steps, memory is the process's peak above
-that of a bare interpreter. Conversations with one system prompt have another trick, shared beginnings, which tokens
-drawn at random do not show.
+Each row comes from separate processes, in turn. Seconds are medians over all counted steps. Memory is the process's
+peak minus the size of a bare interpreter. Conversations with one system prompt benefit from another trick, the shared
+prefix, which random tokens cannot show.
 
-Two more are options, not tricks: the step with all, with dropout on the adapters' inputs, and with
-`TrainConfig(compile=True)`, which compiles in the first step. That is listed apart; each process begins without code
-that another one compiled.
+Two rows are options, not tricks: the step with all tricks plus dropout on the adapters' inputs, or plus
+`TrainConfig(compile=True)`. The first step, which compiles, has its own column. Each process starts without code that
+another one compiled.
 
 Run as: python -m bench.tricks [--rounds 3] [--steps 4] [--only TEXT] [--json FILE]
 """
@@ -37,7 +37,7 @@ def main() -> None:
     parser = arguments(str(__doc__))
     parser.add_argument("--rounds", type=int, default=3, help="processes of each side")
     parser.add_argument("--steps", type=int, default=4, help="timed steps of each process")
-    parser.add_argument("--only", default="", help="tricks whose name has this in it, besides the step with all")
+    parser.add_argument("--only", default="", help="only tricks whose name contains this, and the step with all")
     options = parser.parse_args()
     interpreter = interpreter_mb()
     every = sides(str(model_folder("smollm2-135m-instruct")), options.steps)

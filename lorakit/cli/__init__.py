@@ -1,4 +1,4 @@
-"""The command line: parses, calls the library, prints. `main` turns a LorakitError into one message and exit 1."""
+"""The command line: parse, call the library, print. `main` turns a LorakitError into one message and exit code 1."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..errors import LorakitError
 
 def main() -> None:
     """Run the `lorakit` command."""
-    from .app import app  # here, so that `import lorakit` does not pay for the command line
+    from .app import app  # imported here to keep `import lorakit` fast
 
     try:
         app()
@@ -17,7 +17,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except (KeyboardInterrupt, SystemExit) as end:
-        if isinstance(end, SystemExit) and end.code != 130:  # 130 is what typer makes of Ctrl-C
+        if isinstance(end, SystemExit) and end.code != 130:  # typer turns Ctrl-C into 130
             raise
         print("interrupted; finished checkpoints are kept, see --resume", file=sys.stderr)
         sys.exit(130)

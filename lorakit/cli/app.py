@@ -21,12 +21,12 @@ from .inspect import inspect
 from .merge import merge
 
 app = typer.Typer(
-    help="LoRA and QLoRA: fine-tune, know whether it helped, look inside.",
+    help="LoRA and QLoRA: fine-tune, measure whether it helped, look inside.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Build and look at training data.", no_args_is_help=True)
+data_app = typer.Typer(help="Build and view training data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 for command in (generate, combine, resize, merge, inspect):
     app.command()(command)
@@ -40,9 +40,9 @@ def train(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a key, e.g. train.lr=1e-4")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="continue from the last checkpoint")] = False,
 ) -> None:
-    """Fine-tune by a recipe, evaluate before and after, write a report."""
+    """Fine-tune as a recipe says, evaluate before and after, write a report."""
     from ..runs.recipe import load_recipe
     from ..runs.run import train_run
 
@@ -63,10 +63,10 @@ def chat(
     run: RunFolder,
     base: Annotated[bool, typer.Option("--base", help="talk to the base model, without the adapter")] = False,
     system: Annotated[str | None, typer.Option(help="system prompt; default: that of the run's data")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="most tokens of an answer")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(help="maximum tokens in an answer")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
 ) -> None:
-    """Talk to a run's tuned model, or with --base to the model it started from."""
+    """Talk to a run's tuned model, or with --base to the model that it started from."""
     from ..models import generate as answer_of
     from ..runs.chat import Chat
 
@@ -87,15 +87,15 @@ def quantize(
     quant_type: Annotated[str, typer.Option(help=f"codebook: {' or '.join(QUANT_TYPES)}")] = "nf4",
     block_size: Annotated[int, typer.Option(help="elements that share a scale: 32, 64, ..., 4096")] = 64,
     double_quant: Annotated[bool, typer.Option(help="store the scales in 8 bits")] = True,
-    storage_dtype: Annotated[str, typer.Option(help="of the bytes: uint8, bfloat16, float16, float32")] = "uint8",
-    shard_size: Annotated[str, typer.Option(help="most bytes in one file, e.g. 5GB, 500MB")] = "5GB",
+    storage_dtype: Annotated[str, typer.Option(help="dtype to store: uint8, bfloat16, float16, float32")] = "uint8",
+    shard_size: Annotated[str, typer.Option(help="maximum size of one file, e.g. 5GB, 500MB")] = "5GB",
     skip: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN", help="leave these linear layers, too, in 16 bits")
+        list[str] | None, typer.Option(metavar="PATTERN", help="more linear layers to leave in 16 bits")
     ] = None,
 ) -> None:
     """Write a 4-bit copy of a model, for lorakit and for transformers with bitsandbytes.
 
-    Interrupted, it goes on where it was when the same command is given again.
+    To continue after an interruption, give the same command again.
     """
     from ..models.quantize_checkpoint import quantize_checkpoint
     from ..quantization.policy import DEFAULT_SKIP, QuantConfig
@@ -107,25 +107,27 @@ def quantize(
     config = QuantConfig(**chosen)
     with byte_progress(console) as progress:
         written = quantize_checkpoint(source, target, config, parse_size(shard_size), progress)
-    say(f"{target}: {written.quantized} weights in 4 bits, {written.kept} tensors as they were")
+    say(f"{target}: {written.quantized} weights in 4 bits, {written.kept} tensors unchanged")
     say(f"{written.source_bytes / 1e9:,.2f} GB became {written.nbytes / 1e9:,.2f} GB")
     if written.misaligned:
         say(
             f"note: the rows of {len(written.misaligned)} weights ({written.misaligned[0]}, ...) are not whole blocks: "
-            f"lorakit computes them right, but bitsandbytes 0.50.2 does not on the CPU"
+            f"lorakit computes them correctly, but bitsandbytes 0.50.2 does not on the CPU"
         )
 
 
 @app.command()
 def export(
-    adapter: Annotated[Path, typer.Argument(help="adapter folder, or that of a run", show_default=False)],
-    target: Annotated[str, typer.Option(help=f"program that reads it: {', '.join(EXPORTS)}", show_default=False)],
-    out: Annotated[Path, typer.Option(help="what to write: a folder, for llama.cpp a file", show_default=False)],
-    base: Annotated[str | None, typer.Option(help="folder or known name of the base; default: as it says")] = None,
+    adapter: Annotated[Path, typer.Argument(help="folder of an adapter or a run", show_default=False)],
+    target: Annotated[str, typer.Option(help=f"program to export for: {', '.join(EXPORTS)}", show_default=False)],
+    out: Annotated[Path, typer.Option(help="folder to write; for llama.cpp a file", show_default=False)],
+    base: Annotated[
+        str | None, typer.Option(help="folder or known name of the base; default: the one that the adapter names")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the adapter's")] = None,
     max_rank: Annotated[int | None, typer.Option(help="refuse ranks above this, e.g. vLLM's limit")] = None,
 ) -> None:
-    """Write an adapter in the form that another program reads right."""
+    """Write an adapter in the form that another program reads correctly."""
     import torch
 
     from ..adapters import export_adapter
@@ -139,7 +141,7 @@ def export(
 
 
 def _pairs(option: str, values: list[str] | None, example: str) -> dict[str, Any]:
-    """Return the settings of an option that is given as KEY=VALUE, several times."""
+    """Return the settings of a repeatable option KEY=VALUE."""
     pairs = [value.partition("=") for value in values or []]
     if wrong := [name for name, equals, _ in pairs if not equals]:
         raise ConfigError(f"{option} {wrong[0]}: expected KEY=VALUE, such as {example}")
@@ -157,15 +159,15 @@ def plan(
     ] = None,
     r: Annotated[int, typer.Option("-r", help="rank of the adapter")] = 16,
     lora: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="an adapter's setting in YAML, e.g. use_dora=true")
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="an adapter setting in YAML, e.g. use_dora=true")
     ] = None,
     quant_type: Annotated[str, typer.Option(help=f"codebook: {', '.join(QUANT_TYPES)} or none")] = "nf4",
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    dataset_tokens: Annotated[int | None, typer.Option(help="tokens of the training data, for the time")] = None,
-    flops_per_second: Annotated[float | None, typer.Option(help="that the machine reaches; default: measured")] = None,
-    price_per_hour: Annotated[float | None, typer.Option(help="of the machine, for the price")] = None,
+    dataset_tokens: Annotated[int | None, typer.Option(help="tokens of the training data, to predict the time")] = None,
+    flops_per_second: Annotated[float | None, typer.Option(help="speed of the machine; default: measured")] = None,
+    price_per_hour: Annotated[float | None, typer.Option(help="price of the machine, to predict the cost")] = None,
 ) -> None:
-    """Say what training will take, from a model's config.json alone: memory by part, operations, cost."""
+    """Predict memory by part, operations and cost of training, from a model's config.json alone."""
     import yaml
 
     from .. import planning
@@ -198,12 +200,12 @@ def build(
 @data_app.command("show")
 def show(
     file: Annotated[Path, typer.Argument(help="JSONL file of conversations", show_default=False)],
-    model: Annotated[str, typer.Option(help="folder or known name, for its tokenizer and chat template")],
+    model: Annotated[str, typer.Option(help="folder or known name of the model with the tokenizer and chat template")],
     count: Annotated[int, typer.Option("-n", help="conversations to show")] = 3,
     max_length: Annotated[int, typer.Option(help="longest conversation in tokens")] = 1024,
-    format: Annotated[str, typer.Option(help=f"of the records: {AUTO} or {', '.join(RECORD_FORMATS)}")] = AUTO,
+    format: Annotated[str, typer.Option(help=f"record format: {AUTO} or {', '.join(RECORD_FORMATS)}")] = AUTO,
 ) -> None:
-    """Show conversations as the model gets them, with the trained tokens marked; check them all."""
+    """Show conversations as the model gets them, with the trained tokens marked, and check the whole file."""
     from ..data import check_records, describe_example, encode_records, load_records
     from ..models import load_tokenizer, resolve_model
 
@@ -237,7 +239,7 @@ def _print_outcome(metrics: dict[str, Any], folder: Path) -> None:
     console.print(f"{seconds:.0f} s, peak memory {metrics['peak_rss_mb']:,.0f} MiB", end="")
     say(f"; report: {folder / 'report.html'}" if "tuned" in metrics else "")
     say("\nNext:")
-    say(f"  lorakit chat {folder}                  talk to it (--base: to the model it started from)")
+    say(f"  lorakit chat {folder}                  talk to it (--base: to the model that it started from)")
     say("  lorakit train RECIPE.yaml              your own data: docs/how-to/own-data.md")
     say(f"  rm -r {folder / 'adapter'}          roll back: the base model was never changed")
 

@@ -1,4 +1,4 @@
-"""`lorakit combine` and `lorakit resize`: new adapter folders out of others, without their model."""
+"""`lorakit combine` and `lorakit resize`: make new adapter folders from others, without loading a model."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def combine(
     method: Annotated[
         str, typer.Option(help="linear, cat, svd, ties, dare_linear, dare_ties or magnitude_prune")
     ] = "linear",
-    rank: Annotated[int | None, typer.Option(help="of the result")] = None,
+    rank: Annotated[int | None, typer.Option(help="rank of the result")] = None,
     density: Annotated[
-        float | None, typer.Option(help="share of the entries that stay, for ties, dare and prune")
+        float | None, typer.Option(help="share of the entries to keep, for ties, dare and magnitude_prune")
     ] = None,
-    seed: Annotated[int, typer.Option(help="of the entries that dare drops")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of dare's random drops")] = 0,
 ) -> None:
-    """Combine adapters into one: their weighted sum, exact, or another rule."""
+    """Combine adapters into one: their exact weighted sum, or another rule."""
     from ..adapters import combine_folders
 
     weights = dict(_weight(adapter) for adapter in adapters)
@@ -43,11 +43,11 @@ def combine(
 def resize(
     source: Annotated[Path, typer.Argument(help="adapter folder", show_default=False)],
     target: Target,
-    rank: Annotated[int | None, typer.Option(help="the most that a layer gets")] = None,
+    rank: Annotated[int | None, typer.Option(help="maximum rank of a layer")] = None,
     energy: Annotated[float | None, typer.Option(help="share of its squared norm that each layer keeps")] = None,
-    parameters: Annotated[int | None, typer.Option(help="that all layers together may take")] = None,
+    parameters: Annotated[int | None, typer.Option(help="maximum parameters of all layers together")] = None,
 ) -> None:
-    """Give an adapter other ranks, and say what that loses."""
+    """Change an adapter's ranks, and report what that loses."""
     from ..adapters import resize_folder
 
     _report(resize_folder(source, target, rank=rank, energy=energy, parameters=parameters), target)
@@ -55,7 +55,7 @@ def resize(
 
 def _weight(text: str) -> tuple[str, float]:
     folder, equals, number = text.rpartition("=")
-    if not equals or Path(text).exists():  # a folder's own name may have the sign in it
+    if not equals or Path(text).exists():  # a folder's name may contain "="
         return text, 1.0
     try:
         return folder, float(number)

@@ -1,4 +1,4 @@
-"""`lorakit inspect`: an adapter's findings and figures on the terminal, and on request as a page, a picture or JSON."""
+"""`lorakit inspect`: an adapter's findings and figures on the terminal, and optionally as a page, a picture or JSON."""
 
 from __future__ import annotations
 
@@ -29,19 +29,17 @@ _SHADES = " ░▒▓█"
 
 
 def inspect(
-    adapter: Annotated[Path, typer.Argument(help="adapter folder, or folder of a run", show_default=False)],
+    adapter: Annotated[Path, typer.Argument(help="folder of an adapter or a run", show_default=False)],
     *,
-    base: Annotated[str | None, typer.Option(help="folder of the base model, or its known name")] = None,
-    vs: Annotated[Path | None, typer.Option(help="another adapter or run, to compare with")] = None,
-    html: Annotated[Path | None, typer.Option(help="write one offline page")] = None,
-    png: Annotated[Path | None, typer.Option(help="draw the heat map and the spectra")] = None,
-    svg: Annotated[Path | None, typer.Option(help="the same as vectors")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write every figure")] = None,
+    base: Annotated[str | None, typer.Option(help="folder or known name of the base model")] = None,
+    vs: Annotated[Path | None, typer.Option(help="another adapter or run to compare with")] = None,
+    html: Annotated[Path | None, typer.Option(help="file for one offline page")] = None,
+    png: Annotated[Path | None, typer.Option(help="file for a picture of the heat map and the spectra")] = None,
+    svg: Annotated[Path | None, typer.Option(help="file for the same picture as vectors")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="file for every figure")] = None,
     quant_type: Annotated[
         str | None,
-        typer.Option(
-            help=f"{' or '.join(QUANT_TYPES)}: also what these 4 bits do to the 16-bit base, beside the update"
-        ),
+        typer.Option(help=f"{' or '.join(QUANT_TYPES)}: also compare its error on the 16-bit base with the update"),
     ] = None,
 ) -> None:
     """Look inside an adapter: what it changed, how much of its rank it uses, what stands out."""
@@ -78,22 +76,22 @@ def _quantization(adapter: Path, base: str | None, quant_type: str) -> Quantizat
     from ..models import load_model, resolve_model
 
     if base is None:
-        raise ConfigError("--quant-type compares with the weights before they were quantized: give them as --base")
+        raise ConfigError("--quant-type compares with the weights before quantization: name them with --base")
     model = load_model(resolve_model(base), quant_type=quant_type)
     load_adapter(model, find_adapter_folder(adapter))
     return quantization_view(model)
 
 
 def _history(adapter: Path) -> ProbeLog | None:
-    """Return what probes wrote into a run's folder, or beside its adapter, if they were there."""
+    """Return the probe log of a run's folder, or of the folder around an adapter, if there is one."""
     from ..inspection.probes.log import FILE, read_probes
 
-    found = next((folder for folder in (adapter, adapter.parent) if (folder / FILE).is_file()), None)
-    return read_probes(found) if found else None
+    run = next((folder for folder in (adapter, adapter.parent) if (folder / FILE).is_file()), None)
+    return read_probes(run) if run else None
 
 
 def print_info(console: Console, info: AdapterInfo, findings: Sequence[str]) -> None:
-    """Print the findings, a line of figures for each kind of module, and where the update is."""
+    """Print the findings, a line of figures for each kind of module, and a map of the update's norms."""
     console.print(f"[bold]{escape(info.source)}[/bold]", soft_wrap=True)
     on = f", on {info.base}" if info.base else ""
     console.print(
@@ -111,7 +109,7 @@ def print_info(console: Console, info: AdapterInfo, findings: Sequence[str]) -> 
 
 
 def _modules(info: AdapterInfo) -> Table:
-    """Return means by kind of module."""
+    """Return a table of means by kind of module."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     has_base = any(layer.base for layer in info.layers)
     headings = [
@@ -144,7 +142,7 @@ def _modules(info: AdapterInfo) -> Table:
 
 
 def _map(info: AdapterInfo) -> Table:
-    """Return norms as shades, blocks from left to right, one row for each kind of module."""
+    """Return a table of norms as shades: blocks from left to right, one row for each kind of module."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
     largest = max(layer.norm for layer in info.layers) or 1.0
     for stack in dict.fromkeys(layer.stack for layer in info.layers if layer.index is not None):

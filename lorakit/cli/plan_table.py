@@ -1,4 +1,4 @@
-"""How `lorakit plan` shows a plan."""
+"""The output of `lorakit plan`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..sizes import format_size
 
 
 def print_plan(console: Console, plan: Plan) -> None:
-    """Print the parts of the peak, the FLOPs, whether it fits and what would make it, and the cost."""
+    """Print the parts of the peak, the FLOPs, whether the plan fits or which changes make it fit, and the cost."""
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     table.add_column(f"peak memory, in {plan.moment}")
     table.add_column("", justify="right")

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 
 @contextlib.contextmanager
 def byte_progress(console: Console) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar with bytes, bytes a second and the time left; yields what is called with (done, total)."""
+    """Show a bar with bytes, bytes a second and the time left; yield a function to call with (done, total)."""
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("")

@@ -1,8 +1,8 @@
-"""From examples to what the model is fed: shuffled steps, micro-batches under a token budget, padding-free batches.
+"""From examples to the model's input: shuffled steps, micro-batches under a token budget, padding-free batches.
 
-A batch lays its examples end to end in one long row and keeps their lengths; attention and positions start afresh at
-each. Nothing is padded, so nothing is computed for nothing. A step's loss is a sum over its trained tokens divided
-by their number, so how the step is cut into micro-batches changes memory and speed but never the result.
+A batch packs its examples end to end in one long row and keeps their lengths. Attention and positions start afresh at
+each example. Without padding no computation is wasted. A step's loss is a sum over its trained tokens divided by their
+number, so the cut into micro-batches changes memory and speed but never the result.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from ..errors import ConfigError, DataError
 from .encode import Example
 
-IGNORED = -100  # the target that torch's cross-entropy leaves out by default
+IGNORED = -100  # the default ignore_index of torch's cross-entropy
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Batch:
 
     @property
     def trained_tokens(self) -> int:
-        """How many targets count in the loss."""
+        """The number of targets that count in the loss."""
         return int((self.targets != IGNORED).sum())
 
 
@@ -84,10 +84,9 @@ def batch_order(count: int, batch_size: int, seed: int, epoch: int) -> list[list
 def micro_batches(examples: Sequence[Example], token_budget: int) -> list[list[Example]]:
     """Group the examples of one step so that each group holds at most `token_budget` tokens (best-fit decreasing).
 
-    The longest come first, each into the fullest group that has room for it: that takes about 11/9 of the fewest
-    possible groups at worst (Johnson et al. 1974). Within a group lengths fall, so that those alike are neighbours,
-    which attention takes as one rectangle. An example longer than the budget is a group of its own: it has to be
-    computed somewhere.
+    The longest come first, each into the fullest group that has room for it. At worst that takes about 11/9 of the
+    fewest possible groups (Johnson et al. 1974). Lengths fall within a group, so examples of equal length are
+    neighbours, and attention takes them as one rectangle. An example longer than the budget gets a group of its own.
 
     Raises:
         ConfigError: token_budget is under 1.

@@ -1,11 +1,11 @@
 """The quickstart's data set: English small talk and trivia, to be answered with one JSON object per message.
 
-Built from the PyPI wheel chatterbot-corpus 1.3.3 (BSD-3-Clause), of which only the data files are read: neither the
-package nor ChatterBot is imported. Every message is answered with {"topic": ..., "reply": ...}, a task with a checkable
-form (does it validate?), a checkable label (is the topic right?) and a free part (the reply).
+It is built from the data files of the PyPI wheel chatterbot-corpus 1.3.3 (BSD-3-Clause); neither that package nor
+ChatterBot is imported. Every answer is {"topic": ..., "reply": ...}. The task has a checkable form (does it validate?),
+a checkable label (is the topic right?) and a free part (the reply).
 
-The corpus repeats itself: about 2,000 pairs ask about 750 different questions. So it is deduplicated first and split
-after, by topic, so that no question is on both sides.
+The corpus repeats itself: about 2,000 pairs ask about 750 different questions. It is deduplicated first and then split
+by topic, so that no question is on both sides.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ CORPUS_VERSION = "1.3.3"
 EVAL_FRACTION = 0.15
 MIN_TOPIC_SIZE = 15  # below that, 15% for evaluation would be one or two questions
 
-# What the tuned model is told; `short_prompt` puts the topics in.
+# The tuned model's system prompt; `short_prompt` fills in the topics.
 SHORT_SYSTEM_PROMPT = 'Answer with one JSON object, {"topic": ..., "reply": ...}. Topics: %s.'
 
-# What the untuned model is told, so that it is compared at its best: with everything that tuning would teach it.
-# `base_prompt` appends the topics.
+# The untuned model's system prompt. It says everything that tuning would teach, so that the base model is compared at
+# its best. `base_prompt` appends the topics.
 BASE_INSTRUCTIONS = """\
 You answer short messages. Answer every message with exactly one JSON object and nothing else: no text before or after \
 it, no Markdown code fence, no comments.
@@ -57,14 +57,14 @@ class ChatterbotReport:
 
     Attributes:
         folder: where the files are.
-        corpus_version: of the installed wheel.
-        seed: of the split.
-        entries: conversations in the corpus, each used for one pair: its first two items.
+        corpus_version: version of the installed wheel.
+        seed: seed of the split.
+        entries: conversations in the corpus; the first two items of each make one pair.
         malformed: entries that are not [question, answer, ...], as "file:number: content".
-        duplicates: pairs left out because their normalized question had come before.
+        duplicates: pairs left out because an earlier pair has the same normalized question.
         small_topics: topics left out, with their number of different questions.
         train_topics, eval_topics: rows per topic on each side.
-        sha256: of each file written, by name.
+        sha256: name -> hash of each file written.
     """
 
     folder: Path
@@ -107,10 +107,10 @@ class ChatterbotReport:
 
 
 def build_chatterbot(folder: str | os.PathLike[str], seed: int = 0) -> ChatterbotReport:
-    """Write the data set into `folder`: the same seed gives the same bytes.
+    """Write the data set into `folder`; the same seed gives the same bytes.
 
-    Files: train.jsonl and eval.jsonl (short system prompt, question, JSON answer), schema.json (what an answer must
-    validate against), base_prompt.txt (the system prompt for the untuned model), and, last of all, dataset_report.json.
+    Files: train.jsonl and eval.jsonl (short system prompt, question, JSON answer), schema.json (an answer's JSON
+    Schema), base_prompt.txt (the system prompt for the untuned model), and, last of all, dataset_report.json.
 
     Raises:
         DataError: the corpus is not installed (the message has the command) or is not version 1.3.3.
@@ -163,14 +163,14 @@ def answer_schema(topics: Sequence[str]) -> dict[str, Any]:
 
 
 def short_prompt(topics: Sequence[str]) -> str:
-    """Return the system prompt that the model is tuned with."""
+    """Return the system prompt for the tuned model, in training and after."""
     return SHORT_SYSTEM_PROMPT % ", ".join(topics)
 
 
 def base_prompt(train: Sequence[Record], hints: int = 3) -> str:
     """Return the system prompt for the untuned model: `BASE_INSTRUCTIONS`, then each topic with some of its questions.
 
-    The questions come from the training records only and are spread evenly over the topic's.
+    The questions come from the training records only and are spread evenly over each topic's.
     """
     questions: dict[str, list[str]] = {}
     for record in train:
@@ -200,7 +200,7 @@ def _find_corpus() -> tuple[Path, str]:
     try:
         version = importlib.metadata.version("chatterbot-corpus")
     except importlib.metadata.PackageNotFoundError:
-        version = "of unknown version"  # a copied folder; the hashes in the report tell
+        version = "of unknown version"  # a copied folder; the report's hashes identify it
     else:
         if version != CORPUS_VERSION:
             raise DataError(f"chatterbot-corpus {version} is installed, expected {CORPUS_VERSION}; run: {command}")
@@ -208,7 +208,7 @@ def _find_corpus() -> tuple[Path, str]:
 
 
 def _read_pairs(corpus: Path) -> tuple[list[tuple[str, str, str, str]], list[str]]:
-    """Return (topic, question, answer, source) of every conversation, and the entries that are none."""
+    """Return (topic, question, answer, source) of every conversation, and the malformed entries."""
     pairs: list[tuple[str, str, str, str]] = []
     malformed: list[str] = []
     for path in sorted(corpus.glob("*.yml"), key=lambda path: path.name):
@@ -236,7 +236,7 @@ def _topic_counts(records: Sequence[Record], topics: Sequence[str]) -> dict[str,
 
 
 def _report_json(report: ChatterbotReport) -> dict[str, Any]:
-    """Return the report without the folder: the same data set has the same report wherever it lies."""
+    """Return the report without the folder, so that the same data set has the same report anywhere."""
     values = asdict(report)
     del values["folder"]
     return {

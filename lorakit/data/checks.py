@@ -1,7 +1,7 @@
-"""Checks a data set needs before it is trained on: duplicates, and questions that are on both sides of a split.
+"""Checks of a data set before training: duplicates, and questions that are on both sides of a split.
 
-A model that has seen an evaluation question in training scores for memory, not for skill. The most frequent way there
-is a question that occurs twice with a different comma, so questions are compared in normalized form.
+A model that has seen an evaluation question in training scores for memory, not for skill. The usual cause is a question
+that occurs twice with different punctuation, so questions are compared in normalized form.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Duplicate:
 
     Attributes:
         question: in normalized form.
-        sources: where, in order; the first is the one to keep.
+        sources: the records that ask it, in order; the first is the one to keep.
         same_answer: whether all of them also have the same assistant turns.
     """
 
@@ -51,7 +51,7 @@ class CheckReport:
 
     @property
     def leaked_count(self) -> int:
-        """How many evaluation records ask what a training record asks."""
+        """The number of evaluation records that ask the question of a training record."""
         return sum(len(overlap.eval_sources) for overlap in self.overlaps)
 
     def __str__(self) -> str:
@@ -89,10 +89,10 @@ def check_records(train: Sequence[Record], evaluation: Sequence[Record] = ()) ->
 
 
 def normalize_text(text: str) -> str:
-    """Return what is left of a text when spelling habits are taken away: case, width, punctuation, spacing.
+    """Return a text without its case, width, punctuation and spacing.
 
-    NFKC and case folding (Unicode Standard, section 5.18), then punctuation (the categories P*) is removed and
-    whitespace collapsed. Symbols stay ("2+2" is not "22"). A text of nothing but punctuation keeps it.
+    NFKC and case folding come first (Unicode Standard, section 5.18). Then punctuation (the categories P*) is removed
+    and whitespace collapsed. Symbols stay: "2+2" is not "22". A text of nothing but punctuation keeps it.
     """
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     words = "".join(character for character in folded if not unicodedata.category(character).startswith("P"))
@@ -100,7 +100,7 @@ def normalize_text(text: str) -> str:
 
 
 def question_of(record: Record) -> str:
-    """Return what a record asks, normalized: its user turns, or all that is not the assistant's, or else everything."""
+    """Return a record's question, normalized: its user turns, or its system and tool turns, or else everything."""
     for roles in (("user",), ("system", "tool"), ("assistant",)):
         if texts := [message.content for message in record.messages if message.role in roles]:
             return "\n".join(map(normalize_text, texts))
@@ -134,9 +134,9 @@ def split_records(
 ) -> tuple[list[Record], list[Record]]:
     """Split into (train, evaluation) with no question on both sides; both keep the order of `records`.
 
-    Records that ask the same question stay together. With `stratify_by` each value it returns (a group of duplicates
-    goes by its first record) gets its share, by largest remainders; no value is taken from training altogether. The
-    same records and seed give the same split on every machine.
+    Records that ask the same question stay together. With `stratify_by`, each value that it returns gets its share by
+    largest remainders, and keeps at least one question in training. The first record of a group of duplicates decides
+    the group's value. The same records and seed give the same split on every machine.
 
     Raises:
         ConfigError: eval_fraction is not between 0 and 1.
@@ -144,7 +144,7 @@ def split_records(
     """
     if not 0 < eval_fraction < 1:
         raise ConfigError(f"eval_fraction must be between 0 and 1, both excluded (got {eval_fraction})")
-    strata: dict[Hashable, list[tuple[str, int]]] = {}  # value -> (question, how many records ask it)
+    strata: dict[Hashable, list[tuple[str, int]]] = {}  # value -> (question, number of records that ask it)
     for question, group in _grouped(records).items():
         strata.setdefault(stratify_by(group[0]) if stratify_by else None, []).append((question, len(group)))
     quotas = _apportion([sum(size for _, size in groups) for groups in strata.values()], eval_fraction)

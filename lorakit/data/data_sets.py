@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import ConfigError, did_you_mean
 from .chatterbot import build_chatterbot
 
-# name -> (folder, seed of the split) -> a report, whose str() says what was written
+# name -> (folder, seed of the split) -> report; its str() says what was written
 DATA_SETS: dict[str, Callable[[Path, int], object]] = {"chatterbot": build_chatterbot}
 
 
@@ -17,7 +17,7 @@ def build_data_set(name: str, folder: Path, seed: int = 0) -> object:
 
     Raises:
         ConfigError: there is no data set of this name.
-        DataError: what it is made from is not installed.
+        DataError: the package that it is made from is not installed.
         StorageError: the folder cannot be written.
     """
     if name not in DATA_SETS:

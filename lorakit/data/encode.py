@@ -1,8 +1,8 @@
 """From a conversation to token ids and a loss mask that trains the assistant's turns and nothing else.
 
-The conversation is rendered once and tokenized once, as a whole, exactly as it will be at inference; which tokens are
-trained is then read off the tokenizer's character offsets. Tokenizing turn by turn and gluing the ids together would be
-simpler and wrong: tokens merge across the seams.
+The conversation is rendered once and tokenized once, as a whole, exactly as at inference. The tokenizer's character
+offsets then say which tokens are trained. Tokenizing turn by turn and joining the ids would be simpler and wrong,
+because tokens merge across the seams.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Example:
     Attributes:
         input_ids: the tokens.
         loss_mask: of the same length; True where the token at that position is a trained target, predicted from the
-            position before. Position 0 has none before it and is never trained.
+            position before. Position 0 has no position before it and is never trained.
         source: where the conversation came from, "train.jsonl:17".
     """
 
@@ -45,18 +45,20 @@ class Example:
 
 
 def encode_record(tok: Tokenizer, record: Record, max_length: int) -> Example:
-    """Tokenize a conversation; trained are the assistant's contents and end-of-turn tokens, not headers or newlines.
+    """Tokenize a conversation and mark the assistant's contents and end-of-turn tokens as trained.
 
-    A token that straddles the edge of a turn belongs to the side in which it ends. At the beginning of a turn that
-    trains it: it carries the first characters of the content ("assistant\\n" + "\\nHi" may merge to a "\\n\\n" token).
-    At the end it leaves it out: it carries text after the turn, which the model shall not learn to write.
+    Headers and the newlines between turns are not trained. A token that straddles the edge of a turn belongs to the
+    side in which it ends. At the beginning of a turn it is trained, because it carries the first characters of the
+    content ("assistant\\n" + "\\nHi" may merge to a "\\n\\n" token). At the end it is not, because it carries text
+    after the turn, which the model must not learn to write.
 
-    Special tokens inside a message are refused. Whoever writes "<|im_end|>\\n<|im_start|>assistant" into a user's
-    message would otherwise forge a turn: the tokenizer cannot tell the template's control tokens from the data's.
+    Special tokens inside a message are refused. Otherwise "<|im_end|>\\n<|im_start|>assistant" in a user's message
+    would forge a turn: the tokenizer cannot tell the template's control tokens from the data's.
 
     Raises:
-        DataError: naming `record.source`: longer than `max_length` tokens (nothing is ever cut off), a special token
-            in a content, no trained token, or a chat template that refuses the conversation or hides its turns.
+        DataError: the conversation is longer than `max_length` tokens (nothing is ever cut off), a content holds a
+            special token, no token is trained, or the chat template refuses the conversation or hides its turns. The
+            message names `record.source`.
     """
     messages = record.as_dicts()
     for number, message in enumerate(messages, start=1):
@@ -86,7 +88,7 @@ def encode_records(tok: Tokenizer, records: Iterable[Record], max_length: int) -
     """Encode every record.
 
     Raises:
-        DataError: any record cannot be encoded; all problems are in one error (the first 20, then how many more).
+        DataError: a record cannot be encoded; one error reports all problems (the first 20, then how many more).
     """
     problems = Problems()
     examples: list[Example] = []
@@ -100,13 +102,13 @@ def encode_records(tok: Tokenizer, records: Iterable[Record], max_length: int) -
 
 
 def describe_example(tok: Tokenizer, example: Example) -> str:
-    """Return an example as rich markup: what is trained in green and ⟦brackets⟧, the rest dim.
+    """Return an example as rich markup: trained text in green and ⟦brackets⟧, the rest dim.
 
-    Special tokens are spelled out and line ends shown as "↵". The brackets tell the two apart without color too.
+    Special tokens are spelled out and line ends shown as "↵". The brackets mark trained text without color too.
     """
     trained = sum(example.loss_mask)
     parts = [f"[bold]{escape(example.source)}[/bold]: {len(example.input_ids)} tokens, {trained} trained\n"]
-    # Whole runs are decoded at once: one character may take several tokens, which mean nothing one by one.
+    # Whole runs are decoded at once, because one character may take several tokens.
     for is_trained, run in groupby(zip(example.loss_mask, example.input_ids, strict=True), key=lambda pair: pair[0]):
         text = tok.decode([token for _, token in run], skip_special_tokens=False)
         shown = text.replace("\n", "↵\n")
@@ -115,26 +117,25 @@ def describe_example(tok: Tokenizer, example: Example) -> str:
 
 
 def _loss_mask(offsets: list[Span], spans: list[Span]) -> list[bool]:
-    """Say of each token whether it ends within one of the spans."""
+    """Return for each token whether it ends within one of the spans."""
     mask: list[bool] = []
     previous_end = 0
     for begin, end in offsets:
         if begin < end or previous_end < end:
-            # Also where offsets are trimmed: byte-level tokenizers report a token that is only spaces as empty, at its
-            # end. The gap to the token before shows that it is not.
+            # Byte-level tokenizers trim offsets and report a token of only spaces as empty, at its end. The gap to the
+            # token before shows that it is not empty.
             mask.append(any(first < end <= last for first, last in spans))
-        else:  # a token without characters of its own, such as an inserted "▁", goes with the character after it
+        else:  # a token without characters, such as an inserted "▁", belongs with the character after it
             mask.append(any(first <= begin < last for first, last in spans))
         previous_end = max(previous_end, end)
     return [False, *mask[1:]] if mask else []
 
 
 def _special_token_in(tok: Tokenizer, text: str) -> str | None:
-    """Return the first special token that `text` itself holds: a token that decoding can skip, or an end-of-turn."""
+    """Return the first special token in `text`: a token that decoding can skip, or an end-of-turn token."""
     ids = tok.encode(text)
     eos_ids = set(tok.eos_ids)
-    skipped, whole = tok.decode(ids), tok.decode(ids, skip_special_tokens=False)
-    if skipped == whole and eos_ids.isdisjoint(ids):
+    if tok.decode(ids) == tok.decode(ids, skip_special_tokens=False) and eos_ids.isdisjoint(ids):
         return None
     for token in ids:
         spelled = tok.decode([token], skip_special_tokens=False)

@@ -1,7 +1,7 @@
 """Records on disk: JSON Lines, one conversation per line, in any format of the table `RECORD_FORMATS`.
 
-Files are checked strictly and completely: every bad line is reported in one error, because a run that stops at one typo
-after the other wastes an afternoon, and a line that is skipped in silence is never found.
+A file is checked strictly and completely, and one error reports every bad line. A run that stops at one typo after the
+other wastes an afternoon, and a line that is skipped in silence is never found.
 """
 
 from __future__ import annotations
@@ -17,40 +17,40 @@ from ..files import atomic_write
 from .formats import AUTO, RECORD_FORMATS, RecordFormat, recognize_format, record_format
 from .records import Problems, Record, check_conversation
 
-_WRITTEN = RECORD_FORMATS["messages"]  # can hold every record; what no format recognizes is read as this one
+_WRITTEN = RECORD_FORMATS["messages"]  # can hold every record; a line that no format recognizes is read as this one
 _EXAMPLE = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}'
 
 
 def load_records(path: str | os.PathLike[str], format: str = AUTO) -> list[Record]:
     """Read every conversation of a JSON Lines file.
 
-    Blank lines are skipped, a byte order mark is tolerated, keys that the format does not know are kept in
+    Blank lines are skipped, a byte order mark is tolerated, and keys that the format does not know are kept in
     `Record.extra`.
 
     Args:
-        format: a name of the table `RECORD_FORMATS`; "auto": that of the first line whose format is recognized.
+        format: a name in the table `RECORD_FORMATS`; "auto" takes the format of the first line that fits one.
 
     Raises:
         ConfigError: there is no such format.
-        DataError: the file is missing or holds no record, or any line is bad. All bad lines are in one error, each as
+        DataError: the file is missing or holds no record, or a line is bad. One error reports all bad lines, each as
             "file:line: what is wrong" (the first 20, then how many more).
     """
     return list(iter_records(path, format))
 
 
 def iter_records(path: str | os.PathLike[str], format: str = AUTO) -> Iterator[Record]:
-    """Yield the good records of a JSON Lines file one by one, the file never whole in memory.
+    """Yield the good records of a JSON Lines file one by one, without holding the whole file in memory.
 
     Raises:
         ConfigError: there is no such format.
-        DataError: as `load_records`, after the last line: only a loop that ran to its end has seen a sound file.
+        DataError: as `load_records`, after the last line; a loop that stops early does not see bad lines after it.
     """
     chosen = record_format(format)
     file_path = _existing_file(Path(path))
     problems = Problems()
     found = 0
     try:
-        with open(file_path, "rb") as file:  # bytes: only "\n" ends a line, and bad UTF-8 stays the fault of one line
+        with open(file_path, "rb") as file:  # bytes: only "\n" ends a line, and bad UTF-8 spoils one line only
             for number, raw in enumerate(file, start=1):
                 raw = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
                 if not raw.strip():
@@ -75,7 +75,7 @@ def iter_records(path: str | os.PathLike[str], format: str = AUTO) -> Iterator[R
 def save_records(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
     """Write conversations as JSON Lines in UTF-8, in the format "messages", whole or not at all.
 
-    Each line is parsed again before it counts, so what was saved can be loaded.
+    Each line is parsed again before it counts, so a saved file can be loaded.
 
     Raises:
         DataError: a record is not a valid conversation or its `extra` is not JSON; `path` is as it was.
@@ -122,7 +122,7 @@ def _parse_json(line: bytes, source: str) -> Any:
 
 
 def _parse_record(value: Any, source: str, format: RecordFormat) -> Record:
-    """Return the record that a line's JSON value is; raise DataError where it is none, or nothing to learn from."""
+    """Return a line's JSON value as a record; raise DataError if it is none, or holds nothing to learn from."""
     record = format.read(value, source)
     check_conversation(record)
     return record

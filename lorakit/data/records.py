@@ -1,4 +1,4 @@
-"""What a data set is made of, whatever file it comes from: `Message`, `Record`, and what a conversation must be."""
+"""The parts of a data set in any file format, `Message` and `Record`, and the check of a conversation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..errors import MOST_LISTED, DataError, did_you_mean, first_few
 
 ROLES = ("system", "user", "assistant", "tool")
 
-# Names that others give to the roles and that are not near in spelling.
+# Other names for the roles that are not near in spelling.
 _ALIASES = {
     "human": "user",
     "prompter": "user",
@@ -30,13 +30,13 @@ class Message:
     content: str
 
     def as_dict(self) -> dict[str, str]:
-        """Return the form that chat templates and JSON Lines files take."""
+        """Return the message as chat templates and JSON Lines files take it."""
         return {"role": self.role, "content": self.content}
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One conversation, where it came from ("train.jsonl:17"), and what its line holds besides."""
+    """One conversation, its source ("train.jsonl:17"), and its line's other keys in `extra`."""
 
     messages: tuple[Message, ...]
     source: str
@@ -48,7 +48,7 @@ class Record:
 
 
 class Problems:
-    """Collects what is wrong with a data set to raise it as one `DataError`: 20 problems in full, the rest counted."""
+    """Collects the problems of a data set and raises them as one `DataError`: 20 in full, the rest counted."""
 
     def __init__(self) -> None:
         self.shown: list[str] = []
@@ -61,7 +61,7 @@ class Problems:
             self.shown.append(str(problem))
 
     def raise_if_any(self) -> None:
-        """Raise what was collected, or return when there is nothing.
+        """Raise the collected problems, if there are any.
 
         Raises:
             DataError: at least one problem was added.
@@ -71,7 +71,7 @@ class Problems:
 
 
 def check_conversation(record: Record) -> None:
-    """Make sure that a record is a conversation that can be learned from, whatever format it was written in.
+    """Make sure that a record, of any format, is a conversation that a model can learn from.
 
     Raises:
         DataError: a role is unknown, a content cannot be encoded, or no assistant turn says anything.

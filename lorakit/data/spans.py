@@ -1,14 +1,14 @@
 """Where the assistant's turns are in a rendered conversation, for any chat template.
 
-A template is a program: nothing says which characters of its output the model will have to write itself. Two facts find
-them without knowing the template.
+A template is a program, and nothing in its output marks the characters that the model has to write. Two facts find them
+without knowing the template.
 
-1. The generation prompt. What a chat program feeds the model before turn i is render(messages[:i]) with the generation
-   prompt. If the whole conversation begins with exactly that, the turn begins where it ends.
-2. The skeleton. Render the conversation again with each content replaced by a marker; what stands between the markers
-   is the template's own text. Fitted over the real rendering it tells where each content is, to the character. This
-   serves templates that render an unfinished conversation differently: they open a reasoning block in the generation
-   prompt, move the system message, or have no generation prompt.
+1. The generation prompt. Before turn i, a chat program feeds the model render(messages[:i]) with the generation prompt.
+   If the whole conversation begins with exactly that text, the turn begins where the text ends.
+2. The skeleton. Render the conversation again with each content replaced by a marker. The text between the markers is
+   the template's own. Fitted over the real rendering, it locates each content to the character. This serves templates
+   that render an unfinished conversation differently: they open a reasoning block in the generation prompt, move the
+   system message, or have no generation prompt.
 
 The turn ends with the first end-of-turn token after its beginning. Since no content may hold a special token
 (`encode.py` sees to that), this can only be the template's.
@@ -30,7 +30,7 @@ Messages = Sequence[Mapping[str, str]]
 
 _MARK = re.compile("\ue000([0-9]+)\ue001")  # private-use characters: no template tests for them or strips them
 
-# What templates do to a content, most frequent first; the first that fits the skeleton is taken.
+# How templates change a content, most frequent first; the first that fits the skeleton is taken.
 _RENDERED_FORMS: tuple[Callable[[str], str], ...] = (
     lambda content: content,
     str.strip,
@@ -79,8 +79,8 @@ def _turn_start(
         start = len(prompt)
         if prompt != _try_render(tok, messages[:index]):
             return start
-        # This template has no generation prompt: either its user turns end with one ("[/INST]"), or it would leave
-        # the header to the model, and a header is not content to learn.
+        # This template has no generation prompt. Either its user turns end with one ("[/INST]"), or it would leave the
+        # header to the model, and a header is no content to learn.
         if located is not None and not rendered[start : located[index][0]].strip():
             return start
     if located is None:
@@ -93,7 +93,7 @@ def _turn_start(
 
 
 def _locate_contents(tok: Tokenizer, messages: Messages, rendered: str) -> dict[int, Span] | None:
-    """Return the spans of the assistant's contents by message index, or None when the skeleton does not fit."""
+    """Return the spans of the assistant's contents by message index, or None if the skeleton does not fit."""
     marked = [{**message, "content": f"\ue000{index}\ue001"} for index, message in enumerate(messages)]
     skeleton = _try_render(tok, marked)
     if skeleton is None:
@@ -112,7 +112,7 @@ def _locate_contents(tok: Tokenizer, messages: Messages, rendered: str) -> dict[
         else:
             return None
         if index in found:
-            return None  # rendered twice: which of them is the turn?
+            return None  # rendered twice: ambiguous
         if messages[index]["role"] == "assistant":
             found[index] = (position, end)
         position = end + len(following)

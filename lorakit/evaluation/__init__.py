@@ -1,4 +1,4 @@
-"""Measuring what a run did: task metrics with intervals, the before/after verdict, perplexity on general text."""
+"""Evaluation of a run: task metrics with intervals, the before/after verdict, perplexity on general text."""
 
 from .bootstrap import Difference, bootstrap_interval, paired_difference
 from .config import BasePrompt, EvalConfig, general_text

@@ -1,12 +1,12 @@
-"""How far a mean over held-out rows can be trusted: percentile bootstrap intervals, alone and paired.
+"""The uncertainty of a mean over held-out rows: percentile bootstrap intervals, alone and paired.
 
-A held-out set is a sample. Another hundred rows would have given another mean; the bootstrap (Efron 1979) redraws the
-rows with replacement many times and reads the spread off the redrawn means. Comparing two models on the *same* rows is
-done on the per-row differences, which removes the part of the spread that only says some rows are harder than others.
+A held-out set is a sample. Another hundred rows would have given another mean. The bootstrap (Efron 1979) redraws the
+rows with replacement many times and reads the spread off the redrawn means. Two models are compared on the *same* rows
+by their per-row differences. That removes the spread between easy and hard rows.
 
-What the interval cannot do: with few rows it is too narrow (one row gives an interval of width zero), and for a 0/1
-metric four changes in one direction and none in the other are already enough to exclude zero. `gate.verdict` therefore
-asks for a minimum number of rows before it calls anything a difference.
+The interval has limits. With few rows it is too narrow: one row gives an interval of width zero. For a 0/1 metric, four
+changes in one direction and none in the other are enough to exclude zero. `gate.verdict` therefore requires a minimum
+number of rows before it calls anything a difference.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def bootstrap_interval(
 
     Args:
         rows: one finite number per held-out row, shape (rows,).
-        samples: how many times the rows are redrawn with replacement.
+        samples: the number of redraws of the rows, with replacement.
         confidence: the interval's coverage, between 0 and 1.
         seed: the same seed, rows and samples give the same interval.
 
@@ -63,7 +63,7 @@ def bootstrap_interval(
     if not 0.0 < confidence < 1.0:
         raise ValueError(f"confidence is a share between 0 and 1, got {confidence}")
     if values.min() == values.max():
-        return float(values[0]), float(values[0])  # every redrawn mean is that value; summing would only add rounding
+        return float(values[0]), float(values[0])  # every redrawn mean is this value; summing would add rounding
     tail = (1.0 - confidence) / 2.0
     low, high = np.quantile(_redrawn_means(values, samples, seed), [tail, 1.0 - tail])
     return float(low), float(high)

@@ -1,7 +1,7 @@
-"""What a recipe says under `evaluation`, and the files it names: instructions for the base, text for perplexity.
+"""The `eval` section of a recipe, and the files that it names: instructions for the base, text for perplexity.
 
-The base model is asked with the strongest prompt we can give it (instructions and a few worked examples), the tuned one
-with the short prompt it was trained on. Otherwise a run would "help" merely by telling the tuned model what is wanted.
+The base model gets the strongest prompt we can give it (instructions and a few worked examples), the tuned model the
+short prompt that it was trained on. Otherwise a run would "help" merely because tuning told the model the task.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ AnyMetric = Annotated[SerializeAsAny[MetricConfig], BeforeValidator(metric_confi
 
 
 class BasePrompt(Settings):
-    """How the base model is asked.
+    """The prompt of the base model.
 
     Raises:
         ConfigError: both `instructions` and `instructions_file` are given.
     """
 
     instructions: str | None = Field(None, min_length=1, description="system prompt in place of the record's own")
-    instructions_file: Path | None = Field(None, description="text file that holds the instructions")
+    instructions_file: Path | None = Field(None, description="text file with the instructions")
     examples: int = Field(4, ge=0, description="training records shown before the question, as earlier turns")
 
     @model_validator(mode="after")
@@ -54,7 +54,7 @@ class BasePrompt(Settings):
 
 
 class EvalConfig(Settings):
-    """What is measured on the held-out records, before and after.
+    """The evaluation on the held-out records, before and after training.
 
     Raises:
         ConfigError: an unknown key or metric, a wrong type, a value out of range, or two metrics of one name.
@@ -65,12 +65,12 @@ class EvalConfig(Settings):
         min_length=1,
         description="mappings with `kind` and its parameters, or bare kinds",
     )
-    base_prompt: BasePrompt = Field(BasePrompt(), description="how the base model is asked")
-    max_new_tokens: int = Field(256, ge=1, description="most tokens of an answer")
+    base_prompt: BasePrompt = Field(BasePrompt(), description="the prompt of the base model")
+    max_new_tokens: int = Field(256, ge=1, description="maximum number of tokens in an answer")
     batch_size: int = Field(16, ge=1, description="answers generated at a time")
     general_text: Path | None = Field(None, description="text for the general perplexity; null: lorakit's own")
-    bootstrap_samples: int = Field(2000, ge=100, description="how often rows are redrawn for an interval")
-    limit: int | None = Field(None, ge=1, description="evaluate only the first so many held-out records; null: all")
+    bootstrap_samples: int = Field(2000, ge=100, description="number of times that rows are redrawn for an interval")
+    limit: int | None = Field(None, ge=1, description="number of held-out records to evaluate; null: all")
 
     @model_validator(mode="after")
     def _labels_differ(self) -> EvalConfig:
@@ -82,7 +82,7 @@ class EvalConfig(Settings):
 
 
 def general_text(path: Path | None = None) -> str:
-    """Return the text that perplexity is measured on: the file at `path`, or the one that comes with lorakit.
+    """Return the text for general perplexity: the file at `path`, or the one that comes with lorakit.
 
     Raises:
         DataError: the file cannot be read as UTF-8 text or holds nothing but whitespace.

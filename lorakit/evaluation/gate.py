@@ -1,7 +1,7 @@
-"""Did it help? One honest sentence from two sets of scores, and the findings behind it.
+"""The verdict: one sentence that says whether a run helped, and the findings behind it.
 
-A metric "rose" or "fell" only when the paired bootstrap interval of its change excludes zero. Perplexity on general
-text is read apart: it says nothing about the task and much about what the adapter did to everything else.
+A metric "rose" or "fell" only if the paired bootstrap interval of its change excludes zero. Perplexity on general text
+is judged apart. It says nothing about the task, but shows what the adapter did to everything else.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from dataclasses import dataclass, field
 from .bootstrap import Difference, paired_difference
 from .metrics import Score
 
-# With fewer rows percentile intervals are too narrow to be believed (see bootstrap.py), so nothing is called a change.
+# With fewer rows percentile intervals are too narrow (see bootstrap.py), so nothing is called a change.
 FEWEST_ROWS = 20
 
-# Relative change of the perplexity on general text. Both are conventions of this project, not results: up to 1% is
-# called unchanged, and a rise of more than a tenth is called forgetting.
+# Relative changes of the perplexity on general text. Both limits are conventions, not results: up to 1% counts as
+# unchanged, and a rise of more than a tenth as forgetting.
 UNCHANGED = 0.01
 FORGETTING = 0.10
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a run did.
+    """Whether a run helped.
 
     Attributes:
         helped: True: at least one metric rose and none fell. False: at least one fell and none rose, or the perplexity
@@ -32,7 +32,7 @@ class Verdict:
         sentence: one sentence in words and figures.
         findings: one sentence per metric, then one on general perplexity.
         differences: tuned minus base of each metric, over the same rows.
-        forgot: whether the perplexity on general text rose by more than `FORGETTING`; None where it was not measured.
+        forgot: whether the perplexity on general text rose by more than `FORGETTING`; None if it was not measured.
     """
 
     helped: bool | None
@@ -53,13 +53,13 @@ def verdict(
     """Compare the base model (strong prompt) with the tuned one (short prompt) on the same held-out rows.
 
     Args:
-        before: the base model's scores as from `evaluate_outputs`, or None when it was not evaluated.
+        before: the base model's scores from `evaluate_outputs`, or None if it was not evaluated.
         after: the tuned model's scores, on the same rows.
-        perplexity_before, perplexity_after: on the same general text; None where not measured.
-        samples, seed: of the paired bootstrap.
+        perplexity_before, perplexity_after: on the same general text; None if not measured.
+        samples, seed: settings of the paired bootstrap.
 
     Raises:
-        DataError: the two do not score the same rows.
+        DataError: `before` and `after` do not score the same rows.
     """
     perplexity = perplexity_finding(perplexity_before, perplexity_after)
     forgot = forgets(perplexity_before, perplexity_after)
@@ -81,14 +81,14 @@ def verdict(
 
 
 def forgets(before: float | None, after: float | None) -> bool | None:
-    """Whether perplexity on general text rose by more than `FORGETTING`; None where either was not measured."""
+    """Return whether perplexity on general text rose by more than `FORGETTING`; None if either was not measured."""
     if before is None or after is None:
         return None
-    return not after <= before * (1.0 + FORGETTING)  # so written, NaN counts as forgetting
+    return not after <= before * (1.0 + FORGETTING)  # this form counts NaN as forgetting
 
 
 def perplexity_finding(before: float | None, after: float | None) -> str | None:
-    """Return what happened to the perplexity on general text, in words; None where the tuned model's is not known."""
+    """Return the change of the perplexity on general text in words; None if the tuned model's is not known."""
     if after is None:
         return None
     if before is None:
@@ -105,7 +105,7 @@ def perplexity_finding(before: float | None, after: float | None) -> str | None:
 
 
 def format_score(value: float, best: float = 1.0) -> str:
-    """Format a score: two decimals for shares, one for chrF, more where rounding would make it perfect or zero."""
+    """Format a score: two decimals for shares, one for chrF, more if rounding would make it perfect or zero."""
     decimals = 2 if best <= 1.0 else 1
     while decimals < 4 and value not in (0.0, best) and round(value, decimals) in (0.0, best):
         decimals += 1
@@ -113,7 +113,7 @@ def format_score(value: float, best: float = 1.0) -> str:
 
 
 def format_perplexity(value: float) -> str:
-    """Format a perplexity: one decimal, none from a thousand on."""
+    """Format a perplexity: one decimal below a thousand, none above."""
     return f"{value:.1f}" if value < 1000 or not math.isfinite(value) else f"{value:,.0f}"
 
 

@@ -1,11 +1,11 @@
-"""Task metrics: what each held-out output scores, and the table that turns a recipe's `kind` into a function.
+"""Task metrics: the score of each held-out output, and the table that turns a recipe's `kind` into a function.
 
-A metric is a function (its settings, outputs, references) -> one score per row. Keeping the rows, instead of one
-number, is what makes exact bootstrap intervals and paired comparisons possible. A new metric is one function and one
-line in `METRICS`, which the recipe, the report and the reference page read; it picks the parameter class it needs
-(`MetricConfig`: none, `FieldMetric`, `SchemaMetric`).
+A metric is a function (its settings, outputs, references) -> one score per row. Scores per row, instead of one number,
+make exact bootstrap intervals and paired comparisons possible. A new metric is one function and one line in `METRICS`,
+which the recipe, the report and the reference page read. Its line names its parameter class: `MetricConfig` without
+parameters, `FieldMetric` or `SchemaMetric`.
 
-Shares and accuracies run from 0 to 1, chrF from 0 to 100, as the field reports them. How JSON is read: strict_json.py.
+Shares and accuracies run from 0 to 1, chrF from 0 to 100, as the field reports them. strict_json.py reads the JSON.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..settings import Settings
 from .bootstrap import Scores, bootstrap_interval
 from .strict_json import parse_json, same_json
 
-RESERVED_NAMES = ("perplexity_general", "intervals")  # they stand beside the metrics in a run's metrics.json
+RESERVED_NAMES = ("perplexity_general", "intervals")  # keys beside the metrics in a run's metrics.json
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,14 @@ class Score:
 
 
 class MetricConfig(Settings):
-    """A metric as a recipe names it: `kind`, and a `name` for tables where the default does not do."""
+    """A metric as a recipe names it: its `kind`, and optionally a `name` for tables."""
 
     kind: str
     name: str | None = Field(default=None, min_length=1)
 
     @property
     def label(self) -> str:
-        """The name in tables and files: `name`, or the kind's own, such as "topic_accuracy"."""
+        """The name in tables and files: `name`, or the kind's default, such as "topic_accuracy"."""
         return self.name or METRICS[self.kind].default_name.format(**self.model_dump())
 
     @property
@@ -124,7 +124,7 @@ def metric_config(values: Any) -> MetricConfig:
     """Build the right `MetricConfig` from a mapping with `kind`, or from a bare kind such as "chrf".
 
     Raises:
-        ConfigError: the kind is unknown, or its parameters are not the ones it takes.
+        ConfigError: the kind is unknown, or does not take these parameters.
     """
     if isinstance(values, MetricConfig):
         return values
@@ -150,14 +150,14 @@ def evaluate_outputs(
     """Score `outputs` against `references`, row by row, on every metric.
 
     Args:
-        outputs, references: the model's texts and the right ones, in the same order.
-        metrics: what to score; the result has their labels as keys, in their order.
-        sources: where each row comes from ("eval.jsonl:17"), for messages.
-        samples, seed: of the bootstrap.
+        outputs, references: the model's texts and the reference texts, in the same order.
+        metrics: the metrics; the result has their labels as keys, in their order.
+        sources: the source of each row ("eval.jsonl:17"), for messages.
+        samples, seed: settings of the bootstrap.
 
     Raises:
         DataError: no rows, unequal lengths, or a reference that `check_references` refuses.
-        ConfigError: a schema is unreadable or invalid, or a package that a metric needs is not installed.
+        ConfigError: a schema is unreadable or invalid, or a metric's package is not installed.
     """
     if len(outputs) != len(references):
         raise DataError(f"{len(outputs)} outputs cannot be scored against {len(references)} references")
@@ -173,10 +173,10 @@ def evaluate_outputs(
 def check_references(
     references: Sequence[str], metrics: Sequence[MetricConfig], sources: Sequence[str] | None = None
 ) -> None:
-    """Make sure that every reference would itself get the best score; worth calling before an hour of training.
+    """Make sure that every reference gets the best score against itself; call it before an hour of training.
 
     Raises:
-        DataError: one does not; the first 20 are listed with their source.
+        DataError: a reference does not; the first 20 are listed with their source.
         ConfigError: as `evaluate_outputs`.
     """
     problems = Problems()
@@ -191,7 +191,7 @@ def check_references(
 
 
 def row_scores(scores: Mapping[str, Score], index: int) -> dict[str, float]:
-    """Return what row `index` scored on each metric, as predictions.jsonl keeps it."""
+    """Return the score of row `index` on each metric, for predictions.jsonl."""
     return {name: float(score.rows[index]) for name, score in scores.items()}
 
 
@@ -215,18 +215,18 @@ def exact_match(metric: MetricConfig, outputs: Sequence[str], references: Sequen
 def chrf(metric: MetricConfig, outputs: Sequence[str], references: Sequence[str]) -> Scores:
     """Sentence chrF2 of the whole text (Popović 2015), 0 to 100, as sacrebleu computes it with its defaults.
 
-    The value reported is the mean over rows, not sacrebleu's corpus chrF (which pools n-gram counts, so that long rows
-    weigh more): only a mean over rows can be bootstrapped and compared row by row exactly.
+    The reported value is the mean over rows. sacrebleu's corpus chrF pools n-gram counts instead, so long rows weigh
+    more. Only a mean over rows can be bootstrapped and compared row by row exactly.
     """
     sentence_chrf = _optional("sacrebleu", metric.kind).sentence_chrf
     return _scores(sentence_chrf(text, [reference]).score for text, reference in zip(outputs, references, strict=True))
 
 
 def json_schema(metric: SchemaMetric, outputs: Sequence[str], references: Sequence[str]) -> Scores:
-    """1 where the output is exactly one JSON value valid against the schema, else 0; references play no part.
+    """1 where the output is exactly one JSON value valid against the schema, else 0; references are not used.
 
-    The draft is the one `$schema` names, 2020-12 without it; "format" is an annotation, as is the standard's default.
-    A `$ref` resolves inside the schema only; nothing is fetched.
+    `$schema` names the draft, by default 2020-12. "format" is an annotation, the standard's default. A `$ref` resolves
+    inside the schema only; nothing is fetched.
     """
     jsonschema, referencing = _optional("jsonschema", metric.kind), _optional("referencing", metric.kind)
     schema = metric.load()
@@ -290,10 +290,10 @@ class Metric:
         parameters: the settings class that the function takes first.
         rows: (settings, outputs, references) -> scores, shape (rows,), float64.
         default_name: the label without a `name`; may use the settings' fields.
-        best: the highest value a row can score; a reference must reach it against itself.
-        reference_needs: what a reference must be for that, in words.
-        example_key: (settings, reference) -> what should differ between the worked examples that the base model is
-            shown, where the metric scores one of a few values, such as a topic; None: it does not.
+        best: the highest score of a row; a reference must reach it against itself.
+        reference_needs: the condition for that, in words: "a reference that is ...".
+        example_key: (settings, reference) -> the value that should differ between the base model's worked examples,
+            for a metric that scores one of a few values, such as a topic; None for other metrics.
     """
 
     parameters: type[MetricConfig]
@@ -323,7 +323,7 @@ MISSING = object()  # an absent field; not None, which is a JSON value
 
 
 def read_field(text: str, name: str) -> Any:
-    """Return a top-level field of the JSON object that `text` is, or `MISSING`."""
+    """Return a top-level field of the JSON object in `text`, or `MISSING`."""
     try:
         value = parse_json(text)
     except ValueError:

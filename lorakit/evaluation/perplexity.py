@@ -1,4 +1,4 @@
-"""Perplexity on a text that has nothing to do with the task: what tuning did to everything else."""
+"""Perplexity on a text unrelated to the task: the effect of tuning on everything else."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def perplexity(model: Decoder, tok: Tokenizer, text: str, window: int = 512) -> 
         DataError: the text has fewer than two tokens.
     """
     ids = torch.tensor(tok.encode(text), device=model.device)
-    parts = [part for part in ids.split(min(window, model.config.context_length)) if len(part) > 1]
-    if not parts:
+    windows = [piece for piece in ids.split(min(window, model.config.context_length)) if len(piece) > 1]
+    if not windows:
         raise DataError(f"perplexity needs a text of at least two tokens, got {len(ids)}")
-    losses = torch.cat([sequence_losses(model, part) for part in parts])
+    losses = torch.cat([sequence_losses(model, piece) for piece in windows])
     mean = float(losses.double().mean())
     return math.exp(mean) if mean < 700 else math.inf

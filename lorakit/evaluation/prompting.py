@@ -1,8 +1,8 @@
-"""How the base and the tuned model are asked the same question.
+"""Prompts that ask the base and the tuned model the same question.
 
-The tuned model gets the short prompt it was trained on: the record up to its answer. The base model, which was never
-shown the task, gets the strongest prompt that needs no training: instructions in place of the system prompt, and worked
-examples as earlier turns (Brown et al. 2020, arXiv:2005.14165). Only then does the comparison say what training bought.
+The tuned model gets the short prompt that it was trained on: the record up to its answer. The base model has never seen
+the task. It gets the strongest prompt that needs no training: instructions in place of the system prompt, and worked
+examples as earlier turns (Brown et al. 2020, arXiv:2005.14165). Only so does the comparison show the gain of training.
 
 Examples come from the training records alone; one from the held-out set would give an answer away.
 """
@@ -17,7 +17,7 @@ from ..data.records import Message, Record
 from ..errors import DataError
 from .metrics import METRICS, MetricConfig
 
-Chat = list[dict[str, str]]  # what `Tokenizer.render_chat` and `generate` take
+Chat = list[dict[str, str]]  # messages as `Tokenizer.render_chat` and `generate` take them
 Key = Callable[[Record], Hashable]
 
 
@@ -44,9 +44,9 @@ def prompted_messages(
     """Build the base model's prompt: instructions, the examples' turns, then the question.
 
     Args:
-        record_messages: the record's messages; a final answer is left out, whether it is there or not.
+        record_messages: the record's messages; a final answer is left out.
         instructions: the system prompt; None keeps the record's own.
-        examples: training records, as from `choose_examples`; their turns come first, without their system prompts.
+        examples: training records from `choose_examples`; their turns come first, without their system prompts.
     """
     messages = list(record_messages)
     if messages and messages[-1].role == "assistant":
@@ -65,9 +65,9 @@ def choose_examples(train_records: Sequence[Record], count: int, key: Key | None
     the one whose length is nearest to the group's median. Four examples of four topics teach more than four of one.
 
     Args:
-        train_records: what the model is trained on, never the held-out records.
-        count: how many to choose; fewer come back when there are fewer records.
-        key: what should differ between examples; by default the reference answer.
+        train_records: the training records, never the held-out records.
+        count: the number to choose; fewer are returned if there are fewer records.
+        key: record -> the value that should differ between examples; by default the reference answer.
 
     Raises:
         DataError: a record does not end with an answer.

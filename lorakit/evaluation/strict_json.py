@@ -1,8 +1,8 @@
-"""Reading a model's output as JSON the way the program behind it will: whole, strictly, or not at all.
+"""Reading a model's output as JSON as strictly as the program that will consume it.
 
-The whole output, stripped of surrounding whitespace, must be exactly one JSON value. No code fence is peeled off and no
-text around it is forgiven; NaN and Infinity are not JSON; and an object that repeats a key is refused, since RFC 8259
-leaves its meaning open and two programs may read two different values from it.
+The whole output, stripped of surrounding whitespace, must be exactly one JSON value. A code fence or other text around
+it is an error. NaN and Infinity are not JSON. An object that repeats a key is refused: RFC 8259 leaves its meaning
+open, and two programs may read two different values from it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def parse_json(text: str) -> Any:
 
 
 def same_json(first: Any, second: Any) -> bool:
-    """Whether two JSON values are equal as JSON Schema has it: 1 equals 1.0 but not true (in Python it does)."""
+    """Return whether two JSON values are equal by JSON Schema's rule: 1 equals 1.0, but unlike in Python not true."""
     if isinstance(first, bool) or isinstance(second, bool):
         return first is second
     if isinstance(first, dict) and isinstance(second, dict):

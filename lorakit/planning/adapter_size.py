@@ -1,4 +1,4 @@
-"""What an adapter has at each module, found as `add_adapter` finds it, on a model without memory."""
+"""The size of an adapter at each module, found as `add_adapter` finds it, on a model without memory."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ FP32 = 4  # bytes of an element
 
 @dataclass(frozen=True)
 class AdapterSize:
-    """What an adapter has at one module; the default is nothing.
+    """The size of an adapter at one module; the default is nothing.
 
     Attributes:
-        trained: name of the table or parameter, and its elements.
-        frozen: elements of fp32 matrices that are held and not trained: A under LoRA-FA, the start of PiSSA.
-        rank: of the low-rank update; 0: there is none.
-        variant: of the update.
+        trained: (name of a table or parameter, its elements) for each that is trained.
+        frozen: elements of fp32 matrices that are held but not trained: A under LoRA-FA, the start of PiSSA.
+        rank: rank of the low-rank update; 0: there is none.
+        variant: variant of the update.
         held: bytes that the variant keeps of the base weight.
-        follows_embedding: what of the adapter's embedding is the weight of this output head: a copy, or trained rows.
+        follows_embedding: for a tied output head, whether its weight is the adapter's copy of the embedding or has the
+            adapter's trained rows; else None.
     """
 
     trained: tuple[tuple[str, int], ...] = ()
@@ -44,16 +45,16 @@ class AdapterSize:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that the adapter holds here, its gradients and the optimizer's state left out."""
+        """Bytes that the adapter holds here, without gradients and optimizer state."""
         return FP32 * (sum(self.sizes) + self.frozen) + self.held
 
     @property
     def product_rank(self) -> int:
-        """Rank of the products of the update."""
+        """Rank of the update's products."""
         return self.variant.rank_factor * self.rank
 
     def is_fused(self, dropout: bool) -> bool:
-        """Return whether a linear layer and this adapter are one function."""
+        """Return whether a linear layer and this adapter run as one function."""
         return (
             self.rank > 0
             and self.variant.is_fused
@@ -67,27 +68,27 @@ class AdapterSize:
 
 
 def adapter_sizes(model: Decoder, lora: LoraConfig, lora_fa: bool) -> dict[str, AdapterSize]:
-    """Return what an adapter has where: path of the module -> size.
+    """Return path of a module -> the adapter's size there.
 
     Args:
-        model: a decoder, on the meta device too; it is not changed.
+        model: a decoder, possibly on the meta device; it is not changed.
         lora_fa: whether the A of linear layers are frozen.
 
     Raises:
-        AdapterError: `add_adapter` would raise it: something matches nothing, or cannot be trained so.
-        ConfigError: what is to be trained cannot be planned.
+        AdapterError: `add_adapter` would raise it: a target matches nothing, or cannot be trained this way.
+        ConfigError: the adapter trains a module that cannot be planned.
     """
     if lora.target_parameters:
-        raise ConfigError("target_parameters cannot be planned: name the layers in target_modules, where they are")
+        raise ConfigError("target_parameters cannot be planned; if they belong to layers, name these in target_modules")
     report = MatchReport("default")
     placements = plan_placements(model, lora, report)
     if lora_fa and not any("lora_A" in placement.shapes for placement in placements):
         raise ConfigError("lora_fa freezes lora_A, but the adapter has none")
-    found = {placement.path: _size(placement, lora, report, lora_fa) for placement in placements}
+    sizes = {placement.path: _size(placement, lora, report, lora_fa) for placement in placements}
     if any(isinstance(placement.module, TiedHead) for placement in placements):
-        is_copied = found["model.embed_tokens"].trains("weight")
-        found["lm_head"] = AdapterSize(follows_embedding="copy" if is_copied else "rows")
-    return found
+        is_copied = sizes["model.embed_tokens"].trains("weight")
+        sizes["lm_head"] = AdapterSize(follows_embedding="copy" if is_copied else "rows")
+    return sizes
 
 
 def _size(placement: Placement, lora: LoraConfig, report: MatchReport, lora_fa: bool) -> AdapterSize:
@@ -99,7 +100,7 @@ def _size(placement: Placement, lora: LoraConfig, report: MatchReport, lora_fa: 
         return AdapterSize(tuple(elements.items()))
     variant = lora.update_variant
     frozen = variant.frozen_copies * sum(elements[name] for name in layer.matrices)
-    if lora_fa:  # which leaves alone the A of embeddings, as that has another name
+    if lora_fa:  # the A of an embedding has another name and is still trained
         frozen += elements.pop("lora_A", 0)
     held = variant.held_bytes(layer.out_features)
     return AdapterSize(tuple(elements.items()), frozen, report.ranks[placement.path], variant, held)

@@ -1,8 +1,7 @@
-"""The floating-point operations of a training step: two for each multiplication and addition of a matrix product.
+"""The floating-point operations of a training step: two for each multiply-add of a matrix product.
 
-What is not a product (norms, rotations, dequantizing, the optimizer) is not counted: it is limited by memory, not by
-arithmetic. A frozen weight has no gradient, so that a step takes 4 FLOPs a weight and token where full fine-tuning
-takes 6.
+Only products are counted. Memory, not arithmetic, limits the rest (norms, rotations, dequantizing, the optimizer). A
+frozen weight has no gradient, so a step takes 4 FLOPs a weight and token where full fine-tuning takes 6.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ class Flops:
         forward: y = x Wᵀ of the layers' weights.
         input_gradients: dx = dy W.
         adapters: their products, forward and backward, and the gradients of weights that are trained in full.
-        attention: scores and their products with values, forward and backward; half of the square, as causality allows.
+        attention: scores and their products with values, forward and backward; the causal half of the square.
         head: logits and the gradient of the hidden states.
-        recomputed: what checkpointing computes a second time.
+        recomputed: operations that checkpointing repeats.
     """
 
     forward: int
@@ -38,7 +37,7 @@ class Flops:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """FLOPs of all parts."""
         return sum(self.parts.values())
 
     @property
@@ -51,7 +50,7 @@ class Flops:
 
 
 def step_flops(shape: ModelShape, batch: MicroBatch, checkpointing: Checkpointing, passes: int = 1) -> Flops:
-    """Return the FLOPs of the forward and backward pass of a batch, which may be cut up into several passes."""
+    """Return the FLOPs of the forward and backward pass of a batch, which may be cut into several passes."""
     forward = gradients = attention = recomputed = 0
     adapters = _embedding(shape, batch, passes)
     products = _attention_product(shape, batch)
@@ -80,7 +79,7 @@ def step_flops(shape: ModelShape, batch: MicroBatch, checkpointing: Checkpointin
 
 
 def _groups(layer: LayerShape, has_gradient: bool) -> list[tuple[Sequence[LinearShape], bool]]:
-    """Return the layers that read the same x, and whether x has a gradient."""
+    """Return the groups of layers that read the same x, each with whether x has a gradient."""
     mixed = has_gradient or is_trained(*layer.qkv)
     stream = mixed or layer.output.is_trained
     hidden = stream or is_trained(*layer.gate_up)
@@ -88,7 +87,7 @@ def _groups(layer: LayerShape, has_gradient: bool) -> list[tuple[Sequence[Linear
 
 
 def _embedding(shape: ModelShape, batch: MicroBatch, passes: int) -> int:
-    """Return the FLOPs of a low-rank update of the embedding: u Bᵀ, dy B and dyᵀ u; A is looked up, not multiplied."""
+    """Return the FLOPs of the embedding's low-rank update: u Bᵀ, dy B and dyᵀ u; A is looked up, not multiplied."""
     size, hidden = shape.embedding, shape.config.hidden_size
     per_pass = size.variant.flops(size.rank, shape.config.vocab_size, hidden)
     if size.variant.is_dense:  # B A, and the gradients of both; the lookup multiplies nothing
@@ -97,6 +96,6 @@ def _embedding(shape: ModelShape, batch: MicroBatch, passes: int) -> int:
 
 
 def _attention_product(shape: ModelShape, batch: MicroBatch) -> int:
-    """Return the FLOPs of one of attention's products, such as q kᵀ, over blocks of queries that see no later key."""
+    """Return the FLOPs of one attention product, such as q kᵀ; a block of queries sees no later keys."""
     pairs = sum((last - first) * seen for first, last, seen in query_blocks(batch.length, batch.length))
     return 2 * batch.sequences * shape.config.num_attention_heads * shape.config.head_dim * pairs

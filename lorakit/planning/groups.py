@@ -1,7 +1,7 @@
-"""What linear layers that read the same x keep for the backward pass, and the products that they take.
+"""Linear layers that read the same x: the tensors that they keep for the backward pass, and their products.
 
-Written off `layers.lora_linear` (one function of base and adapter), `AdaptedLayer.with_updates` (the same in single
-operations, where a variant asks for it) and `layers.saved_module`.
+The counts follow `layers.lora_linear` (base and adapter as one function), `AdaptedLayer.with_updates` (the same in
+single operations, for variants that need it) and `layers.saved_module`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from .shape import LinearShape
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass takes: sequences of one length, of which some tokens are trained.
+    """The input of one forward pass: sequences of one length.
 
     Attributes:
-        sequences, length: their number and tokens.
+        sequences, length: number of sequences, and tokens of each.
         trained: tokens that count in the loss.
-        dtype: of the products.
-        dropout: whether the adapters' inputs are dropped out.
-        on_cpu: whether the CPU computes, whose attention differs.
+        dtype: dtype of the products.
+        dropout: whether dropout applies to the adapters' inputs.
+        on_cpu: whether it runs on the CPU, which has another attention.
     """
 
     sequences: int
@@ -48,12 +48,12 @@ class MicroBatch:
 
 
 def is_fused(group: Sequence[LinearShape], batch: MicroBatch) -> bool:
-    """Return whether `linear_together` makes one function of a group, which can compute its x again."""
+    """Return whether `linear_together` runs a group as one function, which can recompute its x."""
     return all(linear.adapter.is_fused(batch.dropout) for linear in group)
 
 
 def recomputes_input(group: Sequence[LinearShape], batch: MicroBatch) -> bool:
-    """Return whether a group computes its x again, for which what x comes from is kept."""
+    """Return whether a group recomputes its x, from tensors that are kept for that."""
     return is_fused(group, batch) and any(linear.trains_a for linear in group)
 
 
@@ -67,8 +67,8 @@ def saved_by_group(
     """Return the bytes of each tensor that the layers of a group keep.
 
     Args:
-        recomputes_x: whether x is computed again where the group is one function, or is kept by something else anyway.
-        outputs_kept: for each layer whether the next operation keeps what it gives; default: none does.
+        recomputes_x: whether a group that is one function recomputes x, or another operation keeps x anyway.
+        outputs_kept: for each layer, whether the next operation keeps its output; default: none does.
     """
     together, tensors, keeps_x = is_fused(group, batch), list[int](), False
     for linear, is_kept in zip(group, outputs_kept or [False] * len(group), strict=True):
@@ -84,7 +84,7 @@ def saved_by_group(
             tensors += _unfused(linear, batch, x_has_gradient)
         elif linear.trains_weight:
             keeps_x = True
-            # The copy, cast; trained rows of a tied table are put into one of it in any dtype.
+            # The copy, cast; trained rows of a tied table are written into a copy in any dtype.
             is_copied = batch.dtype.itemsize < FP32 or linear.adapter.follows_embedding == "rows"
             tensors += [linear.elements * batch.dtype.itemsize] * (x_has_gradient and is_copied)
     if together:
@@ -93,7 +93,10 @@ def saved_by_group(
 
 
 def _fused_gain(linear: LinearShape, batch: MicroBatch, output_is_kept: bool) -> list[int]:
-    """DoRA's norms and gains, and the product that the gain multiplies: the output itself where there is no bias."""
+    """Return the bytes of DoRA's norms and gains, and of the product that the gain multiplies.
+
+    Without a bias, that product is the output itself.
+    """
     if not linear.adapter.variant.has_gain:
         return []
     product = [] if output_is_kept and not linear.has_bias else [batch.nbytes(linear.out_features)]
@@ -101,7 +104,7 @@ def _fused_gain(linear: LinearShape, batch: MicroBatch, output_is_kept: bool) ->
 
 
 def _unfused(linear: LinearShape, batch: MicroBatch, x_has_gradient: bool) -> list[int]:
-    """What separate operations keep, x left out where it is not dropped out."""
+    """Return the bytes of each tensor that separate operations keep; x only if dropout applies to it."""
     rank, item = linear.adapter.product_rank, batch.dtype.itemsize
     tensors = [batch.nbytes(rank)]  # u
     if batch.dropout:
@@ -110,14 +113,14 @@ def _unfused(linear: LinearShape, batch: MicroBatch, x_has_gradient: bool) -> li
         tensors += [linear.in_features * rank * item] * x_has_gradient  # A to find the gradient of x
         tensors += [linear.out_features * rank * item] * (x_has_gradient or linear.trains_a)  # B that of u
     if linear.adapter.variant.has_gain:
-        # The norms; the gain, and that less one; the product and the update that these multiply.
+        # The norms; the gain, and the gain minus one; the product and the update that they multiply.
         gains = [item * linear.out_features] * (1 + x_has_gradient)
         tensors += [FP32 * linear.out_features, *gains, *[batch.nbytes(linear.out_features)] * 2]
     return tensors
 
 
 def _dense(linear: LinearShape, batch: MicroBatch, x_has_gradient: bool) -> list[int]:
-    """What a product with a matrix of the weight's size keeps, x left out where it is not dropped out."""
+    """Return the bytes that a product with a matrix of the weight's size keeps; x only if dropout applies to it."""
     rank, item = linear.adapter.rank, batch.dtype.itemsize
     tensors = [linear.elements * item] * x_has_gradient + [linear.out_features * rank * item]  # the matrix, s B
     tensors += [linear.in_features * rank * item] * (item < FP32)  # A, cast
@@ -128,12 +131,12 @@ def _dense(linear: LinearShape, batch: MicroBatch, x_has_gradient: bool) -> list
 
 
 def forward_flops(group: Sequence[LinearShape], batch: MicroBatch) -> int:
-    """Return the FLOPs of y = x Wᵀ over the frozen or copied weights, twice where DoRA has dropout."""
+    """Return the FLOPs of y = x Wᵀ over the frozen or copied weights; DoRA with dropout takes the product twice."""
     return 2 * batch.tokens * sum(linear.elements * _times(linear, batch) for linear in group)
 
 
 def adapter_forward_flops(group: Sequence[LinearShape], batch: MicroBatch, passes: int) -> int:
-    """Return those of u = x Aᵀ and u Bᵀ, and of what each of several passes computes, such as the norms of DoRA."""
+    """Return the FLOPs of u = x Aᵀ and u Bᵀ, and of the work of each pass, such as DoRA's norms."""
     per_token = per_pass = 0
     for linear in group:
         rank, variant = linear.adapter.product_rank, linear.adapter.variant
@@ -146,9 +149,9 @@ def adapter_forward_flops(group: Sequence[LinearShape], batch: MicroBatch, passe
 def adapter_backward_flops(
     group: Sequence[LinearShape], batch: MicroBatch, x_has_gradient: bool, passes: int = 1
 ) -> int:
-    """Return those of t = dy B, tᵀ x, dyᵀ u, of t A where x has a gradient, and of dW where a copy is trained.
+    """Return the FLOPs of t = dy B, tᵀ x and dyᵀ u, of t A if x has a gradient, and of dW if a copy is trained.
 
-    A matrix M of the weight's size has dM = dyᵀ x, and in each of several passes the gradients of B and A.
+    A matrix M of the weight's size takes dM = dyᵀ x, and in each pass the gradients of B and A.
     """
     per_token = per_pass = 0
     for linear in group:
@@ -164,5 +167,5 @@ def adapter_backward_flops(
 
 
 def _times(linear: LinearShape, batch: MicroBatch) -> int:
-    """The gain of DoRA is on the whole product: of x dropped out, which takes a product of its own."""
+    """Return how often x Wᵀ is computed; DoRA's gain needs a second product, of x after dropout."""
     return 2 if batch.dropout and linear.adapter.variant.has_gain else 1

@@ -1,9 +1,8 @@
-"""The moments of a training step that can be its peak, and what is in memory at each.
+"""The moments of a training step that can be its peak, and the memory in use at each.
 
-Memory is highest in one of four places: while the loss is computed, in the backward pass of an MLP or of an attention
-(of the last layer, or of a layer that computes its activations again), or at the optimizer's step; where a table of the
-vocabulary is trained in full, also at its gradient. Each function below names the tensors that are alive there besides
-what was kept.
+Memory is highest at one of four moments: the loss, the backward pass of an MLP or of an attention (in the last layer,
+or in a layer that recomputes its activations), or the optimizer's step. A table of the vocabulary that is trained in
+full adds a fifth, its gradient. Each function below names the tensors that are alive there besides the kept ones.
 """
 
 from __future__ import annotations
@@ -32,14 +31,14 @@ from .shape import LayerShape, LinearShape, ModelShape
 
 @dataclass(frozen=True)
 class Moment:
-    """What is in memory at a moment of a step, in bytes, besides what is there all the time.
+    """The bytes in use at a moment of a step, besides those in use all the time.
 
     Attributes:
         name: "the loss", "backward of the MLP of layer 29", ...
-        activations: kept for the backward pass, by the forward pass or by computing it again.
-        workspace: tensors that live within one operation, and gradients on their way down.
-        logits: a chunk of logits and what the loss makes of it.
-        gradients: of the adapter.
+        activations: tensors for the backward pass, kept or recomputed.
+        workspace: tensors that live within one operation, and activation gradients.
+        logits: a chunk of logits and the loss's tensors for it.
+        gradients: gradients of the adapter.
     """
 
     name: str
@@ -50,19 +49,19 @@ class Moment:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Bytes of all parts."""
         return self.activations + self.workspace + self.logits + self.gradients
 
 
 @dataclass(frozen=True)
 class Step:
-    """How a step is taken, as far as its memory goes.
+    """The settings of a step that affect its memory.
 
     Attributes:
-        checkpointing: what is computed again.
-        micro_batches: equal ones, whose gradients are added up.
-        optimizer: its name.
-        offloads: whether what the forward pass keeps leaves the GPU for as long.
+        checkpointing: the parts that are recomputed.
+        micro_batches: number of equal micro-batches, whose gradients are added up.
+        optimizer: name of the optimizer.
+        offloads: whether kept activations leave the GPU between the two passes.
     """
 
     checkpointing: Checkpointing
@@ -80,15 +79,15 @@ def moments(shape: ModelShape, batch: MicroBatch, step: Step) -> Iterator[Moment
     of_table, of_head = (FP32 * sum(size.sizes) for size in (shape.embedding, shape.head.adapter))
     of_head += FP32 * sum(shape.norm.sizes)
     if shape.head.adapter.follows_embedding == "copy":
-        of_head += of_table  # the head's, to which the embedding's is added
+        of_head += of_table  # the head's gradient, to which the embedding's is added
     every = FP32 * sum(shape.trained)
-    earlier = every if step.micro_batches > 1 else 0  # of micro-batches before: they are added up
+    earlier = every if step.micro_batches > 1 else 0  # the accumulated gradients of earlier micro-batches
     band = band_bytes(shape, batch)
-    stays = band if batch.on_cpu else 0  # the buffer; a GPU's tensor is gone
+    stays = band if batch.on_cpu else 0  # the CPU's buffer stays; a GPU's tensor is freed
     below = _staying(embedding_activations(shape, batch), step)
     if any(layer.attends for layer in layers):
         below += _staying(rotary_tables(shape, batch), step)
-    of_loss = sum(head_activations(shape, batch, layers[-1].has_gradient))  # just made: none has left yet
+    of_loss = sum(head_activations(shape, batch, layers[-1].has_gradient))  # just made, not offloaded yet
     at_loss = below + sum(kept) + of_loss
     yield Moment("the loss", at_loss, stays, _logits(shape, batch), earlier)
     if shape.head.trains_weight:
@@ -98,7 +97,7 @@ def moments(shape: ModelShape, batch: MicroBatch, step: Step) -> Iterator[Moment
         if not activations.has_gradient:
             continue
         stream = activations.stream
-        # What was computed again has an output, and its input is there whether or not its operations keep it.
+        # A recomputed part has an output, and its input is in memory even if its operations do not keep it.
         recomputed_output = 0 if kind == "none" else stream
         first, second = sum(activations.first_half), sum(activations.second_half)
         if kind == "layer":
@@ -114,12 +113,12 @@ def moments(shape: ModelShape, batch: MicroBatch, step: Step) -> Iterator[Moment
     if shape.embedding.trained:
         workspace = stays + _embedding_backward(shape, batch)
         yield Moment("backward of the embedding", below, workspace, 0, every)
-    update = OPTIMIZERS[step.optimizer].step_bytes(max(shape.trained))  # of one parameter after another
+    update = OPTIMIZERS[step.optimizer].step_bytes(max(shape.trained))  # it updates one parameter at a time
     yield Moment("the optimizer's step", 0, stays + update, 0, every)
 
 
 def _staying(tensors: Iterable[int], step: Step) -> int:
-    """Return the bytes of what the forward pass keeps and leaves where it is."""
+    """Return the bytes of the kept tensors that are not offloaded."""
     return sum(size for size in tensors if not step.offloads or size < SMALLEST_OFFLOADED)
 
 
@@ -130,7 +129,7 @@ def optimizer_bytes(shape: ModelShape, optimizer: str) -> int:
 
 
 def band_bytes(shape: ModelShape, batch: MicroBatch) -> int:
-    """Return the bytes of the buffer, or on a GPU of the tensor, that 4-bit weights are dequantized into."""
+    """Return the bytes of the buffer (on a GPU, the tensor) for dequantized 4-bit weights."""
     item = batch.dtype.itemsize
     quantized = [linear for linear in (*shape.linears, shape.head) if linear.format]
     if not batch.on_cpu:
@@ -148,10 +147,10 @@ def _widest_band(linear: LinearShape, item: int) -> int:
 
 
 def _logits(shape: ModelShape, batch: MicroBatch) -> int:
-    """A chunk of logits, which becomes its own gradient, and the trained rows of the hidden states.
+    """Return the bytes of a chunk of logits, which becomes its own gradient, and of the trained hidden states.
 
-    A head that the adapter changes takes another path: all logits at once, in the dtype of the products and in fp32,
-    besides the log probabilities that are kept; backward the gradient in fp32, twice, and in the dtype of the products.
+    A head that the adapter changes computes all logits at once, in the dtype of the products and in fp32, besides the
+    kept log probabilities. Its backward pass has the gradient in fp32, twice, and in the dtype of the products.
     """
     vocabulary, item = shape.head.out_features, batch.dtype.itemsize
     hidden = batch.trained * shape.config.hidden_size * item
@@ -162,14 +161,14 @@ def _logits(shape: ModelShape, batch: MicroBatch) -> int:
 
 
 def _head_backward(shape: ModelShape, batch: MicroBatch) -> int:
-    """At the gradient of the head's weight: those of logits and hidden states, and the weight's before it is cast."""
+    """Return the bytes of the gradients of logits, hidden states and the head's weight, the last before its cast."""
     item = batch.dtype.itemsize
     rows = batch.trained * (shape.head.out_features + shape.config.hidden_size) * item
     return rows + shape.head.elements * item
 
 
 def _embedding_backward(shape: ModelShape, batch: MicroBatch) -> int:
-    """The stream's gradient and, of a table that is trained in full, its gradient before it is cast and added."""
+    """Return the bytes of the stream's gradient and, for a table trained in full, its gradient before cast and sum."""
     config, stream = shape.config, batch.nbytes(shape.config.hidden_size)
     if not shape.embedding.trains("weight"):
         return stream
@@ -179,9 +178,9 @@ def _embedding_backward(shape: ModelShape, batch: MicroBatch) -> int:
 
 
 def _mlp_backward(layer: LayerShape, batch: MicroBatch) -> int:
-    """At the gradient of the activation: the stream's gradient, dh, and one for each input, as dgate and dup.
+    """Return the bytes at the activation's gradient: the stream's gradient, dh, and dgate and dup of the inputs.
 
-    With DoRA, those of the inputs times the gains.
+    With DoRA, also the inputs' gradients times the gains.
     """
     wide, narrow, inputs = layer.down.in_features, layer.down.out_features, len(layer.gate_up)
     taken = batch.nbytes(narrow, (1 + inputs) * wide)
@@ -191,10 +190,10 @@ def _mlp_backward(layer: LayerShape, batch: MicroBatch) -> int:
 
 
 def _attention_backward(shape: ModelShape, layer: LayerShape, batch: MicroBatch) -> int:
-    """At the last block of queries: probabilities, dP and dS of it, the gradients of q, k and v, and the stream's.
+    """Return the bytes at the last block of queries: its P, dP and dS, the gradients of q, k and v, and the stream's.
 
-    On the CPU dK and dV are summed in fp32, and the kept result of attention is gone, if it was kept; a GPU's kernel
-    has no scores in memory, and keeps its result.
+    The CPU sums dK and dV in fp32, and has freed the result of attention if it was kept. A GPU's kernel has no scores
+    in memory and keeps its result.
     """
     queries, keys = layer.qkv[0].out_features, layer.qkv[1].out_features
     stream_and_mixed = batch.nbytes(shape.config.hidden_size, 2 * queries) + _copied((*layer.qkv, layer.output), batch)
@@ -209,8 +208,10 @@ def _attention_backward(shape: ModelShape, layer: LayerShape, batch: MicroBatch)
 
 
 def _copied(linears: tuple[LinearShape, ...], batch: MicroBatch) -> int:
-    """The gradient of a weight that is trained in full, before it is cast; or that of a matrix of its size, the base
-    weight and their product."""
-    whole = [linear.elements for linear in linears if linear.trains_weight]
-    whole += [3 * linear.elements for linear in linears if linear.adapter.rank and linear.adapter.variant.is_dense]
-    return max(whole, default=0) * batch.dtype.itemsize
+    """Return the bytes of the gradient of a weight trained in full, before its cast.
+
+    For an update of the weight's size: its gradient, the base weight and their product.
+    """
+    elements = [linear.elements for linear in linears if linear.trains_weight]
+    elements += [3 * linear.elements for linear in linears if linear.adapter.rank and linear.adapter.variant.is_dense]
+    return max(elements, default=0) * batch.dtype.itemsize

@@ -1,4 +1,4 @@
-"""`plan`: what a training run will take, worked out from config.json before anything is allocated."""
+"""`plan`: predict the memory and operations of a training run from config.json, before anything is allocated."""
 
 from __future__ import annotations
 
@@ -36,29 +36,29 @@ def plan(
     flops_per_second: float | None = None,
     runtime_bytes: int | None = None,
 ) -> Plan:
-    """Predict the peak memory, by part, and the FLOPs of training; nothing of the model but config.json is read.
+    """Predict the peak memory, by part, and the FLOPs of training; of the model, only config.json is read.
 
-    Every sequence is taken to be as long as the longest and every token of it to be trained, so a run with shorter
-    ones needs less.
+    The plan assumes that every sequence is as long as the longest and that every token is trained. A run with shorter
+    sequences needs less.
 
     Args:
         model: a checkpoint folder, a config.json, a known model's name, or a configuration.
-        lora, train: settings; default: those of a run that gives none.
+        lora, train: settings; default: those of a run without settings.
         quant_type, dtype, block_size, double_quant: as for `load_model`.
         sequence_length: tokens of the longest sequence; default: train.max_length, or the model's context if shorter.
-        device: "cpu": the process's resident memory is predicted; "cuda": the memory taken of a GPU.
-        memory: a limit, in bytes or as text such as "24GB"; where it is exceeded the plan has suggestions.
-        dataset_tokens: tokens of the training data, of which train.epochs passes are made; gives the plan a cost.
-        price_per_hour: of the machine, in any currency.
-        flops_per_second: that the machine reaches; default: this CPU's matrix products are timed.
-        runtime_bytes: of a process without model; default: a constant, which `measure_runtime` measures anew.
+        device: "cpu" predicts the process's resident memory, "cuda" the memory used on a GPU.
+        memory: a limit, in bytes or as text such as "24GB"; a plan that exceeds it has suggestions.
+        dataset_tokens: tokens of the training data for one of train.epochs passes; gives the plan a cost.
+        price_per_hour: price of the machine, in any currency.
+        flops_per_second: speed of the machine; default: this CPU's matrix products are timed.
+        runtime_bytes: memory of a process without a model; default: a constant, which `measure_runtime` measures anew.
 
     Raises:
         CheckpointError: there is no such model, or no config.json in its folder.
         ConfigError: the architecture is not supported, a key or a setting is missing or wrong, a sequence exceeds the
-            context, the adapter has a part that cannot be planned, or nothing fits the limit, with the least that can
-            be reached.
-        AdapterError: `add_adapter` would raise it, as where a target matches nothing.
+            context, the adapter has a part that cannot be planned, or nothing fits the limit (the message names the
+            least that can be reached).
+        AdapterError: `add_adapter` would raise it, for example because a target matches nothing.
     """
     config = find_config(model)
     train = train or TrainConfig()

@@ -1,4 +1,4 @@
-"""What `plan` returns: plain numbers, bytes and FLOPs unless said otherwise."""
+"""The results of `plan`: plain numbers, in bytes and FLOPs unless stated otherwise."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Suggestion:
 
     Attributes:
         changes: setting -> its new value: checkpointing, micro_batch_tokens, optimizer, quant_type.
-        peak_bytes: under it.
-        flops: of a step under it.
-        more_flops: the share by which they exceed those of the plan: 0.25 is a quarter more.
+        peak_bytes: peak memory with the change.
+        flops: FLOPs of a step with the change.
+        more_flops: the share by which they exceed those of the plan; 0.25 is a quarter more.
     """
 
     changes: Mapping[str, str | int]
@@ -31,14 +31,14 @@ class Suggestion:
 
 @dataclass(frozen=True)
 class Cost:
-    """What training on a data set takes.
+    """Operations, time and price of training on a data set.
 
     Attributes:
-        tokens: of all epochs.
-        flops: for them.
-        flops_per_second: the rate that `seconds` is worked out with.
-        seconds: flops / flops_per_second: a lower bound, as a step is more than matrix products.
-        price: of those seconds, in the currency of price_per_hour; None where that was not given.
+        tokens: tokens of all epochs.
+        flops: FLOPs for these tokens.
+        flops_per_second: the speed behind `seconds`.
+        seconds: flops / flops_per_second, a lower bound, since a step is more than matrix products.
+        price: price of these seconds, in the currency of price_per_hour; None without price_per_hour.
     """
 
     tokens: int
@@ -50,23 +50,23 @@ class Cost:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a training step will take.
+    """The predicted memory and operations of a training step.
 
     Attributes:
         parts: name -> bytes at the peak: weights, adapters, gradients, optimizer, activations, workspace, logits,
             runtime, allocator.
-        moment: when the peak is: "the loss", "backward of the MLP of layer 29", ...
-        flops: of a step, by part.
-        parameters, adapter_parameters: of the model without the adapter; of the adapter.
-        trainable: of the adapter's those that are trained: not A under LoRA-FA, nor where PiSSA started.
-        sequences, length: of a forward pass (a micro-batch).
+        moment: the moment of the peak: "the loss", "backward of the MLP of layer 29", ...
+        flops: FLOPs of a step, by part.
+        parameters, adapter_parameters: parameters of the model without the adapter; of the adapter.
+        trainable: the adapter's trained parameters, without A under LoRA-FA and PiSSA's start.
+        sequences, length: sequences of a forward pass (a micro-batch), and tokens of each.
         micro_batches: forward passes of a step.
-        step_tokens: of a step.
+        step_tokens: tokens of a step.
         device: "cpu" or "cuda".
-        notes: what is not in these numbers.
+        notes: memory that these numbers leave out.
         memory: the limit in bytes, or None.
-        suggestions: where the limit does not hold the plan: changes that make it fit, the cheapest first.
-        cost: of the data set, or None.
+        suggestions: for a plan above the limit, changes that make it fit, the cheapest first.
+        cost: cost of the data set, or None.
     """
 
     parts: Mapping[str, int]
@@ -99,6 +99,6 @@ def limit_bytes(limit: int | str) -> int:
     """Return a limit in bytes, from bytes or text such as "24GB".
 
     Raises:
-        ConfigError: it is not a positive size.
+        ConfigError: the limit is not a positive size.
     """
     return parse_size(limit if isinstance(limit, str) else str(limit))

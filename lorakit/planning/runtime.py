@@ -1,4 +1,4 @@
-"""What a process takes besides tensors, and how fast it multiplies: measured, not derived."""
+"""Memory of a process besides tensors, and the speed of its matrix products: measured, not derived."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ..errors import ConfigError
 # Python, PyTorch, lorakit, and the kernels that oneDNN generates for the shapes of a step: VmRSS of `measure_runtime`,
 # with torch 2.13 for the CPU on Linux.
 CPU_RUNTIME = 304 << 20
-# A CUDA context with the kernels of PyTorch and its libraries: an assumption, no GPU was measured.
+# A CUDA context with the kernels of PyTorch and its libraries: an assumption, since no GPU was measured.
 GPU_RUNTIME = 500 << 20
-# glibc serves tensors below 32 MiB from a heap, in which a gap is of no use to a tensor larger than it. By so much the
-# heap outgrows what is in it: a constant, and a multiple of the largest tensor that is served from it. Both were fitted
-# to the twelve configurations of bench/training/plan.py; its further ones were not part of the fit.
+# glibc serves tensors below 32 MiB from a heap, where a tensor cannot use a gap smaller than itself. The heap outgrows
+# its content by a constant plus a multiple of the largest tensor served from it. Both were fitted to the first twelve
+# configurations of bench/training/plan.py; the others were not part of the fit.
 CPU_HEAP_GAPS = 50 << 20
 CPU_HEAP_LARGEST = 5
 CPU_HEAP_LIMIT = 32 << 20
@@ -43,20 +43,20 @@ print(open("/proc/self/status").read().split("VmRSS:")[1].split()[0])
 
 @cache
 def measure_runtime() -> int:
-    """Return the resident bytes of a process that trains next to nothing; it takes some five seconds.
+    """Return the resident bytes of a process that trains a tiny model; the measurement takes about five seconds.
 
     Raises:
-        ConfigError: this system has no /proc, where Linux tells them.
+        ConfigError: this system has no /proc/self/status, where Linux reports them.
     """
     if not Path("/proc/self/status").exists():
-        raise ConfigError("resident memory can be measured on Linux alone; give runtime_bytes")
+        raise ConfigError("resident memory can be measured only on Linux; give runtime_bytes")
     run = subprocess.run([sys.executable, "-c", _TRAIN_TINY], check=True, capture_output=True, text=True)
     return int(run.stdout) << 10
 
 
 @cache
 def measure_flops(dtype: torch.dtype, size: int = 1024, seconds: float = 0.5) -> float:
-    """Return the FLOPs a second of the CPU's matrix products, the best of those that `seconds` have room for."""
+    """Return the FLOPs a second of the CPU's matrix products, the best of all that run within `seconds`."""
     a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
     out = a @ b
     best, end = float("inf"), time.perf_counter() + seconds

@@ -1,4 +1,4 @@
-"""All that a plan depends on, and the plan of it: suggestions plan other settings alike."""
+"""`Setting`: everything that a plan depends on. Its method `plan` also plans the settings of suggestions."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from .shape import ModelShape, model_shape
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """All that a plan depends on.
+    """Everything that a plan depends on.
 
     Attributes:
-        config: of the decoder.
+        config: the decoder's configuration.
         lora, train, quant: settings.
-        dtype: of what is not quantized, and of the products.
+        dtype: dtype of the unquantized weights and of the products.
         length: tokens of every sequence.
         device: "cpu" or "cuda".
-        runtime_bytes: of a process, or of a GPU's context, without model.
+        runtime_bytes: memory of a process, or of a GPU's context, without a model.
     """
 
     config: DecoderConfig
@@ -50,16 +50,16 @@ class Setting:
         return model_shape(self.config, self.lora, self.quant, self.train.lora_fa)
 
     def with_train(self, train: TrainConfig) -> Setting:
-        """Return the setting with other settings of training, and the same shapes."""
+        """Return the setting with other training settings and the same shapes."""
         other = replace(self, train=train)
         other.__dict__["shape"] = self.shape
         return other
 
     def plan(self) -> Plan:
-        """Return what it will take."""
+        """Return the plan for this setting."""
         train, shape = self.train, self.shape
         sequences = min(train.batch_size, max(1, train.micro_batch_tokens // self.length))
-        batch, whole = self._batch(sequences), self._batch(train.batch_size)
+        batch, step_batch = self._batch(sequences), self._batch(train.batch_size)
         micro_batches = math.ceil(train.batch_size / sequences)
         step = Step(train.checkpointing, micro_batches, train.optimizer, train.offload_activations)
         peak = max(moments(shape, batch, step), key=lambda moment: moment.total)
@@ -77,25 +77,25 @@ class Setting:
         return Plan(
             parts=MappingProxyType(parts),
             moment=peak.name,
-            flops=step_flops(shape, whole, train.checkpointing, micro_batches),
+            flops=step_flops(shape, step_batch, train.checkpointing, micro_batches),
             parameters=shape.parameters,
             adapter_parameters=shape.adapter_parameters,
             trainable=sum(shape.trained),
             sequences=sequences,
             length=self.length,
             micro_batches=micro_batches,
-            step_tokens=whole.tokens,
+            step_tokens=step_batch.tokens,
             device=self.device,
             notes=notes(self.lora, train, shape),
         )
 
     def _heap_waste(self, batch: MicroBatch, peak: Moment) -> int:
-        """By how much a CPU's heap outgrows its tensors; never more than once over."""
+        """Return the bytes by which a CPU's heap outgrows its tensors, at most the size of these tensors."""
         widest = max(max(linear.in_features, linear.out_features) for linear in self.shape.linears)
         largest = min(batch.nbytes(widest), CPU_HEAP_LIMIT)
         return min(CPU_HEAP_GAPS + CPU_HEAP_LARGEST * largest, peak.activations + peak.workspace + peak.logits)
 
     def _batch(self, sequences: int) -> MicroBatch:
-        trained = sequences * (self.length - 1)  # the first token has nothing before it that could predict it
+        trained = sequences * (self.length - 1)  # no token predicts the first one
         dropout = self.lora.lora_dropout > 0
         return MicroBatch(sequences, self.length, trained, self.dtype, dropout, self.device == "cpu")

@@ -1,4 +1,4 @@
-"""The shape of what will be trained, read from config.json alone: every linear layer, its format and its adapter."""
+"""The shape of a model and its adapter, read from config.json alone: every linear layer, its format and its adapter."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class LinearShape:
     """A frozen linear layer and its adapter.
 
     Attributes:
-        path: of the module.
-        in_features, out_features: of the weight.
-        has_bias: whether it has one.
-        format: how the weight is quantized; None: it is not.
-        adapter: what the adapter has here.
+        path: path of the module.
+        in_features, out_features: dimensions of the weight.
+        has_bias: whether the layer has a bias.
+        format: the weight's quantization; None: it is not quantized.
+        adapter: the size of the adapter here.
     """
 
     path: str
@@ -51,17 +51,17 @@ class LinearShape:
 
     @property
     def is_trained(self) -> bool:
-        """Whether its output has a gradient even where its input has none."""
+        """Whether the output has a gradient even if the input has none."""
         return bool(self.adapter.trained)
 
     @property
     def trains_a(self) -> bool:
-        """Whether A is trained, which takes x."""
+        """Whether A is trained; its gradient needs x."""
         return self.adapter.trains("lora_A")
 
     @property
     def trains_weight(self) -> bool:
-        """Whether a full copy of the weight is trained, or what is trained of the embedding is its weight."""
+        """Whether a full copy of the weight is trained, or the weight is a tied embedding that the adapter trains."""
         return self.adapter.trains("weight") or self.adapter.follows_embedding is not None
 
     def nbytes(self, dtype: torch.dtype) -> int:
@@ -87,7 +87,7 @@ class LayerShape:
 
     @property
     def linears(self) -> tuple[LinearShape, ...]:
-        """All of them, in the order of the forward pass."""
+        """All layers in the order of the forward pass."""
         return (*self.qkv, self.output, *self.gate_up, self.down)
 
 
@@ -96,11 +96,11 @@ class ModelShape:
     """A decoder with its adapter.
 
     Attributes:
-        config: of the decoder.
-        layers: from the first to the last.
+        config: the decoder's configuration.
+        layers: the decoder layers, from first to last.
         head: the output head.
-        embedding, norm: what the adapter has at the embedding and at the final norm.
-        others: elements of all other parameters: embedding, norms, biases, and the head where it is not tied.
+        embedding, norm: the adapter's size at the embedding and at the final norm.
+        others: elements of all other parameters: embedding, norms, biases, and an untied head that is not quantized.
     """
 
     config: DecoderConfig
@@ -112,7 +112,7 @@ class ModelShape:
 
     @property
     def adapter_sizes(self) -> tuple[AdapterSize, ...]:
-        """What the adapter has, in model order."""
+        """The adapter's size at each module, in model order."""
         return (self.embedding, *(linear.adapter for linear in self.linears), self.norm, self.head.adapter)
 
     @property
@@ -122,27 +122,27 @@ class ModelShape:
 
     @property
     def adapter_parameters(self) -> int:
-        """Elements of all parameters of the adapter, those that are not trained included."""
+        """Elements of all parameters of the adapter, trained or not."""
         return sum(self.trained) + sum(size.frozen for size in self.adapter_sizes)
 
     @property
     def linears(self) -> tuple[LinearShape, ...]:
-        """The linear layers but the head."""
+        """All linear layers except the head."""
         return tuple(linear for layer in self.layers for linear in layer.linears)
 
     @property
     def parameters(self) -> int:
-        """Elements of the model without the adapter, a tied head counted once."""
+        """Elements of the model without the adapter; a tied head counts once."""
         return self.others + sum(linear.elements for linear in self.linears)
 
     def weight_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the frozen model."""
-        head = self.head.nbytes(dtype) if self.head.format else 0  # in `others` where it is not quantized
+        head = self.head.nbytes(dtype) if self.head.format else 0  # an unquantized head is in `others`
         return self.others * dtype.itemsize + head + sum(linear.nbytes(dtype) for linear in self.linears)
 
 
 def find_config(model: str | os.PathLike[str] | DecoderConfig) -> DecoderConfig:
-    """Return the configuration of a checkpoint folder, a config.json or a known model; weights are not looked at.
+    """Return the configuration of a checkpoint folder, a config.json or a known model, without reading weights.
 
     Raises:
         CheckpointError: there is no such file, folder or known model, or the file is not a JSON object.
@@ -162,20 +162,20 @@ def find_config(model: str | os.PathLike[str] | DecoderConfig) -> DecoderConfig:
 
 
 def model_shape(config: DecoderConfig, lora: LoraConfig, quant: QuantConfig, lora_fa: bool = False) -> ModelShape:
-    """Return the shapes of a decoder that is quantized and adapted so.
+    """Return the shapes of a decoder with this quantization and this adapter.
 
     Args:
         lora_fa: whether the A of linear layers are frozen.
 
     Raises:
-        AdapterError: something that the adapter names matches nothing, or cannot be trained.
-        ConfigError: a quantization pattern matches nothing, a tied head would be quantized, or what the adapter trains
-            cannot be planned.
+        AdapterError: a target of the adapter matches nothing, or cannot be trained.
+        ConfigError: a quantization pattern matches nothing, a tied head would be quantized, or the adapter trains a
+            module that cannot be planned.
     """
     model = _meta_decoder(config)
     formats = weight_formats(model, quant, list(model.state_dict()))
-    found = adapter_sizes(model, lora, lora_fa)
-    if saved := [path for path, size in found.items() if size.trains("weight") and formats[f"{path}.weight"]]:
+    sizes = adapter_sizes(model, lora, lora_fa)
+    if saved := [path for path, size in sizes.items() if size.trains("weight") and formats[f"{path}.weight"]]:
         raise AdapterError(
             f"{', '.join(saved)} of modules_to_save: in 4 bits, which cannot be trained; plan for quant_type 'none'"
         )
@@ -185,7 +185,7 @@ def model_shape(config: DecoderConfig, lora: LoraConfig, quant: QuantConfig, lor
         assert isinstance(linear, nn.Linear)
         has_bias, form = linear.bias is not None, formats[f"{path}.weight"]
         return LinearShape(
-            path, linear.in_features, linear.out_features, has_bias, form, found.get(path, AdapterSize())
+            path, linear.in_features, linear.out_features, has_bias, form, sizes.get(path, AdapterSize())
         )
 
     def shapes(prefix: str, names: Sequence[str]) -> tuple[LinearShape, ...]:
@@ -205,11 +205,11 @@ def model_shape(config: DecoderConfig, lora: LoraConfig, quant: QuantConfig, lor
     counted = sum(linear.elements for layer in layers for linear in layer.linears)
     counted += head.elements if head.format else 0
     others = sum(parameter.numel() for parameter in model.parameters()) - counted
-    embedding, norm = (found.get(path, AdapterSize()) for path in ("model.embed_tokens", "model.norm"))
+    embedding, norm = (sizes.get(path, AdapterSize()) for path in ("model.embed_tokens", "model.norm"))
     return ModelShape(config, layers, head, embedding, norm, others)
 
 
 @lru_cache(maxsize=4)
 def _meta_decoder(config: DecoderConfig) -> Decoder:
-    """One decoder serves all plans of a model: building it takes far longer than all the rest."""
+    """Return a decoder for all plans of a model; building it takes far longer than the rest of a plan."""
     return meta_decoder(config)

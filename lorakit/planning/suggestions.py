@@ -1,4 +1,4 @@
-"""Which settings to change so that a plan fits: every combination is planned, which takes milliseconds each."""
+"""Suggestions of settings under which a plan fits: every combination is planned, in milliseconds each."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from .activations import Checkpointing
 from .result import Plan, Suggestion
 from .setting import Setting
 
-_CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "mlp", 4, 3, 2, "layer")  # each computes more than the one before
+_CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "mlp", 4, 3, 2, "layer")  # each recomputes more than the last
 _SHOWN = 5
 
 
 def suggestions(setting: Setting, plan: Plan, limit: int) -> tuple[Suggestion, ...]:
-    """Return changes under which a plan fits, the fewest FLOPs first; nothing where it fits as it is.
+    """Return changes under which a plan fits, the fewest FLOPs first; nothing if the plan already fits.
 
-    Of changes with equal FLOPs those come first that leave every result as it was (a smaller micro-batch), then an
-    optimizer in 8 bits, then 4-bit weights. A change that does more than a cheaper one is left out.
+    Among changes with equal FLOPs, a smaller micro-batch comes first, because it leaves every result unchanged. Then
+    come an 8-bit optimizer and 4-bit weights. A change that contains all changes of a cheaper one is left out.
 
     Raises:
-        ConfigError: nothing fits; it names the least that can be reached, and how.
+        ConfigError: nothing fits; the message names the lowest peak that can be reached, and its settings.
     """
     if plan.peak_bytes <= limit:
         return ()
-    found = [_suggestion(setting, other, plan) for other in _smaller_settings(setting)]
-    fitting = [suggestion for suggestion in found if suggestion.peak_bytes <= limit]
+    candidates = [_suggestion(setting, other, plan) for other in _smaller_settings(setting)]
+    fitting = [suggestion for suggestion in candidates if suggestion.peak_bytes <= limit]
     if not fitting:
-        least = min(found, key=lambda suggestion: (suggestion.peak_bytes, suggestion.flops.total), default=None)
-        reached = f"the least is {format_size(plan.peak_bytes)}, as it is"
+        least = min(candidates, key=lambda suggestion: (suggestion.peak_bytes, suggestion.flops.total), default=None)
+        reached = f"the least is {format_size(plan.peak_bytes)}, without a change"
         if least is not None and least.peak_bytes < plan.peak_bytes:
             reached = f"the least is {format_size(least.peak_bytes)}, with {least}"
         raise ConfigError(
@@ -55,7 +55,7 @@ def _rank(suggestion: Suggestion) -> tuple[int, int, int, int]:
 
 
 def _smaller_settings(setting: Setting) -> Iterator[Setting]:
-    """Yield every setting that takes less memory at one end, this one left out."""
+    """Yield every combination of memory-saving changes, without the setting itself."""
     train, quant = setting.train, setting.quant
     kinds = [train.checkpointing, *_more(train.checkpointing)]
     sizes = [train.micro_batch_tokens]
@@ -66,7 +66,7 @@ def _smaller_settings(setting: Setting) -> Iterator[Setting]:
     if not (quant.quant_type or any(linear.trains_weight for linear in setting.shape.linears)):
         quants.append(quant.model_copy(update={"quant_type": "nf4"}))
     for chosen in quants:
-        # Made anew for other weights alone: the shapes of all layers are what takes time.
+        # Other weights need new shapes, which take most of the time; training settings share them.
         base = setting if chosen is quant else replace(setting, quant=chosen)
         for kind, size, optimizer in itertools.product(kinds, sizes, optimizers):
             changes = {"checkpointing": kind, "micro_batch_tokens": size, "optimizer": optimizer}

@@ -1,4 +1,4 @@
-"""Runs: the recipe that says everything about one, read from YAML and written back resolved."""
+"""Runs: the recipe that describes a whole run, read from YAML and saved with every default filled in."""
 
 from .recipe import DataSection, ModelSection, Recipe, load_recipe, save_recipe
 

@@ -1,8 +1,8 @@
 """The report's two drawings, written as SVG by hand: a loss curve and a dot with whiskers.
 
-A report is opened offline, years later, from a mail attachment; so there is no plotting library, no script and no font
-to load. Colors are left to the page's style sheet (classes `base`, `tuned`, `train`, `held-out`), which has a light and
-a dark set; shapes differ as well, so that nothing is told by color alone.
+A report may be opened offline, years later, from a mail attachment, so it needs no plotting library, script or font.
+The page's style sheet sets the colors (classes `base`, `tuned`, `train`, `held-out`) in a light and a dark set. Shapes
+differ as well, so that no distinction rests on color alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-MOST_POINTS = 400  # of a curve; longer logs are averaged in stretches of equal length
+MOST_POINTS = 400  # points in a curve; longer logs are averaged in stretches of equal length
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Dot:
 
 
 def interval_plot(title: str, dots: Sequence[Dot], top: float) -> Markup:
-    """Draw each dot with its whisker on one axis from 0 to `top`; the style sheet fills the tuned model's dot."""
+    """Draw each dot with its whiskers on one axis from 0 to `top`; the style sheet fills the tuned model's dot."""
     left, right, line, width = 54, 304, 26, 320
     bottom = line * len(dots) + 6
 
@@ -57,7 +57,8 @@ def loss_curve(steps: Sequence[Mapping[str, Any]]) -> Markup | None:
     """Draw the loss of every step (thin), smoothed (thick) and on held-out records (diamonds); None without two points.
 
     Args:
-        steps: lines of train.jsonl: "step", "loss" and, where evaluated, "eval_loss". What is not finite is left out.
+        steps: lines of train.jsonl: "step", "loss" and, where evaluated, "eval_loss". Values that are not finite are
+            left out.
     """
     train = _finite(steps, "loss")
     held_out = _finite(steps, "eval_loss")
@@ -93,7 +94,7 @@ def loss_curve(steps: Sequence[Mapping[str, Any]]) -> Markup | None:
 
 
 def loss_summary(steps: Sequence[Mapping[str, Any]]) -> str:
-    """Say in words what `loss_curve` draws; "" without a finite loss."""
+    """Describe in words what `loss_curve` draws; "" without a finite loss."""
     train, held_out = _finite(steps, "loss"), _finite(steps, "eval_loss")
     if not train:
         return ""
@@ -105,7 +106,7 @@ def loss_summary(steps: Sequence[Mapping[str, Any]]) -> str:
 
 
 def nice_ticks(low: float, high: float, count: int, outer: bool = False) -> list[float]:
-    """Return about `count` round numbers between `low` and `high`; with `outer`, also the ones that enclose them.
+    """Return about `count` round numbers between `low` and `high`; with `outer`, also the two that enclose them.
 
     Steps are 1, 2, 2.5 or 5 times a power of ten.
     """
@@ -130,9 +131,9 @@ def format_tick(value: float) -> str:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Return the moving average over a twelfth of the values, centered: unlike a running one it does not lag behind.
+    """Return the centered moving average over a twelfth of the values; unlike a running average it does not lag.
 
-    Towards the ends the window narrows on both sides alike, so that a falling curve keeps its first and last value.
+    Towards the ends the window narrows equally on both sides, so a falling curve keeps its first and last value.
     """
     reach = len(values) // 24
     sums = [0.0, *accumulate(values)]

@@ -14,9 +14,9 @@ class Chat:
     """Keeps the turns of one conversation with the tuned or the base model of a run.
 
     Args:
-        folder: of the run.
-        adapted: with the adapter, or the base model alone.
-        system: the system prompt; None: the one of the run's training data, where it can still be read.
+        folder: the run's folder.
+        adapted: whether to use the adapter, or the base model alone.
+        system: the system prompt; None: that of the run's training data, if it can still be read.
     """
 
     def __init__(self, folder: Path, adapted: bool = True, system: str | None = None) -> None:
@@ -36,7 +36,7 @@ class Chat:
 
 
 def _system_prompt(recipe: Recipe) -> str | None:
-    """Return the system prompt that the first training record was given."""
+    """Return the system prompt of the first training record."""
     try:
         first = next(iter_records(recipe.data.train, recipe.data.format))
     except (LorakitError, StopIteration):

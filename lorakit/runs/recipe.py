@@ -1,8 +1,8 @@
-"""Recipes: one YAML file that says everything about a run, from the base model to the metrics.
+"""Recipes: one YAML file that describes a whole run, from the base model to the metrics.
 
-A recipe is checked whole before anything is loaded: unknown keys, wrong types, repeated keys, missing files and unknown
-models come in one report, each with its line. Relative paths start at the current folder, as with any command-line
-tool, and stay relative in the recipe that a run saves.
+A recipe is checked as a whole before anything is loaded. One report lists unknown keys, wrong types, repeated keys,
+missing files and unknown models, each with its line. Relative paths start at the current folder, as with any
+command-line tool, and stay relative in the recipe that a run saves.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ HANDED_DOWN = {"output": "output", "seed": "seed", "max_length": "data.max_lengt
 
 
 class ModelSection(Settings):
-    """The frozen base model: which one, and how its weights are held."""
+    """The frozen base model: its path and the format of its weights."""
 
     path: str = Field(description="a folder in Hugging Face's layout, or a known name such as smollm2-135m-instruct")
     quant_type: str | None = Field(
         "nf4", description=f"four-bit codebook, {' or '.join(QUANT_TYPES)}; null: not quantized"
     )
-    block_size: int = Field(64, description="weights that share one scale")
+    block_size: int = Field(64, description="number of weights that share one scale")
     double_quant: bool = Field(True, description="quantize the scales too, to 8 bits")
-    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="dtype that products run in")
-    device: str = Field("cpu", description="where the model lives: cpu, cuda, cuda:1, ...")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="dtype of the matrix products")
+    device: str = Field("cpu", description="device of the model: cpu, cuda, cuda:1, ...")
 
     @field_validator("quant_type")
     @classmethod
@@ -65,7 +65,7 @@ class ModelSection(Settings):
 
 
 class DataSection(Settings):
-    """The records: what to train on, and what to hold out.
+    """The training records and the held-out records.
 
     Raises:
         ConfigError: both `eval` and `eval_fraction` are set.
@@ -73,10 +73,12 @@ class DataSection(Settings):
 
     train: Path = Field(description="JSONL file of conversations to train on")
     format: str = Field(
-        AUTO, description=f"of the files' records: {', '.join(RECORD_FORMATS)}; {AUTO}: told by the records themselves"
+        AUTO, description=f"format of the records: {', '.join(RECORD_FORMATS)}; {AUTO}: recognized from the records"
     )
     eval: Path | None = Field(None, description="JSONL file of held-out conversations")
-    eval_fraction: float | None = Field(None, gt=0, lt=1, description="share of `train` to hold out instead")
+    eval_fraction: float | None = Field(
+        None, gt=0, lt=1, description="share of `train` to hold out, instead of a file `eval`"
+    )
     max_length: int = Field(1024, ge=2, description="longest conversation in tokens; a longer one is an error")
 
     @field_validator("format")
@@ -93,23 +95,34 @@ class DataSection(Settings):
 
 
 class Recipe(Settings):
-    """Everything about one run.
+    """The description of one run.
 
-    `seed`, `output` and `data.max_length` are said once, at their place here; `train` receives them.
+    `seed`, `output` and `data.max_length` are set here only; `train` receives them.
 
     Raises:
-        ConfigError: an unknown key, a wrong type, a value out of range, or `train` contradicts the recipe.
+        ConfigError: an unknown key, a wrong type, a value out of range, a start that needs data, or `train`
+            contradicts the recipe.
     """
 
-    title: str = Field(description="what the run is for, in a few words")
-    output: Path = Field(description="folder for all that the run writes")
+    title: str = Field(description="the purpose of the run, in a few words")
+    output: Path = Field(description="folder for everything that the run writes")
     seed: Seed = Field(0, description="seed of the adapter's start, the data's order and dropout")
     model: ModelSection
     data: DataSection
     lora: LoraConfig = Field(default_factory=LoraConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
-    probes: ProbeConfig | None = Field(None, description="what to write to probes.jsonl while training; null: nothing")
+    probes: ProbeConfig | None = Field(None, description="measurements for probes.jsonl while training; null: none")
     eval: EvalConfig | None = Field(None, description="task metrics before and after; null: the held-out loss only")
+
+    @field_validator("lora")
+    @classmethod
+    def _start_needs_no_data(cls, lora: LoraConfig) -> LoraConfig:
+        if needs := lora.start.needs:
+            message = (
+                f"'{lora.start.name}' needs `{needs}`, which a recipe cannot give; give them to add_adapter in Python"
+            )
+            raise ConfigError(message, [("init_lora_weights", message)])
+        return lora
 
     @model_validator(mode="after")
     def _metrics_have_records(self) -> Recipe:
@@ -119,27 +132,28 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _hand_down(self) -> Recipe:
-        """Give `train` the settings that the recipe says for the whole run."""
+        """Give `train` the settings that the recipe states for the whole run."""
         shared = {"output": self.output, "seed": self.seed, "max_length": self.data.max_length}
         for key, value in shared.items():
-            given = getattr(self.train, key)
-            if key in self.train.model_fields_set and given != value:
-                raise ValueError(f"train.{key} ({given}) contradicts {HANDED_DOWN[key]} ({value}); set that alone")
+            own_value = getattr(self.train, key)
+            if key in self.train.model_fields_set and own_value != value:
+                raise ValueError(f"train.{key} ({own_value}) contradicts {HANDED_DOWN[key]} ({value}); set that alone")
         object.__setattr__(self, "train", self.train.model_copy(update=shared))
         return self
 
 
 def load_recipe(path: str | PathLike[str], overrides: Sequence[str] = (), check_files: bool = True) -> Recipe:
-    """Read a recipe and check it whole.
+    """Read a recipe and check all of it.
 
     Args:
         path: the YAML file.
         overrides: "section.key=value" with the value in YAML: "train.lr=1e-4", "data.eval=null".
-        check_files: report input files and models that do not exist; False to read the recipe of an old run, whose
-            data may be gone.
+        check_files: whether to report input files and models that do not exist; False for the recipe of an old run,
+            whose data may be gone.
 
     Raises:
-        ConfigError: every problem in one report, with file:line and the nearest right key; its `problems` lists them.
+        ConfigError: the recipe has problems; the message has each with file:line and the nearest right key, and
+            `problems` lists them.
     """
     source = read_yaml(_existing_recipe(Path(path)))
     for assignment in overrides:
@@ -157,11 +171,11 @@ def load_recipe(path: str | PathLike[str], overrides: Sequence[str] = (), check_
 
 
 def save_recipe(recipe: Recipe, path: str | PathLike[str]) -> None:
-    """Write `recipe` as YAML with every default filled in; `load_recipe` gives back an equal one."""
-    # `train` without what it has from the recipe: an override of `seed` must not meet an old `train.seed`.
+    """Write `recipe` as YAML with every default filled in; `load_recipe` returns an equal one."""
+    # Without the settings that `train` receives: an override of `seed` must not contradict an old `train.seed`.
     values = recipe.model_dump(mode="json", exclude={"train": set(HANDED_DOWN)})
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
-    if "\x85" in text:  # PyYAML writes this one character, U+0085, so that it reads back as blanks
+    if "\x85" in text:  # PyYAML writes U+0085 in a form that it reads back as blanks
         text = yaml.safe_dump(values, sort_keys=False, width=120)
     write_text(path, text)
 
@@ -175,9 +189,9 @@ def _existing_recipe(path: Path) -> Path:
 
 
 def _missing(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield a problem for each input file, and for the model, that is not there.
+    """Yield (key, message) for each input file that is missing, and for the model if it is.
 
-    It looks at the values as written, not at a `Recipe`, so that missing files are reported beside wrong keys.
+    It reads the values as written instead of a `Recipe`, so that missing files are reported beside wrong keys.
     """
     for pattern in INPUT_FILES:
         for key, name in _values_at(values, pattern.split(".")):
@@ -194,7 +208,7 @@ def _missing(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _values_at(values: object, path: Sequence[str], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Yield (dotted key, value) where `path` leads; "*" stands for every item of a list."""
+    """Yield (dotted key, value) for each value at `path`; "*" stands for every item of a list."""
     if not path:
         yield prefix.removesuffix("."), values
     elif path[0] == "*" and isinstance(values, list):
@@ -205,8 +219,8 @@ def _values_at(values: object, path: Sequence[str], prefix: str = "") -> Iterato
 
 
 def _nearest(path: Path, pattern: str) -> str:
-    """Return a "did you mean" for a missing file, out of its folder's files that match `pattern`."""
-    return did_you_mean(str(path), [str(found) for found in path.parent.glob(pattern)])
+    """Return a "did you mean" for a missing file, among its folder's files that match `pattern`."""
+    return did_you_mean(str(path), [str(neighbor) for neighbor in path.parent.glob(pattern)])
 
 
 def _report(source: YamlSource, problems: Sequence[tuple[str, str, str]]) -> ConfigError:

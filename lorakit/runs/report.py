@@ -1,8 +1,8 @@
-"""The page a run leaves behind: did it help, what did it break, how to go on and how to go back.
+"""The report of a run: whether it helped, what it broke, how to go on and how to go back.
 
-`write_report` reads what the run wrote, works out everything that is shown, and hands it to two templates:
-report.html.jinja (one file, readable offline) and report.md.jinja. Whatever a model wrote is text to be shown, never
-markup: the HTML template escapes it, the Markdown one fences it.
+`write_report` reads the run's files, computes everything that the report shows, and passes it to two templates:
+report.html.jinja (one file, readable offline) and report.md.jinja. Text from a model is never markup: the HTML template
+escapes it, the Markdown template fences it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Side:
 
 @dataclass(frozen=True)
 class MetricRow:
-    """One line of the table; `change` and `change_interval` are empty where the base was not evaluated."""
+    """One line of the table; `change` and `change_interval` are empty if the base was not evaluated."""
 
     name: str
     base: Side | None
@@ -56,10 +56,11 @@ class MetricRow:
 def write_report(run_folder: str | os.PathLike[str]) -> tuple[Path, Path]:
     """Write report.html and report.md into a run folder and return their paths.
 
-    metrics.json must be there. Without train.jsonl, predictions.jsonl or recipe.yaml the page says what is missing.
+    The folder needs metrics.json. Without train.jsonl or predictions.jsonl the report says that they are missing;
+    without recipe.yaml it leaves the recipe out.
 
     Raises:
-        DataError: metrics.json is missing, or one of the files is malformed; the message names file and line.
+        DataError: metrics.json is missing, or a file is malformed; the message names file and line.
         StorageError: a report cannot be written; an older one is left as it was.
     """
     run = read_run(Path(run_folder))
@@ -71,7 +72,7 @@ def write_report(run_folder: str | os.PathLike[str]) -> tuple[Path, Path]:
 
 
 def report_context(run: Run) -> dict[str, Any]:
-    """Work out everything the templates show; they format nothing themselves."""
+    """Compute everything that the templates show; they format nothing themselves."""
     metrics = run.metrics
     base, tuned = metrics.get("base_prompted") or {}, metrics.get("tuned") or {}
     verdict = metrics.get("verdict") or {}
@@ -107,7 +108,7 @@ def metric_row(
     verdict: Mapping[str, Any],
     predictions: Sequence[Mapping[str, Any]],
 ) -> MetricRow:
-    """Lay out one metric: both values, their difference with its interval where it is known, and the plot."""
+    """Lay out one metric: both values, their difference with its interval if known, and the plot."""
     sides = {"base": _side(name, base, best), "tuned": _side(name, tuned, best)}
     dots = [Dot(kind, kind, side.value, side.interval, side.text) for kind, side in sides.items() if side is not None]
     plot = interval_plot(name, dots, best)
@@ -126,7 +127,7 @@ def metric_row(
 
 
 def _metric_names(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> list[str]:
-    names = dict.fromkeys([*tuned, *base])  # a set that keeps its order
+    names = dict.fromkeys([*tuned, *base])  # an ordered set
     values = {name: tuned.get(name, base.get(name)) for name in names if name not in RESERVED_NAMES}
     return [name for name, value in values.items() if isinstance(value, int | float)]
 
@@ -143,7 +144,7 @@ def _side(name: str, scores: Mapping[str, Any], best: float) -> Side | None:
 
 
 def _best(name: str, recorded: Mapping[str, float], *sides: Mapping[str, Any]) -> float:
-    """Return the end of a metric's scale; where the run did not record it, 1, 100 or the tick above the values."""
+    """Return the end of a metric's scale; if the run did not record it, 1, 100 or the tick above the values."""
     if name in recorded:
         return recorded[name]
     top = max(side[name] for side in sides if side.get(name) is not None)
@@ -155,7 +156,7 @@ def _best(name: str, recorded: Mapping[str, float], *sides: Mapping[str, Any]) -
 def _difference(
     name: str, before: Side, after: Side, verdict: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]]
 ) -> Difference | None:
-    """Take the difference the verdict was built on; else compute it, if the predictions are all the rows that count."""
+    """Return the verdict's difference, or else compute it, if the predictions are all rows behind the two values."""
     if recorded := (verdict.get("differences") or {}).get(name):
         return Difference(recorded["value"], recorded["low"], recorded["high"], recorded["count"])
     try:
@@ -226,7 +227,7 @@ def _loss_note(steps: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _examples(predictions: Sequence[Mapping[str, Any]], best: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Choose the first rows of a seeded shuffle, so that nobody picked them, and cut long texts."""
+    """Choose the first rows of a seeded shuffle, so that none is picked by hand, and cut long texts."""
     order = list(range(len(predictions)))
     random.Random(EXAMPLES_SEED).shuffle(order)
     examples = []
@@ -256,7 +257,7 @@ def _examples(predictions: Sequence[Mapping[str, Any]], best: Mapping[str, float
 
 
 def _lift_shared_system(examples: Sequence[dict[str, Any]]) -> str:
-    """Take the system message out of every example where all have the same one, and return it; else ""."""
+    """If all examples have the same system message, remove it from each and return it; else return ""."""
     firsts = [example["prompt"][0] if example["prompt"] else {"role": ""} for example in examples]
     if len(examples) < 2 or firsts[0]["role"] != "system" or any(first != firsts[0] for first in firsts):
         return ""
@@ -270,7 +271,7 @@ def _next_steps(folder: Path) -> list[dict[str, str]]:
     return [
         {
             "title": "Talk to it",
-            "text": "The metrics above measure the task, not how the model behaves outside it. Ask it something else.",
+            "text": "The metrics above measure the task, not the model's behavior outside it. Ask it something else.",
             "command": f"lorakit chat {run}",
         },
         {
@@ -280,8 +281,8 @@ def _next_steps(folder: Path) -> list[dict[str, str]]:
         },
         {
             "title": "Roll back",
-            "text": "The base model was only read, never changed. Talk to it without the adapter to compare; delete "
-            "the adapter, and nothing of this run is left in use.",
+            "text": "The run never changed the base model. Talk to it without the adapter to compare. To roll back, "
+            "delete the adapter.",
             "command": f"lorakit chat {run} --base\nrm -r {adapter}",
         },
     ]
@@ -310,7 +311,7 @@ def _facts(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def table_cell(side: Side | None) -> str:
-    """Write a value and its interval into one cell of a Markdown table."""
+    """Return a value and its interval as one cell of a Markdown table."""
     if side is None:
         return "not measured"
     return f"{side.text} ({side.interval_text})" if side.interval_text else side.text

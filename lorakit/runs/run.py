@@ -1,11 +1,11 @@
-"""One run, from recipe to report: load, attach, train, evaluate before and after, write it all down.
+"""One run, from recipe to report: load, attach, train, evaluate before and after, write the files.
 
 A run's folder holds
 
-    recipe.yaml          every setting, defaults filled in
+    recipe.yaml          every setting, with defaults filled in
     adapter/             the adapter, in PEFT's format
     train.jsonl          one line a step
-    probes.jsonl         with probes in the recipe: what happened inside the adapter, one line a step
+    probes.jsonl         with probes in the recipe: measurements inside the adapter, one line a step
     predictions.jsonl    each held-out record: prompt, reference, both answers, their scores
     metrics.json         before, after, verdict, counts, seconds, memory
     report.html, .md     the same for people
@@ -57,7 +57,7 @@ Say = Callable[[str], None]
 
 @dataclass
 class RunRecords:
-    """The two sides of a run's data, and what was noticed about them."""
+    """The training and held-out records of a run, and warnings about them."""
 
     train: list[Record]
     held_out: list[Record]
@@ -66,12 +66,13 @@ class RunRecords:
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A recipe and what it names, in memory.
+    """A recipe with its records and model in memory.
 
     Attributes:
         recipe: the settings.
-        records: both sides of its data.
-        model, tok: the base model, which carries the run's adapter, and its tokenizer.
+        records: the training and held-out records.
+        model: the base model with the run's adapter attached.
+        tok: the model's tokenizer.
     """
 
     recipe: Recipe
@@ -81,14 +82,14 @@ class LoadedRun:
 
 
 def train_run(recipe: Recipe, say: Say = print, resume: bool = False) -> dict[str, Any]:
-    """Carry out a recipe; return what metrics.json holds (without `eval` in the recipe: only counts and times).
+    """Carry out a recipe; return the content of metrics.json (without `eval` in the recipe: only counts and times).
 
     Args:
         say: receives one line a stage.
-        resume: go on from the last checkpoint in the run's folder.
+        resume: whether to continue from the last checkpoint in the run's folder.
 
     Raises:
-        LorakitError: anything in the recipe, data or model is wrong; a run that fails leaves no half-written file.
+        LorakitError: something in the recipe, data or model is wrong; a failed run leaves no half-written file.
     """
     clock = _Clock()
     records = read_records(recipe)
@@ -120,7 +121,7 @@ def evaluate_run(folder: Path, say: Say = print) -> dict[str, Any]:
 
     Raises:
         CheckpointError: the folder holds no run.
-        ConfigError: its recipe holds nothing out.
+        ConfigError: its recipe names no held-out records.
         DataError: its data are gone.
     """
     clock = _Clock()
@@ -140,7 +141,7 @@ def evaluate_run(folder: Path, say: Say = print) -> dict[str, Any]:
 
 
 def load_run(folder: Path, adapted: bool = True) -> tuple[Decoder, Tokenizer, Recipe]:
-    """Load a run's base model, with its adapter unless `adapted` is False, to talk to it."""
+    """Load a run's base model, with its adapter unless `adapted` is False, its tokenizer and its recipe."""
     recipe = load_run_recipe(folder)
     model, tok = load_base(recipe)
     if adapted:
@@ -152,7 +153,7 @@ def load_run_recipe(folder: Path) -> Recipe:
     """Read the recipe that a run saved.
 
     Raises:
-        CheckpointError: the folder is not one of a run.
+        CheckpointError: the folder is not a run's.
     """
     if not (folder / "recipe.yaml").is_file():
         raise CheckpointError(f"{folder} is not the folder of a run: it has no recipe.yaml")
@@ -171,7 +172,7 @@ def load_base(recipe: Recipe) -> tuple[Decoder, Tokenizer]:
 
 
 def read_records(recipe: Recipe) -> RunRecords:
-    """Read the recipe's data; split it where the recipe asks for that, and look for questions on both sides."""
+    """Read the recipe's data, split it if the recipe says so, and look for questions on both sides."""
     train_records = load_records(recipe.data.train, recipe.data.format)
     if recipe.data.eval is not None:
         held_out = load_records(recipe.data.eval, recipe.data.format)
@@ -190,12 +191,12 @@ def evaluate(run: LoadedRun, config: EvalConfig, facts: dict[str, Any], clock: _
     """Measure base (strong prompt) and tuned model (short prompt); write predictions, metrics and report.
 
     Args:
-        facts: what metrics.json says beside the scores.
+        facts: the content of metrics.json besides the scores.
         clock: books the time of each side.
         say: receives one line a side.
 
     Returns:
-        What metrics.json holds.
+        The content of metrics.json.
     """
     recipe, records, model, tok = run.recipe, run.records, run.model, run.tok
     held_out = records.held_out[: config.limit]
@@ -263,7 +264,7 @@ def _facts(recipe: Recipe, records: RunRecords, attached: MatchReport, trained: 
 
 
 def _earlier_training(folder: Path) -> TrainResult:
-    """Read back what train.jsonl says of a finished run."""
+    """Return the result of a finished run as train.jsonl records it."""
     rows = read_json_lines(folder / "train.jsonl")
     totals = {key: sum(row.get(key, 0) for row in rows) for key in ("trained_tokens", "tokens")}
     return TrainResult(len(rows), rows, **totals)
@@ -287,7 +288,7 @@ class _Clock:
         self.seconds[stage], self._last = now - self._last, now
 
     def total(self) -> dict[str, float]:
-        """Return the seconds per stage and in all."""
+        """Return the seconds per stage, and their total."""
         return {key: round(value, 2) for key, value in self.seconds.items()} | {
             "total": round(time.perf_counter() - self._start, 2)
         }

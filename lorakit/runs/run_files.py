@@ -1,4 +1,4 @@
-"""Reading back the files that a run wrote: metrics.json, train.jsonl, predictions.jsonl, recipe.yaml."""
+"""Reading the files of a run: metrics.json, train.jsonl, predictions.jsonl, recipe.yaml."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..errors import DataError
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds, read and checked for shape."""
+    """The content of a run folder, checked for its structure."""
 
     folder: Path
     metrics: dict[str, Any]
@@ -47,10 +47,10 @@ def read_run(folder: Path) -> Run:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a JSONL file, [] where there is none.
+    """Read a JSONL file; [] if there is none.
 
     Raises:
-        DataError: a line, other than one cut off at the end, is not a JSON object.
+        DataError: a line is not a JSON object; a last line that was cut off does not count.
     """
     if not path.is_file():
         return []

@@ -1,4 +1,4 @@
-"""Numbers, times and texts as the report writes them."""
+"""Formatting of numbers, times and texts for the report."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 from ..evaluation.gate import format_score
 
-MOST_CHARACTERS = 1500  # of one text in the report; a run's predictions.jsonl has it all
+MOST_CHARACTERS = 1500  # of one text in the report; a run's predictions.jsonl has all of it
 
 
 def duration(seconds: float) -> str:
-    """Write a time as people say it: "0.8 s", "41 s", "12 min 5 s", "1 h 3 min"."""
+    """Format a duration: "0.8 s", "41 s", "12 min 5 s", "1 h 3 min"."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -23,31 +23,31 @@ def duration(seconds: float) -> str:
 
 def shorten(text: str) -> str:
     """Cut a text after `MOST_CHARACTERS` and say how much is missing."""
-    text = text.encode("utf-8", "replace").decode()  # half a surrogate pair, as JSON can smuggle in, cannot be written
+    text = text.encode("utf-8", "replace").decode()  # JSON can hold half a surrogate pair, which UTF-8 cannot
     left_out = len(text) - MOST_CHARACTERS
     return text if left_out <= 0 else f"{text[:MOST_CHARACTERS]} […{left_out:,} more characters]"
 
 
 def fenced(text: str) -> str:
-    """Return a Markdown code block that `text` cannot close: its fence is longer than any run of backticks inside."""
+    """Return `text` as a Markdown code block whose fence is longer than any run of backticks inside."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}text\n{text}\n{fence}"
 
 
 def inline(text: object) -> str:
-    """Escape what Markdown would read as markup in running text or a table cell."""
+    """Escape Markdown's markup for running text or a table cell."""
     return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", re.sub(r"\s+", " ", str(text)))
 
 
 def signed(value: float, best: float) -> str:
-    """Format a difference of scores with its sign, a true minus."""
+    """Format a difference of scores with its sign, U+2212 for minus."""
     sign = "+" if value > 0 else "\u2212" if value < 0 else ""
     return sign + format_score(abs(value), best)
 
 
 def number(value: Any) -> str:
-    """Format a number with commas between thousands; anything else as it is."""
+    """Format a number with commas between thousands; return anything else as text."""
     return f"{value:,}" if isinstance(value, int | float) else str(value)
 
 

@@ -1,7 +1,7 @@
-"""Strict YAML with a memory for lines: what a recipe file says, and on which line it says it.
+"""Strict YAML that remembers lines: the settings of a recipe file, and the line of each.
 
-PyYAML alone lets a repeated key win silently, reads `1e-4` as text and forgets where a value came from. A recipe is
-written by hand, so all three matter.
+PyYAML alone silently keeps the last of repeated keys, reads `1e-4` as text and forgets where a value came from. People
+write recipes by hand, so all three matter.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, with YAML 1.2's floats: 1.1, which PyYAML follows, wants the dot and the sign of 1.0e-4."""
+    """The safe loader, with YAML 1.2's floats; PyYAML follows 1.1, which needs the dot and the sign of 1.0e-4."""
 
 
 _Loader.add_implicit_resolver(
@@ -29,10 +29,10 @@ _KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 
 @dataclass
 class YamlSource:
-    """Nested settings and the place each key was set.
+    """Nested settings and the place where each key was set.
 
     Attributes:
-        name: what to call the source in messages: the file's path.
+        name: the source's name in messages: the file's path.
         values: the settings, as plain dicts, lists and scalars.
         places: dotted key -> where it was set, as "recipe.yaml:12" or "override 'train.lr=1'".
         problems: (place, dotted key, message) of every fault found while reading: repeated keys, malformed overrides.
@@ -44,7 +44,7 @@ class YamlSource:
     problems: list[tuple[str, str, str]] = field(default_factory=list)
 
     def place(self, key: str) -> str:
-        """Return where `key`, or the section around it, was set; the source's name when neither was."""
+        """Return the place where `key`, or the section around it, was set; the source's name if neither was."""
         while key:
             if key in self.places:
                 return self.places[key]
@@ -52,7 +52,7 @@ class YamlSource:
         return self.name
 
     def override(self, assignment: str) -> None:
-        """Set one nested key from "section.key=value", the value read as YAML; a fault is added to `problems`."""
+        """Set one nested key from "section.key=value", with the value in YAML; add a fault to `problems`."""
         key, equals, text = (part.strip() for part in assignment.partition("="))
         place, parts = f"override '{assignment}'", key.split(".")
         if not equals or not all(parts):
@@ -82,7 +82,7 @@ def read_yaml(path: Path) -> YamlSource:
 
     Raises:
         ConfigError: the file cannot be read, is not UTF-8 or not YAML (with file:line), or its top level is not a
-            mapping. Repeated keys are left in the result's `problems`, to be reported with whatever else is wrong.
+            mapping. Repeated keys go into the result's `problems` and are reported together with other faults.
     """
     try:
         values, keys = _parse(path.read_text(encoding="utf-8"))
@@ -107,7 +107,7 @@ def read_yaml(path: Path) -> YamlSource:
 
 
 def _parse(text: str) -> tuple[Any, list[tuple[str, int]]]:
-    """Return the value and every key in it as (dotted key, line), repeated ones too."""
+    """Return the value and every key in it as (dotted key, line), repeated keys included."""
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
@@ -120,7 +120,7 @@ def _parse(text: str) -> tuple[Any, list[tuple[str, int]]]:
 
 
 def _keys(node: yaml.Node, prefix: str, above: list[yaml.Node]) -> Iterator[tuple[str, int]]:
-    """Yield (dotted key, line), depth first; `above` holds the nodes around this one, to refuse an endless anchor."""
+    """Yield (dotted key, line), depth first; `above` holds the enclosing nodes, to refuse an endless anchor."""
     if node in above:
         raise yaml.MarkedYAMLError(problem="an anchor contains itself", problem_mark=node.start_mark)
     if isinstance(node, yaml.MappingNode):

@@ -1,4 +1,4 @@
-"""What a training step keeps of the forward pass, and where: everything, less to compute it again, in host memory."""
+"""Activations of a training step: kept for the backward pass, in memory of device or host, or recomputed."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ SMALLEST_OFFLOADED = 1 << 20  # bytes; a smaller copy costs more in waiting than
 def saving_activations(
     model: nn.Module, checkpointing: Literal["none", "mlp", "layer"] | int, offload: bool = False
 ) -> Iterator[None]:
-    """Within the context, keep for the model's backward pass what the settings say.
+    """Within the context, keep activations for the model's backward pass as the settings say.
 
     Args:
-        model: a `Decoder`, or a transformers model, of which every layer is checkpointed or none.
-        checkpointing: what is computed again instead of kept, see `Decoder.set_checkpointing`.
-        offload: whether what is kept leaves the GPU, see `HostActivations`.
+        model: a `Decoder`, or a transformers model, whose layers are all checkpointed or none.
+        checkpointing: the parts to recompute instead of keeping them, see `Decoder.set_checkpointing`.
+        offload: whether kept activations leave the GPU, see `HostActivations`.
 
     Raises:
         TrainingError: the model does not offer this kind of checkpointing, or there is no GPU to relieve.
@@ -46,21 +46,21 @@ def saving_activations(
 
 
 class HostActivations(saved_tensors_hooks):
-    """Within the context, what autograd saves of `smallest` bytes or more goes to host memory until it is needed.
+    """Within the context, tensors of `smallest` bytes or more that autograd saves go to host memory until needed.
 
-    The model's own parameters and buffers stay where they are, and so do views of them; what is saved twice is copied
-    once. Both copies wait in the queue of the device's own work: nothing is read before it is there, and no memory is
-    used again before it is copied. Under checkpointing it is the inputs of the checkpointed parts that are moved; what
-    the backward pass computes again is needed at once and stays.
+    The model's own parameters and buffers stay where they are, and so do views of them. A tensor that is saved twice is
+    copied once. Both copies wait in the queue of the device's own work: nothing is read before it has arrived, and no
+    memory is reused before it is copied. Under checkpointing the inputs of the checkpointed parts are moved. The
+    recomputed tensors are needed at once and stay.
     """
 
     def __init__(self, model: nn.Module, smallest: int = SMALLEST_OFFLOADED) -> None:
-        own = {_storage(tensor) for tensor in itertools.chain(model.parameters(), model.buffers())}
-        copies = WeakTensorKeyDictionary()  # tensor -> (its version then, its copy), while the tensor lives
+        of_model = {_storage(tensor) for tensor in itertools.chain(model.parameters(), model.buffers())}
+        copies = WeakTensorKeyDictionary()  # tensor -> (its version when copied, its copy), while the tensor lives
 
         def to_host(tensor: Tensor) -> tuple[torch.device, Tensor]:
             in_backward = torch._C._current_graph_task_id() != -1
-            if in_backward or tensor.nbytes < smallest or _storage(tensor) in own:
+            if in_backward or tensor.nbytes < smallest or _storage(tensor) in of_model:
                 return tensor.device, tensor.detach()  # an output that held itself would never be freed
             version, host = copies.get(tensor, (None, None))
             if host is None or version != tensor._version:

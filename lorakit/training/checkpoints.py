@@ -1,9 +1,9 @@
-"""Training checkpoints: everything a run needs to go on as if it had never stopped, without pickle.
+"""Training checkpoints: everything a run needs to resume as if it had never stopped, without pickle.
 
     <output>/checkpoints/step-000040/state.safetensors    parameters, optimizer state, random state
     <output>/checkpoints/step-000040/state.json           step, fingerprint of settings and data
 
-A checkpoint is renamed into place when it is whole, so that a kill in the middle leaves the one before.
+A checkpoint is renamed into place once it is whole, so a kill while it is written leaves the previous one.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def save_checkpoint(
     """Write a checkpoint after `step` steps and delete the older ones.
 
     Args:
-        folder: of all checkpoints of the run.
-        progress: what the run's log needs to go on, as JSON values.
+        folder: the folder of the run's checkpoints.
+        progress: the state of the run's log, as JSON values.
 
-    A parameter that no gradient has reached yet has no optimizer state; the checkpoint says which those are.
+    A parameter that no gradient has reached yet has no optimizer state; the checkpoint lists these parameters.
     """
     tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
     without_state = [name for name, parameter in parameters.items() if not optimizer.state.get(parameter)]
@@ -58,18 +58,18 @@ def save_checkpoint(
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the whole checkpoints in a folder, oldest first."""
+    """Return the checkpoints in a folder, oldest first."""
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
 
 def load_checkpoint(
     path: Path, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, fingerprint: str
 ) -> tuple[int, dict[str, Any]]:
-    """Restore parameters, optimizer and random state; return the step count and the progress that was saved.
+    """Restore parameters, optimizer and random state; return the step count and the saved progress.
 
     Raises:
         CheckpointError: a file is missing, broken, or holds other parameters.
-        TrainingError: it was written with other settings or data.
+        TrainingError: the checkpoint was written with other settings, data or adapter.
     """
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
@@ -103,8 +103,8 @@ def load_checkpoint(
 def _placed(key: str, value: Tensor, parameter: nn.Parameter) -> Tensor:
     """Return a state as the optimizer made it: on the parameter's device, a moment with the parameter's strides.
 
-    A fused update walks through parameter and moments in the order of memory, so that a moment in another order would
-    go to other elements. The count of steps stays on the host.
+    A fused update walks through parameter and moments in memory order, so a moment with other strides would update the
+    wrong elements. The step count stays on the host.
     """
     if key == "step":
         return value

@@ -1,4 +1,4 @@
-"""`TrainConfig.compile`: the layers of a decoder through torch.compile, while it is trained."""
+"""`TrainConfig.compile`: pass a decoder's layers through torch.compile during training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..models.decoder.decoder import Decoder, DecoderLayer
 
 @contextlib.contextmanager
 def compiled_layers(model: nn.Module, is_wanted: bool) -> Iterator[None]:
-    """Within the context a decoder's layers are compiled, at their first call, if that is wanted.
+    """Within the context, compile a decoder's layers at their first call, if `is_wanted`.
 
     Raises:
         TrainingError: the model is not a `Decoder`.

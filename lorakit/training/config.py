@@ -12,7 +12,7 @@ from ..settings import Settings
 from .optimizers import OPTIMIZERS
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what every generator takes
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # the range that every generator takes
 
 
 class TrainConfig(Settings):
@@ -30,32 +30,31 @@ class TrainConfig(Settings):
     )
     lr: float = Field(2e-4, gt=0, description="peak learning rate")
     loraplus_lr_ratio: float | None = Field(
-        None, ge=1, description="LoRA+: learning rate of lora_B as a multiple of lr, which lora_A keeps; 16, say"
+        None, ge=1, description="LoRA+: learning rate of lora_B as a multiple of lr, such as 16; lora_A keeps lr"
     )
     lora_fa: bool = Field(
-        False, description="LoRA-FA: train lora_B alone; activations, gradients and moments of lora_A are spared"
+        False, description="LoRA-FA: train lora_B alone; saves the activations, gradients and moments of lora_A"
     )
     epochs: float = Field(1.0, gt=0, description="passes over the training records, when max_steps is not given")
     max_steps: int | None = Field(None, ge=1, description="stop after this many optimizer steps")
     batch_size: int = Field(16, ge=1, description="conversations per optimizer step")
     micro_batch_tokens: int = Field(
-        2048, ge=1, description="tokens per forward pass; a larger batch is accumulated over several, with equal result"
+        2048, ge=1, description="tokens per forward pass; a larger batch takes several, with the same result"
     )
     checkpointing: Literal["none", "mlp", "layer"] | Annotated[int, Field(ge=2)] = Field(
         "none",
-        description="what the backward pass computes again instead of keeping it: nothing, the MLPs, every layer, or "
+        description="what the backward pass recomputes instead of keeping it: nothing, the MLPs, every layer, or "
         "with a number n every n-th layer; slower, in less memory, with the same result",
     )
     offload_activations: bool = Field(
         False,
-        description="keep what the backward pass needs in host memory instead of the GPU's; an error on the CPU; with "
-        "checkpointing, what that keeps",
+        description="keep activations for the backward pass in host memory instead of the GPU's; with checkpointing, "
+        "those that it keeps; an error on the CPU",
     )
     compile: bool = Field(
         False,
-        description="pass the decoder's layers, but for attention, through torch.compile, for GPUs: the first step "
-        "takes some 15 s longer, later ones on the CPU no less time; results stay the same but for rounding and "
-        "what dropout draws",
+        description="pass the decoder's layers, except attention, through torch.compile, for GPUs; the first step "
+        "takes 13 s longer, and later steps on the CPU take no less time; rounding and dropout's draws differ",
     )
     max_length: int = Field(1024, ge=2, description="longest conversation in tokens; a longer one is an error")
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps over which lr rises from 0")
@@ -68,10 +67,10 @@ class TrainConfig(Settings):
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this global norm")
     seed: Seed = Field(0, description="seed of the order of the data and of dropout")
     eval_every: int | None = Field(
-        None, ge=1, description="steps between evaluations of the held-out loss; none: at the end"
+        None, ge=1, description="steps between evaluations of the held-out loss; null: at the end only"
     )
-    checkpoint_every: int | None = Field(None, ge=1, description="steps between checkpoints one can resume from")
-    output: Path | None = Field(None, description="folder for train.jsonl and checkpoints; none: nothing is written")
+    checkpoint_every: int | None = Field(None, ge=1, description="steps between checkpoints, for resuming; null: none")
+    output: Path | None = Field(None, description="folder for train.jsonl and checkpoints; null: nothing is written")
     progress: bool = Field(True, description="show a progress bar")
 
     @field_validator("optimizer")

@@ -1,9 +1,9 @@
-"""LoRA-FA: train B alone, A stays as it was drawn (Zhang et al. 2023, arXiv:2308.03303, eq. 4).
+"""LoRA-FA: train B alone and keep A as drawn (Zhang et al. 2023, arXiv:2308.03303, eq. 4).
 
     W + s B A₀,   dB = s dyᵀ (x A₀ᵀ)
 
-A layer then keeps x A₀ᵀ (tokens, r) for its backward pass and not x (tokens, in), and half of the adapter needs neither
-gradient nor the optimizer's moments. PEFT has it as an optimizer, `create_lorafa_optimizer`.
+A layer then keeps x A₀ᵀ (tokens, r) for its backward pass instead of x (tokens, in), and A needs neither gradient nor
+optimizer moments. PEFT offers LoRA-FA as an optimizer, `create_lorafa_optimizer`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..errors import TrainingError
 
 @contextlib.contextmanager
 def frozen_a(model: nn.Module, is_wanted: bool) -> Iterator[None]:
-    """Within the context no lora_A is trained, if that is wanted.
+    """Within the context, freeze every lora_A, if `is_wanted`.
 
     Raises:
         TrainingError: it is wanted, but no lora_A is trained.

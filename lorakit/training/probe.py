@@ -1,4 +1,4 @@
-"""`TrainingProbe`: what may look on while a run trains. The trainer calls it at the turning points of each step."""
+"""`TrainingProbe`: an observer of a training run. The trainer calls it at fixed points of each step."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from ..data import Batch, Example
 
 
 class TrainingProbe:
-    """Looks on while a run trains; `train(..., probes=[...])` calls these methods, none of which does anything here.
+    """Observes a training run; `train(..., probes=[...])` calls these methods, which do nothing by default.
 
         begin
         for each step:
             before_step
             for each micro-batch: after_micro_batch       gradients so far are in the parameters' .grad
-            before_update                                 gradients are whole, and not clipped yet
+            before_update                                 gradients are complete, but not clipped yet
             after_update                                  the optimizer has taken its step
-            after_step                                    the step's row is in the log, no checkpoint is written yet
+            after_step                                    the step's row is in the log; no checkpoint is written yet
         end                                               also after an error
 
-    A probe reads. It changes no parameter and no gradient and draws no random number, so that a run with probes is, to
-    the bit, the run without. What a probe raises stops the run, as a full disk does.
+    A probe only reads. It changes no parameter and no gradient and draws no random number, so a run gives the same bits
+    with and without probes. An error in a probe stops the run.
     """
 
     def begin(
@@ -33,24 +33,25 @@ class TrainingProbe:
         """Get ready, before the first step.
 
         Args:
-            examples, held_out: what is trained on, and what the held-out loss is measured on; this may be empty.
-            output: the run's folder, which may not exist yet; None where nothing is written.
+            examples: the training examples.
+            held_out: the examples for the held-out loss; may be empty.
+            output: the run's folder, which may not exist yet; None if nothing is written.
             done: steps taken before a resume, else 0.
         """
 
     def before_step(self, step: int) -> None:
-        """Step `step` begins, counted from 1."""
+        """A step begins; `step` counts from 1."""
 
     def after_micro_batch(self, examples: Sequence[Example], batch: Batch, losses: Tensor) -> None:
         """One forward and backward pass is done.
 
         Args:
-            examples: those of the batch, in its order.
-            losses: (trained tokens,) fp32, nats, in the order of the batch's targets that are trained.
+            examples: the examples of the batch, in its order.
+            losses: (trained tokens,) fp32, nats, in the order of the batch's trained targets.
         """
 
     def before_update(self) -> None:
-        """The gradient of the step is whole."""
+        """The gradient of the step is complete."""
 
     def after_update(self) -> None:
         """The parameters have moved; their gradients are still there, clipped."""
@@ -59,4 +60,4 @@ class TrainingProbe:
         """The step is over; `row` is its line of the log."""
 
     def end(self) -> None:
-        """Let go of the model and of files."""
+        """Release the model and close files."""

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: train.jsonl, one line a step, and a progress bar."""
+"""The log of a training run: train.jsonl, one line a step, and a progress bar."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from ..files import write_text
 class RunLog:
     """Collects one row a step, appends it to train.jsonl, and shows it.
 
-    On a terminal it is a progress bar; elsewhere (a file, CI) a line about every tenth of the way.
+    A terminal shows a progress bar. Other outputs (a file, CI) get about ten lines over the run.
 
     Args:
-        path: of train.jsonl, or None to write nothing.
-        steps: of the whole run.
-        rows: of the steps before a resume.
+        path: the path of train.jsonl, or None to write nothing.
+        steps: steps of the whole run.
+        rows: rows of the steps before a resume.
         show: whether to print at all.
     """
 
@@ -53,7 +53,7 @@ class RunLog:
     ) -> None:
         self._bar.stop()
         if self._file is not None:
-            with contextlib.suppress(OSError):  # every line was flushed; what could not be was reported
+            with contextlib.suppress(OSError):  # every line was flushed, or its error reported
                 self._file.close()
 
     def step(self, row: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ import math
 def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float, min_ratio: float) -> float:
     """Return the learning rate of step 0 .. steps - 1: a linear rise to `peak`, then half a cosine to min_ratio * peak.
 
-    The rise takes ceil(warmup_ratio * steps) steps and starts above zero, so that no step is wasted.
+    The rise takes ceil(warmup_ratio * steps) steps and starts above zero: a step at zero would be wasted.
     """
     warmup = math.ceil(warmup_ratio * steps)
     if step < warmup:

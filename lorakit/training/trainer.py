@@ -6,8 +6,8 @@
         gradients of the adapter, clipped to a global norm
         one step of the optimizer at the scheduled learning rate
 
-The loss of a step is exact whatever the micro-batching: micro-batches add up sums, and the number they are divided by
-is that of the whole step.
+The loss of a step is exact for any micro-batching: micro-batches add up sums, and these are divided by the number of
+trained tokens in the whole step.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ from .probe import TrainingProbe
 from .runlog import RunLog
 from .schedule import learning_rate
 
-_WITHOUT_EFFECT = {  # on what is learned
+_WITHOUT_EFFECT = {  # settings that do not change the trained parameters
     "output", "progress", "eval_every", "checkpoint_every", "checkpointing", "offload_activations", "offload_optimizer",
 }  # fmt: skip
 
 
 @dataclass
 class TrainResult:
-    """What a run did.
+    """The outcome of a training run.
 
     Attributes:
         steps: optimizer steps taken.
         history: one row a step: step, loss (nats per trained token), lr, grad_norm, trained_tokens, tokens, seconds,
             step_seconds, peak_rss_mb, and eval_loss where it was measured.
-        trained_tokens, tokens: totals; trained are those that count in the loss.
-        seconds: of the loop, encoding left out.
+        trained_tokens, tokens: totals; trained tokens count in the loss.
+        seconds: duration of the loop, without encoding.
         eval_loss: held-out loss at the end, nats per trained token; None without held-out records.
     """
 
@@ -84,13 +84,13 @@ def train(
     Args:
         model: a `Decoder`, or another causal language model, with an adapter attached.
         train_records: conversations; the assistant's turns are trained.
-        eval_records: held-out conversations whose loss is measured at the end and every `eval_every` steps.
-        resume: go on from the last checkpoint in config.output, bit for bit as if the run had not stopped.
-        probes: look on; nothing that is learned changes by it.
+        eval_records: held-out conversations; their loss is measured at the end and every `eval_every` steps.
+        resume: continue from the last checkpoint in config.output, bit for bit as if the run had not stopped.
+        probes: observers, which do not change the result.
 
     Raises:
-        DataError: a record cannot be encoded (all are named), or there is none.
-        TrainingError: nothing is trainable, the loss is not finite, or the checkpoint is of another run.
+        DataError: records cannot be encoded (the first 20 are named), or there is none.
+        TrainingError: nothing is trainable, the loss is not finite, or the checkpoint belongs to another run.
     """
     config = config or TrainConfig()
     with contextlib.ExitStack() as while_training:
@@ -104,7 +104,7 @@ def train(
         per_epoch = math.ceil(len(examples) / config.batch_size)
         steps = config.max_steps or max(1, round(config.epochs * per_epoch))
         optimizer = build_optimizer(parameters, config)
-        optimizer.zero_grad(set_to_none=True)  # whatever the caller, or a run that was interrupted, has left there
+        optimizer.zero_grad(set_to_none=True)  # drop gradients left by the caller or an interrupted run
         fingerprint = _fingerprint(config, optimizer, examples, model, parameters)
         torch.manual_seed(config.seed)
         result = _resumed(config, parameters, optimizer, fingerprint) if resume else TrainResult()
@@ -152,14 +152,14 @@ def take_step(
     """Take one optimizer step; return its row of the log.
 
     Raises:
-        TrainingError: the loss or a gradient is not finite; the parameters are as before the step.
+        TrainingError: the loss or a gradient is not finite; the parameters are unchanged.
     """
     started = time.perf_counter()
     loss, trained = accumulate_gradients(model, batch, config.micro_batch_tokens, probes)
     for probe in probes:
         probe.before_update()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    gradients = [part for one in parameters if one.grad is not None for part in flat_slices(one.grad)]
+    gradients = [piece for p in parameters if p.grad is not None for piece in flat_slices(p.grad)]
     total_norm = nn.utils.get_total_norm(gradients)
     nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, total_norm)
     norm = float(total_norm)
@@ -186,23 +186,24 @@ def take_step(
 def accumulate_gradients(
     model: nn.Module, batch: Sequence[Example], token_budget: int, probes: Sequence[TrainingProbe] = ()
 ) -> tuple[float, int]:
-    """Add the gradient of a step's loss to the parameters; return the loss and the number of trained tokens.
+    """Add the gradient of a step's loss to the parameters' `.grad`; return the loss and the number of trained tokens.
 
-    The loss is the sum over all trained tokens of the step divided by their number, however it is cut up.
+    The loss is the sum over all trained tokens of the step divided by their number, for any cut into micro-batches.
     """
     device = next(model.parameters()).device
     groups = micro_batches(batch, token_budget)
     packed = [make_batch(group) for group in groups]
-    trained = sum(part.trained_tokens for part in packed)
+    trained = sum(micro_batch.trained_tokens for micro_batch in packed)
     total = 0.0
-    for group, part in zip(groups, packed, strict=True):
-        losses = torch.empty(part.trained_tokens, device=device) if probes else None
-        loss = summed_loss(model, part.input_ids.to(device), part.targets.to(device), part.lengths, losses)
+    for group, micro_batch in zip(groups, packed, strict=True):
+        losses = torch.empty(micro_batch.trained_tokens, device=device) if probes else None
+        input_ids, targets = micro_batch.input_ids.to(device), micro_batch.targets.to(device)
+        loss = summed_loss(model, input_ids, targets, micro_batch.lengths, losses)
         (loss / trained).backward()
         total += float(loss.detach())
         for probe in probes:
             assert losses is not None
-            probe.after_micro_batch(group, part, losses)
+            probe.after_micro_batch(group, micro_batch, losses)
     return total / trained, trained
 
 
@@ -219,9 +220,9 @@ def mean_loss(model: nn.Module, examples: Sequence[Example], token_budget: int) 
     total, trained = 0.0, 0
     with _mode(model, training=False):
         for group in micro_batches(examples, token_budget):
-            part = make_batch(group)
-            total += float(summed_loss(model, part.input_ids.to(device), part.targets.to(device), part.lengths))
-            trained += part.trained_tokens
+            batch = make_batch(group)
+            total += float(summed_loss(model, batch.input_ids.to(device), batch.targets.to(device), batch.lengths))
+            trained += batch.trained_tokens
     return total / trained
 
 
@@ -241,7 +242,7 @@ def _is_due(step: int, every: int | None) -> bool:
 
 
 def _check_lengths(model: nn.Module, examples: Sequence[Example]) -> None:
-    """Raise DataError, before hours of training, where an example exceeds the model's context."""
+    """Raise DataError, before hours of training, if an example exceeds the model's context."""
     context = model.config.context_length if isinstance(model, Decoder) else math.inf
     long = [f"{example.source} ({len(example.input_ids)})" for example in examples if len(example.input_ids) > context]
     if long:
@@ -249,7 +250,7 @@ def _check_lengths(model: nn.Module, examples: Sequence[Example]) -> None:
 
 
 def _trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that are trained, by name; raise TrainingError where there are none, or they are idle."""
+    """Return the trained parameters by name; raise TrainingError if there are none, or their adapter is not active."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise TrainingError(
@@ -266,10 +267,10 @@ def _trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def _resumed(
     config: TrainConfig, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, fingerprint: str
 ) -> TrainResult:
-    """Load the last checkpoint, if there is one, into parameters and optimizer; return the run as it was there."""
+    """Load the last checkpoint, if there is one, into parameters and optimizer; return the run's state there."""
     result = TrainResult()
-    if config.output and (found := list_checkpoints(config.output / "checkpoints")):
-        result.steps, progress = load_checkpoint(found[-1], parameters, optimizer, fingerprint)
+    if config.output and (checkpoints := list_checkpoints(config.output / "checkpoints")):
+        result.steps, progress = load_checkpoint(checkpoints[-1], parameters, optimizer, fingerprint)
         if config.offload_optimizer:
             states_to_host(optimizer)
         result.history = progress["history"]
@@ -284,9 +285,10 @@ def _fingerprint(
     model: nn.Module,
     parameters: Mapping[str, nn.Parameter],
 ) -> str:
-    """Return a hash of all that must be alike for a resumed run to be the same run."""
+    """Return a hash of everything that a resumed run must share with the run that it continues."""
     settings = config.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
-    settings |= {name: optimizer.defaults[name] for name in OPTIMIZERS[config.optimizer].settings}  # where it says None
+    # The optimizer's own values, in place of None.
+    settings |= {name: optimizer.defaults[name] for name in OPTIMIZERS[config.optimizer].settings}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for adapter, lora in adapter_configs(model).items():
         digest.update(f"{adapter} {json.dumps(lora.peft_values(), separators=(',', ':'))}".encode())

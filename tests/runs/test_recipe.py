@@ -109,6 +109,14 @@ class TestReading:
         error = refused(MINIMAL, "model.quant_type=nf5")
         assert "model.quant_type: unknown 'nf5'; did you mean 'nf4'? (known: nf4" in str(error)
 
+    @pytest.mark.parametrize(("start", "needs"), [("eva", "losses"), ("lora_ga", "losses"), ("loftq", "sources")])
+    def test_a_start_that_needs_data_is_refused(self, start: str, needs: str) -> None:
+        error = refused(MINIMAL + f"lora:\n  r: 8\n  init_lora_weights: {start}\n")
+        assert error.problems[0][0] == "lora.init_lora_weights"
+        assert f"recipe.yaml:9: lora.init_lora_weights: '{start}' needs `{needs}`, which a recipe cannot give" in str(
+            error
+        )
+
     def test_block_size_is_one_that_the_quantizer_has(self) -> None:
         assert refused(MINIMAL, "model.block_size=100").problems[0][0] == "model.block_size"
 
@@ -260,7 +268,7 @@ class TestSaving:
         save_recipe(load_recipe(written(MINIMAL)), "out.yaml")
         values = yaml.safe_load(Path("out.yaml").read_text())
         assert set(values) == set(Recipe.model_fields)
-        assert set(values["lora"]) == set(LoraConfig.model_fields)
+        assert set(values["lora"]) | {"variant"} == set(LoraConfig.model_fields)  # PEFT's files have no variant
         assert set(values["train"]) == set(TrainConfig.model_fields) - {"seed", "output", "max_length"}
 
     def test_saved_recipe_takes_overrides(self) -> None:

@@ -1,1 +1,1 @@
-"""The sides of the comparisons in training, each a script of its own that anyone can read and run."""
+"""The sides of the training comparisons, each a separate script to read and run."""

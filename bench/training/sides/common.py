@@ -1,7 +1,8 @@
-"""What the scripts of both sides share: their options, the tokens, and what they note about time and memory.
+"""Shared parts of both sides' scripts: options, tokens, and records of time and memory.
 
-Nothing of lorakit is imported here: the peers' processes would carry it. Peak memory is the process's VmHWM. It is
-noted apart for loading and for training, by starting the maximum anew in between, and where the imports are done.
+This module does not import lorakit, because the peers' processes would carry it. Peak memory is the process's VmHWM. It
+is recorded separately for loading and for training, with a reset in between. The resident size after the imports is
+recorded too.
 """
 
 from __future__ import annotations
@@ -18,16 +19,18 @@ import torch
 from torch import Tensor
 
 RANK, ALPHA, LEARNING_RATE = 16, 32, 2e-4
-GRAD_NORM = 1.0  # to which both sides clip
+GRAD_NORM = 1.0  # limit of the global norm on both sides
 
 
 def step_arguments(description: str | None) -> argparse.ArgumentParser:
     """Return a parser with the options of a script that takes training steps."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="checkpoint folder")
-    parser.add_argument("--quant-type", choices=("nf4", "none"), default="nf4", help="of the frozen weights")
+    parser.add_argument(
+        "--quant-type", choices=("nf4", "none"), default="nf4", help="quantization of the frozen weights"
+    )
     parser.add_argument("--batch", type=int, default=2, help="sequences")
-    parser.add_argument("--length", type=int, default=512, help="tokens of each, all but the first of them trained")
+    parser.add_argument("--length", type=int, default=512, help="tokens of each; all except the first are trained")
     parser.add_argument("--dropout", type=float, default=0.0, help="lora_dropout of the adapter")
     parser.add_argument("--steps", type=int, default=3, help="steps to time, after a first one that is not counted")
     return parser
@@ -41,19 +44,19 @@ def sft_arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--start", type=Path, required=True, help="folder of the adapter before training")
     parser.add_argument("--adapter", type=Path, required=True, help="folder to save the trained adapter to")
     parser.add_argument("--batch", type=int, default=8, help="conversations a step")
-    parser.add_argument("--max-length", type=int, default=1024, help="of a conversation, in tokens")
+    parser.add_argument("--max-length", type=int, default=1024, help="longest conversation in tokens")
     parser.add_argument("--lr", type=float, default=LEARNING_RATE)
     parser.add_argument("--seed", type=int, default=0)
     return parser
 
 
 def random_tokens(vocabulary: int, batch: int, length: int) -> Tensor:
-    """Return the same token ids to both sides, (batch, length)."""
+    """Return token ids, (batch, length), the same for both sides."""
     return torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(0))
 
 
 def digest(examples: Iterable[tuple[Sequence[int], Sequence[bool]]]) -> str:
-    """Return a hash of (token ids, which of them are trained), whatever their order: equal where the sides' are."""
+    """Return a hash of the examples (token ids, whether each is trained), independent of their order."""
     lines = sorted(json.dumps([list(ids), [bool(is_trained) for is_trained in trained]]) for ids, trained in examples)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -65,7 +68,7 @@ def memory_mb(which: Literal["VmRSS", "VmHWM"]) -> float:
 
 
 class Meter:
-    """Notes what a process uses, stage by stage; made where its imports are done.
+    """Records a process's memory and time, stage by stage; create it after the imports.
 
     Attributes:
         figures: imports_mb and threads; loading_peak_mb and loaded_mb; training_peak_mb and peak_mb (of both peaks).
@@ -75,19 +78,19 @@ class Meter:
         self.figures: dict[str, Any] = {"imports_mb": memory_mb("VmRSS"), "threads": torch.get_num_threads()}
 
     def loaded(self) -> None:
-        """Note that the model is ready to train; the peak starts anew."""
+        """Record that the model is ready to train, and reset the peak."""
         self.figures |= {"loaded_mb": memory_mb("VmRSS"), "loading_peak_mb": memory_mb("VmHWM")}
         Path("/proc/self/clear_refs").write_text("5")
 
     def trained(self) -> None:
-        """Note that training is done."""
+        """Record that training is done."""
         peak = memory_mb("VmHWM")
         self.figures |= {"training_peak_mb": peak, "peak_mb": max(peak, self.figures["loading_peak_mb"])}
 
     def take_steps(self, step: Callable[[], float], count: int) -> None:
-        """Take a first step and `count` more; note the losses of all, and the seconds, of the first one apart.
+        """Take a first step and `count` more; record all losses and seconds, the first step's seconds separately.
 
-        The first one allocates the optimizer's state and sets up the kernels, or compiles.
+        The first step allocates the optimizer's state and sets up the kernels, or compiles.
         """
         losses, seconds = [], []
         for _ in range(1 + count):
@@ -98,5 +101,5 @@ class Meter:
         self.figures |= {"losses": losses, "seconds": seconds[1:], "first_seconds": seconds[0]}
 
     def print(self, **more: Any) -> None:
-        """Print all figures, and more of them, as one line of JSON."""
+        """Print all figures, and `more`, as one line of JSON."""
         print(json.dumps(self.figures | more))

@@ -1,7 +1,7 @@
-"""The held-out loss of saved adapters, all on one 4-bit base, by a function that neither side's trainer contains.
+"""The held-out loss of saved adapters, all on one 4-bit base, by a function outside both sides' trainers.
 
-transformers computes the logits, bitsandbytes holds the weights in NF4, PEFT loads the adapters; all in fp32, so that
-neither side's way of rounding to bf16 is at an advantage.
+transformers computes the logits, bitsandbytes holds the weights in NF4, PEFT loads the adapters. All computation is in
+fp32, so that neither side's way of rounding to bf16 has an advantage.
 
 Run as: python -m bench.sides.held_out --model FOLDER --records held-out.jsonl --adapter DIR [--adapter DIR ...]
 It prints one line of JSON: folder -> loss in nats per trained token.
@@ -33,7 +33,7 @@ BATCH = 16
 
 @torch.inference_mode()
 def held_out_loss(model: nn.Module, examples: Sequence[dict[str, list[int]]]) -> float:
-    """Return the mean negative log-likelihood of all labels that are not ignored."""
+    """Return the mean negative log-likelihood of all labels except ignored ones."""
     total, count = 0.0, 0
     ordered = sorted(examples, key=lambda example: len(example["input_ids"]))
     for batch in (ordered[start : start + BATCH] for start in range(0, len(ordered), BATCH)):
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = PeftModel.from_pretrained(base, options.adapter[0], adapter_name="0")
     for number, folder in enumerate(options.adapter[1:], start=1):
         model.load_adapter(folder, adapter_name=str(number))
-    model.train()  # nothing drops out; in eval mode bitsandbytes repacks the weights, for one token at a time
+    model.train()  # there is no dropout; in eval mode bitsandbytes repacks the weights for one token at a time
     losses = {}
     for number, folder in enumerate(options.adapter):
         model.set_adapter(str(number))

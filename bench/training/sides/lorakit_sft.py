@@ -1,4 +1,4 @@
-"""lorakit's fine-tuning on conversations: one epoch of QLoRA with `lorakit.train`, the adapter saved before and after.
+"""lorakit's fine-tuning on conversations: one epoch of QLoRA with `lorakit.train`; saves the adapter before and after.
 
 Run as: python -m bench.sides.lorakit_sft --model FOLDER --records train.jsonl --start DIR --adapter DIR [--seed 0]
 It prints one line of JSON; bench.sft runs it and TRL's script in turn.

@@ -1,4 +1,4 @@
-"""lorakit's training step: load a checkpoint, attach an adapter to all linear layers, take steps as the trainer does.
+"""lorakit's training step: load a checkpoint, attach an adapter to all linear layers, take steps like the trainer.
 
 Run as: python -m bench.sides.lorakit_step --model FOLDER [--quant-type none] [--batch 2] [--length 512]
                                            [--dora] [--dropout 0.05] [--set KEY=VALUE] [--products 1]
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of TrainConfig")
     parser.add_argument("--dora", action="store_true", help="a DoRA adapter")
     parser.add_argument("--products", type=int, metavar="PASSES", help="also time the frozen weights' products alone")
-    parser.add_argument("--without", choices=WITHOUT, help="leave out one of the things that make the step fast")
+    parser.add_argument("--without", choices=WITHOUT, help="leave out one trick of the step")
     options = parser.parse_args(arguments)
     if options.without:
         WITHOUT[options.without]()
@@ -38,13 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_adapter(model, LoraConfig(r=RANK, lora_alpha=ALPHA, **adapter))
     settings = dict(setting.split("=", 1) for setting in options.set)
     tokens = options.batch * options.length
-    given = {"lr": LEARNING_RATE, "max_grad_norm": GRAD_NORM, "batch_size": options.batch}
-    config = TrainConfig(**given | {"micro_batch_tokens": tokens} | settings)
+    common = {"lr": LEARNING_RATE, "max_grad_norm": GRAD_NORM, "batch_size": options.batch}
+    config = TrainConfig(**common | {"micro_batch_tokens": tokens} | settings)
     examples = [
         Example(row.tolist(), [False] + [True] * (options.length - 1), "random")
         for row in random_tokens(model.config.vocab_size, options.batch, options.length)
     ]
-    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # `compile` begins without what earlier processes compiled
+    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # `compile` starts without code from earlier processes
     model.train()
     meter.loaded()
     with (

@@ -3,11 +3,11 @@
 Run as: python -m bench.sides.peft_step --model FOLDER [--quant-type none] [--full] [--dora] [--attention eager]
                                         [--adapter-dtype float32] [--gradient-checkpointing]
 
-Settings are what their documentation advises, and where it leaves a choice, an option here: bf16 weights and
-computation; NF4 with double quantization, computing in bf16; sdpa or eager attention; the adapter in fp32 (PEFT's
-default) or in bf16 (`autocast_adapter_dtype=False`, and as TRL does for 4-bit models); gradient checkpointing, without
-re-entrance. AdamW is fused, as in transformers' Trainer. `prepare_model_for_kbit_training` is left out: it makes the
-embedding and the norms fp32, which costs them memory and time.
+The settings follow the peers' documentation, with an option where it leaves a choice: bf16 weights and computation; NF4
+with double quantization, computing in bf16; sdpa or eager attention; the adapter in fp32 (PEFT's default) or in bf16
+(`autocast_adapter_dtype=False`, as TRL does for 4-bit models); gradient checkpointing without re-entrance. AdamW is
+fused, as in transformers' Trainer. `prepare_model_for_kbit_training` is left out, because it casts the embedding and
+the norms to fp32, which costs the peers memory and time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from bench.training.sides.common import ALPHA, GRAD_NORM, LEARNING_RATE, RANK, M
 def load(
     folder: os.PathLike[str], quant_type: str, attention: str, dtype: torch.dtype = torch.bfloat16
 ) -> PreTrainedModel:
-    """Load a checkpoint, its linear layers in 4 bits unless quant_type is "none"; `dtype` is that of the rest."""
+    """Load a checkpoint, its linear layers in 4 bits unless quant_type is "none", the rest in `dtype`."""
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
@@ -42,13 +42,13 @@ def load(
 
 
 def add_adapter(model: PreTrainedModel, dtype: torch.dtype, use_dora: bool = False, dropout: float = 0.0) -> nn.Module:
-    """Attach LoRA matrices in a dtype to all linear layers but the head."""
+    """Attach LoRA matrices in `dtype` to all linear layers except the head."""
     common = {"r": RANK, "lora_alpha": ALPHA, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     config = LoraConfig(use_dora=use_dora, lora_dropout=dropout, **common)
     model = get_peft_model(model, config, autocast_adapter_dtype=dtype == torch.float32)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)  # PEFT's switch leaves those on 4-bit layers as they are
+            parameter.data = parameter.data.to(dtype)  # PEFT's switch does not cast matrices on 4-bit layers
     return model
 
 

@@ -1,4 +1,4 @@
-"""How long a step's products with the frozen weights take alone: the least that it can take on a machine."""
+"""The time of a step's products with the frozen weights alone: the least that a step can take on a machine."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from lorakit import Decoder, Linear4bit
 
 
 def product_shapes(model: Decoder) -> Counter[tuple[int, int]]:
-    """Return how many frozen linear layers of each (out_features, in_features) a model has, the head included."""
+    """Return (out_features, in_features) -> number of frozen linear layers of a model, the head included."""
     layers = (module for module in model.modules() if isinstance(module, torch.nn.Linear | Linear4bit))
     return Counter((layer.out_features, layer.in_features) for layer in layers)
 
 
 def product_seconds(model: Decoder, tokens: int, forward_passes: int, rounds: int = 3) -> float:
-    """Return the seconds of x Wᵀ, `forward_passes` times, and of dy W, over all frozen weights, in dense bf16.
+    """Return the seconds of `forward_passes` times x Wᵀ plus dy W, over all frozen weights, in dense bf16.
 
-    One weight stands for all of its shape; the adapters' products, a few in a hundred of these, are left out.
+    One weight stands for all of its shape. The adapters' products, a few percent of these, are left out.
     """
     total = 0.0
     for (out_features, in_features), count in product_shapes(model).items():

@@ -3,11 +3,11 @@
 Run as: python -m bench.sides.trl_sft --model FOLDER --records train.jsonl --start DIR --adapter DIR
                                       [--attention eager] [--no-checkpointing] [--no-autocast] [--max-steps 3]
 
-The tokens are made by transformers' own tokenizer and chat template: the assistant's turn is trained, from after its
-header to its end-of-turn token. They are given as input_ids and labels, so that exactly those tokens are trained; from
-a prompt and a completion SFTTrainer would also train the newline after the end-of-turn token. The adapter starts as the
-other side's did (--start), and the records are taken in their order, eight at a time. TRL trains the adapter of a 4-bit
-model in bf16. Its defaults are gradient checkpointing and bf16 autocast; the options turn them off. Packing and
+transformers' own tokenizer and chat template make the tokens. The assistant's turn is trained, from the end of its
+header to its end-of-turn token. The script passes input_ids and labels, so that exactly those tokens are trained. From
+a prompt and a completion, SFTTrainer would also train the newline after the end-of-turn token. The adapter starts with
+the other side's values (--start), and the records are taken in order, eight at a time. TRL trains the adapter of a
+4-bit model in bf16. Its defaults are gradient checkpointing and bf16 autocast; options turn them off. Packing and
 padding-free batches need FlashAttention, which the CPU does not have.
 """
 
@@ -40,7 +40,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -
     prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
     assert ids[: len(prompt)] == prompt
     end = ids.index(tokenizer.eos_token_id, len(prompt)) + 1
-    labels = [token if len(prompt) <= place < end else IGNORED for place, token in enumerate(ids)]
+    labels = [token if len(prompt) <= index < end else IGNORED for index, token in enumerate(ids)]
     return {"input_ids": ids, "labels": labels}
 
 

@@ -1,8 +1,8 @@
-"""What a training step of lorakit does to be fast and lean, and how to take each out again, for `bench.tricks`.
+"""The tricks that make lorakit's training step fast and lean, and how to remove each, for `bench.tricks`.
 
-Every entry replaces one thing by what it replaced, for the process that asks for it. Results stay the same but for
-rounding. A name that is no longer there is an error: nothing would be taken out, and the
-difference would be noise.
+Every entry replaces one trick with the plain way, in the process that asks for it. Results stay the same except for
+rounding. A name that no longer exists is an error. Otherwise nothing would be removed, and the difference would be
+noise.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _whole_attention() -> None:
     _replace(attention, "QUERY_BLOCK", 1 << 30)
 
 
-def _keep_what_norms_and_activations_give() -> None:
+def _keep_outputs_of_norms_and_swiglu() -> None:
     together = lora_linear.linear_together
     _replace(blocks, "linear_together", lambda x, *layers, recompute=None: together(x, *layers))
 
@@ -56,7 +56,7 @@ def _torch_adamw() -> None:
 
 WITHOUT: dict[str, Callable[[], None]] = {
     "attention in blocks of queries": _whole_attention,
-    "computing again what norms and SwiGLU gave": _keep_what_norms_and_activations_give,
+    "computing again what norms and SwiGLU gave": _keep_outputs_of_norms_and_swiglu,
     "q, k, v and gate, up together": _layers_one_by_one,
     "C++ between the products": _pytorch_between_the_products,
     "AdamW without the compiler": _torch_adamw,

@@ -8,15 +8,15 @@ from .record_format import RecordFormat
 
 __all__ = ["AUTO", "RECORD_FORMATS", "RecordFormat", "recognize_format", "record_format"]
 
-AUTO = "auto"  # in place of a name: the format is told by the records themselves
+AUTO = "auto"  # in place of a name: the records themselves tell the format
 
-RECORD_FORMATS: dict[str, RecordFormat] = {  # where a record fits several, the first has it
+RECORD_FORMATS: dict[str, RecordFormat] = {  # if a record fits several, the first one reads it
     "messages": MESSAGES,
 }
 
 
 def record_format(name: str) -> RecordFormat | None:
-    """Return the format of a name, None for "auto".
+    """Return the format with a name; None for "auto".
 
     Raises:
         ConfigError: there is no such format.
@@ -28,5 +28,5 @@ def record_format(name: str) -> RecordFormat | None:
 
 
 def recognize_format(value: object) -> RecordFormat | None:
-    """Return the first format of the table that takes a JSON value for a record of its own; None where none does."""
+    """Return the first format in the table that recognizes a JSON value as its own, or None."""
     return next((known for known in RECORD_FORMATS.values() if known.recognizes(value)), None)

@@ -8,7 +8,7 @@ from ...errors import DataError
 from ..records import Message, Record
 from .record_format import RecordFormat, found_instead, json_type
 
-# Names that other formats give to the same keys and that are not near in spelling: ShareGPT and its relatives.
+# Names of the same keys in ShareGPT and its relatives that are not near in spelling.
 _ALIASES = {
     "conversation": "messages",
     "conversations": "messages",
@@ -40,7 +40,7 @@ def _parse_message(value: Any, where: str) -> Message:
             raise DataError(f'{where} has no "{key}"{found_instead(value, key, _ALIASES)}')
         if not isinstance(value[key], str):
             raise DataError(f'{where}: "{key}" must be a string, found {json_type(value[key])}')
-    # Keys such as "weight" or "tool_calls" change what is trained elsewhere; dropping them in silence would not.
+    # In other trainers, keys such as "weight" or "tool_calls" change the training; do not drop them in silence.
     if unknown := [key for key in value if key not in ("role", "content")]:
         raise DataError(f'{where} has the unknown key "{unknown[0]}"; a message holds "role" and "content" only')
     return Message(value["role"], value["content"])

@@ -1,7 +1,7 @@
-"""`RecordFormat`: what the table of record formats holds, and the wording that all formats share.
+"""`RecordFormat`, an entry of the table of record formats, and the wording that all formats share.
 
-A new format is one file with a `RecordFormat` and one line in the table `RECORD_FORMATS`. Reading a file, naming bad
-lines and checking conversations are the same for all of them, and happen in `lorakit/data/json_lines.py`.
+A new format is one file with a `RecordFormat` and one line in the table `RECORD_FORMATS`. `lorakit/data/json_lines.py`
+reads files, names bad lines and checks conversations for all formats alike.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ class RecordFormat:
     """A way to write a conversation as one JSON object.
 
     Attributes:
-        keys: that every object of this format has; the format is recognized by them.
-        parse: (object, source) -> the record, with the object's other keys in `extra`. The keys above are there; where
-            their values are wrong it raises `DataError`, with `source` in front. It need not check the conversation.
-        aliases: names, in lower case, that others give to a key -> the key, for hints.
+        keys: the keys that every object of this format has; they identify the format.
+        parse: (object, source) -> the record, with the object's other keys in `extra`. The keys above are present. It
+            raises `DataError`, with `source` in front, if a value is wrong. It need not check the conversation.
+        aliases: another name of a key, in lower case -> the key, for hints.
     """
 
     keys: tuple[str, ...]
@@ -30,14 +30,14 @@ class RecordFormat:
     aliases: Mapping[str, str] = field(default_factory=dict)
 
     def recognizes(self, value: object) -> bool:
-        """Whether a JSON value is a record of this format, as far as its keys tell."""
+        """Return whether a JSON value has the keys of this format."""
         return isinstance(value, dict) and all(key in value for key in self.keys)
 
     def read(self, value: object, source: str) -> Record:
-        """Return the record that a JSON value is.
+        """Return a JSON value as a record.
 
         Raises:
-            DataError: it is none of this format.
+            DataError: the value is not a record of this format.
         """
         if not isinstance(value, dict):
             keys = " and ".join(f'"{key}"' for key in self.keys)
@@ -49,10 +49,10 @@ class RecordFormat:
 
 
 def found_instead(value: Mapping[str, Any], wanted: str, aliases: Mapping[str, str]) -> str:
-    """Name the keys that are there, and the one that was probably meant to be `wanted`.
+    """Name the keys that are present, and the one that was probably meant to be `wanted`.
 
     Args:
-        aliases: names, in lower case, that others give to a key -> the key.
+        aliases: another name of a key, in lower case -> the key.
     """
     if not value:
         return "; the object is empty"

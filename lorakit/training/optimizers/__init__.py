@@ -1,4 +1,4 @@
-"""The optimizers that a run can choose, one file and one line in a table each."""
+"""The optimizers of a training run, each with one file and one line in a table."""
 
 from __future__ import annotations
 

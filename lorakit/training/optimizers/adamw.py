@@ -1,4 +1,4 @@
-"""`AdamW`: the optimizer that a run takes by default."""
+"""`AdamW`: the default optimizer."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .base import Optimizer
 class AdamW(Optimizer):
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv:1711.05101), with fp32 moments.
 
-    All fp32 parameters of a group are updated by one call of PyTorch's fused kernel, in a tenth of the time of
-    torch.optim.AdamW's loop on the CPU. Parameters in 16 bits have fp32 moments too, where torch's would have 16 bits.
+    One call of PyTorch's fused kernel updates all fp32 parameters of a group, in a tenth of the time of
+    torch.optim.AdamW's loop on the CPU. 16-bit parameters have fp32 moments too, where torch's would have 16 bits.
 
     Args:
         params: fp32, bf16 or fp16 parameters, or groups of them.
@@ -45,7 +45,7 @@ class AdamW(Optimizer):
 
     @staticmethod
     def state_bytes(size: int) -> dict[str, int]:
-        """Return the two moments and the count of steps: name -> bytes."""
+        """Return the step count and the two moments: name -> bytes."""
         return {"step": 4, "exp_avg": 4 * size, "exp_avg_sq": 4 * size}
 
     def _take_step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:

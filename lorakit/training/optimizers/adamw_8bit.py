@@ -14,23 +14,23 @@ from torch import Tensor
 from ...quantization import dynamic_map
 from .base import Optimizer
 
-SMALLEST_8BIT = 4096  # elements; fewer keep fp32 moments, which cost little there and are the most sensitive
+SMALLEST_8BIT = 4096  # elements; smaller tensors keep fp32 moments: they cost little and are the most sensitive
 
 
 class AdamW8bit(Optimizer):
     """AdamW (arXiv:1711.05101) with moments in 8 bits (Dettmers et al. 2021, arXiv:2110.02861, section 2).
 
-    The first moment is held in the signed dynamic map, the second in the unsigned one, in blocks of 256 elements with
-    an fp32 scale each: 2.03 bytes a parameter where AdamW's two fp32 moments take 8. Codes are the exact nearest, so
-    that an element without gradient is not moved; but a positive second moment never becomes zero. A tensor of
-    fewer than `SMALLEST_8BIT` elements keeps fp32 moments.
+    The first moment is stored in the signed dynamic map, the second in the unsigned one, in blocks of 256 elements with
+    an fp32 scale each: 2.03 bytes a parameter where AdamW's two fp32 moments take 8. Codes are the exact nearest, so an
+    element without gradient does not move. There is one exception: a positive second moment never becomes zero. A
+    tensor of fewer than `SMALLEST_8BIT` elements keeps fp32 moments.
 
     Args:
         params: fp32, bf16 or fp16 parameters, or groups of them.
         lr, betas, eps, weight_decay: as for torch.optim.AdamW, with its defaults; a group may have its own.
 
-    State of a parameter: step () fp32; exp_avg and exp_avg_sq, which are fp32 of its shape, or uint8 codes (numel,)
-    with exp_avg_absmax and exp_avg_sq_absmax, (blocks,) fp32.
+    State of a parameter: step () fp32; exp_avg and exp_avg_sq, either fp32 of its shape, or uint8 codes (numel,) with
+    exp_avg_absmax and exp_avg_sq_absmax, (blocks,) fp32.
 
     Raises:
         TrainingError: a value is out of range.
@@ -67,7 +67,7 @@ class AdamW8bit(Optimizer):
             kernels.adamw_8bit(parameter, gradient, first, second, step)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned, in its own dtypes: torch would turn all states into the parameter's."""
+        """Restore the states of `state_dict` in their own dtypes; torch would cast them to the parameter's."""
         super().load_state_dict(state_dict)
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -78,7 +78,7 @@ class AdamW8bit(Optimizer):
 
     @staticmethod
     def state_bytes(size: int) -> dict[str, int]:
-        """Return the count of steps and the two moments, in 8 bits with their scales or in fp32: name -> bytes."""
+        """Return the step count and the two moments, in 8 bits with their scales or in fp32: name -> bytes."""
         if size < SMALLEST_8BIT:
             return {"step": 4, "exp_avg": 4 * size, "exp_avg_sq": 4 * size}
         scales = 4 * -(-size // STATE_BLOCK_SIZE)
@@ -104,9 +104,10 @@ class AdamW8bit(Optimizer):
 def _dynamic_map(device: torch.device, signed: bool) -> tuple[Tensor, Tensor]:
     """Return values and boundaries of the dynamic map on a device, for the first moment (signed) or the second.
 
-    A positive second moment never becomes zero: its first boundary is zero itself. With the nearest code it does where
-    the first moment, of the same gradient, does not; m / (0 + eps) then takes a step of 5,000 times the learning rate
-    (60 steps, 65,536 elements with gradients of lognormal scale, σ = 2). So the largest is 1.7 times.
+    The second moment's first boundary is zero itself, so a positive second moment never becomes zero. With the nearest
+    code it would, where the first moment of the same gradient does not. m / (0 + eps) then takes a step of 5,000 times
+    the learning rate (60 steps, 65,536 elements with gradients of lognormal scale, σ = 2). With this boundary the
+    largest step is 1.7 times the learning rate.
     """
     table = dynamic_map(signed)
     boundaries = table.boundaries.clone()

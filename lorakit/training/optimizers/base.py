@@ -1,4 +1,4 @@
-"""What an optimizer here says of itself, and what all of them share: torch's `Optimizer` without the compiler.
+"""`Optimizer`, the base class of lorakit's optimizers: torch's class without the compiler, plus facts about each one.
 
 A new optimizer is one file with a class derived from `Optimizer`, and one line in the table `OPTIMIZERS`. A run's
 settings, the recipe's reference, checkpoints and the planner read the rest from the class.
@@ -18,14 +18,15 @@ from ...errors import TrainingError
 class Optimizer(torch.optim.Optimizer):
     """A torch.optim.Optimizer that does not import torch.compile.
 
-    torch wraps the methods below so that no compiled graph contains them, and the first call of a wrapper imports the
-    compiler: 142 MiB of memory and 2 s, for nothing where nothing is compiled. They are taken out of their wrappers.
+    torch wraps the methods below to keep them out of compiled graphs, and the first call of a wrapper imports the
+    compiler. That takes 142 MiB of memory and 2 s, even if nothing is compiled. The class takes them out of their
+    wrappers.
 
     Attributes:
-        summary: what a reader of the recipe's reference has to know, in a few words.
-        settings: the settings of `TrainConfig`, besides lr, that the constructor takes. Its default values are what a
-            run gets where `TrainConfig` says None.
-        frugal: name of the optimizer that the planner suggests in place of this one where memory is short.
+        summary: a description in a few words, for the recipe's reference.
+        settings: the settings of `TrainConfig`, besides lr, that the constructor takes. Its defaults replace a setting
+            that is None in `TrainConfig`.
+        frugal: name of the optimizer that the planner suggests instead of this one to save memory.
     """
 
     summary: ClassVar[str]
@@ -39,7 +40,7 @@ class Optimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take one step; return the loss of `closure`, where one is given to compute it again."""
+        """Take one step; return the loss of `closure`, which computes it again, if there is one."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -50,16 +51,16 @@ class Optimizer(torch.optim.Optimizer):
 
     @staticmethod
     def state_bytes(size: int) -> dict[str, int]:
-        """Return the tensors that are kept for a parameter of `size` elements, once it took a step: name -> bytes."""
+        """Return the state tensors that a parameter of `size` elements has after its first step: name -> bytes."""
         raise NotImplementedError
 
     @staticmethod
     def step_bytes(size: int) -> int:
-        """Return the bytes that the update of a parameter of `size` elements makes besides and frees again."""
+        """Return the bytes that the update of a parameter of `size` elements allocates temporarily."""
         return 0
 
     def _check(self, lr: float, betas: tuple[float, float], weight_decay: float, eps: float = 1.0) -> None:
-        """Raise TrainingError where a setting is out of range, which would only show in what is learned."""
+        """Raise TrainingError if a setting is out of range; the step itself would not notice."""
         if not (lr >= 0 and eps > 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
             raise TrainingError(
                 f"{type(self).__name__} needs lr >= 0, betas in [0, 1), eps > 0 and weight_decay >= 0; "

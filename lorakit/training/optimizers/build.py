@@ -1,4 +1,4 @@
-"""How a run's settings build its optimizer, and LoRA+: a learning rate of its own for B."""
+"""Building a run's optimizer from its settings, and LoRA+: a separate learning rate for B."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .base import Optimizer
 
 
 def build_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> Optimizer:
-    """Return the optimizer that a run's settings name, for parameters by their names in the model.
+    """Return the optimizer that a run's settings name.
 
     With `loraplus_lr_ratio` there are two groups (LoRA+, Hayou et al. 2024, arXiv:2402.12354, section 4): the B of
-    linear layers, whose "lr_factor" is the ratio, and everything else, A and the rest, whose factor is 1.
+    linear layers with the ratio as "lr_factor", and all other parameters with 1.
 
     Args:
-        parameters: name -> parameter, of any shape, in fp32, bf16 or fp16.
+        parameters: name in the model -> parameter, of any shape, in fp32, bf16 or fp16.
 
     Raises:
         TrainingError: there is a ratio, but no B of a linear layer to train.
@@ -35,14 +35,14 @@ def build_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig)
     ]
     if ratio is not None:
         groups.append({"params": list(faster.values()), "lr_factor": ratio})
-    given = {name: getattr(config, name) for name in kind.settings}
-    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    values = {name: getattr(config, name) for name in kind.settings}
+    settings: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
     optimizer = kind([group for group in groups if group["params"]], **settings)
     set_learning_rate(optimizer, config.lr)
     return optimizer
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
-    """Set the learning rate of the next step, each group's times its "lr_factor"."""
+    """Set the learning rate of the next step; each group gets `lr` times its "lr_factor"."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_factor"]

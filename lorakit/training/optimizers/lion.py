@@ -1,4 +1,4 @@
-"""`Lion`: steps of one size, in the direction of the sign of a momentum; half of AdamW's state."""
+"""`Lion`: steps of equal size, in the direction of a momentum's sign, with half of AdamW's state."""
 
 from __future__ import annotations
 
@@ -30,8 +30,7 @@ class Lion(Optimizer):
     """
 
     summary: ClassVar[str] = (
-        "one momentum in fp32, 4 bytes a trained parameter; wants a 3 to 10 times smaller lr; its betas are "
-        "[0.9, 0.99] where none are given"
+        "one momentum in fp32, 4 bytes a trained parameter; needs a 3 to 10 times smaller lr; default betas [0.9, 0.99]"
     )
     settings: ClassVar[tuple[str, ...]] = ("betas", "weight_decay")
     frugal: ClassVar[str | None] = "adamw_8bit"
@@ -53,7 +52,7 @@ class Lion(Optimizer):
 
     @staticmethod
     def step_bytes(size: int) -> int:
-        """Return the bytes of the direction, in fp32."""
+        """Return the bytes of the fp32 direction."""
         return 4 * size
 
     def _take_step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
@@ -67,7 +66,7 @@ class Lion(Optimizer):
             state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
         momentum = state["exp_avg"]
         direction = torch.lerp(gradient, momentum, beta1).sign_()
-        wide = parameter.float()  # itself where it is fp32
+        wide = parameter.float()  # the parameter itself if it is fp32
         wide.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction, alpha=group["lr"])
         if wide is not parameter:
             parameter.copy_(wide)

@@ -1,8 +1,8 @@
-"""Optimizer states in host memory, which visit the GPU one parameter at a time.
+"""Optimizer states in host memory that visit the GPU one parameter at a time.
 
-AdamW keeps 8 bytes a trained parameter that are needed for a moment once a step. QLoRA's paged optimizers (Dettmers et
-al. 2023, arXiv:2305.14314, section 3) leave it to the driver which of them are on the GPU; here each parameter's are
-copied there for its own update and back, so that never more than one parameter's are.
+AdamW keeps 8 bytes a trained parameter, which are needed only briefly, once a step. QLoRA's paged optimizers (Dettmers
+et al. 2023, arXiv:2305.14314, section 3) let the driver choose which of them are on the GPU. Here each parameter's
+states are copied there for its own update and back, so the GPU never holds more than one parameter's.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 def step_from_host(optimizer: torch.optim.Optimizer) -> None:
     """Take the optimizer's step, one parameter after the other, with all states in host memory before and after.
 
-    Any optimizer will do whose update of a parameter looks at that parameter's gradient and state alone. The numbers
-    are those of optimizer.step(). For parameters on a GPU the host memory is pinned, and the copies wait in the queue
-    of the GPU's own work; on the CPU they are plain copies.
+    The optimizer must update a parameter from that parameter's gradient and state alone. The result is that of
+    optimizer.step(). For parameters on a GPU the host memory is pinned, and the copies wait in the queue of the GPU's
+    own work. On the CPU they are plain copies.
     """
     groups = optimizer.param_groups
     try:
@@ -35,7 +35,7 @@ def step_from_host(optimizer: torch.optim.Optimizer) -> None:
 
 
 def states_to_host(optimizer: torch.optim.Optimizer) -> None:
-    """Move all states to host memory, where they are not there: after a checkpoint was loaded."""
+    """Move all states that are on a GPU to host memory, as after loading a checkpoint."""
     for parameter, state in optimizer.state.items():
         if any(value.device.type != "cpu" for value in state.values()):
             _return_state(optimizer, parameter, {})
@@ -43,12 +43,12 @@ def states_to_host(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _visiting(key: str, value: Tensor, parameter: Tensor) -> Tensor:
-    """Return a copy of a state on the parameter's device; torch's optimizers want the step count on the host."""
+    """Return a copy of a state on the parameter's device; torch's optimizers need the step count on the host."""
     return value if key == "step" else value.to(parameter.device, non_blocking=True, copy=True)
 
 
 def _return_state(optimizer: torch.optim.Optimizer, parameter: Tensor, host: dict[str, Tensor]) -> None:
-    """Copy a parameter's state into its place in host memory, or, the first time, into a new one."""
+    """Copy a parameter's state into its host tensors, which the first call allocates."""
     state = optimizer.state[parameter]
     for key, value in state.items():
         if key not in host:
