@@ -216,7 +216,7 @@ class TestPlainModels:
 
     def test_rows_that_cannot_be_told_apart(self) -> None:
         model = self.layers()
-        with use_rows(model, ["a", "b"]), pytest.raises(ShapeError, match=r"each of 2 rows.*\(4,\)"):
+        with use_rows(model, ["a", "b"]), pytest.raises(ShapeError, match=r"for 2 rows.*\(4,\)"):
             model(torch.randn(4, 6))
         with use_rows(model, ["a", "b"], [2, 1]), pytest.raises(ShapeError, match="do not fill"):
             model(torch.randn(4, 6))
