@@ -1,4 +1,4 @@
-"""`SavedModule`: a module of which an adapter trains a full copy, or a copy of some parameters such as the bias."""
+"""`SavedModule`: an adapter trains a full copy of a module, or a copy of some of its parameters such as the bias."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class SavedCopy:
 
 
 class SavedModule(AdapterModule):
-    """A frozen module of which each adapter trains a full copy (`modules_to_save`) or a copy of some parameters.
+    """A frozen module; each adapter trains a full copy of it (`modules_to_save`) or a copy of some of its parameters.
 
     The active adapter's copy replaces the module in forward. Only one active adapter may have a copy, since copies
     cannot be summed.
