@@ -43,7 +43,7 @@ class LoraConfig(Settings):
         None, description="name suffixes of parameters, such as 'experts.gate_up_proj': an update for each expert"
     )
     trainable_token_indices: list[Token] | dict[str, list[Token]] | None = Field(
-        None, description="tokens whose rows of the input embedding are trained, or name of an embedding -> tokens"
+        None, description="tokens with trained rows in the input embedding, or name of an embedding -> tokens"
     )
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
         default_factory=dict, description="name or regular expression -> rank, for layers whose rank is not r"

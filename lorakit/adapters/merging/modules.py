@@ -42,7 +42,7 @@ def weight_bytes(layer: AdaptedLayer) -> int:
 
 
 @contextlib.contextmanager
-def with_dense_base(layer: AdaptedLayer, weight: Tensor | None) -> Iterator[None]:
+def dense_base(layer: AdaptedLayer, weight: Tensor | None) -> Iterator[None]:
     """Within the context a 4-bit layer's base is a dense weight of the same shape; with None the base stays."""
     old = layer.base_layer
     if weight is None or not isinstance(old, QuantizedModule):

@@ -23,7 +23,7 @@ from ...layers import (
 from ...layers.frozen.quantized_module import QuantizedModule, frozen
 from ..attach.state import adapter_configs, adapter_modules
 from .base import Base, WrongBase, open_base, weight_from
-from .modules import exchanges_weight, holder, new_base, weight_bytes, with_dense_base
+from .modules import dense_base, exchanges_weight, holder, new_base, weight_bytes
 from .report import LEAST_SHARE, LayerMerge, MergeReport
 from .swaps import Exchange, MergeState, Swap
 from .weights import (
@@ -107,7 +107,7 @@ class _MergePlan:
         old, origin = layer.base_layer, None
         if source is not None and not isinstance(layer, LoRAParameter):  # its name in a checkpoint is not known
             origin = weight_from(source, path, layer)
-        with with_dense_base(layer, origin):  # the update of some variants depends on the base weight
+        with dense_base(layer, origin):  # the update of some variants depends on the base weight
             update = MergeUpdate.of(layer, names)
             base = layer.base_weight(update.dense.dtype)
         if self.quantize and isinstance(old, QuantizedModule):

@@ -16,7 +16,7 @@ from .names import BASE_LAYER, tensor_name
 
 def file_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     """Return an adapter's tensors, name in the file -> tensor in the shape that the file has (see `names`)."""
-    found: dict[str, Tensor] = {}
+    named: dict[str, Tensor] = {}
     for path, module in _file_modules(model, name):
         tensors: dict[str, Tensor] = dict(module.parameters_of(name))
         variant = VARIANTS["plain"]
@@ -25,8 +25,8 @@ def file_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
             tensors |= variant.file_tensors(module.adapters[name])
         for table, tensor in tensors.items():
             shape = _shape(module, variant, table, tuple(tensor.shape))
-            found[tensor_name(path, table, variant)] = tensor.detach().view(shape)
-    return found
+            named[tensor_name(path, table, variant)] = tensor.detach().view(shape)
+    return named
 
 
 def file_shapes(placements: Iterable[Placement]) -> dict[str, tuple[int, ...]]:
