@@ -1,19 +1,9 @@
 """Adapters: configuration, attaching and switching, merging, combining, PEFT's files and exports."""
 
-from .attach.add import (
-    adapter_configs,
-    adapter_modules,
-    adapter_parameters,
-    add_adapter,
-    count_parameters,
-    disable_adapters,
-    lora_layers,
-    remove_adapter,
-    set_adapter,
-    set_trained,
-)
+from .attach.add import adapter_parameters, add_adapter, count_parameters, remove_adapter
 from .attach.host_memory import offload_adapter, onload_adapter
-from .attach.switching import idle_adapters, use_rows
+from .attach.state import adapter_configs, adapter_modules, lora_layers
+from .attach.switching import disable_adapters, idle_adapters, set_adapter, set_trained, use_rows
 from .attach.targeting import MatchReport
 from .combining.combine import CombineConfig, combine_adapters, combine_folders
 from .combining.report import LayerChange, UpdateReport

@@ -15,8 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..errors import AdapterError, CheckpointError, listing
-from .attach.add import add_adapter, check_adapter, check_name
+from .attach.add import add_adapter, check_name
 from .attach.placement import plan_placements
+from .attach.state import check_adapter
 from .attach.targeting import MatchReport, unwrapped
 from .exports import base_of, check_ranks, export_adapter
 from .peft.config import peft_config, read_adapter_config

@@ -24,23 +24,8 @@ from .state import (
     replace_module,
     state_of,
 )
-from .switching import disable_adapters, set_adapter, set_trained
+from .switching import set_adapter, set_trained
 from .targeting import MatchReport
-
-__all__ = [
-    "adapter_configs",
-    "adapter_modules",
-    "adapter_parameters",
-    "add_adapter",
-    "check_adapter",
-    "count_parameters",
-    "disable_adapters",
-    "lora_layers",
-    "remove_adapter",
-    "replace_module",
-    "set_adapter",
-    "set_trained",
-]
 
 _NAMESPACE = nn.ParameterDict()  # it holds A and B as attributes named after the adapter; its own names are taken
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import AdapterError
-from ..attach.add import adapter_modules, add_adapter, check_adapter, lora_layers
+from ..attach.add import add_adapter
+from ..attach.state import adapter_modules, check_adapter, lora_layers
 from ..low_rank import LowRank
 from ..peft.config import attachable_config
 from ..peft.folder import AdapterLayer, read_adapter_folder, write_adapter_folder

@@ -15,7 +15,7 @@ from torch import nn
 from ...errors import AdapterError, CheckpointError, ConfigError
 from ...files import read_json_object
 from ...layers import VARIANTS, LoRALinear, Variant, variants_read
-from ..attach.add import adapter_configs, lora_layers
+from ..attach.state import adapter_configs, lora_layers
 from ..attach.targeting import last_name
 from ..config import LoraConfig
 from ..starts import changed_base_in_peft
@@ -123,9 +123,7 @@ def peft_config(model: nn.Module, name: str) -> dict[str, Any]:
     values = config.peft_values()
     targets = values["target_modules"]
     is_word = isinstance(targets, str) and targets.lower() == "all-linear"  # not every reader knows the word
-    is_narrowed = (
-        isinstance(targets, str) and values["layers_to_transform"] is not None
-    )  # PEFT refuses the two together
+    is_narrowed = isinstance(targets, str) and values["layers_to_transform"] is not None  # PEFT refuses both together
     if is_word or is_narrowed:
         values["target_modules"] = _target_names(model, name)
     head = getattr(model, "get_output_embeddings", lambda: None)()

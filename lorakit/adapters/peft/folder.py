@@ -326,7 +326,7 @@ def _entry(
     for one in VARIANTS.values():
         for table in one.trained:
             if one is not variant and table in names:
-                return f"the config says no {one.setting}, but it is here"
+                return f"the config says no {one.setting}, but the file holds {one.further}"
             if one is variant and table not in names and not one.may_lack_further:
                 return f"the config says {one.setting}, but {table} is missing"
     for table in (table for table in variant.trained if table in names):

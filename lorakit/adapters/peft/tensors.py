@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ...layers import VARIANTS, AdaptedLayer, AdapterModule, LoRAParameter, Variant
-from ..attach.add import adapter_modules
 from ..attach.placement import Placement
+from ..attach.state import adapter_modules
 from ..attach.targeting import unwrapped
 from .names import BASE_LAYER, tensor_name
 

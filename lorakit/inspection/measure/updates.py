@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...adapters import lora_layers
-from ...adapters.attach.add import adapter_configs, check_adapter
+from ...adapters.attach.state import adapter_configs, check_adapter
 from ...adapters.low_rank import LowRank
 from ...adapters.peft.folder import AdapterFolder, read_adapter_folder
 from ...adapters.starts import changed_base_in_peft

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ...adapters import adapter_configs
-from ...adapters.attach.add import check_adapter
+from ...adapters.attach.state import check_adapter
 from ...adapters.attach.targeting import linear_layers
 from ...adapters.low_rank import LowRank
 from ...errors import CheckpointError

@@ -123,8 +123,8 @@ def test_magnitudes_biases_and_whole_modules_are_there(tmp_path):
         ({"q.lora_C.weight": torch.zeros(6, 4)}, {}, "q.lora_C.weight is not a tensor of a LoRA adapter"),
         ({"q.lora_bogus": torch.zeros(6, 4)}, {}, "q.lora_bogus is not a tensor of a LoRA adapter"),
         ({}, {"use_dora": True}, "lora_magnitude_vector is missing"),
-        ({"q.lora_B.bias": torch.ones(6)}, {}, "no lora_bias, but it is here"),
-        ({"q.lora_magnitude_vector": torch.ones(6)}, {}, "no use_dora, but it is here"),
+        ({"q.lora_B.bias": torch.ones(6)}, {}, "no lora_bias, but the file holds a bias on lora_B"),
+        ({"q.lora_magnitude_vector": torch.ones(6)}, {}, "no use_dora, but the file holds magnitudes"),
         (
             {"q.lora_magnitude_vector": torch.ones(5)},
             {"use_dora": True},
