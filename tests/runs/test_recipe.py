@@ -268,7 +268,7 @@ class TestSaving:
         save_recipe(load_recipe(written(MINIMAL)), "out.yaml")
         values = yaml.safe_load(Path("out.yaml").read_text())
         assert set(values) == set(Recipe.model_fields)
-        assert set(values["lora"]) | {"variant"} == set(LoraConfig.model_fields)  # PEFT's files have no variant
+        assert set(values["lora"]) == set(LoraConfig.model_fields)
         assert set(values["train"]) == set(TrainConfig.model_fields) - {"seed", "output", "max_length"}
 
     def test_saved_recipe_takes_overrides(self) -> None:
