@@ -286,6 +286,12 @@ class TestSaving:
         save_recipe(inline, "again.yaml")
         assert load_recipe("again.yaml") == inline
 
+    @pytest.mark.parametrize("title", ["0E0", "1e-4", "1.0e+3", "12", "null", "yes", "~", "a\x85b"])
+    def test_text_that_looks_like_something_else_stays_text(self, title: str) -> None:
+        recipe = load_recipe(written(MINIMAL)).model_copy(update={"title": title})
+        save_recipe(recipe, "out.yaml")
+        assert load_recipe("out.yaml").title == title
+
     @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(
         title=st.text(),
