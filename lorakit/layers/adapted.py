@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -295,6 +295,14 @@ class AdaptedLayer(AdapterModule):
         self.kept_of_base.clear()
         for adapter in self.adapters.values():
             adapter.kept_gain = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.forget_base()  # `.to(torch.bfloat16)` rounds the base weight
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.forget_base()  # `load_state_dict` calls this before it overwrites the base weight
+        super()._load_from_state_dict(*args)
 
     def names(self) -> list[str]:
         return list(self.adapters)
