@@ -298,7 +298,8 @@ class AdaptedLayer(AdapterModule):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.forget_base()  # `.to(torch.bfloat16)` rounds the base weight
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        return self
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self.forget_base()  # `load_state_dict` calls this before it overwrites the base weight
