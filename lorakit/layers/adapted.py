@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from .base_changes import ForgetsBase
 from .dropout import dropout
 from .gains import compose
 from .row_adapters import RowAware
 from .variants import VARIANTS, AttachedAdapter, Variant
 
 
-class AdapterModule(RowAware, nn.Module):
+class AdapterModule(RowAware, ForgetsBase):
     """A module that replaces a frozen one and holds the parameters of each adapter.
 
     `detach` returns everything that the module holds of one adapter as a record. The record can be attached again, to
@@ -58,9 +59,6 @@ class AdapterModule(RowAware, nn.Module):
     def detach(self, name: str) -> Any:
         """Remove an adapter and return the record of everything that this module held of it."""
         raise NotImplementedError
-
-    def forget_base(self) -> None:
-        """Drop everything that was computed from the base weight, for instance before it is replaced."""
 
     def table(self, name: str) -> nn.ParameterDict:
         """Return the table of this name, such as "lora_B": adapter name -> parameter. A new table is created."""
@@ -295,15 +293,6 @@ class AdaptedLayer(AdapterModule):
         self.kept_of_base.clear()
         for adapter in self.adapters.values():
             adapter.kept_gain = None
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.forget_base()  # `.to(torch.bfloat16)` rounds the base weight
-        super()._apply(fn, recurse)
-        return self
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self.forget_base()  # `load_state_dict` calls this before it overwrites the base weight
-        super()._load_from_state_dict(*args)
 
     def names(self) -> list[str]:
         return list(self.adapters)
