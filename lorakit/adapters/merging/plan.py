@@ -127,9 +127,9 @@ class _MergePlan:
             swap.exchanges.append(Exchange(module, name, module._parameters[name], frozen(merged.weight)))
         changes = [change for name in names if (change := layer.delta_bias(name)) is not None]
         if changes:
-            before = swap.new._parameters["bias"]
+            before = cast(nn.Parameter | None, getattr(swap.new, "bias", None))
             total = torch.stack([change.float() for change in changes]).sum(0)
-            after = total if before is None else (before.float() + total).to(before.dtype)
+            after = total.to(merged.weight.dtype) if before is None else (before.float() + total).to(before.dtype)
             swap.exchanges.append(Exchange(swap.new, "bias", before, frozen(after)))
         return swap, entry, merged.limited
 

@@ -43,10 +43,13 @@ _CHANGED_BASE_IN_PEFT_ALONE = ("corda",)  # starts of PEFT that lorakit does not
 def find_start(value: bool | str) -> Start:
     """Return the start that a value of `init_lora_weights` names; the case of letters does not matter.
 
+    The texts "true" and "false" stand for True and False, as in a recipe that quotes them.
+
     Raises:
         ConfigError: there is none of that name.
     """
-    value = value.lower() if isinstance(value, str) else value
+    if isinstance(value, str):
+        value = {"true": True, "false": False}.get(value.lower(), value.lower())
     named = next((start for entry in STARTS.values() if (start := entry.named(value)) is not None), None)
     if named is None:
         names = start_names()

@@ -10,7 +10,15 @@ from made import IDS, full_snapshot, small_decoder
 from tolerances import SMALL_DECODER, assert_alike
 from torch import Tensor, nn
 
-from lorakit import LoraConfig, adapter_parameters, add_adapter, disable_adapters, merge_adapter, unmerge_adapter
+from lorakit import (
+    Linear4bit,
+    LoraConfig,
+    adapter_parameters,
+    add_adapter,
+    disable_adapters,
+    merge_adapter,
+    unmerge_adapter,
+)
 from lorakit.errors import AdapterError
 from lorakit.layers import AdapterModule
 
@@ -112,6 +120,23 @@ class TestKindsOfParts:
         assert_alike(model(TOKENS), expected, TERMS)
         unmerge_adapter(model)
         assert model.plain.base_layer.bias is None
+
+    @pytest.mark.parametrize("is_4bit", [False, True])
+    @pytest.mark.parametrize("quantize", [False, True])
+    def test_a_new_bias_has_the_dtype_of_the_weight(self, is_4bit: bool, quantize: bool) -> None:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 64, bias=False)).bfloat16()
+        if is_4bit:
+            model[0] = Linear4bit.from_linear(model[0])
+        add_adapter(model, LoraConfig(r=2, target_modules=["0"], lora_bias=True, init_lora_weights=False))
+        x = torch.randn(3, 64, dtype=torch.bfloat16)
+        before, bias = model(x), model[0].delta_bias("default").bfloat16()
+        merge_adapter(model, quantize=quantize)
+        assert torch.equal(model[0].bias, bias)
+        assert model(x).dtype == torch.bfloat16
+        unmerge_adapter(model)
+        assert model[0].base_layer.bias is None
+        assert torch.equal(model(x), before)
 
     def test_two_copies_of_one_module_have_no_sum(self) -> None:
         model = self.model("copies")

@@ -203,6 +203,10 @@ class TestRefusals:
             LoraConfig(init_lora_weights="pissa_niter_0")
         assert LoraConfig(init_lora_weights="PiSSA_niter_16").init_lora_weights == "pissa_niter_16"
 
+    @pytest.mark.parametrize(("text", "value"), [("true", True), ("False", False)])
+    def test_a_quoted_true_or_false_is_meant(self, text: str, value: bool) -> None:
+        assert LoraConfig(init_lora_weights=text).init_lora_weights is value
+
     def refused(self, config: LoraConfig, **given: object) -> str:
         net = model()
         modules, before = list(net), bytes_of(net)
