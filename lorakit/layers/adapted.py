@@ -10,13 +10,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .base_changes import ForgetsBase
 from .dropout import dropout
 from .gains import compose
 from .row_adapters import RowAware
 from .variants import VARIANTS, AttachedAdapter, Variant
 
 
-class AdapterModule(RowAware, nn.Module):
+class AdapterModule(RowAware, ForgetsBase):
     """A module that replaces a frozen one and holds the parameters of each adapter.
 
     `detach` returns everything that the module holds of one adapter as a record. The record can be attached again, to
@@ -58,9 +59,6 @@ class AdapterModule(RowAware, nn.Module):
     def detach(self, name: str) -> Any:
         """Remove an adapter and return the record of everything that this module held of it."""
         raise NotImplementedError
-
-    def forget_base(self) -> None:
-        """Drop everything that was computed from the base weight, for instance before it is replaced."""
 
     def table(self, name: str) -> nn.ParameterDict:
         """Return the table of this name, such as "lora_B": adapter name -> parameter. A new table is created."""

@@ -37,9 +37,10 @@ class _Stacks(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """Stacks, the parameters they were made from, and the version counter of each parameter at that time."""
+    """Stacks, the scalings and parameters they were made from, and each parameter's version counter at that time."""
 
     stacks: _Stacks
+    scalings: list[float]
     parameters: list[nn.Parameter]
     versions: list[int]
 
@@ -142,17 +143,18 @@ def _dropped(x: Tensor, layer: AdaptedLayer, groups: Groups) -> Tensor:
 def _stacks(
     rows: RowAdapters, layers: Sequence[AdaptedLayer], adapters: tuple[str, ...], dtype: torch.dtype
 ) -> _Stacks:
-    """Return the stacked adapters of layers. Without gradient, stacks are kept until a parameter changes."""
+    """Return the stacked adapters of layers. Without gradient they are kept until a parameter or scaling changes."""
     if torch.is_grad_enabled():
         return _stacked(layers, adapters, dtype)
     key = tuple(layers), adapters, dtype
     kept: _Kept | None = rows.kept.get(key)
-    if kept is None or kept.versions != [parameter._version for parameter in kept.parameters]:
+    scalings = [layer.adapters[name].scaling for layer in layers for name in adapters]
+    if kept is None or (kept.scalings, kept.versions) != (scalings, [p._version for p in kept.parameters]):
         parameters = [p for layer in layers for name in adapters for p in layer.parameters_of(name).values()]
         stacks = _stacked(layers, adapters, dtype)
         if any(parameter.is_inference() for parameter in parameters):  # inference tensors have no version counter
             return stacks
-        kept = rows.kept[key] = _Kept(stacks, parameters, [parameter._version for parameter in parameters])
+        kept = rows.kept[key] = _Kept(stacks, scalings, parameters, [parameter._version for parameter in parameters])
     return kept.stacks
 
 

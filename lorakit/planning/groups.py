@@ -44,7 +44,7 @@ class MicroBatch:
         return self.tokens * sum(widths) * self.dtype.itemsize
 
 
-# ---- what is kept ----------------------------------------------------------------------------------------------------
+# ---- kept tensors ----------------------------------------------------------------------------------------------------
 
 
 def is_fused(group: Sequence[LinearShape], batch: MicroBatch) -> bool:

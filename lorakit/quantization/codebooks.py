@@ -83,7 +83,7 @@ def normal_float(bits: int, offset: float) -> Tensor:
     """
     half = 2 ** (bits - 1)
     positive, negative = _quantiles(offset, half), _quantiles(offset, half - 1)
-    return torch.cat([-negative, torch.zeros(1), positive.flip(0)]) / positive[0]
+    return torch.cat([-negative, positive.new_zeros(1), positive.flip(0)]) / positive[0]
 
 
 def _quantiles(offset: float, count: int) -> Tensor:
@@ -101,7 +101,7 @@ def float4() -> Tensor:
     The magnitude is 2^(4 - e)·(1 + m / 2) / 12, or m / 16 / 12 if e = 0. The codes are not in ascending order.
     """
     code = torch.arange(8, dtype=torch.int32)
-    e, m = code >> 1, (code & 1).float()
+    e, m = (code >> 1).float(), (code & 1).float()
     magnitudes = torch.where(e == 0, m / 16, torch.exp2(4.0 - e) * (1 + m / 2)) / 12
     return torch.cat([magnitudes, 0.0 - magnitudes])  # 0 - x, so that both codes of zero give +0.0
 

@@ -12,7 +12,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 
 from ..adapters.config import LoraConfig
@@ -25,7 +24,7 @@ from ..models.pretrained import KNOWN_MODELS
 from ..quantization import BLOCK_SIZES, QUANT_TYPES
 from ..settings import Settings
 from ..training.config import Seed, TrainConfig
-from .yaml_source import YamlSource, read_yaml
+from .yaml_source import YamlSource, dump_yaml, read_yaml
 
 INPUT_FILES = (
     "data.train",
@@ -174,10 +173,7 @@ def save_recipe(recipe: Recipe, path: str | PathLike[str]) -> None:
     """Write `recipe` as YAML with every default filled in; `load_recipe` returns an equal one."""
     # Without the settings that `train` receives: an override of `seed` must not contradict an old `train.seed`.
     values = recipe.model_dump(mode="json", exclude={"train": set(HANDED_DOWN)})
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
-    if "\x85" in text:  # PyYAML writes U+0085 in a form that it reads back as blanks
-        text = yaml.safe_dump(values, sort_keys=False, width=120)
-    write_text(path, text)
+    write_text(path, dump_yaml(values))
 
 
 def _existing_recipe(path: Path) -> Path:

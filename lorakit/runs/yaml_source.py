@@ -21,10 +21,22 @@ class _Loader(yaml.SafeLoader):
     """The safe loader, with YAML 1.2's floats; PyYAML follows 1.1, which needs the dot and the sign of 1.0e-4."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """The safe dumper, which puts text into quotes if `_Loader` would read it as a number."""
+
+
+_FLOAT = re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 _KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
+
+
+def dump_yaml(values: dict[str, Any]) -> str:
+    """Return settings as YAML that `read_yaml` reads back as they are."""
+    text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    if "\x85" in text:  # PyYAML writes U+0085 in a form that it reads back as blanks
+        text = yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=120)
+    return text
 
 
 @dataclass

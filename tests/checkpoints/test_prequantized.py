@@ -150,7 +150,7 @@ def state(**changes: Any) -> torch.Tensor:
         ({UP: None}, f"tensor '{UP}' is missing"),
         ({f"{UP}.absmax": None}, f"tensor '{UP}.absmax' is missing"),
         ({f"{UP}.nested_quant_map": None}, f"tensor '{UP}.nested_quant_map' is missing"),
-        ({STATE: None}, f"tensor '{STATE}' is missing, or that of another type"),
+        ({STATE: None}, f"tensor '{STATE}' is missing, and there is none of another type"),
         ({UP: torch.zeros(767, 1, dtype=torch.uint8)}, f"tensor '{UP}' has 767 packed bytes, expected 768"),
         ({UP: torch.zeros(48, 32)}, f"tensor '{UP}' has 6144 packed bytes, expected 768"),
         ({f"{UP}.absmax": torch.zeros(24)}, f"tensor '{UP}.absmax' is float32 [24], expected uint8 [24]"),

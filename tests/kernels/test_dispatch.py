@@ -173,6 +173,24 @@ def test_arguments_with_defaults_may_be_left_out() -> None:
         assert torch.equal(kernels.linear_4bit(x, weight), kernels.linear_4bit(x, weight, None, [], 1.0))
 
 
+def test_arguments_may_have_their_names() -> None:
+    x, weight, bias, *_ = arguments(50)["linear_4bit"]
+    expected = kernels.linear_4bit(x, weight, bias, [], 1.0)
+    assert torch.equal(kernels.linear_4bit(x, weight, bias=bias), expected)
+    with torch.inference_mode():
+        assert torch.equal(kernels.linear_4bit(bias=bias, weight=weight, x=x), expected)
+    named = torch.compile(lambda x: kernels.linear_4bit(x, weight, bias=bias), backend="aot_eager", fullgraph=True)
+    assert torch.equal(named(x), expected)
+
+
+def test_a_wrong_number_of_arguments_is_named() -> None:
+    x, seed = torch.randn(3), torch.tensor(1)
+    with pytest.raises(TypeError, match="missing a required argument: 'seed'"):
+        kernels.drop(x)
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        kernels.drop(x, seed, 0.5, 1)
+
+
 def test_the_reference_backend_is_every_definition_but_that_of_the_allocation() -> None:
     operations = {name: getattr(kernels, name) for name in kernels.__all__}
     definitions = {name: each.definition for name, each in operations.items() if hasattr(each, "definition")}

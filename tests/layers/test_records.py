@@ -104,3 +104,20 @@ def test_another_base_weight_gives_another_gain() -> None:
         fresh = copy.deepcopy(layer)
         fresh.forget_base()
         assert torch.equal(fresh(x), layer(x))
+
+
+@pytest.mark.parametrize("change", ["cast", "load", "load and assign"])
+def test_a_model_that_is_cast_or_loaded_has_the_gain_of_its_new_base_weight(change: str) -> None:
+    model = nn.Sequential(lora("dora"))
+    with torch.no_grad():
+        before = model[0].gain("a", torch.float32)
+        if change == "cast":
+            model.to(torch.bfloat16)
+        else:
+            state = {key: 3 * tensor if "base" in key else tensor for key, tensor in model.state_dict().items()}
+            model.load_state_dict(state, assign=change == "load and assign")
+        fresh = copy.deepcopy(model[0])
+        fresh.forget_base()
+        dtype = fresh.base_layer.weight.dtype
+        assert torch.equal(model[0].gain("a", dtype), fresh.gain("a", dtype))
+        assert not torch.equal(model[0].gain("a", dtype), before)

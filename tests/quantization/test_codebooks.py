@@ -10,7 +10,7 @@ from toy_codebook import even
 from lorakit.errors import ConfigError
 from lorakit.layers import Linear4bit
 from lorakit.quantization import QUANT_TYPES, codebook, quantize
-from lorakit.quantization.codebooks import normal_float
+from lorakit.quantization.codebooks import float4, normal_float
 from lorakit.quantization.policy import QuantConfig
 
 # Of bitsandbytes' files; QLoRA's appendix E prints the same numbers.
@@ -40,6 +40,18 @@ def test_normal_float_has_an_exact_zero_and_ends_and_one_more_value_above(bits: 
     assert len(values) == 2**bits and torch.equal(values, values.unique())
     assert (values[0], values[-1]) == (-1, 1)
     assert values[2 ** (bits - 1) - 1] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_values_are_fp32_whatever_the_default_dtype(dtype: torch.dtype) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = normal_float(4, 0.9677083), float4()
+    finally:
+        torch.set_default_dtype(before)
+    for values, name in zip(found, ("nf4", "fp4"), strict=True):
+        assert values.dtype == torch.float32 and torch.equal(values, codebook(name).values)
 
 
 def test_a_new_codebook_rounds_to_its_values(monkeypatch: pytest.MonkeyPatch) -> None:

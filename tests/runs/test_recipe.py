@@ -268,7 +268,7 @@ class TestSaving:
         save_recipe(load_recipe(written(MINIMAL)), "out.yaml")
         values = yaml.safe_load(Path("out.yaml").read_text())
         assert set(values) == set(Recipe.model_fields)
-        assert set(values["lora"]) | {"variant"} == set(LoraConfig.model_fields)  # PEFT's files have no variant
+        assert set(values["lora"]) == set(LoraConfig.model_fields)
         assert set(values["train"]) == set(TrainConfig.model_fields) - {"seed", "output", "max_length"}
 
     def test_saved_recipe_takes_overrides(self) -> None:
@@ -285,6 +285,12 @@ class TestSaving:
         inline = load_recipe("out.yaml", ["eval.metrics=[{kind: json_schema, schema: {type: object}}]"])
         save_recipe(inline, "again.yaml")
         assert load_recipe("again.yaml") == inline
+
+    @pytest.mark.parametrize("title", ["0E0", "1e-4", "1.0e+3", "12", "null", "yes", "~", "a\x85b"])
+    def test_text_that_looks_like_something_else_stays_text(self, title: str) -> None:
+        recipe = load_recipe(written(MINIMAL)).model_copy(update={"title": title})
+        save_recipe(recipe, "out.yaml")
+        assert load_recipe("out.yaml").title == title
 
     @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(

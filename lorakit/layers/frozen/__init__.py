@@ -1,1 +1,1 @@
-"""Frozen layers: 4-bit weights, norms, rotary positions, SwiGLU, and the output head with its loss."""
+"""Frozen layers: 4-bit weights, norms, rotary positions, and the output head with its loss."""

@@ -68,5 +68,5 @@ class Optimizer(torch.optim.Optimizer):
             )
 
     def _take_step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        """Update the parameters of a group, all of which have a gradient."""
+        """Update the parameters of a group; each has a gradient."""
         raise NotImplementedError

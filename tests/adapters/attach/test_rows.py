@@ -304,6 +304,15 @@ class TestContexts:
             alone(model, "a")
         assert_nearly(second[:1], model(ids[:1]).detach())
 
+    def test_a_scaling_that_changes_within_is_seen(self) -> None:
+        model, ids = with_adapters(small_decoder()), random_ids(2, 3)
+        with torch.no_grad(), use_rows(model, ["a", "b"]):
+            first = model(ids)
+            for layer in lora_layers(model, "a").values():
+                layer.scaling["a"] *= 1.5
+            second = model(ids)
+            assert torch.equal(first[1], second[1]) and not torch.equal(first[0], second[0])
+
     def test_a_copied_model_has_rows_of_its_own(self) -> None:
         model, ids = with_adapters(small_decoder()), random_ids(2, 3)
         twin = copy.deepcopy(model)
