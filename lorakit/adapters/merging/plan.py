@@ -232,7 +232,10 @@ def _copy_entry(path: str, exchange: Exchange) -> LayerMerge:
 def _newly_untied(model: nn.Module, swaps: list[Swap]) -> list[tuple[str, str]]:
     """Return (path, path of another module) for each weight that the two share now and will not share any more."""
     holders: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    leaving = {swap.old for swap in swaps if swap.new is not swap.old}  # a new module takes over its base's bias
     for path, module in model.named_modules():
+        if module in leaving:
+            continue
         for name, parameter in module._parameters.items():
             holders.setdefault(id(parameter), []).append((path, module, name))
     exchanges = [(swap.path, exchange) for swap in swaps for exchange in swap.exchanges if exchange.before is not None]
@@ -240,7 +243,7 @@ def _newly_untied(model: nn.Module, swaps: list[Swap]) -> list[tuple[str, str]]:
     return [
         (swapped, path)
         for swapped, exchange in exchanges
-        for path, module, name in holders[id(exchange.before)]
+        for path, module, name in holders.get(id(exchange.before), [])
         if module is not exchange.module and after.get((module, name)) is not exchange.after
     ]
 

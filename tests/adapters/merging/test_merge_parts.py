@@ -138,6 +138,13 @@ class TestKindsOfParts:
         assert model[0].base_layer.bias is None
         assert torch.equal(model(x), before)
 
+    @pytest.mark.parametrize("quantize", [False, True])
+    def test_a_bias_beside_4_bits_was_not_shared(self, quantize: bool) -> None:
+        torch.manual_seed(0)
+        model = nn.Sequential(Linear4bit.from_linear(nn.Linear(64, 64)))
+        add_adapter(model, LoraConfig(r=2, target_modules=["0"], lora_bias=True, init_lora_weights=False))
+        assert merge_adapter(model, quantize=quantize).notes == []
+
     def test_two_copies_of_one_module_have_no_sum(self) -> None:
         model = self.model("copies")
         add_adapter(model, LoraConfig(r=2, **SETTINGS["copies"]), "b")
