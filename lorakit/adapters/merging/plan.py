@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, replace
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,12 +37,24 @@ from .weights import (
 )
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
+class PlannedLayer(NamedTuple):
+    """What a merge is going to do to one module with adapters.
+
+    Attributes:
+        swap: the module's new parameters.
+        entries: its lines in the report.
+        refusal: why the merge must not take place, if a limit on the residual's rank left too much out; else "".
+    """
+
+    swap: Swap
+    entries: list[LayerMerge]
+    refusal: str = ""
+
+
 def plan_merge(
     model: nn.Module, names: Sequence[str], base: Base, quantize: bool, residual_rank: int | None
-) -> tuple[MergeState, MergeReport]:
-    """Compute the merged layers; arguments and errors as `merge_adapter`."""
+) -> MergePlan:
+    """Find the modules of a merge and the checkpoint onto which it goes; arguments and errors as `merge_adapter`."""
     modules = {path: module for path, module in adapter_modules(model).items() if set(names) & set(module.names())}
     notes: list[str] = []
     starts = (adapter_configs(model)[name].start for name in names)
@@ -53,65 +65,63 @@ def plan_merge(
     source = None
     if base or any(isinstance(module.base_layer, QuantizedModule) for module in modules.values()):
         source = open_base(model, base)
-    plan = _MergePlan(modules, tuple(names), quantize, residual_rank, _float_dtype(model))
-    try:
-        swaps, report = plan.make(source, notes)
-    except WrongBase as error:
-        if base is not None:
-            raise
-        notes.append(f"not merged onto the checkpoint that the model was loaded from: {error}")
-        swaps, report = plan.make(None, notes)
-    untied = _newly_untied(model, swaps)
-    notes += [f"{path} shared its weight with {other} and has its own from now on" for path, other in untied]
-    return MergeState(tuple(names), swaps, bool(untied)), report
+    dtype = _float_dtype(model)
+    return MergePlan(modules, tuple(names), source, base is not None, quantize, residual_rank, dtype, notes)
 
 
 @dataclass(frozen=True)
-class _MergePlan:
+class MergePlan:
+    """The modules and the settings of one merge.
+
+    Attributes:
+        modules: those with one of the adapters, by path, in model order.
+        names: of the adapters.
+        source: the 16-bit checkpoint to whose weights the update is added; None for the model's own weights.
+        is_named: whether the caller chose the source, so that another must not take its place.
+        quantize: whether 4-bit layers stay in 4 bits.
+        residual_rank: most columns of the low-rank part beside 4 bits; None for as many as the update has.
+        dtype: of weights that were in 4 bits and become dense.
+        notes: remarks for the report.
+    """
+
     modules: dict[str, AdapterModule]
     names: tuple[str, ...]
+    source: Checkpoint | None
+    is_named: bool
     quantize: bool
     residual_rank: int | None
-    dtype: torch.dtype  # of weights that were in 4 bits and become dense
+    dtype: torch.dtype
+    notes: list[str]
 
-    def make(self, source: Checkpoint | None, notes: list[str]) -> tuple[list[Swap], MergeReport]:
-        """Compute the swap of every module, from the source's weights if there is a source."""
-        report = MergeReport(self.names, [], None if source is None else source.folder, notes)
-        swaps, refused = [], []
-        for path, module in self.modules.items():
-            names = [name for name in self.names if name in module.names()]
-            if isinstance(module, AdaptedLayer):
-                swap, entry, is_limited = self._merge_layer(path, module, names, source)
-                report.layers.append(entry)
-                if is_limited and entry.share < LEAST_SHARE:
-                    wanted = least_rank(MergeUpdate.of(module, names).factored()[0], LEAST_SHARE)
-                    refused.append(f"{path}: {entry.share:.3f}, needs rank {wanted}")
-            else:
-                swap = Swap(path, module, module.base_layer, module.base_layer, _copied(path, module, names))
-            swaps.append(swap)
-            others = [exchange for exchange in swap.exchanges if not exchanges_weight(module, exchange)]
-            report.layers += [_copy_entry(path, exchange) for exchange in others]
-        if refused:
-            raise AdapterError(
-                f"at residual_rank={self.residual_rank} less than {LEAST_SHARE} of the update would survive in 4 bits:"
-                f"{listing(refused, 10)}\nGive a 16-bit base, a higher residual_rank, or quantize=False"
-            )
-        _tie_heads(swaps)
-        return swaps, report
+    def onto_own_weights(self, error: WrongBase) -> MergePlan:
+        """Return the plan without its source, which does not fit; raise the error if the caller named the source."""
+        if self.is_named:
+            raise error
+        note = f"not merged onto the checkpoint that the model was loaded from: {error}"
+        return replace(self, source=None, notes=[*self.notes, note])
 
-    def _merge_layer(
-        self, path: str, layer: AdaptedLayer, names: list[str], source: Checkpoint | None
-    ) -> tuple[Swap, LayerMerge, bool]:
-        """Return a layer's swap, its line in the report, and whether the residual's rank was limited."""
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def merge_layer(self, path: str) -> PlannedLayer:
+        """Compute the merged weight of one module, W' = W + update; the module stays as it is.
+
+        Raises:
+            AdapterError: the merge would be wrong for this module, or its weight would hold inf or nan.
+            WrongBase: the source does not hold the weight from which the module was made.
+        """
+        layer = self.modules[path]
+        names = [name for name in self.names if name in layer.names()]
+        if not isinstance(layer, AdaptedLayer):
+            return _plan_copies(path, layer, names)
         self._check(path, layer)
-        old, origin = layer.base_layer, None
-        if source is not None and not isinstance(layer, LoRAParameter):  # its name in a checkpoint is not known
-            origin = weight_from(source, path, layer)
+        origin = None
+        if self.source is not None and not isinstance(layer, LoRAParameter):  # its name in a checkpoint is not known
+            origin = weight_from(self.source, path, layer)
         with dense_base(layer, origin):  # the update of some variants depends on the base weight
             update = MergeUpdate.of(layer, names)
             base = layer.base_weight(update.dense.dtype)
-        if self.quantize and isinstance(old, QuantizedModule):
-            merged = self._merged_4bit(path, old, update, base, is_source=origin is not None)
+        if self.quantize and isinstance(layer.base_layer, QuantizedModule):
+            merged = self._merged_4bit(path, layer.base_layer, update, base, is_source=origin is not None)
         else:
             merged = merged_dense(base, update.dense, *self._dense_form(layer, is_source=origin is not None))
         if not torch.isfinite(merged.real).all():
@@ -120,18 +130,30 @@ class _MergePlan:
             path, merged.how, base, update.dense, merged.real, nbytes=(weight_bytes(layer), merged.nbytes),
             residual_rank=merged.residual.rank if merged.residual else 0,
         )  # fmt: skip
-        swap = Swap(path, layer, old, new_base(old, merged))
-        if swap.new is old:
-            assert isinstance(merged.weight, Tensor)  # a dense layer stays dense
-            module, name = holder(layer)
-            swap.exchanges.append(Exchange(module, name, module._parameters[name], frozen(merged.weight)))
-        changes = [change for name in names if (change := layer.delta_bias(name)) is not None]
-        if changes:
-            before = cast(nn.Parameter | None, getattr(swap.new, "bias", None))
-            total = torch.stack([change.float() for change in changes]).sum(0)
-            after = total.to(merged.weight.dtype) if before is None else (before.float() + total).to(before.dtype)
-            swap.exchanges.append(Exchange(swap.new, "bias", before, frozen(after)))
-        return swap, entry, merged.limited
+        swap, refusal = _layer_swap(path, layer, names, merged), ""
+        if merged.limited and entry.share < LEAST_SHARE:
+            refusal = f"{path}: {entry.share:.3f}, needs rank {least_rank(update.factored()[0], LEAST_SHARE)}"
+        return PlannedLayer(swap, [entry, *_copy_entries(swap)], refusal)
+
+    def completed(self, model: nn.Module, layers: Sequence[PlannedLayer]) -> tuple[MergeState, MergeReport]:
+        """Return the changes to the whole model, and the report, from those of its modules in model order.
+
+        Raises:
+            AdapterError: at this residual_rank too little of an update would survive.
+        """
+        if refused := [layer.refusal for layer in layers if layer.refusal]:
+            raise AdapterError(
+                f"at residual_rank={self.residual_rank} less than {LEAST_SHARE} of the update would survive in 4 bits:"
+                f"{listing(refused, 10)}\nGive a 16-bit base, a higher residual_rank, or quantize=False"
+            )
+        swaps = [layer.swap for layer in layers]
+        _tie_heads(swaps)
+        untied = _newly_untied(model, swaps)
+        notes = [f"{path} shared its weight with {other} and has its own from now on" for path, other in untied]
+        entries = [entry for layer in layers for entry in layer.entries]
+        folder = None if self.source is None else self.source.folder
+        report = MergeReport(self.names, entries, folder, self.notes + notes)
+        return MergeState(self.names, swaps, bool(untied)), report
 
     def _dense_form(self, layer: AdaptedLayer, is_source: bool) -> tuple[torch.dtype, str]:
         """Return the dtype of a merged weight in 16 or 32 bits, and how it comes about in a few words."""
@@ -179,6 +201,28 @@ class _MergePlan:
             )
 
 
+def _layer_swap(path: str, layer: AdaptedLayer, names: list[str], merged: MergedWeight) -> Swap:
+    """Return the exchange of a layer's weight, and of its bias if an adapter trained one."""
+    swap = Swap(path, layer, layer.base_layer, new_base(layer.base_layer, merged))
+    if swap.new is swap.old:
+        assert isinstance(merged.weight, Tensor)  # a dense layer stays dense
+        module, name = holder(layer)
+        swap.exchanges.append(Exchange(module, name, module._parameters[name], frozen(merged.weight)))
+    changes = [change for name in names if (change := layer.delta_bias(name)) is not None]
+    if changes:
+        before = cast(nn.Parameter | None, getattr(swap.new, "bias", None))
+        total = torch.stack([change.float() for change in changes]).sum(0)
+        after = total.to(merged.weight.dtype) if before is None else (before.float() + total).to(before.dtype)
+        swap.exchanges.append(Exchange(swap.new, "bias", before, frozen(after)))
+    return swap
+
+
+def _plan_copies(path: str, module: AdapterModule, names: list[str]) -> PlannedLayer:
+    """Return the plan for a module of which the adapters trained copies, or rows."""
+    swap = Swap(path, module, module.base_layer, module.base_layer, _copied(path, module, names))
+    return PlannedLayer(swap, _copy_entries(swap))
+
+
 def _copied(path: str, module: AdapterModule, names: list[str]) -> list[Exchange]:
     """Return the exchanges of the base layer's parameters for the trained copies, or trained rows, of an adapter."""
     if isinstance(module, TiedHead):
@@ -220,13 +264,18 @@ def _tie_heads(swaps: list[Swap]) -> None:
                 swap.exchanges.append(Exchange(swap.module.base_layer, "weight", before, after[id(before)]))
 
 
-def _copy_entry(path: str, exchange: Exchange) -> LayerMerge:
-    """Return the report's line for a parameter replaced by a trained copy: all of the change survives."""
-    after = exchange.after.float()
-    before = torch.zeros_like(after) if exchange.before is None else exchange.before.detach().float()
-    name, change = f"{path}.{exchange.name}", after - before
-    nbytes = (0 if exchange.before is None else exchange.before.nbytes, exchange.after.nbytes)
-    return LayerMerge.measure(name, "copied", before, change, change, nbytes=nbytes)
+def _copy_entries(swap: Swap) -> list[LayerMerge]:
+    """Return the report's lines for parameters replaced by trained copies: all of the change survives."""
+    entries = []
+    for exchange in swap.exchanges:
+        if exchanges_weight(swap.module, exchange):
+            continue
+        after = exchange.after.float()
+        before = torch.zeros_like(after) if exchange.before is None else exchange.before.detach().float()
+        name, change = f"{swap.path}.{exchange.name}", after - before
+        nbytes = (0 if exchange.before is None else exchange.before.nbytes, exchange.after.nbytes)
+        entries.append(LayerMerge.measure(name, "copied", before, change, change, nbytes=nbytes))
+    return entries
 
 
 def _newly_untied(model: nn.Module, swaps: list[Swap]) -> list[tuple[str, str]]:
