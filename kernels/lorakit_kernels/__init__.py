@@ -5,6 +5,7 @@ backends compute the operations: `reference` runs the definitions, `cpu` is C++,
 picks one. `operands` defines the arguments that are records: a 4-bit weight, an 8-bit moment, a step of AdamW.
 """
 
+from . import environment  # noqa: F401 - before torch: its libraries read the environment when they load
 from .cpu import one_thread
 from .dispatch import BACKENDS, use_backend
 from .operands import AdamWStep, Moment8bit, Weight4bit
