@@ -7,6 +7,7 @@ from typing import Any
 
 import lorakit_kernels as kernels
 import torch
+from lorakit_kernels import is_transformed
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -90,10 +91,13 @@ class Linear4bit(QuantizedModule):
         x = x if self.compute_dtype is None else x.to(self.compute_dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         is_differentiated = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+        if is_transformed():
+            y: Tensor = linear(x, self.dense_weight(x.dtype), bias)
+            return y.to(input_dtype)
         # torch.compile (2.13) fails on the function because its weight is not an argument. The operation has the same
         # gradients.
         if is_differentiated and not torch.compiler.is_compiling():
-            y: Tensor = _FrozenLinear.apply(x, bias, self)
+            y = _FrozenLinear.apply(x, bias, self)
         else:
             y = frozen_linear(self, x, bias)
         return y.to(input_dtype)
@@ -158,7 +162,10 @@ def frozen_linear_dx(base: nn.Linear | Linear4bit, dy: Tensor, lora: Sequence[Te
 def add_frozen_linear_dx(dx: Tensor, base: nn.Linear | Linear4bit, dy: Tensor) -> None:
     """Add dy W to dx, for layers that read the same x: dy (tokens, out_features), dx (tokens, in_features)."""
     if isinstance(base, Linear4bit):
-        kernels.add_linear_4bit_dx(dx, dy, base.operand)
+        if torch.is_grad_enabled():  # for second derivatives
+            dx += kernels.linear_4bit_dx(dy, base.operand)
+        else:
+            kernels.add_linear_4bit_dx(dx, dy, base.operand)
         base.add_residual_dx(dx, dy)
     else:
         dx.addmm_(dy, _dense(base, dy.dtype))
