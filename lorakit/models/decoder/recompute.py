@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from lorakit_kernels import is_transformed
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ...layers import AdaptersInUse
 
@@ -22,42 +24,70 @@ def recomputed(function: Callable[..., Tensor], module: nn.Module, x: Tensor, *r
         x: of any shape, as is the result.
         rest: arguments without gradient.
     """
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or is_transformed():
         return function(x, *rest)
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    result: Tensor = _Recomputed.apply(function, rest, AdaptersInUse(module), x, *parameters)
+    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    part = _Part(function, rest, module, tuple(trained), AdaptersInUse(module))
+    result: Tensor = _Recomputed.apply(part, x, *trained.values())
     return result
+
+
+class _Part(NamedTuple):
+    """A part of the model: function(x, *rest), with the names of `module`'s trained parameters."""
+
+    function: Callable[..., Tensor]
+    rest: tuple[Any, ...]
+    module: nn.Module
+    trained: tuple[str, ...]
+    in_use: AdaptersInUse
 
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        function: Callable[..., Tensor],
-        rest: tuple[Any, ...],
-        in_use: AdaptersInUse,
-        x: Tensor,
-        *parameters: Tensor,
-    ) -> Tensor:
-        ctx.function, ctx.rest, ctx.in_use = function, rest, in_use
+    def forward(ctx: Any, part: _Part, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.part = part
         ctx.random = torch.get_rng_state(), _device_random(x)
         ctx.save_for_backward(x, *parameters)
-        return function(x, *rest)
+        return part.function(x, *part.rest)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *parameters = ctx.saved_tensors
-        x = x.detach().requires_grad_(ctx.needs_input_grad[3])
+        part: _Part = ctx.part
+        is_followed = torch.is_grad_enabled()
+        if is_followed:  # for second derivatives: aliases, since x may depend on the same parameters
+            x, *parameters = (tensor.view_as(tensor) for tensor in (x, *parameters))
+        else:
+            x = x.detach().requires_grad_(ctx.needs_input_grad[1])
         devices = [] if x.device.type == "cpu" else [x.device]
         with torch.enable_grad(), torch.random.fork_rng(devices, device_type=x.device.type if devices else "cuda"):
             torch.set_rng_state(ctx.random[0])
             if devices:
                 torch.get_device_module(x.device).set_rng_state(ctx.random[1], x.device)
-            with ctx.in_use.restored():
-                y = ctx.function(x, *ctx.rest)
+            with part.in_use.restored():
+                y = _with_parameters(part, x, parameters) if is_followed else part.function(x, *part.rest)
         wanted = [tensor for tensor in (x, *parameters) if tensor.requires_grad]
-        gradients = iter(torch.autograd.grad(y, wanted, grads, allow_unused=True))
-        return None, None, None, *(next(gradients) if tensor.requires_grad else None for tensor in (x, *parameters))
+        gradients = iter(torch.autograd.grad(y, wanted, grads, allow_unused=True, create_graph=is_followed))
+        return None, *(next(gradients) if tensor.requires_grad else None for tensor in (x, *parameters))
+
+
+def _with_parameters(part: _Part, x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """Return the part's result for x, of any shape, with these tensors in place of the trained parameters."""
+    caller = _Caller(part)
+    names = (f"module.{name}" for name in part.trained)
+    result: Tensor = functional_call(caller, dict(zip(names, parameters, strict=True)), (x,))
+    return result
+
+
+class _Caller(nn.Module):
+    """A module that calls the function of a part, for `functional_call`."""
+
+    def __init__(self, part: _Part) -> None:
+        super().__init__()
+        self.part, self.module = part, part.module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part.function(x, *self.part.rest)
 
 
 def _device_random(x: Tensor) -> Tensor | None:
