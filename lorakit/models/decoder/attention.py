@@ -185,11 +185,12 @@ class _CausalAttention(torch.autograd.Function):
         for first, last, seen in query_blocks(q.shape[2], k.shape[2]):
             queries, keys, values = q[:, :, first:last], k[:, :, :seen], v[:, :, :seen]
             probs = _scores(queries, keys, None).softmax(dim=-1)
-            grad = _stack(grads[0][:, :, first:last], k.shape[1])
-            dv[:, :, :seen] += probs.transpose(-1, -2) @ grad
+            # `narrow` as the vmap of `is_grads_batched` cannot slice a whole dimension.
+            grad = _stack(grads[0].narrow(2, first, last - first), k.shape[1])
+            dv.narrow(2, 0, seen).add_(probs.transpose(-1, -2) @ grad)
             dscores = torch._softmax_backward_data(grad @ values.transpose(-1, -2), probs, -1, q.dtype)
-            dq[:, :, first:last] = (dscores @ keys).mul_(scale).view(queries.shape)
-            dk[:, :, :seen] += dscores.transpose(-1, -2) @ _stack(queries, k.shape[1])
+            dq.narrow(2, first, last - first).copy_((dscores @ keys).mul_(scale).view(queries.shape))
+            dk.narrow(2, 0, seen).add_(dscores.transpose(-1, -2) @ _stack(queries, k.shape[1]))
         return dq, dk.mul_(scale).to(k.dtype), dv.to(v.dtype)
 
 

@@ -10,7 +10,13 @@ from lorakit_kernels import is_transformed
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ...errors import GradientError
 from ...layers import AdaptersInUse
+
+_NO_DROPOUT = (
+    "within a transform of torch.func, the backward pass cannot draw again what a recomputed part of the model dropped; "
+    "switch off dropout or activation checkpointing"
+)
 
 
 def recomputed(function: Callable[..., Tensor], module: nn.Module, x: Tensor, *rest: Any) -> Tensor:
@@ -46,36 +52,37 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, part: _Part, x: Tensor, *parameters: Tensor) -> Tensor:
         ctx.part = part
-        ctx.random = torch.get_rng_state(), _device_random(x)
+        ctx.random = _random_states(x)
         ctx.save_for_backward(x, *parameters)
         return part.function(x, *part.rest)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *parameters = ctx.saved_tensors
-        part: _Part = ctx.part
-        is_followed = torch.is_grad_enabled()
-        if is_followed:  # for second derivatives: aliases, since x may depend on the same parameters
-            x, *parameters = (tensor.view_as(tensor) for tensor in (x, *parameters))
-        else:
-            x = x.detach().requires_grad_(ctx.needs_input_grad[1])
+        creates_graph, in_transform = torch.is_grad_enabled(), is_transformed()
         devices = [] if x.device.type == "cpu" else [x.device]
         with torch.enable_grad(), torch.random.fork_rng(devices, device_type=x.device.type if devices else "cuda"):
             torch.set_rng_state(ctx.random[0])
             if devices:
                 torch.get_device_module(x.device).set_rng_state(ctx.random[1], x.device)
-            with part.in_use.restored():
-                y = _with_parameters(part, x, parameters) if is_followed else part.function(x, *part.rest)
+            with ctx.part.in_use.restored():
+                if creates_graph or in_transform:  # aliases, since x may depend on the same parameters
+                    x, *parameters = (tensor.view_as(tensor) for tensor in (x, *parameters))
+                    y = _with_parameters(ctx.part, x, parameters)
+                else:
+                    x = x.detach().requires_grad_(ctx.needs_input_grad[1])
+                    y = ctx.part.function(x, *ctx.part.rest)
+            if in_transform and not all(map(torch.equal, _random_states(x), ctx.random)):
+                raise GradientError(_NO_DROPOUT)
         wanted = [tensor for tensor in (x, *parameters) if tensor.requires_grad]
-        gradients = iter(torch.autograd.grad(y, wanted, grads, allow_unused=True, create_graph=is_followed))
+        gradients = iter(torch.autograd.grad(y, wanted, grads, allow_unused=True, create_graph=creates_graph))
         return None, *(next(gradients) if tensor.requires_grad else None for tensor in (x, *parameters))
 
 
 def _with_parameters(part: _Part, x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """Return the part's result for x, of any shape, with these tensors in place of the trained parameters."""
-    caller = _Caller(part)
     names = (f"module.{name}" for name in part.trained)
-    result: Tensor = functional_call(caller, dict(zip(names, parameters, strict=True)), (x,))
+    result: Tensor = functional_call(_Caller(part), dict(zip(names, parameters, strict=True)), (x,))
     return result
 
 
@@ -90,8 +97,9 @@ class _Caller(nn.Module):
         return self.part.function(x, *self.part.rest)
 
 
-def _device_random(x: Tensor) -> Tensor | None:
-    if x.device.type == "cpu":
-        return None
-    state: Tensor = torch.get_device_module(x.device).get_rng_state(x.device)
-    return state
+def _random_states(x: Tensor) -> list[Tensor]:
+    """Return the states of the generators that draw for x: the CPU's and, on another device, that device's."""
+    states = [torch.get_rng_state()]
+    if x.device.type != "cpu":
+        states.append(torch.get_device_module(x.device).get_rng_state(x.device))
+    return states
