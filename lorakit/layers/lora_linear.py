@@ -61,7 +61,7 @@ class LoRALinear(AdaptedLayer):
 
     def base_rows(self, rows: slice) -> Tensor:
         if isinstance(self.base_layer, Linear4bit):
-            return self.base_layer.quantized.dequantize(torch.float32, rows=rows)
+            return self.base_layer.dense_weight(torch.float32, rows)
         return super().base_rows(rows)
 
     def as_matrix(self, weight: Tensor) -> Tensor:
@@ -268,9 +268,10 @@ class _LoRALinearFunction(torch.autograd.Function):
             update = t, _stacked(lora_a, dtype)
             dx = frozen_linear_dx(frozen[0].base, dzs[0], update if seed is None else ())
             if seed is not None:
-                dx += drop(update[0] @ update[1], seed, ctx.rate)
+                dropped = drop(update[0] @ update[1], seed, ctx.rate)
+                dx = dx + dropped if torch.is_grad_enabled() else dx.add_(dropped)
             for dz, layer in zip(dzs[1:], frozen[1:], strict=True):
-                add_frozen_linear_dx(dx, layer.base, dz)
+                dx = add_frozen_linear_dx(dx, layer.base, dz)
             dx = dx.view(ctx.shape)
         ranks = [len(a) for a in lora_a]
         if any(train_a):

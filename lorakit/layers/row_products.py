@@ -45,11 +45,6 @@ class _Source(NamedTuple):
     parameter: Tensor
     version: int
 
-    @property
-    def is_unchanged(self) -> bool:
-        """Whether the place holds the same parameter with the same values."""
-        return self.place.get(self.name) is self.parameter and self.parameter._version == self.version
-
 
 class _Kept(NamedTuple):
     """Stacks, and the scalings and parameters they were made from."""
@@ -163,7 +158,7 @@ def _stacks(
     key = tuple(layers), adapters, dtype
     kept: _Kept | None = rows.kept.get(key)
     scalings = [layer.adapters[name].scaling for layer in layers for name in adapters]
-    if kept is None or kept.scalings != scalings or not all(source.is_unchanged for source in kept.sources):
+    if kept is None or kept.scalings != scalings or not _are_unchanged(kept.sources):
         held = [
             (layer.table(table)._parameters, name, parameter)
             for layer in layers
@@ -175,6 +170,12 @@ def _stacks(
             return stacks
         kept = rows.kept[key] = _Kept(stacks, scalings, [_Source(*source, source[2]._version) for source in held])
     return kept.stacks
+
+
+def _are_unchanged(sources: Sequence[_Source]) -> bool:
+    return all(
+        place.get(name) is parameter and parameter._version == version for place, name, parameter, version in sources
+    )
 
 
 def _stacked(layers: Sequence[AdaptedLayer], adapters: tuple[str, ...], dtype: torch.dtype) -> _Stacks:

@@ -64,9 +64,9 @@ class Linear4bit(QuantizedModule):
         bias = None if dense.bias is None else dense.bias.detach().clone()
         return Linear4bit(weight, bias, compute_dtype, storage_dtype)
 
-    def dense_weight(self, dtype: torch.dtype) -> Tensor:
-        """Return the dequantized weight as a fresh tensor, (out_features, in_features) in `dtype`."""
-        return self.quantized.dequantize(dtype)
+    def dense_weight(self, dtype: torch.dtype, rows: slice | None = None) -> Tensor:
+        """Return the dequantized weight or some rows as a fresh tensor, (rows, in_features) in `dtype`."""
+        return self.quantized.dequantize(dtype, rows=rows)
 
     def add_residual(self, y: Tensor, x: Tensor) -> Tensor:
         """Add to y = x Wᵀ, in place, the product of x with the weight's part outside its codes; there is none here.
@@ -77,7 +77,9 @@ class Linear4bit(QuantizedModule):
         return y
 
     def add_residual_dx(self, dx: Tensor, dy: Tensor) -> Tensor:
-        """Add to dx = dy W, in place, the product of dy with the weight's part outside its codes; there is none here.
+        """Add to dx = dy W the product of dy with the weight's part outside its codes; there is none here.
+
+        This overwrites dx, unless autograd follows it.
 
         Shapes:
             dx (..., in_features), dy (..., out_features)
@@ -159,13 +161,14 @@ def frozen_linear_dx(base: nn.Linear | Linear4bit, dy: Tensor, lora: Sequence[Te
     return torch.addmm(dx, lora[0], lora[1]) if lora else dx
 
 
-def add_frozen_linear_dx(dx: Tensor, base: nn.Linear | Linear4bit, dy: Tensor) -> None:
-    """Add dy W to dx, for layers that read the same x: dy (tokens, out_features), dx (tokens, in_features)."""
-    if isinstance(base, Linear4bit):
-        if torch.is_grad_enabled():  # for second derivatives
-            dx += kernels.linear_4bit_dx(dy, base.operand)
-        else:
-            kernels.add_linear_4bit_dx(dx, dy, base.operand)
-        base.add_residual_dx(dx, dy)
-    else:
-        dx.addmm_(dy, _dense(base, dy.dtype))
+def add_frozen_linear_dx(dx: Tensor, base: nn.Linear | Linear4bit, dy: Tensor) -> Tensor:
+    """Return dx + dy W, for layers that read the same x: dy (tokens, out_features), dx (tokens, in_features).
+
+    It overwrites dx, unless autograd follows it for second derivatives.
+    """
+    if torch.is_grad_enabled():
+        return dx + frozen_linear_dx(base, dy)
+    if not isinstance(base, Linear4bit):
+        return dx.addmm_(dy, _dense(base, dy.dtype))
+    kernels.add_linear_4bit_dx(dx, dy, base.operand)
+    return base.add_residual_dx(dx, dy)
