@@ -47,7 +47,13 @@ BASES: dict[str, Callable[[], nn.Module]] = {
     "embedding": lambda: nn.Embedding(7, 5).double(),
     "4bit-embedding": lambda: Embedding4bit(quantize(torch.randn(7, 6) / 3), DOUBLE),
 }
-KINDS = [(base, variant) for base in BASES for variant in VARIANTS if "embedding" not in base or variant != "lora_bias"]
+KINDS = [
+    (base, variant)
+    for base in BASES
+    for variant in VARIANTS
+    if not ("embedding" in base and variant == "lora_bias")  # which is refused
+    and (base, variant) != ("4bit-residual", "dora")  # whose norms are taken from the weight in fp32
+]
 
 
 def make_layer(base: str, variant: str = "plain", r: int = 2, dropout_p: float = 0.0) -> AdaptedLayer:
