@@ -125,13 +125,13 @@ def operation(
     def register(definition: Callable[_P, _R]) -> Operation[_P, _R]:
         name, signature = definition.__name__, inspect.signature(definition)
         arguments = _Arguments.of(definition)
+        plain: Callable[..., Any] = definition
 
         def compute(*args: Any) -> Any:
             x = args[0] if isinstance(args[0], Tensor) else args[0][0]
             # Gradients are checked in fp64, which no kernel takes.
             kernel = None if x.dtype == torch.float64 else getattr(backend(x.device), name, None)
-            function: Callable[..., Any] = kernel or definition
-            return function(*args)
+            return (kernel or plain)(*args)
 
         def compute_flat(*flat: Any) -> Any:
             result = compute(*arguments.grouped(flat))
@@ -145,7 +145,7 @@ def operation(
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(name, compute_flat, "CompositeExplicitAutograd")
         # The vmap of `is_grads_batched`, which autograd.functional's `vectorize` uses, asks for no transform.
-        _library.impl(name, lambda *flat: definition(*arguments.grouped(flat)), "Batched")
+        _library.impl(name, lambda *flat: plain(*arguments.grouped(flat)), "Batched")
         register_fake(f"lorakit::{name}", lambda *flat: fake(*arguments.grouped(flat)), lib=_library)
         overload = getattr(torch.ops.lorakit, name).default
         is_pure = not writes
@@ -162,7 +162,7 @@ def operation(
             flat = arguments.flat(args)
             follows_definition = by_definition and torch.is_grad_enabled()
             if (follows_definition or is_transformed()) and any(map(is_followed, _tensors(flat))):
-                return definition(*args)
+                return plain(*args)
             return overload(*flat)
 
         registered = cast(Operation[_P, _R], functools.wraps(definition)(call))

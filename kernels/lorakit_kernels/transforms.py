@@ -7,7 +7,7 @@ transform the definition computes in their place.
 
 from __future__ import annotations
 
-from torch import Tensor, _C
+from torch import _C, Tensor
 from torch.autograd import forward_ad
 
 

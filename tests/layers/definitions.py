@@ -33,7 +33,9 @@ TERMS = 100 * 10**4
 
 
 def _residual4bit() -> ResidualLinear4bit:
-    return ResidualLinear4bit(quantize(torch.randn(5, 6) / 3), torch.randn(5, 2) / 3, torch.randn(2, 6) / 3, torch.randn(5).double())
+    return ResidualLinear4bit(
+        quantize(torch.randn(5, 6) / 3), torch.randn(5, 2) / 3, torch.randn(2, 6) / 3, torch.randn(5).double()
+    )
 
 
 BASES: dict[str, Callable[[], nn.Module]] = {

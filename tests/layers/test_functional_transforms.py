@@ -106,7 +106,9 @@ def test_dropout_follows_the_randomness_of_vmap() -> None:
     layer.base_layer.weight.data.zero_()
     x = torch.ones(64, 6, dtype=DOUBLE)
     same, different = (vmap(lambda row: layer(row[None])[0], randomness=kind)(x) for kind in ("same", "different"))
-    assert torch.equal(same, same[:1].expand_as(same)) and not torch.equal(different, different[:1].expand_as(different))
+    assert torch.equal(same, same[:1].expand_as(same)) and not torch.equal(
+        different, different[:1].expand_as(different)
+    )
     with pytest.raises(RuntimeError, match="randomness"):
         vmap(layer)(x)
 
@@ -203,7 +205,9 @@ def test_what_a_recomputed_part_dropped_is_refused_in_a_transform() -> None:
         layer.checkpointing = "layer"
     y, wanted = model(torch.randint(1, 40, (1, 7))), lk.adapter_parameters(model)
     with pytest.raises(GradientError, match="switch off dropout or activation checkpointing"):
-        vmap(lambda v: torch.autograd.grad(y, wanted, v, retain_graph=True), randomness="same")(torch.randn(2, *y.shape))
+        vmap(lambda v: torch.autograd.grad(y, wanted, v, retain_graph=True), randomness="same")(
+            torch.randn(2, *y.shape)
+        )
 
 
 def test_a_compiled_transform() -> None:

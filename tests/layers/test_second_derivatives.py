@@ -6,17 +6,18 @@ import itertools
 
 import pytest
 import torch
-from definitions import BASES, DOUBLE, KINDS, TERMS, Pair, defined, derivatives, input_of, make_layer, summed
+from definitions import BASES, DOUBLE, KINDS, SCALING, TERMS, Pair, defined, derivatives, input_of, make_layer, summed
 from lorakit_kernels import drop
-from tolerances import assert_gradients_alike
+from tolerances import assert_gradients_alike, assert_within, rounding
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from lorakit.errors import GradientError
-from lorakit.layers import AdapterSpec, Linear4bit, linear_cross_entropy, linear_together
+from lorakit.layers import VARIANTS, AdaptedLayer, AdapterSpec, Linear4bit, linear_cross_entropy, linear_together
 from lorakit.layers.dropout import draw_seed
+from lorakit.layers.row_adapters import BASE, RowAdapters
 from lorakit.quantization import quantize
 
 LEADING = {"linear": [(3,), (2, 3), (2, 1, 3), ()], "4bit": [(3,), (2, 3), (2, 1, 3)]}
@@ -63,9 +64,7 @@ COMBINATIONS = list(itertools.product(["plain", "dora"], [0.0, 0.4], [False, Tru
 
 @pytest.mark.parametrize(("variant", "dropout_p", "frozen_a", "recomputes"), COMBINATIONS)
 @pytest.mark.parametrize("used", [slice(None), slice(1, 2)])
-def test_layers_that_share_x(
-    variant: str, dropout_p: float, frozen_a: bool, recomputes: bool, used: slice
-) -> None:
+def test_layers_that_share_x(variant: str, dropout_p: float, frozen_a: bool, recomputes: bool, used: slice) -> None:
     torch.manual_seed(1)
     if variant == "dora" and dropout_p:
         return  # not fused: `test_dropout_under_a_gain` has it
@@ -92,10 +91,12 @@ def test_layers_that_share_x(
     assert_gradients_alike(found, expected, TERMS)
     ys = [torch.cat([y.flatten() for y in function()]) for function in (ours, theirs)]
     vectors = torch.randn(3, len(ys[0]), dtype=DOUBLE)
-    pairs = zip(*(torch.autograd.grad(y, wanted, vectors, is_grads_batched=True, allow_unused=True) for y in ys), strict=True)
-    for ours_batched, by_definition in pairs:
-        assert by_definition is not None or not ours_batched.any()
-        assert by_definition is None or assert_gradients_alike([ours_batched], [by_definition], TERMS) is None
+    found, expected = (torch.autograd.grad(y, wanted, vectors, is_grads_batched=True, allow_unused=True) for y in ys)
+    for one, other in zip(found, expected, strict=True):
+        if other is None:  # not used: the layers' function has one gradient for all that it computes
+            assert not one.any()
+        else:
+            assert_gradients_alike([one], [other], TERMS)
 
 
 def test_dropout_under_a_gain() -> None:
@@ -113,7 +114,7 @@ def test_dropout_under_a_gain() -> None:
 
     def by_definition(*_: Tensor) -> Tensor:
         own, base = layer.parameters_of("a"), layer.base_layer
-        change = 0.7 * own["lora_B"] @ own["lora_A"]
+        change = SCALING * own["lora_B"] @ own["lora_A"]
         gain = own["lora_magnitude_vector"] / (base.weight + change).detach().norm(dim=1)
         # The base's product with the whole x, and (g - 1) of it with the dropped x, as in PEFT.
         y = x @ base.weight.T + base.bias + ((gain - 1) * (mask * x @ base.weight.T) + gain * (mask * x @ change.T))
@@ -164,7 +165,9 @@ def test_a_gradient_penalty_trains_as_by_the_definition() -> None:
     for function in pair.functions:
         own = [tensor.detach().clone().requires_grad_() for tensor in pair.tensors]
         loss = summed(function)(*own)
-        loss = loss + torch.stack([one.square().sum() for one in torch.autograd.grad(loss, own, create_graph=True)]).sum()
+        loss = (
+            loss + torch.stack([one.square().sum() for one in torch.autograd.grad(loss, own, create_graph=True)]).sum()
+        )
         loss.backward()
         results.append([tensor.grad for tensor in own])
     assert_gradients_alike(*results, TERMS)
@@ -173,19 +176,14 @@ def test_a_gradient_penalty_trains_as_by_the_definition() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_short_dtypes_are_near_float64(dtype: torch.dtype) -> None:
     torch.manual_seed(5)
-    layer = make_layer("4bit-no-bias")
-    pair = Pair(layer, input_of("4bit"))
-    expected = derivatives(pair.losses[0], pair.tensors, orders=2)
-    tensors = [tensor.detach().to(dtype).requires_grad_() for tensor in pair.tensors]
-    found = torch.autograd.grad(pair.losses[0](*tensors), tensors, create_graph=True)
-    again = torch.autograd.grad(sum((one.sin()).sum() for one in found), tensors)
-    wide = torch.autograd.grad(pair.losses[0](*pair.tensors), pair.tensors, create_graph=True)
-    exact = torch.autograd.grad(sum((one.sin()).sum() for one in wide), pair.tensors)
-    assert len(expected) == 2 * len(found)
-    for one, other in zip((*found, *again), (*wide, *exact), strict=True):
-        # Some thirty roundings of either sign, next to the largest element.
-        bound = 30 * torch.finfo(dtype).eps * float(other.abs().max())
-        assert (one.double() - other).abs().max() <= bound
+    pair = Pair(make_layer("4bit-no-bias"), input_of("4bit"))
+    results = []
+    for tensors in (pair.tensors, [tensor.detach().to(dtype).requires_grad_() for tensor in pair.tensors]):
+        gradients = torch.autograd.grad(pair.losses[0](*tensors), tensors, create_graph=True)
+        again = torch.autograd.grad(torch.stack([one.sin().sum() for one in gradients]).sum(), tensors)
+        results.append([one.detach().double() for one in (*gradients, *again)])
+    for exact, found in zip(*results, strict=True):  # some thirty roundings on the way, next to the largest element
+        assert_within(found, exact, rounding(30, 2 * exact.abs().max(), dtype))
 
 
 def test_what_is_kept_for_the_backward_pass_stays_the_same() -> None:
@@ -214,42 +212,37 @@ def test_the_fused_loss_refuses_a_second_derivative_and_nothing_else() -> None:
         torch.autograd.grad(gradient.sum(), hidden)
 
 
-@pytest.mark.parametrize("names", [["a", "b"], ["b", "__base__", "b"], ["c", "a", "b", "c"]])
+@pytest.mark.parametrize("names", [["a", "b"], ["b", BASE, "b"], ["c", "a", "b", "c"]])
 @pytest.mark.parametrize("base", ["linear", "4bit", "conv", "embedding"])
 def test_rows_of_several_adapters(base: str, names: list[str]) -> None:
-    from lorakit.layers.row_adapters import BASE, RowAdapters
-
     torch.manual_seed(7)
     layer = make_layer(base)
     for name, variant in (("b", "dora"), ("c", "residual")):
-        layer.add(name, AdapterSpec(3, 0.7, variant=make_layer(base, variant).adapters["a"].variant, neutral_start=False), DOUBLE)
-    for name in "bc":
+        layer.add(name, AdapterSpec(3, SCALING, variant=VARIANTS[variant], neutral_start=False), DOUBLE)
         for parameter in layer.parameters_of(name).values():
             parameter.data += 0.2 * torch.randn(parameter.shape, dtype=DOUBLE)
-    x = torch.randint(7, (len(names), 3)) if base == "embedding" else torch.randn(
-        (len(names), 2, 4, 4) if base == "conv" else (len(names), 3, 6), dtype=DOUBLE, requires_grad=True
-    )
+    x = torch.cat([input_of(base, 1, 3)[:1] for _ in names])
     wanted = [p for name in dict.fromkeys(names) if name != BASE for p in layer.parameters_of(name).values()]
-    wanted += [x] if x.is_floating_point() else []
+    wanted += [x.requires_grad_()] if x.is_floating_point() else []
 
     def by_rows(*_: Tensor) -> Tensor:
         layer.rows = RowAdapters(names)
         try:
-            return layer(x).sin().sum()
+            result: Tensor = layer(x).sin().sum()
+            return result
         finally:
             layer.rows = None
 
     def one_by_one(*_: Tensor) -> Tensor:
-        total = []
-        for row, name in enumerate(names):
-            layer.active = () if name == BASE else (name, )
-            total.append((layer(x[row : row + 1]) if name == BASE else _alone(layer, name, x[row : row + 1])).sin().sum())
-        return torch.stack(total).sum()
+        rows = zip(x.split(1), names, strict=True)
+        ys = [layer.base_layer(row) if name == BASE else _alone(layer, name, row) for row, name in rows]
+        return torch.cat(ys).sin().sum()
 
     assert_gradients_alike(derivatives(by_rows, wanted), derivatives(one_by_one, wanted), TERMS)
 
 
-def _alone(layer: nn.Module, name: str, x: Tensor) -> Tensor:
+def _alone(layer: AdaptedLayer, name: str, x: Tensor) -> Tensor:
+    """Return the definition's result for x with another adapter than "a"."""
     adapters = layer.adapters
     layer.adapters = {"a": adapters[name]}
     try:

@@ -14,8 +14,8 @@ from ...errors import GradientError
 from ...layers import AdaptersInUse
 
 _NO_DROPOUT = (
-    "within a transform of torch.func, the backward pass cannot draw again what a recomputed part of the model dropped; "
-    "switch off dropout or activation checkpointing"
+    "within a transform of torch.func, the backward pass cannot draw again what a recomputed part of the model has "
+    "dropped; switch off dropout or activation checkpointing"
 )
 
 
