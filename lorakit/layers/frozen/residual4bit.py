@@ -47,11 +47,11 @@ class ResidualLinear4bit(Linear4bit):
             )
         self.residual_up, self.residual_down = frozen(up), frozen(down)
 
-    def dense_weight(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight with its low-rank part as a fresh tensor, (out_features, in_features) in `dtype`."""
+    def dense_weight(self, dtype: torch.dtype, rows: slice | None = None) -> Tensor:
+        """Return the weight with its low-rank part, or some rows, as a fresh tensor, (rows, in_features) in `dtype`."""
         wide = torch.promote_types(dtype, torch.float32)
-        low_rank = self.residual_up.to(wide) @ self.residual_down.to(wide)
-        return (self.quantized.dequantize(wide) + low_rank).to(dtype)
+        low_rank = self.residual_up[rows or slice(None)].to(wide) @ self.residual_down.to(wide)
+        return (self.quantized.dequantize(wide, rows=rows) + low_rank).to(dtype)
 
     def add_residual(self, y: Tensor, x: Tensor) -> Tensor:
         u = linear(x, self.residual_down.to(x.dtype))  # (..., k)
@@ -59,7 +59,8 @@ class ResidualLinear4bit(Linear4bit):
 
     def add_residual_dx(self, dx: Tensor, dy: Tensor) -> Tensor:
         t = dy @ self.residual_up.to(dy.dtype)  # (..., k)
-        return dx.add_(t @ self.residual_down.to(dy.dtype))
+        residual = t @ self.residual_down.to(dy.dtype)
+        return dx + residual if torch.is_grad_enabled() else dx.add_(residual)
 
     def extra_repr(self) -> str:
         """Show the layer's geometry when it is printed."""
