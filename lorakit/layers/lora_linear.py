@@ -19,6 +19,7 @@ from .frozen.linear4bit import Linear4bit, add_frozen_linear_dx, frozen_linear, 
 from .gains import gain_minus_one
 from .row_products import forward_by_rows, linear_with_rows
 
+_unsafe_view = torch.ops.aten._unsafe_view.default
 _LEADING = 5  # number of arguments of the function before its tensors
 
 
@@ -226,7 +227,8 @@ class _LoRALinearFunction(torch.autograd.Function):
                 kept_zs += [y.clone()] if bias is not None and is_trained else []
                 y.addcmul_(y, gain_minus_one(gain, y.dtype))
                 y = y if bias is None else y.add_(bias)
-            results.append(y.view(*x.shape[:-1], y.shape[-1]))
+            # Not y.view: PyTorch lets nobody change a function's views in place, as `y *= scaling` does.
+            results.append(y if x.dim() == 2 else _unsafe_view(y, [*x.shape[:-1], y.shape[-1]]))
             if gain is not None and is_trained:
                 products.append(results[-1] if bias is None else kept_zs[-1])
         parameters = tensors[: len(tensors) - len(sources)]
