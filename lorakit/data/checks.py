@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ..errors import ConfigError, DataError
-from .records import Record
+from .conversations import Record
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from statistics import median
 
-from ..data.records import Message, Record
+from ..data.conversations import Message, Record
 from ..errors import DataError
 from .metrics import METRICS, MetricConfig
 

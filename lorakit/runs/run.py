@@ -46,6 +46,7 @@ from ..evaluation.perplexity import perplexity
 from ..files import write_text
 from ..inspection.probes import Probes
 from ..measure import peak_rss_mb
+from ..models.chat_template import today
 from ..models import Decoder, Tokenizer, generate, load_model, load_tokenizer
 from ..training import TrainResult, train
 from .recipe import Recipe, load_recipe, save_recipe
@@ -92,6 +93,7 @@ def train_run(recipe: Recipe, say: Say = print, resume: bool = False) -> dict[st
         LorakitError: something in the recipe, data or model is wrong; a failed run leaves no half-written file.
     """
     clock = _Clock()
+    recipe = _dated(recipe, resume)
     records = read_records(recipe)
     say(f"data: {len(records.train)} to train on, {len(records.held_out)} held out")
     for note in records.notes:
@@ -101,6 +103,8 @@ def train_run(recipe: Recipe, say: Say = print, resume: bool = False) -> dict[st
     model, tok = load_base(recipe)
     clock.lap("load")
     say(f"model: {recipe.model.path}, {recipe.model.quant_type or recipe.model.dtype}, {clock.seconds['load']:.1f} s")
+    if tok.is_dated:
+        say(f"date in the conversations: {tok.date}")
     torch.manual_seed(recipe.seed)
     attached = add_adapter(model, recipe.lora)
     say(str(attached))
@@ -168,7 +172,15 @@ def load_base(recipe: Recipe) -> tuple[Decoder, Tokenizer]:
         section.path, section.quant_type, dtype, section.device, section.block_size, section.double_quant
     )
     assert model.folder is not None  # load_model sets it
-    return model, load_tokenizer(model.folder)
+    return model, load_tokenizer(model.folder, recipe.data.date)
+
+
+def _dated(recipe: Recipe, resume: bool) -> Recipe:
+    """Return the recipe with a date: that of the run that it resumes, or today's."""
+    if recipe.data.date is not None:
+        return recipe
+    begun = load_run_recipe(recipe.output).data.date if resume and (recipe.output / "recipe.yaml").is_file() else None
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"date": begun or today()})})
 
 
 def read_records(recipe: Recipe) -> RunRecords:

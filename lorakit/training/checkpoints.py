@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,24 @@ def save_checkpoint(
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints in a folder, oldest first."""
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def checkpoint_date(folder: Path) -> date | None:
+    """Return the date that the last checkpoint in a folder was trained with; None where there is none.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+    """
+    checkpoints = list_checkpoints(folder)
+    if not checkpoints:
+        return None
+    try:
+        state = json.loads((checkpoints[-1] / "state.json").read_text(encoding="utf-8"))
+        return date.fromisoformat(state["progress"]["date"]) if "date" in state["progress"] else None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"cannot read the checkpoint {checkpoints[-1]}: {type(error).__name__}: {error}"
+        ) from None
 
 
 def load_checkpoint(

@@ -19,6 +19,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from ..models.decoder.loss import summed_loss
 from ..models.tokenizer.tokenizer import Tokenizer
 from ..sums import flat_slices
 from .activations import saving_activations
-from .checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
+from .checkpoints import checkpoint_date, list_checkpoints, load_checkpoint, save_checkpoint
 from .compiling import compiled_layers
 from .config import TrainConfig
 from .lora_fa import frozen_a
@@ -59,6 +60,7 @@ class TrainResult:
         trained_tokens, tokens: totals; trained tokens count in the loss.
         seconds: duration of the loop, without encoding.
         eval_loss: held-out loss at the end, nats per trained token; None without held-out records.
+        date: the date in the trained conversations; None if the chat template does not ask for it.
     """
 
     steps: int = 0
@@ -67,6 +69,7 @@ class TrainResult:
     tokens: int = 0
     seconds: float = 0.0
     eval_loss: float | None = None
+    date: date | None = None
 
 
 def train(
@@ -85,7 +88,8 @@ def train(
         model: a `Decoder`, or another causal language model, with an adapter attached.
         train_records: conversations; the assistant's turns are trained.
         eval_records: held-out conversations; their loss is measured at the end and every `eval_every` steps.
-        resume: continue from the last checkpoint in config.output, bit for bit as if the run had not stopped.
+        resume: continue from the last checkpoint in config.output, bit for bit as if the run had not stopped; a chat
+            template that asks for the date gets the one of the run's first day, if `tok` was loaded without a date.
         probes: observers, which do not change the result.
 
     Raises:
@@ -93,6 +97,7 @@ def train(
         TrainingError: nothing is trainable, the loss is not finite, or the checkpoint belongs to another run.
     """
     config = config or TrainConfig()
+    tok = _dated(tok, config, resume)
     with contextlib.ExitStack() as while_training:
         while_training.enter_context(frozen_a(model, config.lora_fa))
         parameters = _trained_parameters(model)
@@ -134,10 +139,12 @@ def train(
                 probe.after_step(row)
             if config.output and _is_due(result.steps, config.checkpoint_every):
                 folder = config.output / "checkpoints"
-                save_checkpoint(folder, result.steps, parameters, optimizer, fingerprint, {"history": log.rows})
+                progress = {"history": log.rows, "date": tok.date.isoformat()}
+                save_checkpoint(folder, result.steps, parameters, optimizer, fingerprint, progress)
     result.trained_tokens = sum(row["trained_tokens"] for row in result.history)
     result.tokens = sum(row["tokens"] for row in result.history)
     result.seconds = time.perf_counter() - started
+    result.date = tok.date if tok.is_dated else None
     return result
 
 
@@ -244,7 +251,7 @@ def _is_due(step: int, every: int | None) -> bool:
 def _check_lengths(model: nn.Module, examples: Sequence[Example]) -> None:
     """Raise DataError, before hours of training, if an example exceeds the model's context."""
     context = model.config.context_length if isinstance(model, Decoder) else math.inf
-    long = [f"{example.source} ({len(example.input_ids)})" for example in examples if len(example.input_ids) > context]
+    long = [f"{example.source} ({max(example.lengths)})" for example in examples if max(example.lengths) > context]
     if long:
         raise DataError(f"longer than the model's context of {context} tokens: {', '.join(long[:20])}")
 
@@ -262,6 +269,14 @@ def _trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             "set_adapter, or choose what to train with set_trained"
         )
     return parameters
+
+
+def _dated(tok: Tokenizer, config: TrainConfig, resume: bool) -> Tokenizer:
+    """Return the tokenizer with the date on which the run began, unless its owner chose one."""
+    if not resume or config.output is None or tok.has_own_date:
+        return tok
+    began = checkpoint_date(config.output / "checkpoints")
+    return tok if began is None else tok.on(began)
 
 
 def _resumed(

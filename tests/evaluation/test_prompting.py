@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorakit.data.records import Message, Record
+from lorakit.data import Message, Record
 from lorakit.errors import DataError
 from lorakit.evaluation.metrics import metric_config
 from lorakit.evaluation.prompting import choose_examples, key_for_metrics, prompted_messages, split_record
