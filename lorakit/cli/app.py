@@ -222,7 +222,7 @@ def show(
     )
     if len(lengths) > len(examples):
         console.print(
-            f"{len(lengths)} renderings: the chat template changes earlier turns of a conversation when another is added"
+            f"{len(lengths)} renderings, because the chat template changes earlier turns when another is added"
         )
     if tok.is_dated:
         console.print(f"date in the conversations: {tok.date}")

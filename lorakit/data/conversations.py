@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import MOST_LISTED, DataError, did_you_mean, first_few
-from ..models.chat_template import REASONING_KEYS
+from ..models.chat_template import REASONING_KEYS, ChatMessages
 
 ROLES = ("system", "user", "assistant", "tool")
 ANSWER_KEYS = ("tool_calls", *REASONING_KEYS)  # keys of an assistant's message
@@ -41,11 +41,6 @@ class Message:
     content: str
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
-    @property
-    def reasoning(self) -> str | None:
-        """The assistant's reasoning, where the record gives it apart from the content."""
-        return next((self.extra[key] for key in REASONING_KEYS if key in self.extra), None)
-
     def as_dict(self) -> dict[str, Any]:
         """Return the message as chat templates and JSON Lines files take it."""
         return {"role": self.role, "content": self.content, **self.extra}
@@ -64,9 +59,9 @@ class Record:
         """The JSON Schemas of the functions that the conversation may call: the line's key "tools"."""
         return self.extra.get("tools")
 
-    def as_dicts(self) -> list[dict[str, Any]]:
-        """Return the messages as `Tokenizer.render_chat` takes them."""
-        return [message.as_dict() for message in self.messages]
+    def as_dicts(self) -> ChatMessages:
+        """Return the messages, with the tools, as `Tokenizer.render_chat` takes them."""
+        return ChatMessages((message.as_dict() for message in self.messages), self.tools)
 
 
 class Problems:
@@ -119,6 +114,8 @@ def check_conversation(record: Record) -> None:
             raise DataError(f'{where} has the unknown role "{message.role}"; {expected}')
         if message.role != "assistant" and (wrong := [key for key in ANSWER_KEYS if key in message.extra]):
             raise DataError(f"{where}: \"{wrong[0]}\" belongs in an assistant's message, this one is '{message.role}'")
+        if len(several := [key for key in REASONING_KEYS if key in message.extra]) > 1:
+            raise DataError(f'{where} gives the reasoning twice, as "{several[0]}" and "{several[1]}"')
         if "tool_calls" in message.extra:
             _check_tool_calls(message.extra["tool_calls"], where)
         if message.role == "assistant" and not message.content.strip() and not message.extra.get("tool_calls"):

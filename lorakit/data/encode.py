@@ -1,8 +1,8 @@
 """From a conversation to token ids and a loss mask that trains the assistant's turns and nothing else.
 
-A rendering (`renderings.py`) is tokenized as a whole, exactly as at inference. The tokenizer's character offsets then
-say where a turn begins, and its first end-of-turn token where it ends. Tokenizing turn by turn and joining the ids would
-be simpler and wrong, because tokens merge across the seams.
+A rendering (`renderings.py`) is tokenized as a whole, exactly as at inference. The tokenizer's character offsets say
+where a turn begins, and its first end-of-turn token is where it ends. Tokenizing turn by turn and joining the ids
+would be simpler and wrong, because tokens merge across the seams.
 """
 
 from __future__ import annotations

@@ -9,19 +9,20 @@ text whole, since a template may cut a text where it finds a certain word, such 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Sequence
 
 from ..errors import DataError, LorakitError
 from .marks import Part, probed, split_at_marks
-from .renderings import Conversation, Rendering
+from .renderings import NO_SYSTEM, Conversation, Rendering, shared_length
 
 # Words by which a message steers a template, which reads and removes them.
 _SWITCHES = re.compile(r"/no_think|/nothink|/think|/system_override")
 
+_TEXT_KEY = re.compile(r"""['"]text['"]: ['"]$""")
+
 _ADVICE = {
-    "system": "put it at the beginning of the first user message",
+    "system": NO_SYSTEM,
     "tools": "this model was not made for tools; take them out of the record, or describe them in a message",
     "tool": "this model was not made for tools; put the result into a user message",
     "name": "put the name into the content",
@@ -44,9 +45,21 @@ def check_nothing_left_out(conversation: Conversation, renderings: Sequence[Rend
             continue
         own = [rendering for rendering in renderings if _has_to_show(rendering, part, conversation)]
         if not any(_reaches(conversation, rendering, part) for rendering in own):
-            raise _left_out(conversation, part, "leaves out")
+            raise _refusal(conversation, part, "leaves out")
+        if part.path[-1] == "text" and _is_code(conversation, part):
+            raise _refusal(conversation, part, "writes out with brackets and keys", "give the content as a string")
         if part.message is not None and _is_prose(part) and not any(_whole(conversation, r, part) for r in own):
-            raise _left_out(conversation, part, "leaves out or changes some of")
+            raise _refusal(conversation, part, "leaves out or changes some of")
+
+
+def _is_code(conversation: Conversation, part: Part) -> bool:
+    """Return whether the template writes a list of text parts as a list, with the keys of its parts."""
+    assert part.message is not None
+    skeleton = conversation.attempt(part.message + 1, marks=part.message + 1) or ""
+    literals, numbers = split_at_marks(skeleton)
+    return any(
+        number == part.number and _TEXT_KEY.search(literal) for literal, number in zip(literals, numbers, strict=False)
+    )
 
 
 def _has_to_show(rendering: Rendering, part: Part, conversation: Conversation) -> bool:
@@ -85,8 +98,7 @@ def _whole(conversation: Conversation, rendering: Rendering, part: Part) -> bool
     wanted = 1
     for turn in rendering.turns:
         if turn.index == part.message:  # only the turn counts, from its header on: others may say the same
-            before = conversation.attempt(turn.index) or ""
-            begin = len(before) if text.startswith(before) else len(os.path.commonprefix([text, before]))
+            begin = shared_length(text, conversation.attempt(turn.index) or "")
             text = text[begin : turn.end]
             break
     else:
@@ -110,16 +122,12 @@ def _squeezed(text: str) -> str:
     return "".join(text.split())
 
 
-def _left_out(conversation: Conversation, part: Part, verb: str) -> DataError:
-    if part.message is None:
-        where, kind = "", "tools"
-    else:
-        where = f"message {part.message + 1}: "
-        kind = "name" if part.path[-1] == "name" and len(part.path) == 3 else conversation.messages[part.message]["role"]
-    advice = _ADVICE.get(kind, "change the record")
+def _refusal(conversation: Conversation, part: Part, verb: str, advice: str | None = None) -> DataError:
+    where = "" if part.message is None else f"message {part.message + 1}: "
+    advice = advice or _ADVICE.get(part.kind, "change the record")
     return DataError(
-        f"{where}the chat template {verb} {part.what} ({_shortened(part.text)!r}), so the model would not see it as "
-        f"the record says; {advice}, or change chat_template in {conversation.tok.folder}"
+        f"{where}the chat template {verb} {part.what} ({_shortened(part.text)!r}), so the model would not see what the "
+        f"record says; {advice}, or change chat_template in {conversation.tok.folder}"
     )
 
 

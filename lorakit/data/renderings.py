@@ -14,9 +14,9 @@ The turn ends with the first end-of-turn token after its beginning. Since no tex
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from ..errors import DataError, LorakitError
@@ -25,6 +25,8 @@ from .marks import Part, marked, parts_of, split_at_marks
 
 if TYPE_CHECKING:
     from ..models.tokenizer.tokenizer import Tokenizer
+
+NO_SYSTEM = "put it at the beginning of the first user message"  # advice
 
 Span = tuple[int, int]  # characters [start, end) of a rendering
 
@@ -116,13 +118,23 @@ class Conversation:
             DataError: the template refuses the conversation, the model would be asked with another text than it is
                 trained on, or a turn has no end.
         """
-        whole = self.text(len(self.messages))
+        whole = self._whole()
         indices = [index for index, message in enumerate(self.messages) if message["role"] == "assistant"]
         each = [self._rendering_of(index) for index in indices]
         turns = tuple(turn for rendering in each for turn in rendering.turns)
         if all(whole.startswith(one.text[: one.turns[0].end]) for one in each):
             return [Rendering(whole, turns, len(self.messages))]
         return each
+
+    def _whole(self) -> str:
+        try:
+            return self.text(len(self.messages))
+        except DataError as error:
+            rest = [message for message in self.messages if message["role"] != "system"]
+            without_system = Conversation(self.tok, rest, self.tools)
+            if len(rest) == len(self.messages) or without_system.attempt(len(rest)) is None:
+                raise
+            raise DataError(f"{error}; it takes them without the system message: {NO_SYSTEM}") from None
 
     def _rendering_of(self, index: int) -> Rendering:
         """Return the text that turn `index` is asked with, and the turn."""
@@ -183,7 +195,14 @@ class Conversation:
         return Rendering(text, (Turn(index, start, min(ends)),), index + 1, is_joined)
 
 
+def shared_length(text: str, other: str) -> int:
+    """Return the number of characters with which both texts begin."""
+    if text.startswith(other):  # mostly, and faster
+        return len(other)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, other, strict=False)))
+
+
 def _where_it_differs(text: str, other: str) -> str:
     """Return the stretch of `text` around the first character that `other` does not share."""
-    first = len(os.path.commonprefix([text, other]))
+    first = shared_length(text, other)
     return text[max(0, first - 15) : first + 15]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date, datetime
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,14 @@ REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # names of an a
 
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]]
+
+
+class ChatMessages(list[dict[str, Any]]):
+    """The messages of a conversation, with the tools that it may call, so that whoever passes them on passes both."""
+
+    def __init__(self, messages: Iterable[dict[str, Any]], tools: Tools | None = None) -> None:
+        super().__init__(messages)
+        self.tools = tools
 
 
 class ChatTemplate:

@@ -46,8 +46,8 @@ from ..evaluation.perplexity import perplexity
 from ..files import write_text
 from ..inspection.probes import Probes
 from ..measure import peak_rss_mb
-from ..models.chat_template import today
 from ..models import Decoder, Tokenizer, generate, load_model, load_tokenizer
+from ..models.chat_template import today
 from ..training import TrainResult, train
 from .recipe import Recipe, load_recipe, save_recipe
 from .report import write_report
@@ -214,7 +214,7 @@ def evaluate(run: LoadedRun, config: EvalConfig, facts: dict[str, Any], clock: _
     held_out = records.held_out[: config.limit]
     short, references = map(list, zip(*(split_record(record) for record in held_out), strict=True))
     examples = choose_examples(records.train, config.base_prompt.examples, key_for_metrics(config.metrics))
-    strong = [prompted_messages(record.messages, config.base_prompt.text(), examples) for record in held_out]
+    strong = [prompted_messages(record, config.base_prompt.text(), examples) for record in held_out]
     sources = [record.source for record in held_out]
     text = general_text(config.general_text)
     answers: dict[str, list[str]] = {}

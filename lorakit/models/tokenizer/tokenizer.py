@@ -18,7 +18,7 @@ import tokenizers
 
 from ...errors import CheckpointError, DataError
 from ...files import read_json_object
-from ..chat_template import ChatTemplate, Messages, Tools, find_chat_template, today
+from ..chat_template import ChatMessages, ChatTemplate, Messages, Tools, find_chat_template, today
 from ..pretrained import resolve_model
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -137,9 +137,7 @@ class Tokenizer:
         except (OverflowError, TypeError, ValueError) as error:
             raise DataError(f"token ids cannot be decoded; they must be non-negative integers: {error}") from None
 
-    def render_chat(
-        self, messages: Messages, add_generation_prompt: bool = False, tools: Tools | None = None
-    ) -> str:
+    def render_chat(self, messages: Messages, add_generation_prompt: bool = False, tools: Tools | None = None) -> str:
         """Return a conversation as the text the model was trained on.
 
         Equal to transformers' `apply_chat_template(messages, tools, tokenize=False)` on the day `date`.
@@ -147,7 +145,8 @@ class Tokenizer:
         Args:
             messages: mappings with "role" and "content", and other keys that the template reads, such as "tool_calls".
             add_generation_prompt: end with the opening of an assistant turn, for the model to complete.
-            tools: JSON Schemas of the functions that the conversation may call.
+            tools: JSON Schemas of the functions that the conversation may call; None: those of `messages`, if they are
+                `ChatMessages`.
 
         Raises:
             DataError: there is no chat template, there are no messages, or the template refuses or fails on them (with
@@ -159,6 +158,8 @@ class Tokenizer:
                 "without 'default') and there is no chat_template.jinja; a base model has none: use its instruct "
                 "version or plain text"
             )
+        if tools is None and isinstance(messages, ChatMessages):
+            tools = messages.tools
         return self._template.render(messages, self.special_tokens, add_generation_prompt, tools, self.date)
 
     def _encoding(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
