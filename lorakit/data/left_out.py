@@ -40,15 +40,15 @@ def check_nothing_left_out(conversation: Conversation, renderings: Sequence[Rend
         DataError: a text, or some of it, is missing; the message names it and says what to do.
     """
     shown = max(rendering.count for rendering in renderings)
-    for part in conversation.parts:
-        if part.message is not None and part.message >= shown:
-            continue
-        own = [rendering for rendering in renderings if _has_to_show(rendering, part, conversation)]
-        if not any(_reaches(conversation, rendering, part) for rendering in own):
+    parts = [part for part in conversation.parts if part.message is None or part.message < shown]
+    places = {part.number: [r for r in renderings if _has_to_show(r, part, conversation)] for part in parts}
+    for part in parts:
+        if not any(_reaches(conversation, rendering, part) for rendering in places[part.number]):
             raise _refusal(conversation, part, "leaves out")
+    for part in parts:
         if part.path[-1] == "text" and _is_code(conversation, part):
             raise _refusal(conversation, part, "writes out with brackets and keys", "give the content as a string")
-        if part.message is not None and _is_prose(part) and not any(_whole(conversation, r, part) for r in own):
+        if _is_prose(part) and not any(_whole(conversation, rendering, part) for rendering in places[part.number]):
             raise _refusal(conversation, part, "leaves out or changes some of")
 
 
@@ -72,7 +72,7 @@ def _has_to_show(rendering: Rendering, part: Part, conversation: Conversation) -
 
 def _is_prose(part: Part) -> bool:
     """Whether a text is to be found as it is: calls and tools become JSON, or what a model's own syntax makes of it."""
-    return "tool_calls" not in part.path and "name" not in part.path
+    return part.message is not None and "tool_calls" not in part.path and part.kind != "name"
 
 
 def _reaches(conversation: Conversation, rendering: Rendering, part: Part) -> bool:

@@ -152,7 +152,9 @@ def test_conversation_that_begins_with_the_assistant(chatml: Tokenizer) -> None:
 
 def test_template_that_changes_contents_is_refused(make_tokenizer: MakeTokenizer) -> None:
     tok = make_tokenizer(CHANGES_CONTENT, CHATML_TOKENS, ["<|im_end|>"])
-    with pytest.raises(DataError, match=r"train.jsonl:17: message 1: .* leaves out or changes some of the user message"):
+    with pytest.raises(
+        DataError, match=r"train.jsonl:17: message 1: .* leaves out or changes some of the user message"
+    ):
         encode_record(tok, conversation("user: Why not?", "assistant: b"), 100)
     with pytest.raises(DataError, match=r"message 2: .* leaves out or changes some of the assistant message"):
         encode_record(tok, conversation("user: 1", "assistant: b"), 100)
