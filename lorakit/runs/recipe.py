@@ -83,7 +83,7 @@ class DataSection(Settings):
     date: datetime.date | None = Field(
         None,
         description="the date for chat templates that ask for today's, such as 2026-11-28; null: the day on which the "
-        "run begins, which its own recipe.yaml keeps",
+        "run begins, which its recipe.yaml then keeps",
     )
 
     @field_validator("format")

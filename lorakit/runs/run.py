@@ -93,7 +93,6 @@ def train_run(recipe: Recipe, say: Say = print, resume: bool = False) -> dict[st
         LorakitError: something in the recipe, data or model is wrong; a failed run leaves no half-written file.
     """
     clock = _Clock()
-    recipe = _dated(recipe, resume)
     records = read_records(recipe)
     say(f"data: {len(records.train)} to train on, {len(records.held_out)} held out")
     for note in records.notes:
@@ -104,6 +103,8 @@ def train_run(recipe: Recipe, say: Say = print, resume: bool = False) -> dict[st
     clock.lap("load")
     say(f"model: {recipe.model.path}, {recipe.model.quant_type or recipe.model.dtype}, {clock.seconds['load']:.1f} s")
     if tok.is_dated:
+        recipe = _dated(recipe, resume)
+        tok = tok.on(recipe.data.date or today())
         say(f"date in the conversations: {tok.date}")
     torch.manual_seed(recipe.seed)
     attached = add_adapter(model, recipe.lora)
@@ -176,7 +177,7 @@ def load_base(recipe: Recipe) -> tuple[Decoder, Tokenizer]:
 
 
 def _dated(recipe: Recipe, resume: bool) -> Recipe:
-    """Return the recipe with a date: that of the run that it resumes, or today's."""
+    """Return the recipe with a date for the chat template: its own, that of the run that it resumes, or today's."""
     if recipe.data.date is not None:
         return recipe
     begun = load_run_recipe(recipe.output).data.date if resume and (recipe.output / "recipe.yaml").is_file() else None
