@@ -18,7 +18,7 @@ import tokenizers
 from made import byte_level, sentencepiece
 
 from lorakit import Record, Tokenizer, load_tokenizer
-from lorakit.data import encode_record
+from lorakit.data import Example, encode_record
 from lorakit.data.records import parse_record
 from lorakit.errors import DataError
 
@@ -192,17 +192,20 @@ def tokenizer_of(family: Family, folder: Path, smollm2: Path) -> Tokenizer:
     return load_tokenizer(smollm2 if family.template is None else family.write(folder))
 
 
-def outcome(tok: Tokenizer, kind: str) -> tuple[list[str], list[str], str]:
-    """Return (renderings, trained texts, what became of the record in a few words)."""
+def outcome(tok: Tokenizer, kind: str) -> tuple[Example | None, str]:
+    """Return a record's example, if it is not refused, and what became of it in a few words."""
     try:
         example = encode_record(tok, record_of(kind), 10_000)
     except DataError as error:
-        return [], [], f"refused: {_reason(str(error))}"
-    pairs = list(zip(example.loss_mask, example.input_ids, strict=True))
+        return None, f"refused: {_reason(str(error))}"
+    return example, "trained" if len(example.lengths) == 1 else "trained, a rendering a turn"
+
+
+def trained_texts(tok: Tokenizer, example: Example) -> list[str]:
+    """Return the text of each run of trained tokens."""
+    pairs = zip(example.loss_mask, example.input_ids, strict=True)
     runs = [[token for _, token in run] for is_trained, run in groupby(pairs, key=lambda pair: pair[0]) if is_trained]
-    texts = [tok.decode(example.input_ids[a:b], skip_special_tokens=False) for a, b in example.bounds()]
-    words = "trained" if len(texts) == 1 else "trained, a rendering a turn"
-    return texts, [tok.decode(run, skip_special_tokens=False) for run in runs], words
+    return [tok.decode(run, skip_special_tokens=False) for run in runs]
 
 
 def _reason(message: str) -> str:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[3]
 if __name__ == "__main__":
     sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "peers")]
 
-from chat_families import CONVERSATIONS, FAMILIES, Family, outcome, record_of, tokenizer_of  # noqa: E402
+from chat_families import CONVERSATIONS, FAMILIES, Family, outcome, record_of, tokenizer_of, trained_texts  # noqa: E402
 
 from lorakit import Tokenizer  # noqa: E402
 from lorakit.errors import DataError  # noqa: E402
@@ -59,17 +59,18 @@ class TestFamilies:
 
     def test_is_trained_as_it_is_asked(self, family: Family, kind: str) -> None:
         tok, record = loaded(family), record_of(kind)
-        renderings, trained, _ = outcome(tok, kind)
-        if not renderings:
+        example, _ = outcome(tok, kind)
+        if example is None:
             return
         messages = record.as_dicts()
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         asked = [tok.encode(tok.render_chat(messages[:index], True, record.tools)) for index in turns]
+        trained, renderings = trained_texts(tok, example), [example.input_ids[a:b] for a, b in example.bounds()]
         assert len(trained) == len(turns) and len(renderings) in (1, len(turns))
-        shown = [tok.encode(text) for text in renderings] * (len(turns) // len(renderings))
+        renderings *= len(turns) // len(renderings)
         ends = [tok.decode([token], skip_special_tokens=False) for token in tok.eos_ids]
-        for question, answered, text, index in zip(asked, shown, trained, turns, strict=True):
-            assert tok.decode(answered, False).startswith(tok.decode(question, False))
+        for question, ids, text, index in zip(asked, renderings, trained, turns, strict=True):
+            assert ids[: len(question) - 1] == question[:-1]  # the last may merge with what the answer begins with
             said = messages[index]["content"].removeprefix("<think>\n")  # which the question may have opened
             assert said in text and text.endswith(tuple(ends)) and sum(map(text.count, ends)) == 1
 
@@ -83,7 +84,7 @@ def table() -> str:
     lines = [f"| Family | {' | '.join(kinds)} |", "|---" * (len(kinds) + 1) + "|"]
     examples = []
     for family in FAMILIES:
-        cells = [outcome(loaded(family), kind)[2] for kind in kinds]
+        cells = [outcome(loaded(family), kind)[1] for kind in kinds]
         lines.append(f"| {family.name} | {' | '.join(cells)} |")
         examples.append(example(family))
     return "\n".join([*lines, "", "```text", "\n\n".join(examples), "```"])
@@ -93,8 +94,8 @@ def example(family: Family) -> str:
     """Return what one turn is asked with, and what of it is trained."""
     tok = loaded(family)
     asked = tok.render_chat(CONVERSATIONS["one turn"][0][:1], add_generation_prompt=True)
-    _, trained, words = outcome(tok, "one turn")
-    shown = trained[0] if trained else words
+    found, words = outcome(tok, "one turn")
+    shown = words if found is None else trained_texts(tok, found)[0]
     return "\n".join((family.name, f"  asked    {one_line(asked)}", f"  trained  {one_line(shown)}"))
 
 
