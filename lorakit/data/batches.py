@@ -23,6 +23,8 @@ IGNORED = -100  # the default ignore_index of torch's cross-entropy
 class Batch:
     """Examples laid end to end.
 
+    The first token of a rendering is never trained, so that no rendering predicts the next.
+
     Attributes:
         input_ids: (tokens,) int64.
         targets: (tokens,) int64; targets[i] is the token after input_ids[i] in the same example, or -100 where that
@@ -52,7 +54,6 @@ def make_batch(examples: Sequence[Example]) -> Batch:
     targets: list[int] = []
     for example in examples:
         input_ids += example.input_ids
-        # The first token of a rendering is never trained, so that no rendering predicts the next.
         following = zip(example.input_ids[1:], example.loss_mask[1:], strict=True)
         targets += [token if trained else IGNORED for token, trained in following]
         targets.append(IGNORED)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, TrainingError
 from ..files import atomic_folder
+from ..models.tokenizer.tokenizer import Tokenizer
 from .optimizers import Optimizer
 
 
@@ -63,22 +65,27 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
 
-def checkpoint_date(folder: Path) -> date | None:
-    """Return the date that the last checkpoint in a folder was trained with; None where there is none.
+def on_first_day(tok: Tokenizer, output: Path) -> Tokenizer:
+    """Return the tokenizer with the date of the run whose last checkpoint is in `output`, unless it has its own.
+
+    Warns where that changes the conversations: where their chat template asks for the date and it is another.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
     """
-    checkpoints = list_checkpoints(folder)
+    checkpoints = [] if tok.has_own_date else list_checkpoints(output / "checkpoints")
     if not checkpoints:
-        return None
+        return tok
     try:
         state = json.loads((checkpoints[-1] / "state.json").read_text(encoding="utf-8"))
-        return date.fromisoformat(state["progress"]["date"]) if "date" in state["progress"] else None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        first_day = date.fromisoformat(state["progress"].get("date", tok.date.isoformat()))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(
             f"cannot read the checkpoint {checkpoints[-1]}: {type(error).__name__}: {error}"
         ) from None
+    if tok.is_dated and first_day != tok.date:
+        warnings.warn(f"the conversations get the date on which the run began, {first_day}", stacklevel=3)
+    return tok.on(first_day)
 
 
 def load_checkpoint(

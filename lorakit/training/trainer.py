@@ -19,7 +19,6 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import date
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ from ..models.decoder.loss import summed_loss
 from ..models.tokenizer.tokenizer import Tokenizer
 from ..sums import flat_slices
 from .activations import saving_activations
-from .checkpoints import checkpoint_date, list_checkpoints, load_checkpoint, save_checkpoint
+from .checkpoints import list_checkpoints, load_checkpoint, on_first_day, save_checkpoint
 from .compiling import compiled_layers
 from .config import TrainConfig
 from .lora_fa import frozen_a
@@ -60,7 +59,6 @@ class TrainResult:
         trained_tokens, tokens: totals; trained tokens count in the loss.
         seconds: duration of the loop, without encoding.
         eval_loss: held-out loss at the end, nats per trained token; None without held-out records.
-        date: the date in the trained conversations; None if the chat template does not ask for it.
     """
 
     steps: int = 0
@@ -69,7 +67,6 @@ class TrainResult:
     tokens: int = 0
     seconds: float = 0.0
     eval_loss: float | None = None
-    date: date | None = None
 
 
 def train(
@@ -88,8 +85,8 @@ def train(
         model: a `Decoder`, or another causal language model, with an adapter attached.
         train_records: conversations; the assistant's turns are trained.
         eval_records: held-out conversations; their loss is measured at the end and every `eval_every` steps.
-        resume: continue from the last checkpoint in config.output, bit for bit as if the run had not stopped; a chat
-            template that asks for the date gets the one of the run's first day, if `tok` was loaded without a date.
+        resume: continue from the last checkpoint in config.output, bit for bit as if the run had not stopped, and with
+            the date of its first day, unless `tok` has its own.
         probes: observers, which do not change the result.
 
     Raises:
@@ -97,7 +94,7 @@ def train(
         TrainingError: nothing is trainable, the loss is not finite, or the checkpoint belongs to another run.
     """
     config = config or TrainConfig()
-    tok = _dated(tok, config, resume)
+    tok = on_first_day(tok, config.output) if resume and config.output else tok
     with contextlib.ExitStack() as while_training:
         while_training.enter_context(frozen_a(model, config.lora_fa))
         parameters = _trained_parameters(model)
@@ -138,13 +135,11 @@ def train(
             for probe in probes:
                 probe.after_step(row)
             if config.output and _is_due(result.steps, config.checkpoint_every):
-                folder = config.output / "checkpoints"
-                progress = {"history": log.rows, "date": tok.date.isoformat()}
+                folder, progress = config.output / "checkpoints", {"history": log.rows, "date": tok.date.isoformat()}
                 save_checkpoint(folder, result.steps, parameters, optimizer, fingerprint, progress)
     result.trained_tokens = sum(row["trained_tokens"] for row in result.history)
     result.tokens = sum(row["tokens"] for row in result.history)
     result.seconds = time.perf_counter() - started
-    result.date = tok.date if tok.is_dated else None
     return result
 
 
@@ -269,14 +264,6 @@ def _trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             "set_adapter, or choose what to train with set_trained"
         )
     return parameters
-
-
-def _dated(tok: Tokenizer, config: TrainConfig, resume: bool) -> Tokenizer:
-    """Return the tokenizer with the date on which the run began, unless its owner chose one."""
-    if not resume or config.output is None or tok.has_own_date:
-        return tok
-    began = checkpoint_date(config.output / "checkpoints")
-    return tok if began is None else tok.on(began)
 
 
 def _resumed(
