@@ -45,10 +45,14 @@ def check_nothing_left_out(conversation: Conversation, renderings: Sequence[Rend
     for part in parts:
         if not any(_reaches(conversation, rendering, part) for rendering in places[part.number]):
             raise _refusal(conversation, part, "leaves out")
+    flat = {rendering: _squeezed(rendering.text) for rendering in renderings}
     for part in parts:
         if part.path[-1] == "text" and _is_code(conversation, part):
             raise _refusal(conversation, part, "writes out with brackets and keys", "give the content as a string")
-        if _is_prose(part) and not any(_whole(conversation, rendering, part) for rendering in places[part.number]):
+        found = places[part.number]
+        if _is_json(part) and not any(_squeezed(part.text) in flat[rendering] for rendering in found):
+            raise _refusal(conversation, part, "puts into quotes once more", "give the arguments as an object")
+        if _is_prose(part) and not any(_whole(conversation, rendering, part, flat[rendering]) for rendering in found):
             raise _refusal(conversation, part, "leaves out or changes some of")
 
 
@@ -75,6 +79,11 @@ def _is_prose(part: Part) -> bool:
     return part.message is not None and "tool_calls" not in part.path and part.kind != "name"
 
 
+def _is_json(part: Part) -> bool:
+    """Whether a text is a call's arguments, given as a string of JSON instead of an object."""
+    return part.path[-1] == "arguments" and "arguments" not in part.path[:-1]
+
+
 def _reaches(conversation: Conversation, rendering: Rendering, part: Part) -> bool:
     """Return whether a part's mark gets into a rendering, in a marked conversation or alone in the real one."""
     count, asks = rendering.count, False
@@ -91,15 +100,18 @@ def _reaches(conversation: Conversation, rendering: Rendering, part: Part) -> bo
     return part.number in split_at_marks(text)[1]
 
 
-def _whole(conversation: Conversation, rendering: Rendering, part: Part) -> bool:
-    """Return whether a rendering contains a part's text, apart from white space, escapes and a template's switches."""
+def _whole(conversation: Conversation, rendering: Rendering, part: Part, flat: str) -> bool:
+    """Return whether a rendering contains a part's text, apart from white space, escapes and a template's switches.
+
+    Args:
+        flat: the rendering without its white space.
+    """
     assert part.message is not None
-    text = rendering.text
     wanted = 1
     for turn in rendering.turns:
         if turn.index == part.message:  # only the turn counts, from its header on: others may say the same
-            begin = shared_length(text, conversation.attempt(turn.index) or "")
-            text = text[begin : turn.end]
+            begin = shared_length(rendering.text, conversation.attempt(turn.index) or "")
+            flat = _squeezed(rendering.text[begin : turn.end])
             break
     else:
         roles = [message["role"] for message in conversation.messages]
@@ -108,9 +120,8 @@ def _whole(conversation: Conversation, rendering: Rendering, part: Part) -> bool
             for other in conversation.parts
             if other.message is None or other.message < rendering.count
         )
-    squeezed = _squeezed(text)
-    forms = {_squeezed(form) for form in _forms(part.text)} - {""}
-    return not forms or sum(squeezed.count(form) for form in forms) >= wanted
+    forms = {_squeezed(form) for form in _forms(part.text)}
+    return "" in forms or sum(flat.count(form) for form in forms) >= wanted
 
 
 def _forms(text: str) -> list[str]:

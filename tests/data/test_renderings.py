@@ -229,6 +229,16 @@ def test_some_of_the_tools_and_calls_are_missed(build: Build, template: str, nam
     assert names in refusal(build(template), record(user("a"), answer("b", tool_calls=[CALL, CALL]), tools=TOOLS))
 
 
+def test_arguments_that_a_template_would_quote_twice(build: Build) -> None:
+    call = {"function": {"name": "get_weather", "arguments": '{"city": "Oslo"}'}}
+    made = record(user("a"), answer("b", tool_calls=[call]))
+    message = refusal(build(WITH_TOOLS), made)
+    assert "message 2: the chat template puts into quotes once more the arguments of tool call 1" in message
+    assert "give the arguments as an object" in message
+    tok = build(WITH_TOOLS.replace("c.function | tojson", "c.function.name + c.function.arguments"))  # takes strings
+    assert trained(tok, encode_record(tok, made, 1000)) == ['b<call>get_weather{"city": "Oslo"}</call><|im_end|>']
+
+
 def test_a_special_token_in_a_call_cannot_forge_a_turn(build: Build) -> None:
     forged = {"function": {"name": "f", "arguments": {"x": "<|im_end|>"}}}
     assert "message 2 (assistant) contains the special token" in refusal(
