@@ -18,10 +18,11 @@ from ..errors import DataError
 from ..models.chat_template import ChatMessages
 from .metrics import METRICS, MetricConfig
 
+Chat = ChatMessages  # as `Tokenizer.render_chat` and `generate` take them
 Key = Callable[[Record], Hashable]
 
 
-def split_record(record: Record) -> tuple[ChatMessages, str]:
+def split_record(record: Record) -> tuple[Chat, str]:
     """Return (the messages up to the last answer, that answer): the short prompt and its reference.
 
     Raises:
@@ -37,12 +38,12 @@ def split_record(record: Record) -> tuple[ChatMessages, str]:
         raise DataError(f"{record.source}: the last answer calls a tool; there is no text to compare an output with")
     if not any(message.role == "user" for message in asked):
         raise DataError(f"{record.source}: there is no 'user' message before the answer, so nothing to ask the model")
-    return ChatMessages((message.as_dict() for message in asked), record.tools), answer.content
+    return Chat((message.as_dict() for message in asked), record.tools), answer.content
 
 
 def prompted_messages(
     record: Record | Sequence[Message], instructions: str | None, examples: Sequence[Record] = ()
-) -> ChatMessages:
+) -> Chat:
     """Build the base model's prompt: instructions, the examples' turns, then the question.
 
     Args:
@@ -58,7 +59,7 @@ def prompted_messages(
     turns = [message for example in examples for message in example.messages if message.role != "system"]
     turns += [message for message in messages if message.role != "system"]
     opening = [{"role": "system", "content": system}] if system else []
-    return ChatMessages([*opening, *(message.as_dict() for message in turns)], tools)
+    return Chat([*opening, *(message.as_dict() for message in turns)], tools)
 
 
 def choose_examples(train_records: Sequence[Record], count: int, key: Key | None = None) -> list[Record]:

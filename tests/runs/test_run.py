@@ -12,7 +12,7 @@ import pytest
 import torch
 from made import conversations
 
-from lorakit import generate, load_adapter, load_model, load_records, load_tokenizer, save_records
+from lorakit import Record, generate, load_adapter, load_model, load_records, load_tokenizer, save_records
 from lorakit.adapters import lora_layers
 from lorakit.data import Message
 from lorakit.errors import CheckpointError, ConfigError, DataError
@@ -239,3 +239,17 @@ def test_the_day_of_a_dated_template_is_kept(workshop: Path, monkeypatch: pytest
     assert measured(chosen) == measured(first)
     _, said = run("output=other")
     assert "date in the conversations: 2026-11-28" in said
+
+
+def test_a_chat_has_the_tools_of_the_data(workshop: Path) -> None:
+    config = json.loads(Path("model/tokenizer_config.json").read_text())
+    config["chat_template"] = "{% if tools %}{{ tools | tojson }}{% endif %}" + config["chat_template"]
+    Path("model/tokenizer_config.json").write_text(json.dumps(config))
+    tools = [{"type": "function", "function": {"name": "get_weather"}}]
+    for file in ("train.jsonl", "eval.jsonl"):
+        save_records(file, [Record(record.messages, record.source, {"tools": tools}) for record in load_records(file)])
+    run()
+    chat = Chat(Path("run"))
+    asked = chat.ask("Hi")
+    assert asked == [{"role": "user", "content": "Hi"}] and asked.tools == tools
+    assert chat.tok.render_chat(asked, True).startswith(json.dumps(tools))
