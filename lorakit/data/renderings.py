@@ -159,20 +159,32 @@ class Conversation:
         return self._ended(asked + turn[0][len(opening[0]) :], len(asked), index, is_joined=True)
 
     def _start_of_content(self, index: int, given: str) -> int:
-        """Return where the first text of message `index` begins in `given`, the conversation up to it."""
-        turn = self._after_last_mark(index + 1, index)
-        if (skeleton := self.attempt(index + 1, marks=index + 1)) is not None and turn is not None:
-            literals, numbers = split_at_marks(skeleton)
-            own = [self.parts[number].message == index for number in numbers]
-            if any(own):
-                first = own.index(True)
-                before = numbers[first - 1] if first else None
-                if before == turn[1] and turn[0].startswith(literals[first]) and given.endswith(turn[0]):
-                    return len(given) - len(turn[0]) + len(literals[first])
+        """Return where the header of turn `index` ends in `given`, the conversation up to it."""
+        turn, header = self._after_last_mark(index + 1, index), self._header(index)
+        if turn is not None and header is not None:
+            (rest, before), (opening, before_header) = turn, header
+            if before == before_header and rest.startswith(opening) and given.endswith(rest):
+                return len(given) - len(rest) + len(opening)
         raise DataError(
             f"message {index + 1}: cannot tell where this assistant turn is in the rendered conversation: the chat "
             "template changes the text around it, depending on the messages"
         )
+
+    def _header(self, index: int) -> tuple[str, int | None] | None:
+        """Return what comes before an answer in plain words at `index`, and the number of the mark before that."""
+        messages, tools = self._marked
+        plain = Part(len(self.parts), index, (), "", "", "")  # not the turn itself: a call's opening is no header
+        try:
+            skeleton = self.tok.render_chat(
+                [*messages[:index], {"role": "assistant", "content": plain.mark}], tools=tools
+            )
+        except LorakitError:
+            return None
+        literals, numbers = split_at_marks(skeleton)
+        if plain.number not in numbers:
+            return None
+        place = numbers.index(plain.number)
+        return literals[place], numbers[place - 1] if place else None
 
     def _after_last_mark(self, count: int, marks: int, asks: bool = False) -> tuple[str, int | None] | None:
         """Return what a rendering has after its last mark, and the mark's number."""

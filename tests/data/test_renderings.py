@@ -13,7 +13,7 @@ import tokenizers
 from made import CHATML, SPECIAL, byte_level, make_tokenizer
 
 from lorakit import Record, Tokenizer
-from lorakit.data import Example, encode_record, make_batch
+from lorakit.data import Example, describe_example, encode_record, make_batch
 from lorakit.data.records import parse_record
 from lorakit.errors import DataError
 
@@ -229,6 +229,22 @@ def test_some_of_the_tools_and_calls_are_missed(build: Build, template: str, nam
     assert names in refusal(build(template), record(user("a"), answer("b", tool_calls=[CALL, CALL]), tools=TOOLS))
 
 
+def test_a_call_begins_where_the_prompt_ends_in_a_template_without_a_generation_prompt(build: Build) -> None:
+    # "[/INST]" ends what is asked, and the model writes the rest: the opening of a call, too.
+    tok = build(
+        "{% for m in messages %}{% if m.role == 'user' %}[INST]{{ m.content }}[/INST]{% elif m.tool_calls %}"
+        "[TOOL_CALLS]{{ m.tool_calls | tojson }}{{ eos_token }}{% else %}{{ m.content }}{{ eos_token }}{% endif %}"
+        "{% endfor %}"
+    )
+    made = record(user("Weather?"), answer(tool_calls=[CALL]), user("And?"), answer("Warm."))
+    call, words = trained(tok, encode_record(tok, made, 1000))
+    assert call.startswith('[TOOL_CALLS][{"type"') and words == "Warm.<|im_end|>"
+    # A header that the template leaves to the model is no content, before a call as before words.
+    tok = build(WITH_TOOLS[: WITH_TOOLS.index("{% if add_generation_prompt")])
+    call, words = trained(tok, encode_record(tok, made, 1000))
+    assert call.startswith('<call>{"name"') and words == "Warm.<|im_end|>"
+
+
 def test_arguments_that_a_template_would_quote_twice(build: Build) -> None:
     call = {"function": {"name": "get_weather", "arguments": '{"city": "Oslo"}'}}
     made = record(user("a"), answer("b", tool_calls=[call]))
@@ -292,5 +308,7 @@ def test_renderings_of_one_record_are_sequences_of_their_own(build: Build) -> No
     one, two = make_batch([both]), make_batch(apart)
     assert one.input_ids.tolist() == two.input_ids.tolist() and one.targets.tolist() == two.targets.tolist()
     assert one.lengths == two.lengths == list(both.lengths) and len(both.lengths) == 2
+    shown = describe_example(tok, both)
+    assert "rendering 1 of 2" in shown and "rendering 2 of 2" in shown
     longest = max(both.lengths)  # the limit is for one sequence
     assert encode_record(tok, record(user("a"), answer("bb"), user("c"), answer("dd")), longest) == both
