@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex, overload
 
 import jinja2
 from jinja2 import nodes
@@ -36,6 +36,15 @@ class ChatMessages(list[dict[str, Any]]):
     def __init__(self, messages: Iterable[dict[str, Any]], tools: Tools | None = None) -> None:
         super().__init__(messages)
         self.tools = tools
+
+    @overload
+    def __getitem__(self, item: SupportsIndex) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, item: slice) -> ChatMessages: ...
+    def __getitem__(self, item: SupportsIndex | slice) -> dict[str, Any] | ChatMessages:
+        """Return a message, or the messages of a slice with the same tools."""
+        found = super().__getitem__(item)
+        return ChatMessages(found, self.tools) if isinstance(found, list) else found
 
 
 class ChatTemplate:

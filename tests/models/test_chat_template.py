@@ -27,7 +27,9 @@ def test_tools_keep_their_order_and_their_letters(tmp_path: Path) -> None:
     written = '{"type": "function", "function": {"name": "zip", "description": "naïve", "a": 1}}'
     assert tok.render_chat(MESSAGES, tools=TOOLS) == f"{written}False"
     assert tok.render_chat(MESSAGES) == "True" and tok.render_chat(MESSAGES, tools=[]) == "False"
-    assert tok.render_chat(ChatMessages(MESSAGES, TOOLS)) == f"{written}False"
+    both = ChatMessages(MESSAGES, TOOLS)
+    assert tok.render_chat(both) == tok.render_chat(both[:1]) == f"{written}False"
+    assert both[0] == MESSAGES[0] and both == MESSAGES
 
 
 def test_a_template_of_its_own_for_tools(tmp_path: Path) -> None:
