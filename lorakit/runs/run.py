@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -103,7 +103,7 @@ def train_run(recipe: Recipe, say: Say = print, resume: bool = False) -> dict[st
     clock.lap("load")
     say(f"model: {recipe.model.path}, {recipe.model.quant_type or recipe.model.dtype}, {clock.seconds['load']:.1f} s")
     if tok.is_dated:
-        recipe = _dated(recipe, resume)
+        recipe = _dated(recipe, [recipe.output] if resume else [])
         tok = tok.on(recipe.data.date or today())
         say(f"date in the conversations: {tok.date}")
     torch.manual_seed(recipe.seed)
@@ -176,12 +176,15 @@ def load_base(recipe: Recipe) -> tuple[Decoder, Tokenizer]:
     return model, load_tokenizer(model.folder, recipe.data.date)
 
 
-def _dated(recipe: Recipe, resume: bool) -> Recipe:
-    """Return the recipe with a date for the chat template: its own, that of the run that it resumes, or today's."""
-    if recipe.data.date is not None:
-        return recipe
-    begun = load_run_recipe(recipe.output).data.date if resume and (recipe.output / "recipe.yaml").is_file() else None
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"date": begun or today()})})
+def _dated(recipe: Recipe, resumed: Sequence[Path]) -> Recipe:
+    """Return the recipe with a date for the chat template: its own, or that of the run that it resumes, or today's.
+
+    Args:
+        resumed: the folders that may hold that run, the likeliest first.
+    """
+    begun = [load_run_recipe(folder).data.date for folder in resumed if (folder / "recipe.yaml").is_file()]
+    day = next((day for day in (recipe.data.date, *begun) if day is not None), today())
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"date": day})})
 
 
 def read_records(recipe: Recipe) -> RunRecords:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -65,24 +65,22 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
 
-def on_first_day(tok: Tokenizer, output: Path) -> Tokenizer:
-    """Return the tokenizer with the date of the run whose last checkpoint is in `output`, unless it has its own.
+def on_first_day(tok: Tokenizer, outputs: Sequence[Path]) -> Tokenizer:
+    """Return the tokenizer with the date of the run whose checkpoints are in one of the folders, unless it has its own.
 
     Warns where that changes the conversations: where their chat template asks for the date and it is another.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
     """
-    checkpoints = [] if tok.has_own_date else list_checkpoints(output / "checkpoints")
-    if not checkpoints:
+    checkpoints = [path for output in outputs for path in list_checkpoints(output / "checkpoints")[-1:]]
+    if not checkpoints or tok.has_own_date:
         return tok
     try:
-        state = json.loads((checkpoints[-1] / "state.json").read_text(encoding="utf-8"))
+        state = json.loads((checkpoints[0] / "state.json").read_text(encoding="utf-8"))
         first_day = date.fromisoformat(state["progress"].get("date", tok.date.isoformat()))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(
-            f"cannot read the checkpoint {checkpoints[-1]}: {type(error).__name__}: {error}"
-        ) from None
+        raise CheckpointError(f"cannot read the checkpoint {checkpoints[0]}: {type(error).__name__}: {error}") from None
     if tok.is_dated and first_day != tok.date:
         warnings.warn(f"the conversations get the date on which the run began, {first_day}", stacklevel=3)
     return tok.on(first_day)

@@ -94,7 +94,7 @@ def train(
         TrainingError: nothing is trainable, the loss is not finite, or the checkpoint belongs to another run.
     """
     config = config or TrainConfig()
-    tok = on_first_day(tok, config.output) if resume and config.output else tok
+    tok = on_first_day(tok, [config.output] if resume and config.output else [])
     with contextlib.ExitStack() as while_training:
         while_training.enter_context(frozen_a(model, config.lora_fa))
         parameters = _trained_parameters(model)
