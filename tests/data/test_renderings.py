@@ -157,6 +157,23 @@ def test_reasoning_that_later_turns_drop_is_trained_where_it_is_the_last(build: 
         assert text.startswith(tok.render_chat(messages[:count], add_generation_prompt=True))
 
 
+def test_a_template_that_reads_how_a_text_begins(build: Build) -> None:
+    # Reasoning is kept after the last question, and a tool's result in a user message is none: a mark in its place is.
+    tok = build(
+        "{% set ns = namespace(last=0) %}{% for m in messages %}"
+        "{% if m.role == 'user' and not m.content.startswith('<result>') %}{% set ns.last = loop.index0 %}{% endif %}"
+        "{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.reasoning_content and loop.index0 > ns.last %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    made = record(
+        user("Weather?"), answer("I ask.", reasoning_content="no idea"), user("<result>22</result>"), answer("Warm.")
+    )
+    example = encode_record(tok, made, 1000)
+    assert texts(tok, example) == [tok.render_chat(made.as_dicts())]
+    assert trained(tok, example) == ["<think>no idea</think>I ask.<|im_end|>", "Warm.<|im_end|>"]
+
+
 def test_a_template_that_always_drops_reasoning_is_refused(build: Build) -> None:
     tok = build(CHATML.replace("m['content']", "m.content.split('</think>')[-1]"))
     made = record(user("2+2?"), answer("<think>add</think>4"))
