@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..data import iter_records
+from ..data import Record, iter_records
 from ..errors import LorakitError
+from ..models.chat_template import ChatMessages
 from .recipe import Recipe
 from .run import load_run
 
@@ -16,16 +17,19 @@ class Chat:
     Args:
         folder: the run's folder.
         adapted: whether to use the adapter, or the base model alone.
-        system: the system prompt; None: that of the run's training data, if it can still be read.
+        system: the system prompt; None: that of the run's training data, if it can still be read. The tools are always
+            theirs.
     """
 
     def __init__(self, folder: Path, adapted: bool = True, system: str | None = None) -> None:
         self.model, self.tok, recipe = load_run(folder, adapted)
         self.description = f"{recipe.model.path} {'with ' + str(folder / 'adapter') if adapted else 'without adapter'}"
-        system = _system_prompt(recipe) if system is None else system
-        self.messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
+        first = _first_record(recipe)
+        system = _system_prompt(first) if system is None else system
+        opening = [{"role": "system", "content": system}] if system else []
+        self.messages = ChatMessages(opening, first.tools if first else None)
 
-    def ask(self, text: str) -> list[dict[str, str]]:
+    def ask(self, text: str) -> ChatMessages:
         """Add a user turn; return the conversation so far."""
         self.messages.append({"role": "user", "content": text})
         return self.messages
@@ -35,10 +39,13 @@ class Chat:
         self.messages.append({"role": "assistant", "content": text})
 
 
-def _system_prompt(recipe: Recipe) -> str | None:
-    """Return the system prompt of the first training record."""
+def _first_record(recipe: Recipe) -> Record | None:
     try:
-        first = next(iter_records(recipe.data.train, recipe.data.format))
+        return next(iter_records(recipe.data.train, recipe.data.format))
     except (LorakitError, StopIteration):
         return None
-    return first.messages[0].content if first.messages[0].role == "system" else None
+
+
+def _system_prompt(first: Record | None) -> str | None:
+    """Return the system prompt of the first training record."""
+    return first.messages[0].content if first and first.messages[0].role == "system" else None

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -47,6 +47,7 @@ from ..files import write_text
 from ..inspection.probes import Probes
 from ..measure import peak_rss_mb
 from ..models import Decoder, Tokenizer, generate, load_model, load_tokenizer
+from ..models.chat_template import today
 from ..training import TrainResult, train
 from .recipe import Recipe, load_recipe, save_recipe
 from .report import write_report
@@ -101,6 +102,10 @@ def train_run(recipe: Recipe, say: Say = print, resume: bool = False) -> dict[st
     model, tok = load_base(recipe)
     clock.lap("load")
     say(f"model: {recipe.model.path}, {recipe.model.quant_type or recipe.model.dtype}, {clock.seconds['load']:.1f} s")
+    if tok.is_dated:
+        recipe = _dated(recipe, [recipe.output] if resume else [])
+        tok = tok.on(recipe.data.date or today())
+        say(f"date in the conversations: {tok.date}")
     torch.manual_seed(recipe.seed)
     attached = add_adapter(model, recipe.lora)
     say(str(attached))
@@ -168,7 +173,18 @@ def load_base(recipe: Recipe) -> tuple[Decoder, Tokenizer]:
         section.path, section.quant_type, dtype, section.device, section.block_size, section.double_quant
     )
     assert model.folder is not None  # load_model sets it
-    return model, load_tokenizer(model.folder)
+    return model, load_tokenizer(model.folder, recipe.data.date)
+
+
+def _dated(recipe: Recipe, resumed: Sequence[Path]) -> Recipe:
+    """Return the recipe with a date for the chat template: its own, or that of the run that it resumes, or today's.
+
+    Args:
+        resumed: the folders that may hold that run, the likeliest first.
+    """
+    begun = [load_run_recipe(folder).data.date for folder in resumed if (folder / "recipe.yaml").is_file()]
+    day = next((day for day in (recipe.data.date, *begun) if day is not None), today())
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"date": day})})
 
 
 def read_records(recipe: Recipe) -> RunRecords:
@@ -202,7 +218,7 @@ def evaluate(run: LoadedRun, config: EvalConfig, facts: dict[str, Any], clock: _
     held_out = records.held_out[: config.limit]
     short, references = map(list, zip(*(split_record(record) for record in held_out), strict=True))
     examples = choose_examples(records.train, config.base_prompt.examples, key_for_metrics(config.metrics))
-    strong = [prompted_messages(record.messages, config.base_prompt.text(), examples) for record in held_out]
+    strong = [prompted_messages(record, config.base_prompt.text(), examples) for record in held_out]
     sources = [record.source for record in held_out]
     text = general_text(config.general_text)
     answers: dict[str, list[str]] = {}

@@ -33,7 +33,7 @@ from ..models.decoder.loss import summed_loss
 from ..models.tokenizer.tokenizer import Tokenizer
 from ..sums import flat_slices
 from .activations import saving_activations
-from .checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
+from .checkpoints import list_checkpoints, load_checkpoint, on_first_day, save_checkpoint
 from .compiling import compiled_layers
 from .config import TrainConfig
 from .lora_fa import frozen_a
@@ -85,7 +85,8 @@ def train(
         model: a `Decoder`, or another causal language model, with an adapter attached.
         train_records: conversations; the assistant's turns are trained.
         eval_records: held-out conversations; their loss is measured at the end and every `eval_every` steps.
-        resume: continue from the last checkpoint in config.output, bit for bit as if the run had not stopped.
+        resume: continue from the last checkpoint in config.output, bit for bit as if the run had not stopped, and with
+            the date of its first day, unless `tok` has its own.
         probes: observers, which do not change the result.
 
     Raises:
@@ -93,6 +94,7 @@ def train(
         TrainingError: nothing is trainable, the loss is not finite, or the checkpoint belongs to another run.
     """
     config = config or TrainConfig()
+    tok = on_first_day(tok, [config.output] if resume and config.output else [])
     with contextlib.ExitStack() as while_training:
         while_training.enter_context(frozen_a(model, config.lora_fa))
         parameters = _trained_parameters(model)
@@ -133,8 +135,8 @@ def train(
             for probe in probes:
                 probe.after_step(row)
             if config.output and _is_due(result.steps, config.checkpoint_every):
-                folder = config.output / "checkpoints"
-                save_checkpoint(folder, result.steps, parameters, optimizer, fingerprint, {"history": log.rows})
+                folder, progress = config.output / "checkpoints", {"history": log.rows, "date": tok.date.isoformat()}
+                save_checkpoint(folder, result.steps, parameters, optimizer, fingerprint, progress)
     result.trained_tokens = sum(row["trained_tokens"] for row in result.history)
     result.tokens = sum(row["tokens"] for row in result.history)
     result.seconds = time.perf_counter() - started
@@ -244,7 +246,7 @@ def _is_due(step: int, every: int | None) -> bool:
 def _check_lengths(model: nn.Module, examples: Sequence[Example]) -> None:
     """Raise DataError, before hours of training, if an example exceeds the model's context."""
     context = model.config.context_length if isinstance(model, Decoder) else math.inf
-    long = [f"{example.source} ({len(example.input_ids)})" for example in examples if len(example.input_ids) > context]
+    long = [f"{example.source} ({max(example.lengths)})" for example in examples if max(example.lengths) > context]
     if long:
         raise DataError(f"longer than the model's context of {context} tokens: {', '.join(long[:20])}")
 
