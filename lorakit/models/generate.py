@@ -35,7 +35,8 @@ def generate(
     Within `use_rows` each prompt has an adapter of its own.
 
     Args:
-        messages_or_prompts: one prompt (str) or one conversation (list of {"role", "content"}), or a list of either.
+        messages_or_prompts: one prompt (str) or one conversation (list of {"role", "content"}), or a list of either. A
+            prompt gets what the tokenizer puts before every text, such as BOS; a chat template writes its own.
         max_new_tokens: most tokens to add; generation stops earlier at an end-of-turn token.
         temperature: 0 is greedy; above 0 samples from softmax(logits / temperature).
         top_p: sample among the most likely tokens that together reach this probability (Holtzman et al. 2020,
@@ -44,7 +45,8 @@ def generate(
         batch_size: prompts to compute at a time.
 
     Returns:
-        The new text alone: a str for one prompt or conversation, a list for a list.
+        The new text alone, so that a prompt and it make up the whole text: a str for one prompt or conversation, a list
+        for a list.
 
     Raises:
         ConfigError: a number is out of range.
@@ -74,7 +76,7 @@ def generate(
                 answers[row].append(token)
     finally:
         model.train(was_training)
-    texts = [tok.decode(ids) for ids in answers]
+    texts = [tok.decode_after(prompt, ids) for prompt, ids in zip(prompts, answers, strict=True)]
     return texts[0] if is_single else texts
 
 
@@ -82,8 +84,11 @@ def _encoded(
     model: Decoder, tok: Tokenizer, inputs: Sequence[str | Conversation], max_new_tokens: int
 ) -> list[list[int]]:
     """Return each prompt's token ids, after checking that its answer fits the context."""
-    texts = [item if isinstance(item, str) else tok.render_chat(item, add_generation_prompt=True) for item in inputs]
-    prompts = [tok.encode(text) for text in texts]
+    prompts = [
+        # A chat template writes the BOS that its model wants, or none.
+        tok.encode_prompt(item) if isinstance(item, str) else tok.encode(tok.render_chat(item, True))
+        for item in inputs
+    ]
     room = model.config.context_length - max_new_tokens
     for index, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= room:
