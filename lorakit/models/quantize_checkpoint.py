@@ -22,6 +22,7 @@ from torch import Tensor
 from ..checkpoints.formats import BITSANDBYTES
 from ..checkpoints.shards import PLAN_FILE, SHARD_BYTES, copy_small_files, write_index, write_shard
 from ..checkpoints.stream import stream_tensors
+from ..checkpoints.tied_head import HEAD, TIED_KEY
 from ..errors import StorageError
 from ..files import read_json_object, write_text
 from ..quantization import QuantizedWeight
@@ -179,5 +180,7 @@ def _write_other_files(plan: QuantizePlan, partial: Path) -> int:
     values = plan.checkpoint.config()
     section = BITSANDBYTES.config_section(plan.config, plan.formats, plan.dense_layers, values)
     values["quantization_config"] = section
+    if HEAD in plan.formats:
+        values[TIED_KEY] = False  # the source's key may say otherwise, and transformers 4 would believe it
     write_text(partial / "config.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
     return total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Sequence
@@ -13,12 +14,12 @@ import torch
 from torch import nn
 
 from ..adapters import LoraConfig
-from ..checkpoints.checkpoint import read_config
+from ..checkpoints.checkpoint import Checkpoint, read_config
 from ..errors import AdapterError, CheckpointError, did_you_mean
 from ..files import read_json_object
 from ..models.decoder.config import DecoderConfig
 from ..models.decoder.decoder import Decoder
-from ..models.load import meta_decoder, weight_formats
+from ..models.load import decoder_config, meta_decoder, weight_formats
 from ..models.pretrained import KNOWN_MODELS, resolve_model
 from ..quantization.policy import QuantConfig, WeightFormat
 from ..quantization.scales import NESTED_BLOCK_SIZE
@@ -142,7 +143,9 @@ class ModelShape:
 
 
 def find_config(model: str | os.PathLike[str] | DecoderConfig) -> DecoderConfig:
-    """Return the configuration of a checkpoint folder, a config.json or a known model, without reading weights.
+    """Return the configuration of a checkpoint folder, a config.json or a known model.
+
+    No weight is read, except those of an output head that config.json calls tied and the folder holds all the same.
 
     Raises:
         CheckpointError: there is no such file, folder or known model, or the file is not a JSON object.
@@ -158,7 +161,10 @@ def find_config(model: str | os.PathLike[str] | DecoderConfig) -> DecoderConfig:
         raise CheckpointError(
             f"'{model}' is neither a folder, nor a config.json, nor a known model ({', '.join(KNOWN_MODELS)}){hint}"
         )
-    return DecoderConfig.from_dict(read_config(resolve_model(model)))
+    folder = resolve_model(model)
+    with contextlib.suppress(CheckpointError):  # config.json is enough for a plan
+        return decoder_config(Checkpoint(folder))
+    return DecoderConfig.from_dict(read_config(folder))
 
 
 def model_shape(config: DecoderConfig, lora: LoraConfig, quant: QuantConfig, lora_fa: bool = False) -> ModelShape:

@@ -10,8 +10,8 @@ import tokenizers
 import torch
 from made import SPECIAL, TEXT, VOCABULARY, small_decoder, small_tokenizer
 from tokenizers import processors
-from torch.nn.functional import cross_entropy
 from tolerances import SMALL_DECODER, assert_alike
+from torch.nn.functional import cross_entropy
 
 from lorakit import Tokenizer
 from lorakit.errors import DataError
