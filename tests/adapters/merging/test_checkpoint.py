@@ -22,7 +22,7 @@ from lorakit import (
     merge_adapter,
     save_adapter,
 )
-from lorakit.adapters import lora_layers, merge_checkpoint
+from lorakit.adapters import merge_checkpoint
 from lorakit.errors import AdapterError, CheckpointError, ConfigError, LorakitError, StorageError
 from lorakit.models import Checkpoint
 from lorakit.models.quantize_checkpoint import quantize_checkpoint
