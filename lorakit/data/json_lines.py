@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import DataError, did_you_mean
 from ..files import atomic_write
 from .formats import AUTO, RECORD_FORMATS, RecordFormat, recognize_format, record_format
+from .given import given_records
 from .records import Problems, Record, check_conversation
 
 _WRITTEN = RECORD_FORMATS["messages"]  # can hold every record; a line that no format recognizes is read as this one
@@ -72,7 +73,7 @@ def iter_records(path: str | os.PathLike[str], format: str = AUTO) -> Iterator[R
         raise DataError(f"{file_path} is empty; expected one conversation per line, such as {_EXAMPLE}")
 
 
-def save_records(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
+def save_records(path: str | os.PathLike[str], records: Iterable[Record | Mapping[str, Any]]) -> None:
     """Write conversations as JSON Lines in UTF-8, in the format "messages", whole or not at all.
 
     Each line is parsed again before it counts, so a saved file can be loaded.
@@ -82,7 +83,7 @@ def save_records(path: str | os.PathLike[str], records: Iterable[Record]) -> Non
         StorageError: the file cannot be written; `path` is as it was.
     """
     with atomic_write(path) as part, open(part, "w", encoding="utf-8", newline="\n") as file:
-        for record in records:
+        for record in given_records(records):
             file.write(_line_of(record) + "\n")
 
 

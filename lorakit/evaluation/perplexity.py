@@ -8,6 +8,7 @@ import torch
 
 from ..errors import DataError
 from ..models import Decoder, Tokenizer
+from ..models.arguments import check_decoder, check_tokenizer
 from ..models.decoder.loss import sequence_losses
 
 
@@ -22,8 +23,11 @@ def perplexity(model: Decoder, tok: Tokenizer, text: str, window: int = 512) -> 
             each window has no context and is not counted.
 
     Raises:
+        ConfigError: the model or the tokenizer is not lorakit's.
         DataError: no token of the text has a context.
     """
+    check_decoder(model, "perplexity")
+    check_tokenizer(tok)
     prefix = tok.prefix_ids
     ids = tok.encode_prompt(text)[len(prefix) :]
     size = max(1, min(window, model.config.context_length) - len(prefix))

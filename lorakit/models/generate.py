@@ -6,12 +6,12 @@ import contextlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError, DataError
+from .arguments import check_decoder, check_tokenizer, prompts_of
 from .decoder.cache import KVCache
 from .decoder.decoder import Decoder
 from .tokenizer.tokenizer import Tokenizer
@@ -49,10 +49,12 @@ def generate(
         for a list.
 
     Raises:
-        ConfigError: a number is out of range.
-        DataError: a prompt is empty or leaves no room for max_new_tokens in the context; or `use_rows` names adapters
-            for another number of prompts.
+        ConfigError: a number is out of range, or the model or the tokenizer is not lorakit's.
+        DataError: a prompt is neither a text nor a list of messages, is empty or leaves no room for max_new_tokens in
+            the context; or `use_rows` names adapters for another number of prompts.
     """
+    check_decoder(model, "generate")
+    check_tokenizer(tok)
     for name, value in {"max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
         if value < 1:
             raise ConfigError(f"{name} is {value}, expected at least 1")
@@ -61,9 +63,8 @@ def generate(
             f"temperature is {temperature} and top_p {top_p}; expected a temperature of at least 0, and top_p above 0 "
             f"and at most 1"
         )
-    inputs: Any = messages_or_prompts
-    is_single = isinstance(inputs, str) or bool(inputs and isinstance(inputs[0], Mapping))
-    prompts = _encoded(model, tok, [inputs] if is_single else inputs, max_new_tokens)
+    inputs, is_single = prompts_of(messages_or_prompts)
+    prompts = _encoded(model, tok, inputs, max_new_tokens)
     sampler = _Sampler(temperature, top_p, seed, model.device)
     answers: list[list[int]] = [[] for _ in prompts]
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together: less padding

@@ -10,6 +10,7 @@ import torch
 from ..adapters import LoraConfig
 from ..errors import ConfigError
 from ..models.decoder.config import DecoderConfig
+from ..models.decoder.decoder import Decoder
 from ..quantization.policy import QuantConfig
 from ..training import TrainConfig
 from .result import Cost, Plan, limit_bytes
@@ -20,7 +21,7 @@ from .suggestions import suggestions
 
 
 def plan(
-    model: str | os.PathLike[str] | DecoderConfig,
+    model: str | os.PathLike[str] | DecoderConfig | Decoder,
     lora: LoraConfig | None = None,
     train: TrainConfig | None = None,
     *,
@@ -42,7 +43,7 @@ def plan(
     sequences needs less.
 
     Args:
-        model: a checkpoint folder, a config.json, a known model's name, or a configuration.
+        model: a checkpoint folder, a config.json, a known model's name, a decoder or its configuration.
         lora, train: settings; default: those of a run without settings.
         quant_type, dtype, block_size, double_quant: as for `load_model`.
         sequence_length: tokens of the longest sequence; default: train.max_length, or the model's context if shorter.

@@ -142,7 +142,7 @@ class ModelShape:
         return self.others * dtype.itemsize + head + sum(linear.nbytes(dtype) for linear in self.linears)
 
 
-def find_config(model: str | os.PathLike[str] | DecoderConfig) -> DecoderConfig:
+def find_config(model: str | os.PathLike[str] | DecoderConfig | Decoder) -> DecoderConfig:
     """Return the configuration of a checkpoint folder, a config.json or a known model.
 
     No weight is read, except those of an output head that config.json calls tied and the folder holds all the same.
@@ -151,8 +151,10 @@ def find_config(model: str | os.PathLike[str] | DecoderConfig) -> DecoderConfig:
         CheckpointError: there is no such file, folder or known model, or the file is not a JSON object.
         ConfigError: the architecture is not supported, or a key is missing or wrong.
     """
-    if isinstance(model, DecoderConfig):
-        return model
+    if isinstance(model, DecoderConfig | Decoder):
+        return model if isinstance(model, DecoderConfig) else model.config
+    if not isinstance(model, str | os.PathLike):
+        raise CheckpointError(f"expected a checkpoint folder, a config.json or a Decoder, not a {type(model).__name__}")
     path = Path(model).expanduser()
     if path.is_file():
         return DecoderConfig.from_dict(read_json_object(path))

@@ -72,9 +72,9 @@ class TrainResult:
 def train(
     model: nn.Module,
     tok: Tokenizer,
-    train_records: Sequence[Record],
+    train_records: Sequence[Record | Mapping[str, Any]],
     config: TrainConfig | None = None,
-    eval_records: Sequence[Record] = (),
+    eval_records: Sequence[Record | Mapping[str, Any]] = (),
     resume: bool = False,
     *,
     probes: Sequence[TrainingProbe] = (),
@@ -83,7 +83,7 @@ def train(
 
     Args:
         model: a `Decoder`, or another causal language model, with an adapter attached.
-        train_records: conversations; the assistant's turns are trained.
+        train_records: conversations, or dicts such as {"messages": [...]}; the assistant's turns are trained.
         eval_records: held-out conversations; their loss is measured at the end and every `eval_every` steps.
         resume: continue from the last checkpoint in config.output, bit for bit as if the run had not stopped.
         probes: observers, which do not change the result.
