@@ -25,14 +25,15 @@ from ..checkpoints.stream import stream_tensors
 from ..checkpoints.tied_head import HEAD, TIED_KEY
 from ..errors import StorageError
 from ..files import read_json_object, write_text
+from ..printed import Printed
 from ..quantization import QuantizedWeight
 from ..quantization.policy import QuantConfig
 from .pretrained import resolve_model
 from .quantize_plan import QuantizePlan
 
 
-@dataclass(frozen=True)
-class QuantizedFolder:
+@dataclass(frozen=True, repr=False)
+class QuantizedFolder(Printed):
     """What `quantize_checkpoint` wrote.
 
     Attributes:
@@ -49,6 +50,18 @@ class QuantizedFolder:
     source_bytes: int
     nbytes: int
     misaligned: list[str]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.folder}: {self.quantized} weights in 4 bits, {self.kept} tensors unchanged",
+            f"{self.source_bytes / 1e9:,.2f} GB became {self.nbytes / 1e9:,.2f} GB",
+        ]
+        if self.misaligned:
+            lines.append(
+                f"note: the rows of {len(self.misaligned)} weights ({self.misaligned[0]}, ...) are not whole blocks: "
+                "lorakit computes them correctly, but bitsandbytes 0.50.2 does not on the CPU"
+            )
+        return "\n".join(lines)
 
 
 def quantize_checkpoint(

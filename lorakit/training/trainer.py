@@ -39,6 +39,7 @@ from .config import TrainConfig
 from .lora_fa import frozen_a
 from .optimizers import OPTIMIZERS, Optimizer, states_to_host, step_from_host
 from .optimizers.build import build_optimizer, set_learning_rate
+from .printed import PrintedTraining
 from .probe import TrainingProbe
 from .runlog import RunLog
 from .schedule import learning_rate
@@ -48,8 +49,8 @@ _WITHOUT_EFFECT = {  # settings that do not change the trained parameters
 }  # fmt: skip
 
 
-@dataclass
-class TrainResult:
+@dataclass(repr=False)
+class TrainResult(PrintedTraining):
     """The outcome of a training run.
 
     Attributes:

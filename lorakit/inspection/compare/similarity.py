@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from ...adapters.low_rank import LowRank
+from ...printed import Printed
 from .interference import Interference, LayerMeeting, layer_meeting
 
 SHARED_COSINE = 0.9  # a direction of one update within 26 degrees of the other's counts as shared
 
 
-@dataclass(frozen=True)
-class LayerSimilarity:
+@dataclass(frozen=True, repr=False)
+class LayerSimilarity(Printed):
     """The update of one layer in adapter `a` against that in adapter `b`.
 
     Attributes:
@@ -75,14 +76,20 @@ class LayerSimilarity:
         sides = (self.meeting.row_angles, self.meeting.column_angles)
         return min(sum(cos(angle) > SHARED_COSINE for angle in side) for side in sides)
 
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: {self.meeting.verdict}, cosine {self.cosine:+.3f}, difference {self.difference:.3g}, input "
+            f"overlap {self.similarity:.1%} (chance {self.chance:.1%}), {self.shared} shared directions"
+        )
+
     def row(self) -> dict[str, Any]:
         """Return the figures as one row of a table."""
         names = ("name", "cosine", "difference", "relative_difference", "similarity", "chance", "shared")
         return {name: getattr(self, name) for name in names} | {"verdict": self.meeting.verdict}
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, repr=False)
+class Comparison(Printed):
     """Two adapters, layer by layer.
 
     Attributes:
@@ -97,6 +104,9 @@ class Comparison:
     only_here: tuple[str, ...]
     only_there: tuple[str, ...]
     interference: Interference
+
+    def __str__(self) -> str:
+        return f"compared with {self.source}: {self.interference}"
 
 
 def subspace_similarity(a: Tensor, b: Tensor) -> Tensor:
