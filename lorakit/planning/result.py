@@ -112,7 +112,8 @@ class Plan(Printed):
         console.print(
             f"\n{self.trainable:,} of {self.parameters + self.adapter_parameters:,} parameters are trained; "
             f"a step of {self.step_tokens:,} tokens "
-            f"({self.micro_batches} x {self.sequences} sequences of {self.length}) takes {self.flops.total / 1e12:.3g} Tflop",
+            f"({self.micro_batches} x {self.sequences} sequences of {self.length}) takes "
+            f"{self.flops.total / 1e12:.3g} Tflop",
             soft_wrap=True,
         )
         if self.memory is not None and self.fits(self.memory):
