@@ -241,6 +241,13 @@ class TestWrongInput:
 
 
 class TestSideEffects:
+    def test_a_trained_copy_of_the_norm_leaves_the_dtype(self, tok: Tokenizer) -> None:
+        model = small_decoder().bfloat16()
+        plain = generate(model, tok, PROMPTS, 6)
+        add_adapter(model, LoraConfig(r=2, modules_to_save=["norm"]))
+        assert model.dtype == torch.bfloat16  # the copy is in fp32
+        assert generate(model, tok, PROMPTS, 6) == plain
+
     @pytest.mark.parametrize("training", [True, False])
     def test_the_mode_is_restored(self, training: bool, model: Decoder, tok: Tokenizer) -> None:
         model.train(training)
