@@ -39,6 +39,7 @@ def plan(
 ) -> Plan:
     """Predict the peak memory, by part, and the FLOPs of training; of the model, only config.json is read.
 
+    One exception: a head that config.json calls tied and the folder holds all the same is compared with the embedding.
     The plan assumes that every sequence is as long as the longest and that every token is trained. A run with shorter
     sequences needs less.
 
