@@ -133,18 +133,19 @@ class _CheckpointMerge:
 
     def _match(self) -> None:
         """Fill in layers, biases, replaced and copies."""
-        names, problems = set(self.checkpoint.names), []
-        embedding = next((name for name in _EMBEDDINGS if name in names), None)
+        names, extras = set(self.checkpoint.names), dict.fromkeys(self.folder.extras)
+        changed = {f"{path}.weight" for path in self.folder.layers} | set(extras)
+        problems: list[str] = []
         values = self.checkpoint.config()
+        embedding = next((name for name in _EMBEDDINGS if name in names), None)
         is_tied = embedding is not None and is_head_tied(self.checkpoint, values, embedding)
         self.unties = embedding is not None and not is_tied and bool(values.get(TIED_KEY))
-        follows: str | None = None  # the tensor in which embedding and head stay one
-        if embedding is not None and is_tied:
-            adapted = {f"{path}.weight" for path in self.folder.layers} & {HEAD, embedding}
-            saved = set(self.folder.extras) & {HEAD, embedding}
-            if len(saved) == 1 and not adapted and self.folder.config.get("ensure_weight_tying"):
-                follows = embedding
-            elif adapted or saved:
+        if is_tied and embedding is not None and changed & {HEAD, embedding}:
+            if self.folder.config.get("ensure_weight_tying") and extras.keys() & {HEAD, embedding}:
+                key = embedding if embedding in extras else HEAD  # a copy of both, under either name or both
+                extras = {other: None for other in extras if other not in (HEAD, embedding)}
+                self.replaced |= {name: key for name in (embedding, HEAD) if name in names}
+            else:
                 self.copies[HEAD], self.unties = embedding, True
                 names.add(HEAD)
         for path, layer in self.folder.layers.items():
@@ -160,9 +161,8 @@ class _CheckpointMerge:
                 if layer.attached(torch.float32).offset is not None:
                     self.biases[bias] = path
                     problems += [] if bias in names else [f"{bias} is not in the base, and the adapter adds to it"]
-        for key in self.folder.extras:
+        for key in extras:
             name = key if key in names else key.replace(f".{BASE_LAYER}.", ".")
-            name = follows if follows and key == HEAD else name
             if name not in names:
                 problems.append(f"{key} has no place in a checkpoint: no tensor {name}")
             self.replaced[name] = key
