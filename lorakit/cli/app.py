@@ -107,13 +107,7 @@ def quantize(
     config = QuantConfig(**chosen)
     with byte_progress(console) as progress:
         written = quantize_checkpoint(source, target, config, parse_size(shard_size), progress)
-    say(f"{target}: {written.quantized} weights in 4 bits, {written.kept} tensors unchanged")
-    say(f"{written.source_bytes / 1e9:,.2f} GB became {written.nbytes / 1e9:,.2f} GB")
-    if written.misaligned:
-        say(
-            f"note: the rows of {len(written.misaligned)} weights ({written.misaligned[0]}, ...) are not whole blocks: "
-            f"lorakit computes them correctly, but bitsandbytes 0.50.2 does not on the CPU"
-        )
+    say(str(written))
 
 
 @app.command()
@@ -173,7 +167,6 @@ def plan(
     from .. import planning
     from ..adapters import LoraConfig
     from ..training import TrainConfig
-    from .plan_table import print_plan
 
     settings = _pairs("--set", set_, "batch_size=8")
     adapter = {"r": r} | {
@@ -184,7 +177,7 @@ def plan(
         sequence_length=length, device=device, memory=memory, dataset_tokens=dataset_tokens,
         flops_per_second=flops_per_second, price_per_hour=price_per_hour,
     )  # fmt: skip
-    print_plan(console, result)
+    result.print_to(console)
 
 
 @data_app.command("build")

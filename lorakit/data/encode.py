@@ -8,15 +8,17 @@ would be simpler and wrong, because tokens merge across the seams.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
 from ..errors import DataError, LorakitError
+from ..models.arguments import check_tokenizer
 from .conversations import Problems, Record, texts_in
+from .given import given_records
 from .left_out import check_nothing_left_out
 from .renderings import Conversation, Rendering, Span
 
@@ -96,15 +98,17 @@ def encode_record(tok: Tokenizer, record: Record, max_length: int) -> Example:
     return Example(input_ids, loss_mask, record.source, tuple(lengths))
 
 
-def encode_records(tok: Tokenizer, records: Iterable[Record], max_length: int) -> list[Example]:
-    """Encode every record.
+def encode_records(tok: Tokenizer, records: Iterable[Record | Mapping[str, Any]], max_length: int) -> list[Example]:
+    """Encode every record; a dict is read like a line of a file, such as {"messages": [...]}.
 
     Raises:
+        ConfigError: the tokenizer is not lorakit's.
         DataError: a record cannot be encoded; one error reports all problems (the first 20, then how many more).
     """
+    check_tokenizer(tok)
     problems = Problems()
     examples: list[Example] = []
-    for record in records:
+    for record in given_records(records):
         try:
             examples.append(encode_record(tok, record, max_length))
         except DataError as problem:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,6 +16,7 @@ from ..errors import DataError, did_you_mean
 from ..files import atomic_write, unique_keys
 from .conversations import Message, Problems, Record, check_conversation
 from .formats import AUTO, RECORD_FORMATS, RecordFormat, recognize_format, record_format
+from .given import given_records
 
 __all__ = ["Message", "Record", "iter_records", "load_records", "parse_record", "save_records"]
 
@@ -89,7 +90,7 @@ def parse_record(line: str | bytes, source: str, format: str = AUTO) -> Record:
     return _record_of(value, source, chosen or recognize_format(value) or _WRITTEN)
 
 
-def save_records(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
+def save_records(path: str | os.PathLike[str], records: Iterable[Record | Mapping[str, Any]]) -> None:
     """Write conversations as JSON Lines in UTF-8, in the format "messages", whole or not at all.
 
     Each line is parsed again before it counts, so a saved file can be loaded.
@@ -99,7 +100,7 @@ def save_records(path: str | os.PathLike[str], records: Iterable[Record]) -> Non
         StorageError: the file cannot be written; `path` is as it was.
     """
     with atomic_write(path) as part, open(part, "w", encoding="utf-8", newline="\n") as file:
-        for record in records:
+        for record in given_records(records):
             file.write(_line_of(record) + "\n")
 
 

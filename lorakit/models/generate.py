@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, DataError
+from .arguments import check_decoder, check_tokenizer, prompts_of
 from .chat_template import Tools
 from .decoder.cache import KVCache
 from .decoder.decoder import Decoder
@@ -37,7 +38,8 @@ def generate(
     Within `use_rows` each prompt has an adapter of its own.
 
     Args:
-        messages_or_prompts: one prompt (str) or one conversation (list of {"role", "content"}), or a list of either.
+        messages_or_prompts: one prompt (str) or one conversation (list of {"role", "content"}), or a list of either. A
+            prompt gets what the tokenizer puts before every text, such as BOS; a chat template writes its own.
         max_new_tokens: most tokens to add; generation stops earlier at an end-of-turn token.
         temperature: 0 is greedy; above 0 samples from softmax(logits / temperature).
         top_p: sample among the most likely tokens that together reach this probability (Holtzman et al. 2020,
@@ -48,13 +50,16 @@ def generate(
             messages come from one.
 
     Returns:
-        The new text alone: a str for one prompt or conversation, a list for a list.
+        The new text alone, so that a prompt and it make up the whole text: a str for one prompt or conversation, a list
+        for a list.
 
     Raises:
-        ConfigError: a number is out of range.
-        DataError: a prompt is empty or leaves no room for max_new_tokens in the context; or `use_rows` names adapters
-            for another number of prompts.
+        ConfigError: a number is out of range, or the model or the tokenizer is not lorakit's.
+        DataError: a prompt is neither a text nor a list of messages, is empty or leaves no room for max_new_tokens in
+            the context; or `use_rows` names adapters for another number of prompts.
     """
+    check_decoder(model, "generate")
+    check_tokenizer(tok)
     for name, value in {"max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
         if value < 1:
             raise ConfigError(f"{name} is {value}, expected at least 1")
@@ -63,9 +68,8 @@ def generate(
             f"temperature is {temperature} and top_p {top_p}; expected a temperature of at least 0, and top_p above 0 "
             f"and at most 1"
         )
-    inputs: Any = messages_or_prompts
-    is_single = isinstance(inputs, str) or bool(inputs and isinstance(inputs[0], Mapping))
-    prompts = _encoded(model, tok, [inputs] if is_single else inputs, max_new_tokens, tools)
+    inputs, is_single = prompts_of(messages_or_prompts)
+    prompts = _encoded(model, tok, inputs, max_new_tokens, tools)
     sampler = _Sampler(temperature, top_p, seed, model.device)
     answers: list[list[int]] = [[] for _ in prompts]
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together: less padding
@@ -78,7 +82,7 @@ def generate(
                 answers[row].append(token)
     finally:
         model.train(was_training)
-    texts = [tok.decode(ids) for ids in answers]
+    texts = [tok.decode_after(prompt, ids) for prompt, ids in zip(prompts, answers, strict=True)]
     return texts[0] if is_single else texts
 
 
@@ -86,8 +90,11 @@ def _encoded(
     model: Decoder, tok: Tokenizer, inputs: Sequence[str | Conversation], max_new_tokens: int, tools: Tools | None
 ) -> list[list[int]]:
     """Return each prompt's token ids, after checking that its answer fits the context."""
-    texts = [item if isinstance(item, str) else tok.render_chat(item, True, tools) for item in inputs]
-    prompts = [tok.encode(text) for text in texts]
+    prompts = [
+        # A chat template writes the BOS that its model wants, or none.
+        tok.encode_prompt(item) if isinstance(item, str) else tok.encode(tok.render_chat(item, True, tools))
+        for item in inputs
+    ]
     room = model.config.context_length - max_new_tokens
     for index, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= room:

@@ -22,16 +22,18 @@ from torch import Tensor
 from ..checkpoints.formats import BITSANDBYTES
 from ..checkpoints.shards import PLAN_FILE, SHARD_BYTES, copy_small_files, write_index, write_shard
 from ..checkpoints.stream import stream_tensors
+from ..checkpoints.tied_head import HEAD, TIED_KEY
 from ..errors import StorageError
 from ..files import read_json_object, write_text
+from ..printed import Printed
 from ..quantization import QuantizedWeight
 from ..quantization.policy import QuantConfig
 from .pretrained import resolve_model
 from .quantize_plan import QuantizePlan
 
 
-@dataclass(frozen=True)
-class QuantizedFolder:
+@dataclass(frozen=True, repr=False)
+class QuantizedFolder(Printed):
     """What `quantize_checkpoint` wrote.
 
     Attributes:
@@ -48,6 +50,18 @@ class QuantizedFolder:
     source_bytes: int
     nbytes: int
     misaligned: list[str]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.folder}: {self.quantized} weights in 4 bits, {self.kept} tensors unchanged",
+            f"{self.source_bytes / 1e9:,.2f} GB became {self.nbytes / 1e9:,.2f} GB",
+        ]
+        if self.misaligned:
+            lines.append(
+                f"note: the rows of {len(self.misaligned)} weights ({self.misaligned[0]}, ...) are not whole blocks: "
+                "lorakit computes them correctly, but bitsandbytes 0.50.2 does not on the CPU"
+            )
+        return "\n".join(lines)
 
 
 def quantize_checkpoint(
@@ -179,5 +193,7 @@ def _write_other_files(plan: QuantizePlan, partial: Path) -> int:
     values = plan.checkpoint.config()
     section = BITSANDBYTES.config_section(plan.config, plan.formats, plan.dense_layers, values)
     values["quantization_config"] = section
+    if HEAD in plan.formats:
+        values[TIED_KEY] = False  # the source's key may say otherwise, and transformers 4 would believe it
     write_text(partial / "config.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
     return total

@@ -39,6 +39,7 @@ from .config import TrainConfig
 from .lora_fa import frozen_a
 from .optimizers import OPTIMIZERS, Optimizer, states_to_host, step_from_host
 from .optimizers.build import build_optimizer, set_learning_rate
+from .printed import PrintedTraining
 from .probe import TrainingProbe
 from .runlog import RunLog
 from .schedule import learning_rate
@@ -48,8 +49,8 @@ _WITHOUT_EFFECT = {  # settings that do not change the trained parameters
 }  # fmt: skip
 
 
-@dataclass
-class TrainResult:
+@dataclass(repr=False)
+class TrainResult(PrintedTraining):
     """The outcome of a training run.
 
     Attributes:
@@ -72,9 +73,9 @@ class TrainResult:
 def train(
     model: nn.Module,
     tok: Tokenizer,
-    train_records: Sequence[Record],
+    train_records: Sequence[Record | Mapping[str, Any]],
     config: TrainConfig | None = None,
-    eval_records: Sequence[Record] = (),
+    eval_records: Sequence[Record | Mapping[str, Any]] = (),
     resume: bool = False,
     *,
     probes: Sequence[TrainingProbe] = (),
@@ -83,7 +84,7 @@ def train(
 
     Args:
         model: a `Decoder`, or another causal language model, with an adapter attached.
-        train_records: conversations; the assistant's turns are trained.
+        train_records: conversations, or dicts such as {"messages": [...]}; the assistant's turns are trained.
         eval_records: held-out conversations; their loss is measured at the end and every `eval_every` steps.
         resume: continue from the last checkpoint in config.output, bit for bit as if the run had not stopped, and with
             the date of its first day, unless `tok` has its own.

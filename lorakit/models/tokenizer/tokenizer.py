@@ -11,6 +11,8 @@ import copy
 import datetime
 import os
 from collections.abc import Mapping, Sequence
+from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,13 @@ class Tokenizer:
         """Number of tokens, including added ones."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
+    @cached_property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """The tokens that tokenizer.json's post-processor puts before every text, such as BOS."""
+        probe = self._encoding(self.eos_token, add_special_tokens=True)  # an added token is never empty
+        added = takewhile(lambda pair: pair[1] is None, zip(probe.ids, probe.sequence_ids, strict=True))
+        return tuple(token for token, _ in added)
+
     @property
     def chat_template(self) -> str | None:
         """The template's text, or None."""
@@ -105,6 +114,18 @@ class Tokenizer:
         """
         return self._encoding(text, add_special_tokens).ids
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the token ids of a text that a model continues: `prefix_ids`, such as BOS, then the text's.
+
+        A text that begins with these tokens, such as a rendered chat with its own BOS, gets no second ones. What the
+        post-processor puts at the end, such as EOS, is left out, because a prompt does not end there.
+
+        Raises:
+            DataError: as `encode`.
+        """
+        ids, prefix = self.encode(text), self.prefix_ids
+        return ids if tuple(ids[: len(prefix)]) == prefix else [*prefix, *ids]
+
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Return the token ids and, for each, the span of characters of `text` that it stands for.
 
@@ -137,6 +158,20 @@ class Tokenizer:
         except (OverflowError, TypeError, ValueError) as error:
             raise DataError(f"token ids cannot be decoded; they must be non-negative integers: {error}") from None
 
+    def decode_after(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
+        """Return the text of token ids that continue a prompt, so that both texts joined are the whole text.
+
+        SentencePiece puts a space before a text and `decode` drops it. Here the space is dropped only where the
+        tokenizer put it: at the beginning of the text, or after an added token.
+
+        Args:
+            prompt: from `encode_prompt`.
+
+        Raises:
+            DataError: as `decode`.
+        """
+        return self.decode(ids) if self._begins_after(prompt) else self._decode_inside(ids)
+
     def render_chat(self, messages: Messages, add_generation_prompt: bool = False, tools: Tools | None = None) -> str:
         """Return a conversation as the text the model was trained on.
 
@@ -161,6 +196,25 @@ class Tokenizer:
         if tools is None and isinstance(messages, ChatMessages):
             tools = messages.tools
         return self._template.render(messages, self.special_tokens, add_generation_prompt, tools, self.date)
+
+    def _begins_after(self, prompt: Sequence[int]) -> bool:
+        """Return whether the tokenizer treats what comes after a prompt as the beginning of a text."""
+        if tuple(prompt) == self.prefix_ids:
+            return True
+        if prompt[-1] not in self._added_ids:
+            return False
+        last, *letter = self.encode(f"{self._backend.id_to_token(prompt[-1])}a")
+        return last == prompt[-1] and self._decode_inside(letter) == " a"
+
+    def _decode_inside(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids in the middle of a text: that of "a" and them, without the "a"."""
+        before = self.encode("a")
+        head, text = self.decode(before), self.decode([*before, *ids])
+        return text.removeprefix(head) if text.startswith(head) else self.decode(ids)
+
+    @cached_property
+    def _added_ids(self) -> frozenset[int]:
+        return frozenset(self._backend.get_added_tokens_decoder())
 
     def _encoding(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
         if not isinstance(text, str):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from made_adapters import gaussian, orthonormal, write_adapter, write_base
+from safetensors.torch import load_file, save_file
 
 from lorakit.errors import AdapterError, CheckpointError
 from lorakit.inspection import inspect_adapter
@@ -119,7 +120,51 @@ def test_a_planted_shared_subspace(tmp_path):
     assert {layer.name: layer.shared for layer in info.comparison.layers if layer.shared} == {PATHS[4]: 3}
     assert f"{PATHS[4]} (3)" in said(info, "3 directions are shared")
     assert [layer.name for layer in info.other.layers] == [layer.name for layer in info.layers]
-    said(inspect_adapter(a, vs=a), "the update equals that of", "in all 16 layers")
+    said(inspect_adapter(a, vs=a), "the updates of the first and the second are equal in all 16 layers")
+
+
+def in_one_embedding(tmp_path, name, b, a):
+    """Write an adapter of an embedding, (dim, r) and (r, vocab), and of nothing else."""
+    factors = write_adapter(tmp_path / name, {"embed_tokens": (b, a)})
+    file = factors / "adapter_model.safetensors"
+    tensors = {
+        key.replace("lora_A.weight", "lora_embedding_A").replace("lora_B.weight", "lora_embedding_B"): tensor
+        for key, tensor in load_file(file).items()
+    }
+    save_file(tensors, file)
+    return factors
+
+
+def test_runs_of_one_seed_are_not_called_alike(tmp_path):
+    """Both keep the A they began with, nearly; their B have nothing in common."""
+    one, two, other = {}, {}, {}
+    for number, path in enumerate(PATHS):
+        drawn = torch.randn(4, 32, generator=torch.Generator().manual_seed(number))
+        for factors, seed in ((one, 100), (two, 200), (other, 300)):
+            b, moved = gaussian(40, 32, 4, seed + number)
+            own = torch.randn(4, 32, generator=torch.Generator().manual_seed(seed + number))
+            factors[path] = (b, (own if factors is other else drawn) + 0.05 * moved)
+    a, b, c = (write_adapter(tmp_path / name / "adapter", f) for name, f in (("a", one), ("b", two), ("c", other)))
+    alike = inspect_adapter(a, vs=b)
+    assert all(layer.same_start and layer.similarity > 0.9 for layer in alike.comparison.layers)
+    middle = sorted(layer.learned_similarity for layer in alike.comparison.layers)[8]
+    assert middle < 0.3
+    finding = said(alike, "in 16 of 16 layers both began with the same A", "overlap by", "judge by these")
+    assert alike.findings.index(finding) < 3
+    assert said(alike, "a/adapter: rank 4 allotted") and said(alike, "b/adapter: rank 4 allotted")
+    assert "between a/adapter and b/adapter" in said(alike, "cosine")
+    apart = inspect_adapter(a, vs=c)
+    assert not any(layer.same_start for layer in apart.comparison.layers)
+    said(apart, "leading input subspaces overlap by")
+    assert not any("began with the same" in finding for finding in apart.findings)
+
+
+def test_of_an_embedding_the_start_draws_b(tmp_path):
+    drawn, (_, first), (_, second) = gaussian(24, 50, 4)[0], gaussian(24, 50, 4, 1), gaussian(24, 50, 4, 2)
+    a, b = in_one_embedding(tmp_path, "a", drawn, first), in_one_embedding(tmp_path, "b", drawn, second)
+    (layer,) = inspect_adapter(a, vs=b).comparison.layers
+    assert layer.is_embedding and layer.same_start
+    assert layer.learned_chance == layer.chance and layer.learned_similarity == layer.similarity < 0.5
 
 
 def test_what_does_not_belong_together(tmp_path):
