@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...errors import AdapterError
 from ...layers import (
@@ -19,12 +20,13 @@ from ...layers import (
     AdapterSpec,
     LoRAParameter,
     SavedModule,
-    TiedHead,
+    TiedModule,
     TrainedTokens,
     Variant,
     adapted_kind,
 )
 from ...layers.frozen.quantized_module import QuantizedModule
+from ...layers.saved_module import buffers_in_state
 from ..config import LoraConfig
 from .targeting import (
     MatchReport,
@@ -38,6 +40,7 @@ from .targeting import (
     rank_and_scaling,
     unwrapped,
 )
+from .ties import Holder, Ties, input_embedding
 
 _Module = TypeVar("_Module", SavedModule, TrainedTokens)
 Attach = Callable[[str, torch.dtype], None]
@@ -54,6 +57,10 @@ class Placement:
         shapes: of the adapter's trained parameters there, table or parameter name -> shape.
         attach: adds the adapter to `module`: attach(name, dtype).
         variant: how the update enters the layer.
+        buffers: of a copy, such as running statistics, name -> the base's; an adapter's file holds them too.
+        tied: name of a parameter here -> path of the module that trains it, and its name there; an adapter's file holds
+            it under each name.
+        follows: path of the module that trains what this module shares with it; "" if this one is trained itself.
     """
 
     path: str
@@ -61,6 +68,9 @@ class Placement:
     shapes: dict[str, tuple[int, ...]]
     attach: Attach
     variant: Variant = VARIANTS["plain"]
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    tied: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    follows: str = ""
 
 
 def plan_placements(
@@ -89,8 +99,9 @@ def plan_placements(
     placements = [_place_layer(model, path, config, report) for path in layers]
     placements += _place_parameters(model, parameters, config, report)
     saved = [path for paths in report.saved.values() for path in paths]
-    placements += _place_saved(model, saved, config)
-    placements += _place_tokens(model, config)
+    ties = Ties(model)
+    placements += _place_saved(model, saved, config, ties)
+    placements += _place_tokens(model, config, ties)
     if config.bias == "all":
         placements += _place_biases(model, {*layers, *saved})
     _check_kinds(placements)
@@ -149,45 +160,100 @@ def _layer_of_parameter(module: nn.Module, parameter: str) -> LoRAParameter | No
     return None
 
 
-def _place_saved(model: nn.Module, paths: list[str], config: LoraConfig) -> list[Placement]:
-    placements = []
+def _place_saved(model: nn.Module, paths: list[str], config: LoraConfig, ties: Ties) -> list[Placement]:
+    placements: dict[str, Placement] = {}
+    paths = [path for path in dict.fromkeys(paths) if not any(path.startswith(f"{other}.") for other in paths)]
     for path in paths:
-        module = _module_of_kind(model, path, SavedModule)
-        if any(isinstance(inner, QuantizedModule) for inner in module.base_layer.modules()):
+        base = unwrapped(model.get_submodule(path))
+        if any(isinstance(inner, QuantizedModule) for inner in base.modules()):
             raise AdapterError(f"{path} of modules_to_save is in 4 bits, which cannot be trained; load it unquantized")
-        placements.append(Placement(path, module, module.shapes(), partial(_add_copy, module, None)))
-        tied = [other for other in _tied_to(model, module.base_layer) if other not in paths]
-        if tied and config.ensure_weight_tying is None:
+        if adapted := [name for name, inner in base.named_modules() if isinstance(inner, AdapterModule)]:
             raise AdapterError(
-                f"{path} of modules_to_save shares its weight with {', '.join(tied)}; set ensure_weight_tying to true "
-                "(both use the trained copy) or false (the others keep the base's weight)"
+                f"{path} of modules_to_save holds {path}.{adapted[0]}, which another adapter adapts; remove that one first"
             )
-        if tied and config.ensure_weight_tying:
-            placements += [_place_tied_head(model, other, module) for other in tied]
-    return placements
+        source = ties.first(path, base) if config.ensure_weight_tying else path
+        if source in placements and isinstance(placements[source].module, SavedModule):
+            continue  # it shares all of its parameters with a module that is trained already
+        if (follower := next((one for one in placements if f"{one}.".startswith(f"{source}.")), None)) is not None:
+            other = placements[follower].follows
+            raise AdapterError(f"modules_to_save names {other} and {path}, which share a weight; name one of them")
+        module = _module_of_kind(model, source, SavedModule)
+        parameters = dict(module.base_layer.named_parameters())
+        placements[source] = Placement(
+            source,
+            module,
+            module.shapes(),
+            partial(_add_copy, module, None),
+            buffers=buffers_in_state(module.base_layer),
+            tied=_tied_within(source, module.base_layer),
+        )
+        followers = ties.outside(source, parameters)
+        if config.ensure_weight_tying:
+            placements |= {one.path: one for one in _place_followers(model, source, module, followers)}
+        elif followers:
+            _say_untied(path, base, list(followers), paths, config)
+    return list(placements.values())
+
+
+def _say_untied(path: str, base: nn.Module, others: list[str], paths: list[str], config: LoraConfig) -> None:
+    """Refuse a copy of an embedding without a word about those who share its table, and warn about other copies."""
+    if config.ensure_weight_tying is not None:
+        return
+    left = [other for other in others if not any(f"{other}.".startswith(f"{saved}.") for saved in paths)]
+    shares = f"{path} of modules_to_save shares its weight with {', '.join(others)}"
+    if left and isinstance(base, nn.Embedding):
+        raise AdapterError(
+            f"{shares}; set ensure_weight_tying to true (all use the trained copy) or false (the others keep the base's "
+            "weight)"
+        )
+    warnings.warn(
+        f"{shares}, and the copy is not tied to them; set ensure_weight_tying to true to train one weight for all, or to "
+        "false if you want it so",
+        stacklevel=5,  # the caller of add_adapter
+    )
+
+
+def _tied_within(path: str, module: nn.Module) -> dict[str, tuple[str, str]]:
+    """Return the further names of parameters that a module holds under several names, and the first one of each."""
+    first = {id(parameter): key for key, parameter in module.named_parameters()}
+    names = {key: first[id(p)] for key, p in module.named_parameters(remove_duplicate=False)}
+    return {key: (path, name) for key, name in names.items() if key != name}
 
 
 def _add_copy(module: SavedModule, parameters: list[str] | None, name: str, dtype: torch.dtype) -> None:
     module.add(name, dtype, parameters)
 
 
-def _place_tokens(model: nn.Module, config: LoraConfig) -> list[Placement]:
+def _place_tokens(model: nn.Module, config: LoraConfig, ties: Ties) -> list[Placement]:
     wanted = config.trainable_token_indices
     if not wanted:
         return []
     tables = {p: m for p, m in adaptable_layers(model).items() if isinstance(m, nn.Embedding)}
     tables |= {p: m.base_layer for p, m in model.named_modules() if isinstance(m, TrainedTokens)}
-    placements = []
-    for path, tokens in _tokens_by_table(model, wanted, tables).items():
+    chosen = _tokens_by_table(model, wanted, tables)
+    main = input_embedding(model)
+    placements: dict[str, Placement] = {}
+    for path, tokens in chosen.items():
         table = tables[path]
         if max(tokens, default=0) >= table.num_embeddings or not tokens or len(set(tokens)) < len(tokens):
             raise AdapterError(
                 f"trainable_token_indices {tokens} of {path}: expected different tokens below {table.num_embeddings}"
             )
+        if path in placements:
+            other = placements[path].follows
+            if tokens != chosen[other]:
+                raise AdapterError(
+                    f"{path} shares its weight with {other}, and trainable_token_indices names other tokens for it; name "
+                    "the same, or set ensure_weight_tying to false to train rows of their own"
+                )
+            continue
         module = _module_of_kind(model, path, TrainedTokens)
-        placements.append(Placement(path, module, module.shapes(tokens), partial(_add_tokens, module, tokens)))
-        placements += [_place_tied_head(model, other, module) for other in _tied_to(model, table)]
-    return placements
+        placements[path] = Placement(path, module, module.shapes(tokens), partial(_add_tokens, module, tokens))
+        # As in PEFT, rows of the input embedding always count for all who share it.
+        if main in (None, table) or config.ensure_weight_tying is not False:
+            followers = ties.outside(path, {"weight": table.weight})
+            placements |= {one.path: one for one in _place_followers(model, path, module, followers)}
+    return list(placements.values())
 
 
 def _tokens_by_table(
@@ -195,9 +261,9 @@ def _tokens_by_table(
 ) -> dict[str, list[int]]:
     """Return path of an embedding table -> tokens to train in it; a bare list means the input embedding."""
     if isinstance(wanted, list):
-        embedding = getattr(model, "get_input_embeddings", lambda: None)()
-        embedding = unwrapped(embedding) if isinstance(embedding, nn.Module) else None
-        names = [path for path, table in tables.items() if table is embedding or path.endswith("embed_tokens")]
+        embedding = input_embedding(model)
+        names = [path for path, table in tables.items() if table is embedding]
+        names += [path for path in tables if path.endswith("embed_tokens")]
         chosen = {names[0]: wanted} if names else {}
     else:
         matched = match_names(wanted, tables)
@@ -206,6 +272,32 @@ def _tokens_by_table(
     if not chosen:
         raise AdapterError(f"trainable_token_indices finds no embedding table (tables here: {', '.join(tables)})")
     return chosen
+
+
+def _place_followers(
+    model: nn.Module, source: str, module: SavedModule | TrainedTokens, followers: Mapping[str, list[tuple[str, Holder]]]
+) -> list[Placement]:
+    """Place a module that follows the trained values of `module`, at the path `source`, at each that shares them."""
+    placements = []
+    for path, shared in followers.items():
+        holders = [holder for _, holder in shared]
+        if not path or holders[0].inside:
+            where = f"{path}, a part of {holders[0].inside}, which" if path else "the model itself, which"
+            raise AdapterError(f"{source} shares its weight with {where} cannot follow it; remove other adapters first")
+        current = model.get_submodule(path)
+        tied = current if isinstance(current, TiedModule) else TiedModule(current)
+        sources = {holder.name: (module, key) for key, holder in shared}
+        add = partial(_add_follower, tied, sources)
+        # A file holds the rows of tokens once, as PEFT's does, and a copy under the name of each module that shares it.
+        names = {holder.name: (source, key) for key, holder in shared} if isinstance(module, SavedModule) else {}
+        placements.append(Placement(path, tied, {}, add, tied=names, follows=source))
+    return placements
+
+
+def _add_follower(
+    module: TiedModule, sources: Mapping[str, tuple[SavedModule | TrainedTokens, str]], name: str, dtype: torch.dtype
+) -> None:
+    module.add(name, sources)
 
 
 def _add_tokens(module: TrainedTokens, tokens: list[int], name: str, dtype: torch.dtype) -> None:
@@ -236,23 +328,6 @@ def _module_of_kind(model: nn.Module, path: str, kind: type[_Module]) -> _Module
     return kind(module)  # type: ignore[arg-type]
 
 
-def _place_tied_head(model: nn.Module, path: str, source: TrainedTokens | SavedModule) -> Placement:
-    module = model.get_submodule(path)
-    head = module if isinstance(module, TiedHead) else TiedHead(module, source)  # type: ignore[arg-type]
-    return Placement(path, head, {}, lambda name, dtype: head.add(name))
-
-
-def _tied_to(model: nn.Module, module: nn.Module) -> list[str]:
-    """Return the paths of linear layers that share a module's weight."""
-    weight = module._parameters.get("weight")
-    plain = ((path, unwrapped(other)) for path, other in model.named_modules() if ".base_layer" not in path)
-    return [
-        path
-        for path, other in plain
-        if isinstance(other, nn.Linear) and other is not module and other._parameters.get("weight") is weight
-    ]
-
-
 def _rank_and_scaling(path: str, config: LoraConfig, report: MatchReport) -> tuple[int, float]:
     rank, scaling = rank_and_scaling(config, path)
     report.ranks[path] = rank
@@ -264,6 +339,11 @@ def _check_kinds(placements: list[Placement]) -> None:
     first: dict[str, AdapterModule] = {}
     for placement in placements:
         other = first.setdefault(placement.path, placement.module)
+        if other is not placement.module and placement.follows:
+            raise AdapterError(
+                f"{placement.path} shares its weight with {placement.follows} and follows what is trained there, so it "
+                f"cannot be a {type(other).__name__} as well"
+            )
         if other is not placement.module and not isinstance(other, LoRAParameter):
             raise AdapterError(
                 f"{placement.path} cannot be a {type(other).__name__} and a {type(placement.module).__name__} at once"

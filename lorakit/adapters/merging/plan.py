@@ -17,7 +17,7 @@ from ...layers import (
     LoRAParameter,
     ResidualLinear4bit,
     SavedModule,
-    TiedHead,
+    TiedModule,
     TrainedTokens,
 )
 from ...layers.frozen.quantized_module import QuantizedModule, frozen
@@ -225,7 +225,7 @@ def _plan_copies(path: str, module: AdapterModule, names: list[str]) -> PlannedL
 
 def _copied(path: str, module: AdapterModule, names: list[str]) -> list[Exchange]:
     """Return the exchanges of the base layer's parameters for the trained copies, or trained rows, of an adapter."""
-    if isinstance(module, TiedHead):
+    if isinstance(module, TiedModule):
         return []  # it follows the embedding, see `_tie_heads`
     if isinstance(module, TrainedTokens):
         return [_with_trained_rows(path, module, names)]
@@ -258,7 +258,7 @@ def _tie_heads(swaps: list[Swap]) -> None:
     """Give heads that follow an embedding its new weight, the same parameter, so that they stay tied."""
     after = {id(exchange.before): exchange.after for swap in swaps for exchange in swap.exchanges}
     for swap in swaps:
-        if isinstance(swap.module, TiedHead):
+        if isinstance(swap.module, TiedModule):
             before = cast(nn.Parameter, swap.module.base_layer._parameters["weight"])
             if id(before) in after:
                 swap.exchanges.append(Exchange(swap.module.base_layer, "weight", before, after[id(before)]))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ...layers import VARIANTS, AdaptedLayer, AdapterModule, LoRAParameter, Variant
+from ...layers import VARIANTS, AdaptedLayer, AdapterModule, LoRAParameter, SavedModule, TiedModule, Variant
 from ..attach.placement import Placement
 from ..attach.state import adapter_modules
 from ..attach.targeting import unwrapped
@@ -18,7 +18,8 @@ def file_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     """Return an adapter's tensors, name in the file -> tensor in the shape that the file has (see `names`)."""
     named: dict[str, Tensor] = {}
     for path, module in _file_modules(model, name):
-        tensors: dict[str, Tensor] = dict(module.parameters_of(name))
+        is_copy = isinstance(module, SavedModule | TiedModule)
+        tensors = module.in_file(name) if is_copy else dict[str, Tensor](module.parameters_of(name))
         variant = VARIANTS["plain"]
         if isinstance(module, AdaptedLayer):
             variant = module.adapters[name].variant
@@ -30,7 +31,7 @@ def file_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
 
 
 def file_shapes(placements: Iterable[Placement]) -> dict[str, tuple[int, ...]]:
-    """Return the tensors that an adapter's file must hold, name in the file -> shape."""
+    """Return the trained tensors that an adapter's file must hold, name in the file -> shape."""
     placements = list(placements)
     paths = [path for path, _ in _with_file_paths([(p.path, p.module) for p in placements])]
     return {
@@ -38,6 +39,16 @@ def file_shapes(placements: Iterable[Placement]) -> dict[str, tuple[int, ...]]:
         for path, placement in zip(paths, placements, strict=True)
         for table, shape in placement.shapes.items()
     }
+
+
+def file_buffers(placements: Iterable[Placement]) -> dict[str, Tensor]:
+    """Return the buffers that an adapter's file must hold, name in the file -> the base's buffer."""
+    return {tensor_name(one.path, key): buffer for one in placements for key, buffer in one.buffers.items()}
+
+
+def file_ties(placements: Iterable[Placement]) -> dict[str, str]:
+    """Return the further names of tied parameters, which a file may hold: name in the file -> the trained one's."""
+    return {tensor_name(one.path, key): tensor_name(*there) for one in placements for key, there in one.tied.items()}
 
 
 @torch.no_grad()
@@ -51,6 +62,8 @@ def write_tensors(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> No
         variant = module.adapters[name].variant if isinstance(module, AdaptedLayer) else VARIANTS["plain"]
         for table, parameter in module.parameters_of(name).items():
             parameter.copy_(tensors[tensor_name(path, table, variant)].view(parameter.shape))
+        for key, buffer in module.buffers_of(name).items() if isinstance(module, SavedModule) else ():
+            buffer.copy_(tensors[tensor_name(path, key)])
 
 
 def _shape(module: AdapterModule, variant: Variant, table: str, shape: tuple[int, ...]) -> tuple[int, ...]:
