@@ -30,6 +30,7 @@ class AdapterModule(RowAware, ForgetsBase):
 
     base_layer: nn.Module
     active: tuple[str, ...]
+    _tied_weights_keys = {"base_layer": ""}  # transformers may leave these out of a file if others share them
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()

@@ -40,6 +40,8 @@ class SavedModule(AdapterModule):
         AdapterError: in forward, more than one active adapter has a copy.
     """
 
+    _tied_weights_keys = {"base_layer": "", "copies": ""}  # a copy of some parameters shares the others
+
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         self.copies = nn.ModuleDict()

@@ -41,6 +41,11 @@ class Ties:
         """Return all holders of a parameter."""
         return self._holders.get(id(parameter), [])
 
+    def every(self) -> Iterator[Holder]:
+        """Yield all holders of all parameters."""
+        for holders in self._holders.values():
+            yield from holders
+
     def outside(self, path: str, parameters: Mapping[str, nn.Parameter]) -> dict[str, list[tuple[str, Holder]]]:
         """Return who shares the parameters of the module at a path: path -> (name at `path`, holder) for each of them.
 
