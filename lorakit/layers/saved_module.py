@@ -64,7 +64,8 @@ class SavedModule(AdapterModule):
         # deepcopy takes these instead of copies, wherever the module has them: parameters tied within it stay tied.
         memo: dict[int, Any] = {id(parameter): parameter for parameter in originals.values()}
         memo |= {id(originals[key]): _trainable(originals[key], dtype) for key in trained}
-        memo |= {} if is_whole else {id(buffer): buffer for buffer in self.base_layer.buffers()}
+        if not is_whole:  # buffers and submodules are the base's, which other modules of the adapter may stand around
+            memo |= {id(part): part for part in (*self.base_layer.buffers(), *self.base_layer.children())}
         self.attach(name, SavedCopy(copy.deepcopy(self.base_layer, memo), trained, is_whole))
 
     def attach(self, name: str, record: SavedCopy) -> None:

@@ -103,7 +103,7 @@ def plan_placements(
     placements += _place_saved(model, saved, config, ties)
     placements += _place_tokens(model, config, ties)
     if config.bias == "all":
-        placements += _place_biases(model, {*layers, *saved})
+        placements += _place_biases(model, {*layers, *saved}, ties)
     _check_kinds(placements)
     return placements
 
@@ -171,7 +171,7 @@ def _place_saved(model: nn.Module, paths: list[str], config: LoraConfig, ties: T
             raise AdapterError(
                 f"{path} of modules_to_save holds {path}.{adapted[0]}, which another adapter adapts; remove that one first"
             )
-        source = ties.first(path, base) if config.ensure_weight_tying else path
+        source = ties.source(path, base) if config.ensure_weight_tying else path
         if source in placements and isinstance(placements[source].module, SavedModule):
             continue  # it shares all of its parameters with a module that is trained already
         if (follower := next((one for one in placements if f"{one}.".startswith(f"{source}.")), None)) is not None:
@@ -231,28 +231,30 @@ def _place_tokens(model: nn.Module, config: LoraConfig, ties: Ties) -> list[Plac
     tables = {p: m for p, m in adaptable_layers(model).items() if isinstance(m, nn.Embedding)}
     tables |= {p: m.base_layer for p, m in model.named_modules() if isinstance(m, TrainedTokens)}
     chosen = _tokens_by_table(model, wanted, tables)
-    main = input_embedding(model)
     placements: dict[str, Placement] = {}
-    for path, tokens in chosen.items():
+    for path, tokens in sorted(chosen.items(), key=lambda one: tables[one[0]] is not ties.main):
         table = tables[path]
         if max(tokens, default=0) >= table.num_embeddings or not tokens or len(set(tokens)) < len(tokens):
             raise AdapterError(
                 f"trainable_token_indices {tokens} of {path}: expected different tokens below {table.num_embeddings}"
             )
-        if path in placements:
-            other = placements[path].follows
-            if tokens != chosen[other]:
-                raise AdapterError(
-                    f"{path} shares its weight with {other}, and trainable_token_indices names other tokens for it; name "
-                    "the same, or set ensure_weight_tying to false to train rows of their own"
-                )
+        other = next((p for p, t in chosen.items() if t != tokens and tables[p].weight is table.weight), None)
+        if other and config.ensure_weight_tying is not False:
+            raise AdapterError(
+                f"{path} and {other} share a weight, and trainable_token_indices names other tokens for each; name the "
+                "same ones, or set ensure_weight_tying to false to train rows of their own"
+            )
+        # As in PEFT, rows of the input embedding count for all who share it; `False` keeps those of other tables apart.
+        is_tied = config.ensure_weight_tying is not False or (ties.main in (None, table) and not other)
+        source = ties.source(path, table) if is_tied else path
+        if source in placements:
             continue
-        module = _module_of_kind(model, path, TrainedTokens)
-        placements[path] = Placement(path, module, module.shapes(tokens), partial(_add_tokens, module, tokens))
-        # As in PEFT, rows of the input embedding always count for all who share it.
-        if main in (None, table) or config.ensure_weight_tying is not False:
-            followers = ties.outside(path, {"weight": table.weight})
-            placements |= {one.path: one for one in _place_followers(model, path, module, followers)}
+        module = _module_of_kind(model, source, TrainedTokens)
+        add = partial(_add_tokens, module, tokens)
+        placements[source] = Placement(source, module, module.shapes(tokens), add)
+        if is_tied:
+            followers = ties.outside(source, {"weight": table.weight})
+            placements |= {one.path: one for one in _place_followers(model, source, module, followers)}
     return list(placements.values())
 
 
@@ -261,8 +263,8 @@ def _tokens_by_table(
 ) -> dict[str, list[int]]:
     """Return path of an embedding table -> tokens to train in it; a bare list means the input embedding."""
     if isinstance(wanted, list):
-        embedding = input_embedding(model)
-        names = [path for path, table in tables.items() if table is embedding]
+        main = input_embedding(model)
+        names = [path for path, table in tables.items() if table is main]
         names += [path for path in tables if path.endswith("embed_tokens")]
         chosen = {names[0]: wanted} if names else {}
     else:
@@ -304,17 +306,32 @@ def _add_tokens(module: TrainedTokens, tokens: list[int], name: str, dtype: torc
     module.add(name, tokens, dtype)
 
 
-def _place_biases(model: nn.Module, taken: set[str]) -> list[Placement]:
-    """Place a trained copy of each bias, except in the modules at the paths `taken` and inside them."""
-    placements = []
+def _place_biases(model: nn.Module, taken: set[str], ties: Ties) -> list[Placement]:
+    """Place a trained copy of each bias, except in the modules at the paths `taken` and inside them.
+
+    Modules that share a bias, as the parts of BERT's head do, follow one copy; a module without submodules has it.
+    """
+    shared: dict[int, list[str]] = {}
     for path, module in list(model.named_modules()):
         inner = unwrapped(module)
         is_inside = any(path.startswith(f"{other}.") for other in taken)
         is_inside = is_inside or re.search(r"\.(base_layer|copies)(\.|$)", path) is not None
-        if not path or path in taken or is_inside or not isinstance(inner._parameters.get("bias"), nn.Parameter):
-            continue
-        saved = _module_of_kind(model, path, SavedModule)
-        placements.append(Placement(path, saved, saved.shapes(["bias"]), partial(_add_copy, saved, ["bias"])))
+        bias = inner._parameters.get("bias")
+        if path and path not in taken and not is_inside and isinstance(bias, nn.Parameter):
+            shared.setdefault(id(bias), []).append(path)
+    placements = []
+    for paths in shared.values():
+        source = min(paths, key=lambda path: any(True for _ in unwrapped(model.get_submodule(path)).children()))
+        saved = _module_of_kind(model, source, SavedModule)
+        placements.append(
+            Placement(source, saved, saved.shapes(["bias"]), partial(_add_copy, saved, ["bias"]))
+        )
+        followers = ties.outside(source, {"bias": saved.base_layer.get_parameter("bias")})
+        if adapted := [other for other in followers if other not in paths]:
+            raise AdapterError(
+                f"{source} shares its bias with {adapted[0]}, which trains it otherwise; set bias to 'none' or 'lora_only'"
+            )
+        placements += _place_followers(model, source, saved, followers)
     return placements
 
 

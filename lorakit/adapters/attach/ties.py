@@ -32,6 +32,7 @@ class Ties:
     """The parameters of a base model and all modules that hold each of them, in model order."""
 
     def __init__(self, model: nn.Module) -> None:
+        self.main = input_embedding(model)
         self._holders: dict[int, list[Holder]] = {}
         for holder in _holders(model, "", "", set()):
             parameter = holder.module._parameters[holder.name]
@@ -59,19 +60,23 @@ class Ties:
                     found.setdefault(holder.path, []).append((key, holder))
         return found
 
-    def first(self, path: str, module: nn.Module) -> str:
-        """Return the path of the first module with the same parameters and no other, such as the embedding of a head.
+    def source(self, path: str, module: nn.Module) -> str:
+        """Return where the parameters of a module are trained if all who share them follow.
 
-        It is `path` itself for a module with submodules, or with a parameter of its own.
+        It is the input embedding or the first module that has the same parameters and no other. So it is `path` itself
+        for a module with submodules, or with a parameter of its own.
         """
         parameters = _own(module)
         if not parameters or not _is_leaf(module):
             return path
-        for holder in self.holders(parameters[0]):
-            own = {id(parameter) for parameter in _own(holder.module)}
-            if not holder.inside and _is_leaf(holder.module) and own == {id(parameter) for parameter in parameters}:
-                return holder.path
-        return path
+        ids = {id(parameter) for parameter in parameters}
+        same = [
+            holder
+            for holder in self.holders(parameters[0])
+            if not holder.inside and _is_leaf(holder.module) and {id(p) for p in _own(holder.module)} == ids
+        ]
+        same.sort(key=lambda holder: holder.module is not self.main)  # stable: otherwise the first in model order
+        return same[0].path if same else path
 
 
 def input_embedding(model: nn.Module) -> nn.Module | None:

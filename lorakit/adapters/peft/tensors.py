@@ -73,7 +73,7 @@ def _shape(module: AdapterModule, variant: Variant, table: str, shape: tuple[int
 def _file_modules(model: nn.Module, name: str) -> Iterator[tuple[str, AdapterModule]]:
     """Yield each module that holds an adapter, with the path of its tensors in the file."""
     modules = adapter_modules(model, name).items()
-    return _with_file_paths([(_adapted_path(path, module), module) for path, module in modules])
+    return _with_file_paths([(_adapted_path(model, path), module) for path, module in modules])
 
 
 def _with_file_paths(modules: list[tuple[str, AdapterModule]]) -> Iterator[tuple[str, AdapterModule]]:
@@ -90,8 +90,10 @@ def _with_file_paths(modules: list[tuple[str, AdapterModule]]) -> Iterator[tuple
         yield f"{path}{f'.{BASE_LAYER}' * depth}", module
 
 
-def _adapted_path(path: str, module: AdapterModule) -> str:
-    """Return the path of the base module; a parameter's `LoRAParameter` may be inside that of another parameter."""
-    while isinstance(module, LoRAParameter) and path.endswith(".base_layer"):
-        path = path.removesuffix(".base_layer")
-    return path
+def _adapted_path(model: nn.Module, path: str) -> str:
+    """Return the path of a module as if the model had no adapters: modules of adapters may stand around each other."""
+    module, plain = model, list[str]()
+    for part in path.split("."):
+        plain += [] if isinstance(module, AdapterModule) and part == "base_layer" else [part]
+        module = module._modules[part]  # type: ignore[assignment]
+    return ".".join(plain)
