@@ -19,15 +19,14 @@ from ..errors import AdapterError, CheckpointError, listing
 from .attach.add import add_adapter, check_name
 from .attach.placement import Placement, plan_placements
 from .attach.state import check_adapter
-from .attach.targeting import MatchReport, unwrapped
+from .attach.targeting import MatchReport
 from .exports import base_of, check_ranks, export_adapter
 from .peft.config import peft_config, read_adapter_config
 from .peft.fingerprint import base_fingerprint
 from .peft.folder import read_adapter_folder, weights_file, write_adapter_folder
-from .peft.names import BASE_KEY, BASE_LAYER, PREFIX, WEIGHTS_FILE
+from .peft.names import BASE_KEY, WEIGHTS_FILE
+from .peft.tables import find_tables, needed_tables, table_problems
 from .peft.tensors import file_buffers, file_shapes, file_tensors, file_ties, write_tensors
-
-_TABLE = f".{BASE_LAYER}.weight"  # PEFT also writes the whole table of an adapted embedding
 
 
 def save_adapter(
@@ -64,6 +63,8 @@ def save_adapter(
         on_cpu = {key: tensor.to("cpu", cast[key]).contiguous() for key, tensor in tensors.items()}
         return write_adapter_folder(folder, on_cpu, config, metadata)
 
+    if target == "peft":  # other programs take the base's tables
+        tensors |= needed_tables(model, name)
     if target == "peft" and max_rank is None:
         return write(path, dtype)
     with tempfile.TemporaryDirectory() as folder:  # the exports read a folder: models and folders go the same way
@@ -90,7 +91,8 @@ def load_adapter(
         trained: True trains it further. False freezes it and keeps training the adapters that were trained before.
         dtype: of the adapter in the model.
         max_rank: refuse a higher rank; None allows any.
-        check_base: refuse an adapter whose file says that it was trained on another base model.
+        check_base: refuse an adapter whose file says that it was trained on another base model, or holds a frozen table
+            with other rows, such as the new ones of a resized vocabulary.
 
     Raises:
         AdapterError: the name is taken, a target matches nothing, a rank is too high, or the adapter needs a feature
@@ -108,7 +110,10 @@ def load_adapter(
     if max_rank is not None and highest > max_rank:
         where = next(path for path, rank in report.ranks.items() if rank == highest)
         raise AdapterError(f"{folder} has rank {highest} at {where}; the limit is {max_rank}")
-    problems = _problems(tensors, placements) + _table_problems(model, tensors)
+    tables = find_tables(model, tensors.keys() - file_shapes(placements).keys() - file_ties(placements).keys())
+    problems = _problems({key: tensor for key, tensor in tensors.items() if key not in tables}, placements)
+    if check_base:
+        problems += table_problems(model, tensors, tables)
     if problems:
         raise CheckpointError(f"{folder / WEIGHTS_FILE} does not fit the model:{listing(problems)}")
     trained_on, loaded = metadata.get(BASE_KEY), base_fingerprint(model)
@@ -142,7 +147,7 @@ def _problems(tensors: dict[str, Tensor], placements: Sequence[Placement]) -> li
     problems += [
         f"{key} belongs to no layer that the adapter targets"
         for key in tensors
-        if key not in expected and not key.endswith(_TABLE)
+        if key not in expected
     ]
     for key, shape in expected.items():
         if key in tensors and (problem := _problem(tensors[key], shape, buffers.get(key))):
@@ -160,19 +165,3 @@ def _problem(tensor: Tensor, shape: tuple[int, ...], buffer: Tensor | None) -> s
     if tensor.is_floating_point() != is_float:
         return f"holds {tensor.dtype}, expected {'floating-point numbers' if is_float else str(buffer.dtype)}"  # type: ignore[union-attr]
     return None if torch.isfinite(tensor).all() else "holds inf or nan"
-
-
-def _table_problems(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
-    """Return where a frozen table of PEFT's file differs from this model's; a quantized one cannot be compared."""
-    modules = {path: unwrapped(module) for path, module in model.named_modules()}
-    problems = []
-    for key in (key for key in tensors if key.endswith(_TABLE)):
-        module = modules.get(key.removeprefix(PREFIX).removesuffix(_TABLE))
-        if not isinstance(module, nn.Embedding | nn.Linear):
-            if module is None or not hasattr(module, "packed"):
-                problems.append(f"{key} belongs to no layer that the adapter targets")
-        elif module.weight.shape != tensors[key].shape:
-            problems.append(f"{key} has shape {tuple(tensors[key].shape)}, the model's {tuple(module.weight.shape)}")
-        elif not torch.equal(module.weight.detach().cpu(), tensors[key].to(module.weight.dtype)):
-            problems.append(f"{key} is the table of another base model, or was changed: it differs from this model's")
-    return problems

@@ -58,8 +58,8 @@ class Placement:
         attach: adds the adapter to `module`: attach(name, dtype).
         variant: how the update enters the layer.
         buffers: of a copy, such as running statistics, name -> the base's; an adapter's file holds them too.
-        tied: name of a parameter here -> path of the module that trains it, and its name there; an adapter's file holds
-            it under each name.
+        tied: name of a parameter here -> path of the module that trains it, and its name there; an adapter's file may
+            hold it under each name.
         follows: path of the module that trains what this module shares with it; "" if this one is trained itself.
     """
 
@@ -217,6 +217,7 @@ def _tied_within(path: str, module: nn.Module) -> dict[str, tuple[str, str]]:
     """Return the further names of parameters that a module holds under several names, and the first one of each."""
     first = {id(parameter): key for key, parameter in module.named_parameters()}
     names = {key: first[id(p)] for key, p in module.named_parameters(remove_duplicate=False)}
+    names |= {f"modules_to_save.{key}": name for key, name in names.items()}  # PEFT's, of a resized vocabulary
     return {key: (path, name) for key, name in names.items() if key != name}
 
 
@@ -290,8 +291,10 @@ def _place_followers(
         tied = current if isinstance(current, TiedModule) else TiedModule(current)
         sources = {holder.name: (module, key) for key, holder in shared}
         add = partial(_add_follower, tied, sources)
-        # A file holds the rows of tokens once, as PEFT's does, and a copy under the name of each module that shares it.
-        names = {holder.name: (source, key) for key, holder in shared} if isinstance(module, SavedModule) else {}
+        # PEFT writes a copy under the name of each module that shares it; rows of tokens only if it resized the table.
+        names = {holder.name: (source, key) for key, holder in shared}
+        if isinstance(module, TrainedTokens):
+            names = {table: (source, table) for table in module.shapes([])}
         placements.append(Placement(path, tied, {}, add, tied=names, follows=source))
     return placements
 

@@ -81,11 +81,25 @@ class Ties:
 
 def input_embedding(model: nn.Module) -> nn.Module | None:
     """Return a model's input embedding without adapters, if the model names it as those of transformers do."""
+    return named_embedding(model, "get_input_embeddings")
+
+
+def named_embedding(model: nn.Module, method: str) -> nn.Module | None:
+    """Return the module without adapters that a method such as "get_output_embeddings" returns; None if it has none."""
     try:
-        embedding = getattr(model, "get_input_embeddings", lambda: None)()
+        module = getattr(model, method, lambda: None)()
     except NotImplementedError:  # transformers' models of images, for instance
         return None
-    return unwrapped(embedding) if isinstance(embedding, nn.Module) else None
+    return unwrapped(module) if isinstance(module, nn.Module) else None
+
+
+def plain_path(model: nn.Module, path: str) -> str:
+    """Return the path of a module as if the model had no adapters: modules of adapters may stand around each other."""
+    module, plain = model, list[str]()
+    for part in path.split("."):
+        plain += [] if isinstance(module, AdapterModule) and part == "base_layer" else [part]
+        module = module._modules[part]  # type: ignore[assignment]
+    return ".".join(plain)
 
 
 def _own(module: nn.Module) -> list[nn.Parameter]:

@@ -15,7 +15,7 @@ from torch import nn
 from ...layers import TiedModule
 from ...layers.frozen.quantized_module import frozen
 from ..attach.targeting import unwrapped
-from ..attach.ties import Holder, Ties
+from ..attach.ties import Holder, Ties, plain_path
 from .swaps import Exchange, Swap
 
 
@@ -59,7 +59,7 @@ class TiesAfter:
             keys = getattr(module, "_tied_weights_keys", None)
             if not isinstance(keys, dict) or not getattr(getattr(module, "config", None), "tie_word_embeddings", False):
                 continue
-            start = re.escape(f"{prefix}." if prefix else "")
+            start = re.escape(f"{plain_path(model, prefix)}." if prefix else "")
             for pair in keys.items():
                 targets, sources = (
                     [holder for name, holder in by_name.items() if re.match(start + pattern, name)] for pattern in pair

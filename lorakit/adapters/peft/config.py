@@ -17,7 +17,7 @@ from ...files import read_json_object
 from ...layers import VARIANTS, LoRALinear, SavedModule, TiedModule, TrainedTokens, Variant, variants_read
 from ..attach.state import adapter_configs, adapter_modules, lora_layers
 from ..attach.targeting import last_name
-from ..attach.ties import input_embedding
+from ..attach.ties import input_embedding, plain_path
 from ..config import LoraConfig
 from ..starts import changed_base_in_peft
 from .fingerprint import base_names
@@ -160,7 +160,7 @@ def _trained_in_place_of_others(model: nn.Module, name: str, config: LoraConfig)
 
     Without `ensure_weight_tying`, PEFT ties rows to those of the input embedding only.
     """
-    modules = adapter_modules(model, name).items()
+    modules = [(plain_path(model, path), module) for path, module in adapter_modules(model, name).items()]
     rows = {path: module for path, module in modules if isinstance(module, TrainedTokens)}
     followed = {id(one) for _, m in modules if isinstance(m, TiedModule) for one, _ in m.sources(name).values()}
     main = input_embedding(model)

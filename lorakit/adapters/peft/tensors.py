@@ -11,6 +11,7 @@ from ...layers import VARIANTS, AdaptedLayer, AdapterModule, LoRAParameter, Save
 from ..attach.placement import Placement
 from ..attach.state import adapter_modules
 from ..attach.targeting import unwrapped
+from ..attach.ties import plain_path
 from .names import BASE_LAYER, tensor_name
 
 
@@ -73,7 +74,7 @@ def _shape(module: AdapterModule, variant: Variant, table: str, shape: tuple[int
 def _file_modules(model: nn.Module, name: str) -> Iterator[tuple[str, AdapterModule]]:
     """Yield each module that holds an adapter, with the path of its tensors in the file."""
     modules = adapter_modules(model, name).items()
-    return _with_file_paths([(_adapted_path(model, path), module) for path, module in modules])
+    return _with_file_paths([(plain_path(model, path), module) for path, module in modules])
 
 
 def _with_file_paths(modules: list[tuple[str, AdapterModule]]) -> Iterator[tuple[str, AdapterModule]]:
@@ -88,12 +89,3 @@ def _with_file_paths(modules: list[tuple[str, AdapterModule]]) -> Iterator[tuple
             order = [name for name, _ in unwrapped(module).named_parameters(recurse=False) if name in adapted[path]]
             depth = len(order) - 1 - order.index(module.parameter)
         yield f"{path}{f'.{BASE_LAYER}' * depth}", module
-
-
-def _adapted_path(model: nn.Module, path: str) -> str:
-    """Return the path of a module as if the model had no adapters: modules of adapters may stand around each other."""
-    module, plain = model, list[str]()
-    for part in path.split("."):
-        plain += [] if isinstance(module, AdapterModule) and part == "base_layer" else [part]
-        module = module._modules[part]  # type: ignore[assignment]
-    return ".".join(plain)

@@ -1,0 +1,155 @@
+"""Frozen tables in an adapter's file: those of a resized vocabulary, and those under an adapted embedding.
+
+`resize_token_embeddings` of transformers draws new rows at random, so an adapter that was trained with them needs them.
+PEFT writes the whole tables then, and those of an adapted embedding always. Here a file holds a table only if the model
+has rows that its checkpoint lacks and the adapter does not train them. Reading compares each table with the model's.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import LorakitError
+from ...files import read_json_object
+from ...layers import AdaptedLayer, AdapterModule, SavedModule, TiedModule, TrainedTokens
+from ...layers.frozen.quantized_module import QuantizedModule
+from ..attach.state import adapter_modules
+from ..attach.targeting import unwrapped
+from ..attach.ties import Holder, Ties, named_embedding, plain_path
+from .fingerprint import base_names
+from .names import BASE_LAYER, PREFIX
+
+# What PEFT's modules put between their own path and the name of a frozen parameter.
+_WRAPPERS = ("", f"{BASE_LAYER}.", f"token_adapter.{BASE_LAYER}.", "original_module.")
+_SHOWN = 8  # rows in a message
+
+
+def needed_tables(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Return the tables that the file of an adapter has to hold, name in the file -> (rows, width)."""
+    vocabulary = _vocabulary_of_checkpoint(model)
+    if vocabulary is None:
+        return {}
+    modules = {plain_path(model, path): module for path, module in adapter_modules(model, name).items()}
+    tables = {}
+    for holder in _embeddings(model):
+        weight = holder.module.get_parameter(holder.name)
+        if set(range(vocabulary, len(weight))) - _trained_rows(modules, holder, name, len(weight)):
+            between = _WRAPPERS[1] if isinstance(modules.get(holder.path), AdaptedLayer) else _WRAPPERS[0]
+            between = _WRAPPERS[2] if isinstance(modules.get(holder.path), TrainedTokens) else between
+            tables[f"{PREFIX}{holder.path}.{between}{holder.name}"] = weight.detach()
+    return tables
+
+
+def find_tables(model: nn.Module, keys: Collection[str]) -> dict[str, Holder]:
+    """Return which names in a file are those of frozen parameters of the model: name -> the parameter's holder.
+
+    The holder of a weight in 4 bits holds its codes.
+    """
+    free = {holder.path for holder in _embeddings(model, is_once=False)}
+    found = {}
+    for holder in Ties(model).every():
+        for between in _WRAPPERS:
+            key = f"{PREFIX}{holder.path}.{between}{'weight' if _is_codes(holder) else holder.name}"
+            if key in keys and (between or holder.path in free):
+                found[key] = holder
+    return found
+
+
+def table_problems(model: nn.Module, tensors: Mapping[str, Tensor], tables: Mapping[str, Holder]) -> list[str]:
+    """Return where the frozen tables of a file differ from those of the model, one line for each.
+
+    Args:
+        tensors: name in the file -> tensor.
+        tables: of `find_tables`.
+    """
+    problems = []
+    for key, holder in tables.items():
+        if _is_codes(holder):
+            continue  # they cannot be compared
+        own, stored = holder.module.get_parameter(holder.name).detach().cpu(), tensors[key]
+        if own.shape != stored.shape:
+            advice = ""
+            if own.shape[1:] == stored.shape[1:]:
+                advice = f"; the vocabulary was resized: call model.resize_token_embeddings({len(stored)}) first"
+            problems.append(f"{key} has shape {tuple(stored.shape)}, the model's {tuple(own.shape)}{advice}")
+        elif len(rows := _different_rows(own, stored)):
+            problems.append(f"{key} differs from this model's {holder.path}.{holder.name}{_where(model, rows, len(own))}")
+    return problems
+
+
+def _is_codes(holder: Holder) -> bool:
+    return isinstance(holder.module, QuantizedModule) and holder.name == "packed"
+
+
+def _where(model: nn.Module, rows: list[int], number: int) -> str:
+    """Say in which rows a table differs, and why."""
+    vocabulary = _vocabulary_of_checkpoint(model)
+    if vocabulary is None or rows[0] < vocabulary:
+        return f" in {len(rows)} of {number} rows: it is the table of another base model, or was changed"
+    shown = ", ".join(map(str, rows[:_SHOWN])) + (", ..." if len(rows) > _SHOWN else "")
+    return (
+        f" in rows {shown}, which resize_token_embeddings drew at random in each of the two models; copy these rows from "
+        "the file into the model first, or load with check_base=False to keep the model's"
+    )
+
+
+def _different_rows(own: Tensor, stored: Tensor) -> list[int]:
+    narrower = min(own.dtype, stored.dtype, key=lambda dtype: dtype.itemsize)  # one of them may be a rounded copy
+    differs = own.to(narrower) != stored.to(narrower)
+    return torch.nonzero(differs.reshape(len(own), -1).any(1)).flatten().tolist() if own.dim() else [0] * bool(differs)
+
+
+def _embeddings(model: nn.Module, is_once: bool = True) -> Iterator[Holder]:
+    """Yield who holds the tables of the input and the output embedding that a model names; a shared one only once."""
+    seen: set[int] = set()
+    holders = list(Ties(model).every())
+    for module in (named_embedding(model, "get_input_embeddings"), named_embedding(model, "get_output_embeddings")):
+        weight = None if module is None else module._parameters.get("weight")
+        own = [holder for holder in holders if holder.module is module and holder.name == "weight"]
+        if own and (id(weight) not in seen or not is_once):
+            seen.add(id(weight))
+            yield own[0]
+
+
+def _trained_rows(modules: Mapping[str, AdapterModule], holder: Holder, name: str, number: int) -> set[int]:
+    """Return the rows of a table that an adapter trains."""
+    for path, module in modules.items():
+        is_copy = isinstance(module, SavedModule) and any(f"{path}.{key}" == f"{holder.path}.{holder.name}"
+                                                          for key in module.in_file(name))  # fmt: skip
+        if is_copy or (path == holder.path and isinstance(module, TiedModule)):
+            return set(range(number))
+        if path == holder.path and isinstance(module, TrainedTokens):
+            return set(module.tokens[name])
+    return set()
+
+
+def _vocabulary_of_checkpoint(model: nn.Module) -> int | None:
+    """Return the number of tokens of the checkpoint that a model was loaded from; None if that cannot be found out."""
+    for name in base_names(model):
+        file = Path(name) / "config.json" if name else None
+        if file is not None and not file.is_file():
+            file = _in_hub_cache(name)
+        if file is None:
+            continue
+        try:
+            values: dict[str, Any] = read_json_object(file)
+        except LorakitError:
+            continue
+        size = values.get("vocab_size") or (values.get("text_config") or {}).get("vocab_size")
+        return size if isinstance(size, int) else None
+    return None
+
+
+def _in_hub_cache(name: str) -> Path | None:
+    """Return the config of a model of the Hugging Face hub if transformers has it on disk; nothing is downloaded."""
+    try:
+        found = importlib.import_module("huggingface_hub").try_to_load_from_cache(name, "config.json")
+    except Exception:  # the package is absent, or the name is none of the hub's
+        return None
+    return Path(found) if isinstance(found, str) else None
