@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError, CheckpointError, listing
 from .attach.add import add_adapter, check_name
-from .attach.placement import Placement, plan_placements
+from .attach.placed import Placement
+from .attach.placement import plan_placements
 from .attach.state import check_adapter
 from .attach.targeting import MatchReport
 from .exports import base_of, check_ranks, export_adapter
@@ -144,15 +145,13 @@ def _problems(tensors: dict[str, Tensor], placements: Sequence[Placement]) -> li
     expected = shapes | {key: tuple(buffer.shape) for key, buffer in buffers.items()}
     problems = [f"{key} is missing (expected shape {shape})" for key, shape in expected.items() if key not in tensors]
     expected |= {key: shapes[trained] for key, trained in ties.items()}
-    problems += [
-        f"{key} belongs to no layer that the adapter targets"
-        for key in tensors
-        if key not in expected
-    ]
+    problems += [f"{key} belongs to no layer that the adapter targets" for key in tensors if key not in expected]
     for key, shape in expected.items():
         if key in tensors and (problem := _problem(tensors[key], shape, buffers.get(key))):
             problems.append(f"{key} {problem}")
-        elif key in ties.keys() & tensors.keys() and not torch.equal(tensors[key], tensors.get(ties[key], tensors[key])):
+        elif key in ties.keys() & tensors.keys() and not torch.equal(
+            tensors[key], tensors.get(ties[key], tensors[key])
+        ):
             problems.append(f"{key} differs from {ties[key]}, and the two are one parameter here")
     return problems
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ class SavedModule(AdapterModule):
         AdapterError: in forward, more than one active adapter has a copy.
     """
 
-    _tied_weights_keys = {"base_layer": "", "copies": ""}  # a copy of some parameters shares the others
+    _tied_weights_keys: ClassVar = {"base_layer": "", "copies": ""}  # a copy of some parameters shares the others
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)

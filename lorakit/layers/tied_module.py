@@ -18,16 +18,15 @@ from .adapted import AdapterModule
 from .saved_module import SavedModule
 from .trained_tokens import TrainedTokens
 
+# Name of a parameter of a module -> the other module that trains it, and its name there.
+Sources = Mapping[str, tuple[SavedModule | TrainedTokens, str]]
+
 
 @dataclass(frozen=True)
 class FollowedParameters:
-    """The record of one adapter on a `TiedModule`; nothing is trained here.
+    """The record of one adapter on a `TiedModule`; nothing is trained here."""
 
-    Attributes:
-        sources: name of a parameter here -> the module that trains it, and its name there.
-    """
-
-    sources: Mapping[str, tuple[SavedModule | TrainedTokens, str]]
+    sources: Sources
 
 
 class TiedModule(AdapterModule):
@@ -45,7 +44,7 @@ class TiedModule(AdapterModule):
         """Return an empty mapping: nothing is trained here."""
         return {}
 
-    def add(self, name: str, sources: Mapping[str, tuple[SavedModule | TrainedTokens, str]]) -> None:
+    def add(self, name: str, sources: Sources) -> None:
         """Use the sources' parameters while this adapter is active."""
         self.attach(name, FollowedParameters(sources))
 
@@ -62,14 +61,14 @@ class TiedModule(AdapterModule):
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
         return {}
 
-    def sources(self, name: str) -> Mapping[str, tuple[SavedModule | TrainedTokens, str]]:
+    def sources(self, name: str) -> Sources:
         """Return what an adapter trains elsewhere: name of a parameter here -> the module and the name there."""
         return self._followed[name].sources
 
     def in_file(self, name: str) -> dict[str, Tensor]:
         """Return what PEFT's files hold of an adapter here: copies under this module's names too, but not rows."""
         sources = self.sources(name).items()
-        return {key: one.copies[name].get_parameter(there) for key, (one, there) in sources if hasattr(one, "copies")}
+        return {k: one.parameters_of(name)[there] for k, (one, there) in sources if isinstance(one, SavedModule)}
 
     def followed(self) -> dict[str, Tensor]:
         """Return the parameters that forward takes from elsewhere, in the dtypes that they have here."""

@@ -9,7 +9,8 @@ from typing import Literal
 from torch import nn
 
 from ..adapters import LoraConfig, MatchReport
-from ..adapters.attach.placement import Placement, plan_placements
+from ..adapters.attach.placed import Placement
+from ..adapters.attach.placement import plan_placements
 from ..errors import ConfigError
 from ..layers import VARIANTS, AdaptedLayer, SavedModule, TiedModule, Variant
 from ..models.decoder.decoder import Decoder

@@ -2,75 +2,30 @@
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...errors import AdapterError
-from ...layers import (
-    VARIANTS,
-    AdaptedLayer,
-    AdapterModule,
-    AdapterSpec,
-    LoRAParameter,
-    SavedModule,
-    TiedModule,
-    TrainedTokens,
-    Variant,
-    adapted_kind,
-)
-from ...layers.frozen.quantized_module import QuantizedModule
-from ...layers.saved_module import buffers_in_state
+from ...layers import AdaptedLayer, AdapterModule, AdapterSpec, LoRAParameter, adapted_kind
 from ..config import LoraConfig
+from .copies import place_biases, place_saved, place_tokens
+from .placed import Placement
 from .targeting import (
     MatchReport,
     adaptable_layers,
     check_numbers,
     check_patterns,
-    match_names,
     match_parameters,
     match_saved,
     match_targets,
     rank_and_scaling,
     unwrapped,
 )
-from .ties import Holder, Ties, input_embedding
-
-_Module = TypeVar("_Module", SavedModule, TrainedTokens)
-Attach = Callable[[str, torch.dtype], None]
-
-
-@dataclass(frozen=True)
-class Placement:
-    """The plan for one module that an adapter adapts.
-
-    Attributes:
-        path: of the module in the model.
-        module: the module that will hold the adapter there: one that already holds other adapters, or a new one that
-            is not in the model yet.
-        shapes: of the adapter's trained parameters there, table or parameter name -> shape.
-        attach: adds the adapter to `module`: attach(name, dtype).
-        variant: how the update enters the layer.
-        buffers: of a copy, such as running statistics, name -> the base's; an adapter's file holds them too.
-        tied: name of a parameter here -> path of the module that trains it, and its name there; an adapter's file may
-            hold it under each name.
-        follows: path of the module that trains what this module shares with it; "" if this one is trained itself.
-    """
-
-    path: str
-    module: AdapterModule
-    shapes: dict[str, tuple[int, ...]]
-    attach: Attach
-    variant: Variant = VARIANTS["plain"]
-    buffers: Mapping[str, Tensor] = field(default_factory=dict)
-    tied: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    follows: str = ""
+from .ties import Ties
 
 
 def plan_placements(
@@ -87,7 +42,7 @@ def plan_placements(
     """
     match_targets(model, config, report)
     report.parameters = match_parameters(model, config)
-    report.saved = match_saved(model, config)
+    report.saved = match_saved(model, config, is_strict)
     wanted = {path for paths in report.matched.values() for path in paths}
     # In model order: the layers then draw their random numbers in the same order every time.
     layers = {path: layer for path, layer in adaptable_layers(model).items() if path in wanted}
@@ -100,12 +55,36 @@ def plan_placements(
     placements += _place_parameters(model, parameters, config, report)
     saved = [path for paths in report.saved.values() for path in paths]
     ties = Ties(model)
-    placements += _place_saved(model, saved, config, ties)
-    placements += _place_tokens(model, config, ties)
+    _check_shared(model, layers, config, ties)
+    placements += place_saved(model, saved, config, ties)
+    placements += place_tokens(model, config, ties)
     if config.bias == "all":
-        placements += _place_biases(model, {*layers, *saved}, ties)
+        placements += place_biases(model, {*layers, *saved}, ties)
     _check_kinds(placements)
     return placements
+
+
+def _check_shared(model: nn.Module, layers: Mapping[str, nn.Module], config: LoraConfig, ties: Ties) -> None:
+    """Say that an update of a shared weight changes one module alone; refuse if the config wants it otherwise."""
+    for path, layer in layers.items():
+        weight = layer._parameters.get("weight")
+        others = [] if weight is None else list(ties.outside(path, {"weight": weight}))
+        if others and config.ensure_weight_tying:
+            raise AdapterError(
+                f"{path} shares its weight with {', '.join(others)}, and a low-rank update changes {path} alone; "
+                "ensure_weight_tying ties trained copies and rows (modules_to_save, trainable_token_indices)"
+            )
+        tables = [
+            other
+            for other in others
+            if other and other not in layers and isinstance(model.get_submodule(other), nn.Embedding)
+        ]
+        if tables and isinstance(layer, nn.Embedding) and config.ensure_weight_tying is None:
+            warnings.warn(
+                f"{path} shares its table with {', '.join(tables)}, and the update changes what {path} looks up, "
+                "not what they do; target these too, or set ensure_weight_tying to false if you want it so",
+                stacklevel=4,  # the caller of add_adapter
+            )
 
 
 def _place_layer(model: nn.Module, path: str, config: LoraConfig, report: MatchReport) -> Placement:
@@ -158,194 +137,6 @@ def _layer_of_parameter(module: nn.Module, parameter: str) -> LoRAParameter | No
             return module
         module = module.base_layer
     return None
-
-
-def _place_saved(model: nn.Module, paths: list[str], config: LoraConfig, ties: Ties) -> list[Placement]:
-    placements: dict[str, Placement] = {}
-    paths = [path for path in dict.fromkeys(paths) if not any(path.startswith(f"{other}.") for other in paths)]
-    for path in paths:
-        base = unwrapped(model.get_submodule(path))
-        if any(isinstance(inner, QuantizedModule) for inner in base.modules()):
-            raise AdapterError(f"{path} of modules_to_save is in 4 bits, which cannot be trained; load it unquantized")
-        if adapted := [name for name, inner in base.named_modules() if isinstance(inner, AdapterModule)]:
-            raise AdapterError(
-                f"{path} of modules_to_save holds {path}.{adapted[0]}, which another adapter adapts; remove that one first"
-            )
-        source = ties.source(path, base) if config.ensure_weight_tying else path
-        if source in placements and isinstance(placements[source].module, SavedModule):
-            continue  # it shares all of its parameters with a module that is trained already
-        if (follower := next((one for one in placements if f"{one}.".startswith(f"{source}.")), None)) is not None:
-            other = placements[follower].follows
-            raise AdapterError(f"modules_to_save names {other} and {path}, which share a weight; name one of them")
-        module = _module_of_kind(model, source, SavedModule)
-        parameters = dict(module.base_layer.named_parameters())
-        placements[source] = Placement(
-            source,
-            module,
-            module.shapes(),
-            partial(_add_copy, module, None),
-            buffers=buffers_in_state(module.base_layer),
-            tied=_tied_within(source, module.base_layer),
-        )
-        followers = ties.outside(source, parameters)
-        if config.ensure_weight_tying:
-            placements |= {one.path: one for one in _place_followers(model, source, module, followers)}
-        elif followers:
-            _say_untied(path, base, list(followers), paths, config)
-    return list(placements.values())
-
-
-def _say_untied(path: str, base: nn.Module, others: list[str], paths: list[str], config: LoraConfig) -> None:
-    """Refuse a copy of an embedding without a word about those who share its table, and warn about other copies."""
-    if config.ensure_weight_tying is not None:
-        return
-    left = [other for other in others if not any(f"{other}.".startswith(f"{saved}.") for saved in paths)]
-    shares = f"{path} of modules_to_save shares its weight with {', '.join(others)}"
-    if left and isinstance(base, nn.Embedding):
-        raise AdapterError(
-            f"{shares}; set ensure_weight_tying to true (all use the trained copy) or false (the others keep the base's "
-            "weight)"
-        )
-    warnings.warn(
-        f"{shares}, and the copy is not tied to them; set ensure_weight_tying to true to train one weight for all, or to "
-        "false if you want it so",
-        stacklevel=5,  # the caller of add_adapter
-    )
-
-
-def _tied_within(path: str, module: nn.Module) -> dict[str, tuple[str, str]]:
-    """Return the further names of parameters that a module holds under several names, and the first one of each."""
-    first = {id(parameter): key for key, parameter in module.named_parameters()}
-    names = {key: first[id(p)] for key, p in module.named_parameters(remove_duplicate=False)}
-    names |= {f"modules_to_save.{key}": name for key, name in names.items()}  # PEFT's, of a resized vocabulary
-    return {key: (path, name) for key, name in names.items() if key != name}
-
-
-def _add_copy(module: SavedModule, parameters: list[str] | None, name: str, dtype: torch.dtype) -> None:
-    module.add(name, dtype, parameters)
-
-
-def _place_tokens(model: nn.Module, config: LoraConfig, ties: Ties) -> list[Placement]:
-    wanted = config.trainable_token_indices
-    if not wanted:
-        return []
-    tables = {p: m for p, m in adaptable_layers(model).items() if isinstance(m, nn.Embedding)}
-    tables |= {p: m.base_layer for p, m in model.named_modules() if isinstance(m, TrainedTokens)}
-    chosen = _tokens_by_table(model, wanted, tables)
-    placements: dict[str, Placement] = {}
-    for path, tokens in sorted(chosen.items(), key=lambda one: tables[one[0]] is not ties.main):
-        table = tables[path]
-        if max(tokens, default=0) >= table.num_embeddings or not tokens or len(set(tokens)) < len(tokens):
-            raise AdapterError(
-                f"trainable_token_indices {tokens} of {path}: expected different tokens below {table.num_embeddings}"
-            )
-        other = next((p for p, t in chosen.items() if t != tokens and tables[p].weight is table.weight), None)
-        if other and config.ensure_weight_tying is not False:
-            raise AdapterError(
-                f"{path} and {other} share a weight, and trainable_token_indices names other tokens for each; name the "
-                "same ones, or set ensure_weight_tying to false to train rows of their own"
-            )
-        # As in PEFT, rows of the input embedding count for all who share it; `False` keeps those of other tables apart.
-        is_tied = config.ensure_weight_tying is not False or (ties.main in (None, table) and not other)
-        source = ties.source(path, table) if is_tied else path
-        if source in placements:
-            continue
-        module = _module_of_kind(model, source, TrainedTokens)
-        add = partial(_add_tokens, module, tokens)
-        placements[source] = Placement(source, module, module.shapes(tokens), add)
-        if is_tied:
-            followers = ties.outside(source, {"weight": table.weight})
-            placements |= {one.path: one for one in _place_followers(model, source, module, followers)}
-    return list(placements.values())
-
-
-def _tokens_by_table(
-    model: nn.Module, wanted: list[int] | dict[str, list[int]], tables: dict[str, nn.Embedding]
-) -> dict[str, list[int]]:
-    """Return path of an embedding table -> tokens to train in it; a bare list means the input embedding."""
-    if isinstance(wanted, list):
-        main = input_embedding(model)
-        names = [path for path, table in tables.items() if table is main]
-        names += [path for path in tables if path.endswith("embed_tokens")]
-        chosen = {names[0]: wanted} if names else {}
-    else:
-        matched = match_names(wanted, tables)
-        is_complete = all(matched.values())
-        chosen = {path: wanted[name] for name, paths in matched.items() for path in paths} if is_complete else {}
-    if not chosen:
-        raise AdapterError(f"trainable_token_indices finds no embedding table (tables here: {', '.join(tables)})")
-    return chosen
-
-
-def _place_followers(
-    model: nn.Module, source: str, module: SavedModule | TrainedTokens, followers: Mapping[str, list[tuple[str, Holder]]]
-) -> list[Placement]:
-    """Place a module that follows the trained values of `module`, at the path `source`, at each that shares them."""
-    placements = []
-    for path, shared in followers.items():
-        holders = [holder for _, holder in shared]
-        if not path or holders[0].inside:
-            where = f"{path}, a part of {holders[0].inside}, which" if path else "the model itself, which"
-            raise AdapterError(f"{source} shares its weight with {where} cannot follow it; remove other adapters first")
-        current = model.get_submodule(path)
-        tied = current if isinstance(current, TiedModule) else TiedModule(current)
-        sources = {holder.name: (module, key) for key, holder in shared}
-        add = partial(_add_follower, tied, sources)
-        # PEFT writes a copy under the name of each module that shares it; rows of tokens only if it resized the table.
-        names = {holder.name: (source, key) for key, holder in shared}
-        if isinstance(module, TrainedTokens):
-            names = {table: (source, table) for table in module.shapes([])}
-        placements.append(Placement(path, tied, {}, add, tied=names, follows=source))
-    return placements
-
-
-def _add_follower(
-    module: TiedModule, sources: Mapping[str, tuple[SavedModule | TrainedTokens, str]], name: str, dtype: torch.dtype
-) -> None:
-    module.add(name, sources)
-
-
-def _add_tokens(module: TrainedTokens, tokens: list[int], name: str, dtype: torch.dtype) -> None:
-    module.add(name, tokens, dtype)
-
-
-def _place_biases(model: nn.Module, taken: set[str], ties: Ties) -> list[Placement]:
-    """Place a trained copy of each bias, except in the modules at the paths `taken` and inside them.
-
-    Modules that share a bias, as the parts of BERT's head do, follow one copy; a module without submodules has it.
-    """
-    shared: dict[int, list[str]] = {}
-    for path, module in list(model.named_modules()):
-        inner = unwrapped(module)
-        is_inside = any(path.startswith(f"{other}.") for other in taken)
-        is_inside = is_inside or re.search(r"\.(base_layer|copies)(\.|$)", path) is not None
-        bias = inner._parameters.get("bias")
-        if path and path not in taken and not is_inside and isinstance(bias, nn.Parameter):
-            shared.setdefault(id(bias), []).append(path)
-    placements = []
-    for paths in shared.values():
-        source = min(paths, key=lambda path: any(True for _ in unwrapped(model.get_submodule(path)).children()))
-        saved = _module_of_kind(model, source, SavedModule)
-        placements.append(
-            Placement(source, saved, saved.shapes(["bias"]), partial(_add_copy, saved, ["bias"]))
-        )
-        followers = ties.outside(source, {"bias": saved.base_layer.get_parameter("bias")})
-        if adapted := [other for other in followers if other not in paths]:
-            raise AdapterError(
-                f"{source} shares its bias with {adapted[0]}, which trains it otherwise; set bias to 'none' or 'lora_only'"
-            )
-        placements += _place_followers(model, source, saved, followers)
-    return placements
-
-
-def _module_of_kind(model: nn.Module, path: str, kind: type[_Module]) -> _Module:
-    """Return the module of a kind that already holds adapters at a path, or a new one around the module there."""
-    module = model.get_submodule(path)
-    if isinstance(module, AdapterModule):
-        if not isinstance(module, kind):
-            raise AdapterError(f"{path} is already a {type(module).__name__} of another adapter; remove that one first")
-        return module
-    return kind(module)  # type: ignore[arg-type]
 
 
 def _rank_and_scaling(path: str, config: LoraConfig, report: MatchReport) -> tuple[int, float]:

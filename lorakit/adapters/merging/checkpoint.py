@@ -10,7 +10,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -131,12 +131,17 @@ class _CheckpointMerge:
 
     def _match(self) -> None:
         """Fill in layers, biases, replaced and copies."""
-        names, problems = set(self.checkpoint.names), []
+        names, extras = set(self.checkpoint.names), dict.fromkeys(self.folder.extras)
+        changed = {f"{path}.weight" for path in self.folder.layers} | set(extras)
+        problems = [*self._unknown_ties(changed & names)]
         is_tied = self.checkpoint.config().get("tie_word_embeddings", False)
         embedding = next((name for name in _EMBEDDINGS if name in names), None)
-        if is_tied and embedding is not None:
-            changed = {f"{path}.weight" for path in self.folder.layers} | set(self.folder.extras)
-            if changed & {_HEAD, embedding}:
+        if is_tied and embedding is not None and changed & {_HEAD, embedding}:
+            if self.folder.config.get("ensure_weight_tying") and extras.keys() & {_HEAD, embedding}:
+                key = embedding if embedding in extras else _HEAD  # a copy of both, under either name or both
+                extras = {other: None for other in extras if other not in (_HEAD, embedding)}
+                self.replaced |= {name: key for name in (embedding, _HEAD) if name in names}
+            else:
                 self.copies[_HEAD] = embedding
                 names.add(_HEAD)
         for path, layer in self.folder.layers.items():
@@ -151,7 +156,7 @@ class _CheckpointMerge:
                 if layer.attached(torch.float32).offset is not None:
                     self.biases[bias] = path
                     problems += [] if bias in names else [f"{bias} is not in the base, and the adapter adds to it"]
-        for key in self.folder.extras:
+        for key in extras:
             name = key if key in names else key.replace(f".{BASE_LAYER}.", ".")
             if name not in names:
                 problems.append(f"{key} has no place in a checkpoint: no tensor {name}")
@@ -160,6 +165,24 @@ class _CheckpointMerge:
             raise AdapterError(
                 f"{self.folder.folder} cannot be merged into {self.checkpoint.folder}:{listing(problems)}"
             )
+
+    def _unknown_ties(self, changed: Collection[str]) -> Iterator[str]:
+        """Yield the tables that the adapter changes and that the model may share in ways that only its class knows."""
+        config = self.checkpoint.config()
+        tied, vocabulary = config.get("tie_word_embeddings"), config.get("vocab_size")
+        classes = [str(name) for name in config.get("architectures") or ()]
+        has_head = any(word in name for name in classes for word in ("LM", "PreTraining", "Generation"))
+        is_sequence_pair = bool(config.get("is_encoder_decoder"))
+        if tied is False or not (has_head or is_sequence_pair):
+            return
+        known = {_HEAD, *_EMBEDDINGS} if tied or _HEAD in self.checkpoint.names else {_HEAD}
+        for name in sorted(changed):
+            is_table = self.checkpoint.shape(name)[:1] == (vocabulary,)
+            if is_table and (is_sequence_pair or name not in known):
+                yield (
+                    f"{name}: {classes[0] if classes else 'the model'} may share this table with modules that the "
+                    "checkpoint does not name; merge the loaded model and save it"
+                )
 
     def write(self, folder: Path, shard_bytes: int, progress: Callable[[int, int], None] | None) -> MergeReport:
         """Write all files into a folder."""

@@ -192,8 +192,8 @@ class MergePlan:
         module, weight = holder(layer)
         if not isinstance(layer.base_layer, QuantizedModule) and module._parameters.get(weight) is None:
             raise AdapterError(
-                f"{path} is a {type(module).__name__} whose {weight} is no parameter but is computed from others, so there "
-                "is nothing to merge into; take the parametrization away first "
+                f"{path} is a {type(module).__name__} that computes its {weight} from other parameters, so there is "
+                "nothing to merge into; take the parametrization away first "
                 "(torch.nn.utils.parametrize.remove_parametrizations)"
             )
         for name in layer.names():

@@ -156,7 +156,7 @@ def _target_names(model: nn.Module, name: str) -> list[str]:
 
 
 def _trained_in_place_of_others(model: nn.Module, name: str, config: LoraConfig) -> dict[str, Any]:
-    """Return the settings of modules that share a weight, under the name of the one that is trained for all, as in PEFT.
+    """Return the settings of modules that share a weight, with the name of the one that is trained for all, as in PEFT.
 
     Without `ensure_weight_tying`, PEFT ties rows to those of the input embedding only.
     """

@@ -20,7 +20,6 @@ from ...files import read_json_object
 from ...layers import AdaptedLayer, AdapterModule, SavedModule, TiedModule, TrainedTokens
 from ...layers.frozen.quantized_module import QuantizedModule
 from ..attach.state import adapter_modules
-from ..attach.targeting import unwrapped
 from ..attach.ties import Holder, Ties, named_embedding, plain_path
 from .fingerprint import base_names
 from .names import BASE_LAYER, PREFIX
@@ -79,7 +78,9 @@ def table_problems(model: nn.Module, tensors: Mapping[str, Tensor], tables: Mapp
                 advice = f"; the vocabulary was resized: call model.resize_token_embeddings({len(stored)}) first"
             problems.append(f"{key} has shape {tuple(stored.shape)}, the model's {tuple(own.shape)}{advice}")
         elif len(rows := _different_rows(own, stored)):
-            problems.append(f"{key} differs from this model's {holder.path}.{holder.name}{_where(model, rows, len(own))}")
+            problems.append(
+                f"{key} differs from this model's {holder.path}.{holder.name}{_where(model, rows, len(own))}"
+            )
     return problems
 
 
@@ -94,8 +95,8 @@ def _where(model: nn.Module, rows: list[int], number: int) -> str:
         return f" in {len(rows)} of {number} rows: it is the table of another base model, or was changed"
     shown = ", ".join(map(str, rows[:_SHOWN])) + (", ..." if len(rows) > _SHOWN else "")
     return (
-        f" in rows {shown}, which resize_token_embeddings drew at random in each of the two models; copy these rows from "
-        "the file into the model first, or load with check_base=False to keep the model's"
+        f" in rows {shown}, which resize_token_embeddings drew at random in each of the two models; copy these rows "
+        "from the file into the model first, or load with check_base=False to keep the model's"
     )
 
 
@@ -120,8 +121,8 @@ def _embeddings(model: nn.Module, is_once: bool = True) -> Iterator[Holder]:
 def _trained_rows(modules: Mapping[str, AdapterModule], holder: Holder, name: str, number: int) -> set[int]:
     """Return the rows of a table that an adapter trains."""
     for path, module in modules.items():
-        is_copy = isinstance(module, SavedModule) and any(f"{path}.{key}" == f"{holder.path}.{holder.name}"
-                                                          for key in module.in_file(name))  # fmt: skip
+        copied = module.in_file(name) if isinstance(module, SavedModule) else ()
+        is_copy = any(f"{path}.{key}" == f"{holder.path}.{holder.name}" for key in copied)
         if is_copy or (path == holder.path and isinstance(module, TiedModule)):
             return set(range(number))
         if path == holder.path and isinstance(module, TrainedTokens):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...layers import VARIANTS, AdaptedLayer, AdapterModule, LoRAParameter, SavedModule, TiedModule, Variant
-from ..attach.placement import Placement
+from ..attach.placed import Placement
 from ..attach.state import adapter_modules
 from ..attach.targeting import unwrapped
 from ..attach.ties import plain_path
@@ -19,8 +19,9 @@ def file_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     """Return an adapter's tensors, name in the file -> tensor in the shape that the file has (see `names`)."""
     named: dict[str, Tensor] = {}
     for path, module in _file_modules(model, name):
-        is_copy = isinstance(module, SavedModule | TiedModule)
-        tensors = module.in_file(name) if is_copy else dict[str, Tensor](module.parameters_of(name))
+        tensors: dict[str, Tensor] = dict(module.parameters_of(name))
+        if isinstance(module, SavedModule | TiedModule):
+            tensors = module.in_file(name)
         variant = VARIANTS["plain"]
         if isinstance(module, AdaptedLayer):
             variant = module.adapters[name].variant
