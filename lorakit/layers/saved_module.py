@@ -33,7 +33,7 @@ class SavedCopy:
 class SavedModule(AdapterModule):
     """A frozen module; each adapter trains a full copy of it (`modules_to_save`) or a copy of some of its parameters.
 
-    The active adapter's copy replaces the module in forward. Only one active adapter may have a copy, since copies
+    A copy has the module's parameters and buffers, in their shapes. The active adapter's replaces the module in forward. Only one active adapter may have a copy, since copies
     cannot be summed.
 
     Raises:
@@ -123,7 +123,7 @@ class SavedModule(AdapterModule):
 
 
 def buffers_in_state(module: nn.Module) -> dict[str, Tensor]:
-    """Return the buffers that a module's state_dict holds, name -> tensor."""
+    """Return the buffers that a module's state_dict holds, name -> tensor of any shape."""
     buffers = {
         f"{path}.{name}" if path else name: (inner, name)
         for path, inner in module.named_modules()

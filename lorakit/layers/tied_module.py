@@ -32,6 +32,8 @@ class FollowedParameters:
 class TiedModule(AdapterModule):
     """A frozen module that computes with the trained values of the parameters that it shares with another module.
 
+    The values have the shapes of its own parameters.
+
     Raises:
         AdapterError: in forward, an active adapter of another kind changes this module as well.
     """

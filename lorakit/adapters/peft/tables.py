@@ -64,7 +64,7 @@ def table_problems(model: nn.Module, tensors: Mapping[str, Tensor], tables: Mapp
     """Return where the frozen tables of a file differ from those of the model, one line for each.
 
     Args:
-        tensors: name in the file -> tensor.
+        tensors: name in the file -> tensor of any shape.
         tables: of `find_tables`.
     """
     problems = []

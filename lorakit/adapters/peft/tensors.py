@@ -44,7 +44,7 @@ def file_shapes(placements: Iterable[Placement]) -> dict[str, tuple[int, ...]]:
 
 
 def file_buffers(placements: Iterable[Placement]) -> dict[str, Tensor]:
-    """Return the buffers that an adapter's file must hold, name in the file -> the base's buffer."""
+    """Return the buffers that an adapter's file must hold, name in the file -> the base's buffer, of the same shape."""
     return {tensor_name(one.path, key): buffer for one in placements for key, buffer in one.buffers.items()}
 
 
