@@ -117,5 +117,5 @@ def test_a_layer_of_another_adapter_and_a_followed_weight_have_no_sum() -> None:
     layer.active = ("low",)
     assert torch.equal(module(x), layer(x))
     module.active = trains.active = ("rows",)
-    with pytest.raises(AdapterError, match="low, rows change one module .* only one can be active"):
+    with pytest.raises(AdapterError, match=r"low, rows change one module .* only one can be active"):
         module(x)

@@ -21,6 +21,7 @@ from .placed import Placement
 from .targeting import adaptable_layers, match_names, unwrapped
 from .ties import Holder, Ties, input_embedding
 
+_PEFTS_COPY = "modules_to_save."  # PEFT writes a copy under this name as well if the vocabulary was resized
 _Module = TypeVar("_Module", SavedModule, TrainedTokens)
 
 
@@ -87,7 +88,7 @@ def _tied_within(path: str, module: nn.Module) -> dict[str, tuple[str, str]]:
     """Return the further names of parameters that a module holds under several names, and the first one of each."""
     first = {id(parameter): key for key, parameter in module.named_parameters()}
     names = {key: first[id(p)] for key, p in module.named_parameters(remove_duplicate=False)}
-    names |= {f"modules_to_save.{key}": name for key, name in names.items()}  # PEFT's, of a resized vocabulary
+    names |= {f"{_PEFTS_COPY}{key}": name for key, name in names.items()}
     return {key: (path, name) for key, name in names.items() if key != name}
 
 
@@ -170,7 +171,7 @@ def _place_followers(
         sources: Sources = {holder.name: (module, key) for key, holder in shared}
         add = partial(_add_follower, tied, sources)
         # PEFT writes a copy under the name of each module that shares it; rows of tokens only if it resized the table.
-        names = {holder.name: (source, key) for key, holder in shared}
+        names = {f"{between}{holder.name}": (source, key) for key, holder in shared for between in ("", _PEFTS_COPY)}
         if isinstance(module, TrainedTokens):
             names = {table: (source, table) for table in module.shapes([])}
         placements.append(Placement(path, tied, {}, add, tied=names, follows=source))

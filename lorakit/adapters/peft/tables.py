@@ -35,10 +35,13 @@ def needed_tables(model: nn.Module, name: str) -> dict[str, Tensor]:
     if vocabulary is None:
         return {}
     modules = {plain_path(model, path): module for path, module in adapter_modules(model, name).items()}
-    tables = {}
+    tables: dict[str, Tensor] = {}
+    written: set[int] = set()
     for holder in _embeddings(model):
         weight = holder.module.get_parameter(holder.name)
-        if set(range(vocabulary, len(weight))) - _trained_rows(modules, holder, name, len(weight)):
+        new = set(range(vocabulary, len(weight)))
+        if new - _trained_rows(modules, holder, name, len(weight)) and id(weight) not in written:
+            written.add(id(weight))
             between = _WRAPPERS[1] if isinstance(modules.get(holder.path), AdaptedLayer) else _WRAPPERS[0]
             between = _WRAPPERS[2] if isinstance(modules.get(holder.path), TrainedTokens) else between
             tables[f"{PREFIX}{holder.path}.{between}{holder.name}"] = weight.detach()
@@ -50,7 +53,7 @@ def find_tables(model: nn.Module, keys: Collection[str]) -> dict[str, Holder]:
 
     The holder of a weight in 4 bits holds its codes.
     """
-    free = {holder.path for holder in _embeddings(model, is_once=False)}
+    free = {holder.path for holder in _embeddings(model)}
     found = {}
     for holder in Ties(model).every():
         for between in _WRAPPERS:
@@ -106,16 +109,11 @@ def _different_rows(own: Tensor, stored: Tensor) -> list[int]:
     return torch.nonzero(differs.reshape(len(own), -1).any(1)).flatten().tolist() if own.dim() else [0] * bool(differs)
 
 
-def _embeddings(model: nn.Module, is_once: bool = True) -> Iterator[Holder]:
-    """Yield who holds the tables of the input and the output embedding that a model names; a shared one only once."""
-    seen: set[int] = set()
-    holders = list(Ties(model).every())
-    for module in (named_embedding(model, "get_input_embeddings"), named_embedding(model, "get_output_embeddings")):
-        weight = None if module is None else module._parameters.get("weight")
-        own = [holder for holder in holders if holder.module is module and holder.name == "weight"]
-        if own and (id(weight) not in seen or not is_once):
-            seen.add(id(weight))
-            yield own[0]
+def _embeddings(model: nn.Module) -> Iterator[Holder]:
+    """Yield who holds the tables of the input and the output embedding that a model names."""
+    modules = [named_embedding(model, method) for method in ("get_input_embeddings", "get_output_embeddings")]
+    for module in modules:
+        yield from (one for one in Ties(model).every() if one.module is module and one.name == "weight")
 
 
 def _trained_rows(modules: Mapping[str, AdapterModule], holder: Holder, name: str, number: int) -> set[int]:

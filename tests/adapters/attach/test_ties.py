@@ -149,7 +149,9 @@ class TestFiles:
         save_file(tensors, folder / "adapter_model.safetensors")
         model = pair()
         before = model(IDS)
-        with pytest.raises(CheckpointError, match=r"lm_head.weight differs from base_model.model.shared.weight, and the"):
+        with pytest.raises(
+            CheckpointError, match=r"lm_head.weight differs from base_model.model.shared.weight, and the"
+        ):
             load_adapter(model, folder)
         assert torch.equal(model(IDS), before) and not adapter_modules(model)
 
@@ -163,13 +165,15 @@ class TestFiles:
 
 class TestSaidOrRefused:
     def test_a_copy_of_a_table_has_to_be_said(self) -> None:
-        with pytest.raises(AdapterError, match="shares its weight with encoder.embed_tokens, decoder.embed_tokens, lm_"):
+        with pytest.raises(
+            AdapterError, match=r"shares its weight with encoder.embed_tokens, decoder.embed_tokens, lm_"
+        ):
             add_adapter(pair(), config(modules_to_save=["shared"]))
 
     @pytest.mark.parametrize("names", [["lm_head"], ["lm_head", "shared", "embed_tokens"]])
     def test_a_copy_of_its_own_is_warned_about(self, names: list[str]) -> None:
         model = pair()
-        with pytest.warns(UserWarning, match="shares its weight with .* the copy is not tied to them"):
+        with pytest.warns(UserWarning, match=r"shares its weight with .* the copy is not tied to them"):
             add_adapter(model, config(modules_to_save=names))
         shake(model)
         assert model.lm_head.weight is not model.shared.weight
@@ -192,29 +196,35 @@ class TestSaidOrRefused:
         assert not any(isinstance(module, TiedModule) for module in adapter_modules(model).values())
 
     def test_a_low_rank_update_is_not_tied(self) -> None:
-        with pytest.raises(AdapterError, match="lm_head shares its weight with shared, .* changes lm_head alone"):
+        with pytest.raises(AdapterError, match=r"lm_head shares its weight with shared, .* changes lm_head alone"):
             add_adapter(pair(), config(target_modules=["lm_head"], ensure_weight_tying=True))
-        with pytest.warns(UserWarning, match="shared shares its table with encoder.embed_tokens, decoder.embed_tokens"):
+        with pytest.warns(
+            UserWarning, match=r"shared shares its table with encoder.embed_tokens, decoder.embed_tokens"
+        ):
             add_adapter(pair(), config(target_modules=["shared"]))
 
     def test_rows_and_a_layer_of_one_table(self) -> None:
-        with pytest.raises(AdapterError, match="lm_head shares its weight with shared and follows .* a LoRALinear as well"):
+        with pytest.raises(
+            AdapterError, match=r"lm_head shares its weight with shared and follows .* a LoRALinear as well"
+        ):
             add_adapter(pair(), config(target_modules=["proj", "lm_head"], trainable_token_indices=[1]))
 
     def test_a_part_of_a_module_that_another_adapter_trains(self) -> None:
         model = pair()
         add_adapter(model, config(modules_to_save=["decoder"], ensure_weight_tying=False), "a")
-        with pytest.raises(AdapterError, match="decoder.embed_tokens, a part of decoder, which cannot follow it"):
+        with pytest.raises(AdapterError, match=r"decoder.embed_tokens, a part of decoder, which cannot follow it"):
             add_adapter(model, config(trainable_token_indices=[1], target_modules=[]), "b")
         other = pair()
         add_adapter(other, config(), "a")
-        with pytest.raises(AdapterError, match="decoder of modules_to_save holds decoder.proj, which another adapter"):
+        with pytest.raises(AdapterError, match=r"decoder of modules_to_save holds decoder.proj, which another adapter"):
             add_adapter(other, config(target_modules=[], modules_to_save=["decoder"], ensure_weight_tying=False), "b")
 
     def test_none_is_not_a_shared_weight(self) -> None:
         """A parametrized layer has no weight among its parameters, and neither has a container."""
         norm = nn.utils.parametrizations.weight_norm
-        model = nn.ModuleDict({"proj": nn.Linear(4, 4), "head": nn.Sequential(nn.Linear(4, 4)), "x": norm(nn.Linear(4, 4))})
+        model = nn.ModuleDict(
+            {"proj": nn.Linear(4, 4), "head": nn.Sequential(nn.Linear(4, 4)), "x": norm(nn.Linear(4, 4))}
+        )
         add_adapter(model, config(modules_to_save=["head"], bias="all"))
 
     def test_a_layer_that_computes_its_weight_is_not_merged(self) -> None:
@@ -321,7 +331,9 @@ class TestRunningStatistics:
         set_adapter(model, "a")
         assert torch.equal(model(x), first)
 
-    @pytest.mark.parametrize(("key", "message"), [("running_var", "is missing"), ("num_batches_tracked", "torch.int64")])
+    @pytest.mark.parametrize(
+        ("key", "message"), [("running_var", "is missing"), ("num_batches_tracked", "torch.int64")]
+    )
     def test_a_file_without_them_is_refused(self, key: str, message: str, tmp_path: Path) -> None:
         base, model = self.trained(["default"])
         folder = save_adapter(model, tmp_path / "adapter")
@@ -355,7 +367,9 @@ class TestRunningStatistics:
 
 def test_a_tied_decoder_trains_the_table_whatever_is_named() -> None:
     model = small_decoder(tie_word_embeddings=True)
-    add_adapter(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], ensure_weight_tying=True))
+    add_adapter(
+        model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], ensure_weight_tying=True)
+    )
     shake(model)
     kinds = {path: type(module) for path, module in adapter_modules(model).items() if "proj" not in path}
     assert kinds == {"model.embed_tokens": SavedModule, "lm_head": TiedModule}
