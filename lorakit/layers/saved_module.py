@@ -33,8 +33,8 @@ class SavedCopy:
 class SavedModule(AdapterModule):
     """A frozen module; each adapter trains a full copy of it (`modules_to_save`) or a copy of some of its parameters.
 
-    A copy has the module's parameters and buffers, in their shapes. The active adapter's replaces the module in forward.
-    Only one active adapter may have a copy, since copies cannot be summed.
+    A copy has the module's parameters and buffers, in their shapes. The active adapter's copy replaces the module in
+    forward. Only one active adapter may have a copy, since copies cannot be summed.
 
     Raises:
         AdapterError: in forward, more than one active adapter has a copy.
