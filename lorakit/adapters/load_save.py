@@ -26,7 +26,7 @@ from .peft.config import peft_config, read_adapter_config
 from .peft.fingerprint import base_fingerprint
 from .peft.folder import read_adapter_folder, weights_file, write_adapter_folder
 from .peft.names import BASE_KEY, WEIGHTS_FILE
-from .peft.tables import find_tables, needed_tables, table_problems
+from .peft.tables import compare_tables, find_tables, needed_tables, take_rows
 from .peft.tensors import file_buffers, file_shapes, file_tensors, file_ties, write_tensors
 
 
@@ -88,12 +88,14 @@ def load_adapter(
 ) -> MatchReport:
     """Attach an adapter from a PEFT folder and make it active.
 
+    If the vocabulary was resized, the model takes the new rows of its tables from the file, with a warning.
+
     Args:
         trained: True trains it further. False freezes it and keeps training the adapters that were trained before.
         dtype: of the adapter in the model.
         max_rank: refuse a higher rank; None allows any.
-        check_base: refuse an adapter whose file says that it was trained on another base model, or holds a frozen table
-            with other rows, such as the new ones of a resized vocabulary.
+        check_base: refuse an adapter whose file says that it was trained on another base model, or holds another frozen
+            table. False also keeps the model's new rows.
 
     Raises:
         AdapterError: the name is taken, a target matches nothing, a rank is too high, or the adapter needs a feature
@@ -113,9 +115,8 @@ def load_adapter(
         raise AdapterError(f"{folder} has rank {highest} at {where}; the limit is {max_rank}")
     tables = find_tables(model, tensors.keys() - file_shapes(placements).keys() - file_ties(placements).keys())
     problems = _problems({key: tensor for key, tensor in tensors.items() if key not in tables}, placements)
-    if check_base:
-        problems += table_problems(model, tensors, tables)
-    if problems:
+    other_tables, new_rows = compare_tables(model, tensors, tables) if check_base else ([], [])
+    if problems := problems + other_tables:
         raise CheckpointError(f"{folder / WEIGHTS_FILE} does not fit the model:{listing(problems)}")
     trained_on, loaded = metadata.get(BASE_KEY), base_fingerprint(model)
     if check_base and trained_on is not None and trained_on != loaded:
@@ -125,6 +126,7 @@ def load_adapter(
         )
     report = add_adapter(model, config, name, dtype, trained, is_strict=False)
     write_tensors(model, name, tensors)
+    take_rows(model, name, tables, new_rows)
     return report
 
 
