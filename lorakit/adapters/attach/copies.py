@@ -130,7 +130,7 @@ def place_tokens(model: nn.Module, config: LoraConfig, ties: Ties) -> list[Place
         add = partial(_add_tokens, module, tokens)
         placements[source] = Placement(source, module, module.shapes(tokens), add)
         if is_tied:
-            followers = ties.outside(source, {"weight": table.get_parameter("weight")})
+            followers = ties.outside(source, dict(table.named_parameters(recurse=False)))
             placements |= {one.path: one for one in _place_followers(model, source, module, followers)}
     return list(placements.values())
 

@@ -140,7 +140,8 @@ class MergePlan:
         """Return the changes to the whole model, and the report, from those of its modules in model order.
 
         Raises:
-            AdapterError: at this residual_rank too little of an update would survive.
+            AdapterError: at this residual_rank too little of an update would survive, or another adapter would follow a
+                weight that the merge parts.
         """
         if refused := [layer.refusal for layer in layers if layer.refusal]:
             raise AdapterError(
@@ -150,6 +151,7 @@ class MergePlan:
         swaps = [layer.swap for layer in layers]
         follow(swaps)
         ties = TiesAfter(model, swaps)
+        ties.check_followers(model, self.names)
         notes = [f"{path} shared its weight with {other} and has its own from now on" for path, other in ties.untied]
         entries = [entry for layer in layers for entry in layer.entries]
         folder = None if self.source is None else self.source.folder
@@ -189,13 +191,8 @@ class MergePlan:
 
     def _check(self, path: str, layer: AdaptedLayer) -> None:
         """Raise AdapterError if a merge would be wrong whatever the weights."""
-        module, weight = holder(layer)
-        if not isinstance(layer.base_layer, QuantizedModule) and module._parameters.get(weight) is None:
-            raise AdapterError(
-                f"{path} is a {type(module).__name__} that computes its {weight} from other parameters, so there is "
-                "nothing to merge into; take the parametrization away first "
-                "(torch.nn.utils.parametrize.remove_parametrizations)"
-            )
+        if not isinstance(layer.base_layer, QuantizedModule):
+            _own_parameter(path, *holder(layer))
         for name in layer.names():
             if name not in self.names and layer.adapters[name].variant.multiplies_base:
                 scales = layer.adapters[name].variant.scales
@@ -207,6 +204,17 @@ class MergePlan:
             raise AdapterError(
                 f"{path} keeps the low-rank part of an earlier merge; merge into it with quantize=False only"
             )
+
+
+def _own_parameter(path: str, module: nn.Module, name: str) -> nn.Parameter:
+    """Return the parameter that a merge replaces; refuse a module that computes it from others."""
+    parameter = module._parameters.get(name)
+    if parameter is None:
+        raise AdapterError(
+            f"{path} is a {type(module).__name__} that computes its {name} from other parameters, so there is nothing "
+            "to merge into; take the parametrization away first (torch.nn.utils.parametrize.remove_parametrizations)"
+        )
+    return parameter
 
 
 def _layer_swap(path: str, layer: AdaptedLayer, names: list[str], merged: MergedWeight) -> Swap:
@@ -264,7 +272,7 @@ def _with_trained_rows(path: str, module: TrainedTokens, names: list[str]) -> Ex
     tokens = [token for name in names for token in module.tokens[name]]
     if len(set(tokens)) < len(tokens):
         raise AdapterError(f"{path}: {', '.join(names)} train rows of the same tokens, and such rows have no sum")
-    before = cast(nn.Parameter, module.base_layer._parameters["weight"])
+    before = _own_parameter(path, module.base_layer, "weight")
     after = before.detach().clone()
     for name in names:
         rows = module.parameters_of(name)["trainable_tokens_delta"]

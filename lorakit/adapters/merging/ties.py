@@ -8,12 +8,14 @@ that a merge parts from its source must be in the file, and must not share its m
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from torch import nn
 
-from ...layers import TiedModule
+from ...errors import AdapterError
+from ...layers import AdapterModule, TiedModule
 from ...layers.frozen.quantized_module import frozen
+from ..attach.state import adapter_modules
 from ..attach.targeting import unwrapped
 from ..attach.ties import Holder, Ties, plain_path
 from .swaps import Exchange, Swap
@@ -44,6 +46,21 @@ class TiesAfter:
         self.unties = bool(self.untied)
         if self.untied and (declared := list(self._declared(model))):
             self._part(model, declared)
+
+    def check_followers(self, model: nn.Module, names: Collection[str]) -> None:
+        """Raise AdapterError if another adapter's module follows a weight that it will not share any more."""
+        for path, module in adapter_modules(model).items():
+            for name in module.names() if isinstance(module, TiedModule) else ():
+                if name not in names and any(self._is_parted(module, *one) for one in module.sources(name).items()):
+                    raise AdapterError(
+                        f"{path} follows a weight that the adapter '{name}' trains, and the merge gives it another; merge "
+                        f"'{name}' too, or remove it first"
+                    )
+
+    def _is_parted(self, module: TiedModule, name: str, followed: tuple[AdapterModule, str]) -> bool:
+        owner, _, leaf = followed[1].rpartition(".")
+        source = followed[0].base_layer.get_submodule(owner)
+        return not self._is_tied(unwrapped(module), name, self._after.get((source, leaf), source._parameters[leaf]))
 
     def _is_tied(self, module: nn.Module, name: str, value: object) -> bool:
         return self._after.get((module, name), module._parameters[name]) is value

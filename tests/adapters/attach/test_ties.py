@@ -236,6 +236,33 @@ class TestSaidOrRefused:
             merge_adapter(model)
         assert torch.equal(model(x), before)
 
+    def test_a_merge_does_not_part_what_another_adapter_follows(self) -> None:
+        model = pair()
+        add_adapter(model, config(target_modules=["lm_head"]), "head")
+        add_adapter(model, config(target_modules=[], trainable_token_indices=[1]), "rows")
+        add_adapter(model, config(target_modules=[], trainable_token_indices=[2]), "more")
+        shake(model)
+        set_adapter(model, "rows")
+        before = model(IDS)
+        with pytest.raises(
+            AdapterError, match="lm_head follows a weight that the adapter 'rows' trains, and the merge"
+        ):
+            merge_adapter(model, "head")
+        assert torch.equal(model(IDS), before)
+        merge_adapter(model, "rows")  # both rows are those of one table
+        assert_alike(model(IDS), before, STATS)
+        set_adapter(model, "more")
+        both = model(IDS)
+        unmerge_adapter(model)
+        set_adapter(model, ["rows", "more"])
+        assert_alike(model(IDS), both, STATS)
+
+    def test_rows_of_a_table_that_is_computed(self) -> None:
+        model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Embedding(5, 4)), nn.Linear(4, 4))
+        add_adapter(model, config(target_modules=["1"], trainable_token_indices={"0": [1]}))
+        with pytest.raises(AdapterError, match="0 is a ParametrizedEmbedding that computes its weight"):
+            merge_adapter(model)
+
 
 class TwoBiases(nn.Module):
     """As BERT's head: the bias belongs to a module and to the layer in it."""
