@@ -49,12 +49,13 @@ class TiesAfter:
 
     def check_followers(self, model: nn.Module, names: Collection[str]) -> None:
         """Raise AdapterError if another adapter's module follows a weight that it will not share any more."""
-        for path, module in adapter_modules(model).items():
-            for name in module.names() if isinstance(module, TiedModule) else ():
+        tied = {path: module for path, module in adapter_modules(model).items() if isinstance(module, TiedModule)}
+        for path, module in tied.items():
+            for name in module.names():
                 if name not in names and any(self._is_parted(module, *one) for one in module.sources(name).items()):
                     raise AdapterError(
-                        f"{path} follows a weight that the adapter '{name}' trains, and the merge gives it another; merge "
-                        f"'{name}' too, or remove it first"
+                        f"{path} follows a weight that the adapter '{name}' trains, and the merge gives it another; "
+                        f"merge '{name}' too, or remove it first"
                     )
 
     def _is_parted(self, module: TiedModule, name: str, followed: tuple[AdapterModule, str]) -> bool:
