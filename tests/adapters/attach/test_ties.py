@@ -31,23 +31,30 @@ IDS = torch.tensor([[1, 2, 3, 4, 1], [7, 8, 9, 2, 2]])
 STATS = 64  # roundings through a small net of two layers of eight
 
 
+class Side(nn.Module):
+    """An encoder or a decoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens, self.proj = nn.Embedding(10, 8), nn.Linear(8, 8)
+
+
 class Pair(nn.Module):
     """An encoder and a decoder with tables of their own modules but one weight, and a head with the same weight."""
 
     def __init__(self, hears_of_main: bool = True) -> None:
         super().__init__()
         self.shared = nn.Embedding(10, 8)
-        self.encoder = nn.ModuleDict({"embed_tokens": nn.Embedding(10, 8), "proj": nn.Linear(8, 8)})
-        self.decoder = nn.ModuleDict({"embed_tokens": nn.Embedding(10, 8), "proj": nn.Linear(8, 8)})
+        self.encoder, self.decoder = Side(), Side()
         self.lm_head = nn.Linear(8, 10, bias=False)
-        for module in (self.encoder["embed_tokens"], self.decoder["embed_tokens"], self.lm_head):
+        for module in (self.encoder.embed_tokens, self.decoder.embed_tokens, self.lm_head):
             module.weight = self.shared.weight
         if hears_of_main:
             self.get_input_embeddings = lambda: self.shared
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.encoder["proj"](self.encoder["embed_tokens"](ids)) + self.decoder["embed_tokens"](ids.flip(-1))
-        y: Tensor = self.lm_head(self.decoder["proj"](x).tanh())
+        x = self.encoder.proj(self.encoder.embed_tokens(ids)) + self.decoder.embed_tokens(ids.flip(-1))
+        y: Tensor = self.lm_head(self.decoder.proj(x).tanh())
         return y
 
 
@@ -113,7 +120,7 @@ def test_all_who_share_a_table_follow(values: dict[str, Any], tmp_path: Path) ->
 
     merge_adapter(model)
     assert_alike(model(IDS), expected, STATS)
-    tables = {id(m.weight) for m in (model.shared, model.encoder["embed_tokens"], model.lm_head)}
+    tables = {id(m.weight) for m in (model.shared, model.encoder.embed_tokens, model.lm_head)}
     assert len(tables) == 1
     unmerge_adapter(model)
     assert torch.equal(model(IDS), expected)
