@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ class AdapterModule(RowAware, ForgetsBase):
 
     base_layer: nn.Module
     active: tuple[str, ...]
+    _tied_weights_keys: ClassVar = {"base_layer": ""}  # transformers may leave these out of a file if others share them
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()

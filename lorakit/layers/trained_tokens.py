@@ -1,7 +1,7 @@
 """`TrainedTokens`: a frozen embedding with trained rows for a few tokens, such as new special tokens.
 
-The trained rows replace those of the table. An output head that shares the table's weight gets the same rows
-(`TiedHead`).
+The trained rows replace those of the table. Modules that share the table's weight, such as an output head, get the same
+rows (`TiedModule`).
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from .adapted import AdapterModule
 from .row_products import forward_by_rows
-from .saved_module import SavedModule
 
 _TABLE = "trainable_tokens_delta"
 
@@ -32,11 +30,6 @@ class TrainedRows:
 
     tokens: list[int]
     rows: nn.Parameter
-
-
-@dataclass(frozen=True)
-class FollowedEmbedding:
-    """The record of one adapter on a `TiedHead`: empty, since the head reads the embedding's parameters."""
 
 
 class TrainedTokens(AdapterModule):
@@ -89,6 +82,11 @@ class TrainedTokens(AdapterModule):
         """The table that forward reads, (num_embeddings, embedding_dim)."""
         return self.with_rows(self.base_layer.weight)
 
+    def current(self, key: str) -> Tensor:
+        """Return a parameter of the base layer as forward uses it, for modules that share it."""
+        assert key == "weight"  # an embedding has no other
+        return self.weight
+
     def supports_rows(self, name: str) -> bool:
         return True
 
@@ -103,46 +101,3 @@ class TrainedTokens(AdapterModule):
             is_token = ids[..., None] == torch.tensor(self.tokens[name], device=ids.device)  # (..., tokens)
             y = torch.where(is_token.any(-1, keepdim=True), rows[is_token.int().argmax(-1)], y)
         return y
-
-
-class TiedHead(AdapterModule):
-    """An output head that shares an embedding's weight, even while an adapter trains the embedding or some of its rows.
-
-    Shapes:
-        x (..., embedding_dim) -> y (..., num_embeddings)
-    """
-
-    base_layer: nn.Linear
-
-    def __init__(self, base_layer: nn.Linear, embedding: TrainedTokens | SavedModule) -> None:
-        super().__init__(base_layer)
-        self._embedding = (embedding,)  # a tuple hides it from PyTorch: it is not a child of this module
-        self._names: list[str] = []
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return an empty mapping: nothing is trained here."""
-        return {}
-
-    def add(self, name: str) -> None:
-        """Use the embedding's weight while this adapter is active."""
-        self.attach(name, FollowedEmbedding())
-
-    def attach(self, name: str, record: FollowedEmbedding) -> None:
-        self._names.append(name)
-
-    def detach(self, name: str) -> FollowedEmbedding:
-        self._deactivate(name)
-        self._names.remove(name)
-        return FollowedEmbedding()
-
-    def names(self) -> list[str]:
-        return list(self._names)
-
-    def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
-        return {}
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.active:
-            y: Tensor = self.base_layer(x)
-            return y
-        return linear(x, self._embedding[0].weight.to(x.dtype), self.base_layer.bias)

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -135,7 +135,7 @@ class _CheckpointMerge:
         """Fill in layers, biases, replaced and copies."""
         names, extras = set(self.checkpoint.names), dict.fromkeys(self.folder.extras)
         changed = {f"{path}.weight" for path in self.folder.layers} | set(extras)
-        problems: list[str] = []
+        problems = [*self._unknown_ties(changed & names)]
         values = self.checkpoint.config()
         embedding = next((name for name in _EMBEDDINGS if name in names), None)
         is_tied = embedding is not None and is_head_tied(self.checkpoint, values, embedding)
@@ -170,6 +170,24 @@ class _CheckpointMerge:
             raise AdapterError(
                 f"{self.folder.folder} cannot be merged into {self.checkpoint.folder}:{listing(problems)}"
             )
+
+    def _unknown_ties(self, changed: Collection[str]) -> Iterator[str]:
+        """Yield the tables that the adapter changes and that the model may share in ways that only its class knows."""
+        config = self.checkpoint.config()
+        tied, vocabulary = config.get("tie_word_embeddings"), config.get("vocab_size")
+        classes = [str(name) for name in config.get("architectures") or ()]
+        has_head = any(word in name for name in classes for word in ("LM", "PreTraining", "Generation"))
+        is_sequence_pair = bool(config.get("is_encoder_decoder"))
+        if tied is False or not (has_head or is_sequence_pair):
+            return
+        known = {HEAD, *_EMBEDDINGS} if tied or HEAD in self.checkpoint.names else {HEAD}
+        for name in sorted(changed):
+            is_table = self.checkpoint.shape(name)[:1] == (vocabulary,)
+            if is_table and (is_sequence_pair or name not in known):
+                yield (
+                    f"{name}: {classes[0] if classes else 'the model'} may share this table with modules that the "
+                    "checkpoint does not name; merge the loaded model and save it"
+                )
 
     def write(self, folder: Path, shard_bytes: int, progress: Callable[[int, int], None] | None) -> MergeReport:
         """Write all files into a folder."""

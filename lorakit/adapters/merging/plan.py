@@ -17,7 +17,7 @@ from ...layers import (
     LoRAParameter,
     ResidualLinear4bit,
     SavedModule,
-    TiedHead,
+    TiedModule,
     TrainedTokens,
 )
 from ...layers.frozen.quantized_module import QuantizedModule, frozen
@@ -26,6 +26,7 @@ from .base import Base, WrongBase, open_base, weight_from
 from .modules import dense_base, exchanges_weight, holder, new_base, weight_bytes
 from .report import LEAST_SHARE, LayerMerge, MergeReport
 from .swaps import Exchange, MergeState, Swap
+from .ties import TiesAfter, follow
 from .weights import (
     MergedWeight,
     MergeUpdate,
@@ -139,7 +140,8 @@ class MergePlan:
         """Return the changes to the whole model, and the report, from those of its modules in model order.
 
         Raises:
-            AdapterError: at this residual_rank too little of an update would survive.
+            AdapterError: at this residual_rank too little of an update would survive, or another adapter would follow a
+                weight that the merge parts.
         """
         if refused := [layer.refusal for layer in layers if layer.refusal]:
             raise AdapterError(
@@ -147,13 +149,14 @@ class MergePlan:
                 f"{listing(refused, 10)}\nGive a 16-bit base, a higher residual_rank, or quantize=False"
             )
         swaps = [layer.swap for layer in layers]
-        _tie_heads(swaps)
-        untied = _newly_untied(model, swaps)
-        notes = [f"{path} shared its weight with {other} and has its own from now on" for path, other in untied]
+        follow(swaps)
+        ties = TiesAfter(model, swaps)
+        ties.check_followers(model, self.names)
+        notes = [f"{path} shared its weight with {other} and has its own from now on" for path, other in ties.untied]
         entries = [entry for layer in layers for entry in layer.entries]
         folder = None if self.source is None else self.source.folder
         report = MergeReport(self.names, entries, folder, self.notes + notes)
-        return MergeState(self.names, swaps, bool(untied)), report
+        return MergeState(self.names, swaps, ties.unties, ties.parted), report
 
     def _dense_form(self, layer: AdaptedLayer, is_source: bool) -> tuple[torch.dtype, str]:
         """Return the dtype of a merged weight in 16 or 32 bits, and how it comes about in a few words."""
@@ -188,6 +191,8 @@ class MergePlan:
 
     def _check(self, path: str, layer: AdaptedLayer) -> None:
         """Raise AdapterError if a merge would be wrong whatever the weights."""
+        if not isinstance(layer.base_layer, QuantizedModule):
+            _own_parameter(path, *holder(layer))
         for name in layer.names():
             if name not in self.names and layer.adapters[name].variant.multiplies_base:
                 scales = layer.adapters[name].variant.scales
@@ -199,6 +204,17 @@ class MergePlan:
             raise AdapterError(
                 f"{path} keeps the low-rank part of an earlier merge; merge into it with quantize=False only"
             )
+
+
+def _own_parameter(path: str, module: nn.Module, name: str) -> nn.Parameter:
+    """Return the parameter that a merge replaces; refuse a module that computes it from others."""
+    parameter = module._parameters.get(name)
+    if parameter is None:
+        raise AdapterError(
+            f"{path} is a {type(module).__name__} that computes its {name} from other parameters, so there is nothing "
+            "to merge into; take the parametrization away first (torch.nn.utils.parametrize.remove_parametrizations)"
+        )
+    return parameter
 
 
 def _layer_swap(path: str, layer: AdaptedLayer, names: list[str], merged: MergedWeight) -> Swap:
@@ -225,19 +241,29 @@ def _plan_copies(path: str, module: AdapterModule, names: list[str]) -> PlannedL
 
 def _copied(path: str, module: AdapterModule, names: list[str]) -> list[Exchange]:
     """Return the exchanges of the base layer's parameters for the trained copies, or trained rows, of an adapter."""
-    if isinstance(module, TiedHead):
-        return []  # it follows the embedding, see `_tie_heads`
+    if isinstance(module, TiedModule):
+        return []  # it follows another module, see `follow`
     if isinstance(module, TrainedTokens):
         return [_with_trained_rows(path, module, names)]
     assert isinstance(module, SavedModule)  # there is no other kind
     if len(names) > 1:
         raise AdapterError(f"{path}: {', '.join(names)} each have a copy of this module, and copies have no sum")
-    exchanges = []
-    for key, value in module.parameters_of(names[0]).items():
+    base, copy = module.base_layer, module.parameters_of(names[0])
+    before = {key: base.get_parameter(key) for key in copy}
+    after = {id(before[key]): frozen(value.detach().to(before[key].dtype, copy=True)) for key, value in copy.items()}
+    # A parameter that is tied within the module stays so, and copies of other adapters share what they do not train.
+    others = [module.copies[other] for other in module.names() if other not in names]
+    holders = [inner for one in (base, *others) for inner in one.modules()]
+    exchanges = [
+        Exchange(inner, leaf, parameter, after[id(parameter)])
+        for inner in holders
+        for leaf, parameter in inner._parameters.items()
+        if parameter is not None and id(parameter) in after
+    ]
+    for key, value in module.buffers_of(names[0]).items():
         owner, _, leaf = key.rpartition(".")
-        inner = module.base_layer.get_submodule(owner)
-        before = cast(nn.Parameter, inner._parameters[leaf])
-        exchanges.append(Exchange(inner, leaf, before, frozen(value.detach().to(before.dtype, copy=True))))
+        inner = base.get_submodule(owner)
+        exchanges.append(Exchange(inner, leaf, base.get_buffer(key), value.detach().clone()))
     return exchanges
 
 
@@ -246,7 +272,7 @@ def _with_trained_rows(path: str, module: TrainedTokens, names: list[str]) -> Ex
     tokens = [token for name in names for token in module.tokens[name]]
     if len(set(tokens)) < len(tokens):
         raise AdapterError(f"{path}: {', '.join(names)} train rows of the same tokens, and such rows have no sum")
-    before = cast(nn.Parameter, module.base_layer._parameters["weight"])
+    before = _own_parameter(path, module.base_layer, "weight")
     after = before.detach().clone()
     for name in names:
         rows = module.parameters_of(name)["trainable_tokens_delta"]
@@ -254,21 +280,11 @@ def _with_trained_rows(path: str, module: TrainedTokens, names: list[str]) -> Ex
     return Exchange(module.base_layer, "weight", before, frozen(after))
 
 
-def _tie_heads(swaps: list[Swap]) -> None:
-    """Give heads that follow an embedding its new weight, the same parameter, so that they stay tied."""
-    after = {id(exchange.before): exchange.after for swap in swaps for exchange in swap.exchanges}
-    for swap in swaps:
-        if isinstance(swap.module, TiedHead):
-            before = cast(nn.Parameter, swap.module.base_layer._parameters["weight"])
-            if id(before) in after:
-                swap.exchanges.append(Exchange(swap.module.base_layer, "weight", before, after[id(before)]))
-
-
 def _copy_entries(swap: Swap) -> list[LayerMerge]:
     """Return the report's lines for parameters replaced by trained copies: all of the change survives."""
     entries = []
     for exchange in swap.exchanges:
-        if exchanges_weight(swap.module, exchange):
+        if exchanges_weight(swap.module, exchange) or not isinstance(exchange.after, nn.Parameter):
             continue
         after = exchange.after.float()
         before = torch.zeros_like(after) if exchange.before is None else exchange.before.detach().float()
@@ -276,25 +292,6 @@ def _copy_entries(swap: Swap) -> list[LayerMerge]:
         nbytes = (0 if exchange.before is None else exchange.before.nbytes, exchange.after.nbytes)
         entries.append(LayerMerge.measure(name, "copied", before, change, change, nbytes=nbytes))
     return entries
-
-
-def _newly_untied(model: nn.Module, swaps: list[Swap]) -> list[tuple[str, str]]:
-    """Return (path, path of another module) for each weight that the two share now and will not share any more."""
-    holders: dict[int, list[tuple[str, nn.Module, str]]] = {}
-    leaving = {swap.old for swap in swaps if swap.new is not swap.old}  # a new module takes over its base's bias
-    for path, module in model.named_modules():
-        if module in leaving:
-            continue
-        for name, parameter in module._parameters.items():
-            holders.setdefault(id(parameter), []).append((path, module, name))
-    exchanges = [(swap.path, exchange) for swap in swaps for exchange in swap.exchanges if exchange.before is not None]
-    after = {(exchange.module, exchange.name): exchange.after for _, exchange in exchanges}
-    return [
-        (swapped, path)
-        for swapped, exchange in exchanges
-        for path, module, name in holders.get(id(exchange.before), [])
-        if module is not exchange.module and after.get((module, name)) is not exchange.after
-    ]
 
 
 def _float_dtype(model: nn.Module) -> torch.dtype:

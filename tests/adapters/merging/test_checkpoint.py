@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,44 @@ def test_convolutions(dtype: torch.dtype, settings: dict[str, Any], tmp_path: Pa
     assert not torch.equal(found["two.weight"], Kernels().to(dtype).two.weight)
 
 
+@pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
+@pytest.mark.parametrize("tying", [False, True])
+def test_copies_of_tables(name: str, tying: bool, base: Path, tmp_path: Path) -> None:
+    settings = {"target_modules": ["q_proj"], "modules_to_save": [name], "ensure_weight_tying": tying}
+    adapter = write_adapter(tmp_path / "adapter", base, **settings)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    new = torch.randn(next(tensor.shape for key, tensor in tensors.items() if key.endswith(f"{name}.weight")))
+    tensors |= {key: new.clone() for key in tensors if "lora" not in key}
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    merge_checkpoint(adapter, tmp_path / "out")
+    model = load_model(base, quant_type=None, dtype=torch.bfloat16)
+    load_adapter(model, adapter)
+    merge_adapter(model)
+    loaded = load_model(tmp_path / "out", quant_type=None, dtype=torch.bfloat16)
+    assert_equal(loaded, model)
+    is_tied = Checkpoint(base).config()["tie_word_embeddings"]
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == (is_tied and tying)
+
+
 class TestRefusals:
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True},
+            {"architectures": ["GPT2LMHeadModel"], "tie_word_embeddings": None},
+        ],
+    )
+    def test_tables_that_only_the_models_class_ties(self, changes: dict[str, Any], base: Path, tmp_path: Path) -> None:
+        if "lm_head.weight" in Checkpoint(base).names:
+            return
+        adapter = write_adapter(tmp_path / "adapter", base, target_modules=["q_proj", "embed_tokens"])
+        config = {key: value for key, value in (Checkpoint(base).config() | changes).items() if value is not None}
+        other = tmp_path / "other"
+        shutil.copytree(base, other)
+        (other / "config.json").write_text(json.dumps(config))
+        message = f"model.embed_tokens.weight: {changes['architectures'][0]} may share this table with modules that"
+        self.refused(AdapterError, message, adapter, tmp_path / "out", base=other)
+
     def refused(self, kind: type[LorakitError], message: str, adapter: Path, target: Path, **arguments: Any) -> None:
         before = sorted(target.parent.iterdir())
         with pytest.raises(kind, match=message):
