@@ -28,6 +28,12 @@ LAMBDA = 10.0
 SMALL_DECODER = 2 * 256 + 64
 
 
+# The same of SmolLM2-135M, for up to 520 tokens: 576 for queries, keys and values, 64 for a score, a row of
+# probabilities, 576 for the output, twice 576 for the MLP's halves, 1,536 for its output, two norms of half of 576, 96
+# for the rotation and the functions. Thirty layers; the last norm and the head are 864.
+SMOLLM2 = 30 * (5 * 576 + 64 + 520 + 1536 + 96) + 864
+
+
 def unit(dtype: torch.dtype) -> float:
     """Return u, the largest relative error of one rounding to the dtype."""
     return torch.finfo(dtype).eps / 2

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerances import unit
 
 from lorakit.errors import ConfigError, ShapeError
 from lorakit.quantization import BLOCK_SIZES, QUANT_TYPES, QuantizedWeight, codebook, dynamic_map, quantize
@@ -169,7 +170,8 @@ def test_double_quantization_takes_the_exact_nearest_code() -> None:
         scaled = part * (np.float32(1) / peak)
         nearest = np.abs(table[None, :].astype(np.float64) - scaled[:, None].astype(np.float64)).min(axis=1)
         taken = table[scales.codes.numpy()[block * 256 : (block + 1) * 256]].astype(np.float64)
-        assert np.abs(np.abs(taken - scaled) - nearest).max() < 1e-7  # a midpoint rounded to fp32 may go either way
+        # A midpoint rounded to fp32 may go either way.
+        assert np.abs(np.abs(taken - scaled) - nearest).max() <= 2 * unit(torch.float32)
         assert scales.absmax[block] == peak
 
 
