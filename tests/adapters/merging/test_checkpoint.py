@@ -10,6 +10,7 @@ import pytest
 import torch
 from made import CHATML, small_config, small_decoder, write_checkpoint
 from safetensors.torch import load_file, save_file
+from tolerances import rounding
 from torch import nn
 
 from lorakit import LoraConfig, add_adapter, load_adapter, load_model, load_tokenizer, merge_adapter, save_adapter
@@ -59,7 +60,9 @@ def test_the_weights_of_the_merged_model(case: str, quantized: bool, base: Path,
     assert torch.equal(loaded(IDS), model(IDS))
     assert loaded.config == model.config
     shares = {layer.path: layer.share for layer in report.layers}
-    assert shares == pytest.approx({layer.path: layer.share for layer in expected.layers})
+    # Sums in float64 over as many numbers as the largest weight has; the last bit depends on where in memory it lies.
+    bound = 2 * float(rounding(max(p.numel() for p in model.parameters()), 1.0, torch.float64))
+    assert shares == pytest.approx({layer.path: layer.share for layer in expected.layers}, rel=bound)
     is_parted = case == "head" and Checkpoint(base).config()["tie_word_embeddings"]
     assert report.base == base and bool(report.notes) == is_parted
 

@@ -115,7 +115,7 @@ class TestPlanted:
         assert repair.alignment == pytest.approx(1.0, rel=EXACT)
         assert repair.repaired == pytest.approx(repair.repairable, rel=EXACT)
         all_of_it = measure_quantization("x", quantize(source), source, LowRank(-u * s, vh)).repair
-        assert all_of_it is not None and all_of_it.repaired == pytest.approx(1.0)
+        assert all_of_it is not None and all_of_it.repaired == pytest.approx(1.0, rel=EXACT)
         worse = measure_quantization("x", quantize(source), source, LowRank(u[:, :4] * s[:4], vh[:4])).repair
         assert worse is not None and worse.verdict == "learns the task" and worse.repaired < 0
 
