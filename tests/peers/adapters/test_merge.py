@@ -120,7 +120,8 @@ def test_a_small_update_in_4_bits() -> None:
     # The weight with its part of rank 8, less the base: roundings of the whole weight, which is 100 times the update.
     assert_within(report.share, 1.0, 2 * rounding(8 + 4, 1 + 1 / report.layers[0].relative))
     whole = ours[0].dense_weight(torch.float32)
-    assert_within(whole - base, update, 2 * rounding(8 + 4, whole.abs() + base.abs()))
+    terms = ours[0].residual_up.abs() @ ours[0].residual_down.abs()
+    assert_within(whole - base, update, 2 * rounding(8 + 4, whole.abs() + base.abs() + terms))
 
 
 def test_the_bias_of_b_in_4_bits() -> None:
