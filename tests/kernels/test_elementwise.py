@@ -43,21 +43,14 @@ def assert_same(found: Tensor, expected: Tensor) -> None:
     assert torch.equal(found, expected)
 
 
-def of_row(result: Tensor) -> Tensor:
-    """The largest finite number of each row."""
-    return result.abs().nan_to_num(0.0, 0.0, 0.0).amax(-1, keepdim=True)
-
-
-def assert_near(found: Tensor, expected: Tensor, bound: Tensor) -> None:
-    """Assert that what is nan is nan, what is infinite is that infinity, and the rest within a bound in fp32.
-
-    In 16 bits both sides are rounded twice more, so that they may part by two units.
-    """
+def assert_near(found: Tensor, expected: Tensor, terms: int, more: Tensor | float = 0.0) -> None:
+    """Equal where nan or infinite; else within roundings in fp32 and two units of a row's largest number."""
     nan = expected.isnan()
     assert torch.equal(found.isnan(), nan)
     found, expected = found.masked_fill(nan, 0), expected.masked_fill(nan, 0)
-    stores = 0.0 if expected.dtype == torch.float32 else 4 * HALF_UNIT[expected.dtype] * of_row(expected)
-    assert_within(found, expected, (bound + stores).expand(expected.shape).masked_fill(expected.isinf(), 0))
+    largest = expected.double().abs().nan_to_num(0.0, 0.0, 0.0).amax(-1, keepdim=True)
+    bound = rounding(terms, largest) + 4 * HALF_UNIT[expected.dtype] * largest + more
+    assert_within(found, expected, bound.expand(expected.shape).masked_fill(expected.isinf(), 0))
 
 
 def any_bits(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -121,10 +114,10 @@ def test_rms_norm_of_numbers_that_are_not_finite_or_overflow(dtype: torch.dtype)
     weight, dy = torch.randn(40).to(dtype), torch.randn(7, 40).to(dtype)
     found, expected = cpu.rms_norm(x, weight, 1e-5), definition.rms_norm(x, weight, 1e-5)
     for ours, theirs in zip(found, expected, strict=True):
-        assert_near(ours, theirs, rounding(40 // 2 + 6, of_row(theirs)))
+        assert_near(ours, theirs, 40 // 2 + 6)
     dy[1, 5], dy[6, 2] = torch.nan, torch.inf
     ours, theirs = (module.rms_norm_backward(dy, x, weight, expected[1]) for module in (cpu, definition))
-    assert_near(ours, theirs, rounding(40 + 8, of_row(theirs)))
+    assert_near(ours, theirs, 40 + 8)
 
 
 # ---- rotary embedding ----------------------------------------------------------------------------------------------
@@ -219,13 +212,10 @@ def test_swiglu_in_fp32_of_what_is_not_finite_or_overflows() -> None:
         [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 3e38, -3e38, 1e-45, -1e-45, 89.0, -88.8, -200.0]
     )
     gate, up, dy = (x.reshape(-1) for x in torch.meshgrid(special, special, special[:5], indexing="ij"))
-    # An exponential below the normal numbers may be zero; what multiplies it counts as much as it is.
-    smallest = torch.finfo(torch.float32).smallest_normal * (1 + gate.abs())
-    factors = up.abs(), (dy * up).abs(), dy.abs()
-    found, expected = ((module.swiglu(gate, up), *module.swiglu_backward(dy, gate, up)) for module in (cpu, definition))
-    for ours, theirs, factor in zip(found, expected, factors, strict=True):
-        magnitude = theirs.abs().nan_to_num(0.0, 0.0, 0.0)
-        assert_near(ours, theirs, rounding(14, magnitude) + (smallest * factor).nan_to_num(0.0, 0.0, 0.0))
+    smallest = torch.finfo(torch.float32).smallest_normal * (1 + gate.abs())  # an exponential below it may be zero
+    found, expected = ((m.swiglu(gate, up), *m.swiglu_backward(dy, gate, up)) for m in (cpu, definition))
+    for ours, theirs, factor in zip(found, expected, (up, dy * up, dy), strict=True):
+        assert_near(ours[:, None], theirs[:, None], 14, (smallest * factor.abs()).nan_to_num(0.0, 0.0, 0.0)[:, None])
 
 
 # ---- dropout -------------------------------------------------------------------------------------------------------
