@@ -122,6 +122,19 @@ def assert_alike(found: object, expected: object, terms: int, stores: int = 1) -
     assert_within(found, expected, 2 * bound)  # each of them may be off
 
 
+def assert_alike_in_mean(found: Tensor, expected: Tensor, stores: int) -> None:
+    """Assert that two tensors in 16 bits are roundings of one value, in the root mean square.
+
+    Each of the two may be off by sqrt(n)·u, twice what n roundings leave on average.
+
+    Args:
+        stores: n, the roundings to the tensors' dtype that a summand goes through at most.
+    """
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    error, size = (found.double() - expected.double()).norm(), expected.double().norm()
+    assert error <= 2 * math.sqrt(stores) * unit(expected.dtype) * size, float(error / size)
+
+
 def assert_gradients_alike(found: Sequence[Tensor], expected: Sequence[Tensor], terms: int) -> None:
     """Assert that the gradients of several tensors are alike, next to the largest of them all.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import importlib
 import json
-import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ import pytest
 import torch
 from grid_models import as_decoder, build, inputs
 from safetensors.torch import load_file
-from tolerances import SMALL_DECODER, assert_alike
+from tolerances import SMALL_DECODER, assert_alike, assert_alike_in_mean
 from torch import Tensor, nn
 
 from lorakit import LoraConfig, add_adapter, load_adapter, remove_adapter, save_adapter
@@ -195,10 +194,11 @@ def test_ours_writes_and_peft_reads(case: str, tmp_path: Path) -> None:
 
 
 def close(found: Tensor, expected: Tensor) -> None:
-    """Each model is at most what `SMALL_DECODER` counts; in bf16 it stores 14 results a layer, and two at the end."""
-    assert found.dtype == expected.dtype
-    stores = 2 * 14 + 2
-    assert_alike(found, expected, SMALL_DECODER + 2 * 14 * 6, stores=math.ceil(4 * math.sqrt(stores)))
+    """A model has at most the roundings of `SMALL_DECODER`, and 6 ranks in 14 layers; in bf16 it stores 30 results."""
+    if expected.dtype == torch.float32:
+        assert_alike(found, expected, SMALL_DECODER + 14 * 6)
+    else:
+        assert_alike_in_mean(found, expected, stores=2 * 14 + 2)
 
 
 def assert_same_weights(ours: nn.Module, merged: nn.Module) -> None:
