@@ -11,6 +11,7 @@ import pytest
 import torch
 from made import CHATML, small_config, small_decoder, write_checkpoint
 from safetensors.torch import load_file, save_file
+from tolerances import rounding
 from torch import nn
 
 from lorakit import (
@@ -82,7 +83,11 @@ def test_the_weights_of_the_merged_model(case: str, quantized: bool, base: Path,
     assert torch.equal(loaded(IDS), model(IDS))
     assert loaded.config == model.config
     shares = {layer.path: layer.share for layer in report.layers}
-    assert shares == pytest.approx({layer.path: layer.share for layer in expected.layers if layer.how != "copied"})
+    # Sums in float64 over as many numbers as the largest weight has; the last bit depends on where in memory it lies.
+    bound = 2 * float(rounding(max(p.numel() for p in model.parameters()), 1.0, torch.float64))
+    assert shares == pytest.approx(
+        {layer.path: layer.share for layer in expected.layers if layer.how != "copied"}, rel=bound
+    )
     unties = case in ("head", "a trained head", "a trained embedding") or "embed_tokens" in CASES[case].get(
         "target_modules", ()
     )
