@@ -29,7 +29,12 @@ from source_rules import (
 FLOORS = (
     ("lorakit_kernels",),
     (
-        "lorakit.errors", "lorakit.files", "lorakit.locks", "lorakit.measure", "lorakit.settings", "lorakit.sizes",
+        "lorakit.errors",
+        "lorakit.files",
+        "lorakit.locks",
+        "lorakit.measure",
+        "lorakit.settings",
+        "lorakit.sizes",
         "lorakit.sums",
     ),  # fmt: skip
     ("lorakit.quantization",),

@@ -8,6 +8,7 @@ from ..data import iter_records
 from ..errors import LorakitError
 from .recipe import Recipe
 from .run import load_run
+from .run_folder import read_chat, system_prompt
 
 
 class Chat:
@@ -16,13 +17,14 @@ class Chat:
     Args:
         folder: the run's folder.
         adapted: whether to use the adapter, or the base model alone.
-        system: the system prompt; None: that of the run's training data, if it can still be read.
+        system: the system prompt; None: that of the run's training data. The run keeps it; for a run without the file
+            chat.json it is read from the data, if they can still be read.
     """
 
     def __init__(self, folder: Path, adapted: bool = True, system: str | None = None) -> None:
         self.model, self.tok, recipe = load_run(folder, adapted)
         self.description = f"{recipe.model.path} {'with ' + str(folder / 'adapter') if adapted else 'without adapter'}"
-        system = _system_prompt(recipe) if system is None else system
+        system = _kept_system(folder, recipe) if system is None else system
         self.messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
 
     def ask(self, text: str) -> list[dict[str, str]]:
@@ -35,10 +37,12 @@ class Chat:
         self.messages.append({"role": "assistant", "content": text})
 
 
-def _system_prompt(recipe: Recipe) -> str | None:
-    """Return the system prompt of the first training record."""
+def _kept_system(folder: Path, recipe: Recipe) -> str | None:
+    """Return the system prompt that a run keeps, or else that of the first training record."""
+    if (kept := read_chat(folder)) is not None:
+        system = kept.get("system")
+        return system if isinstance(system, str) else None
     try:
-        first = next(iter_records(recipe.data.train, recipe.data.format))
+        return system_prompt(next(iter_records(recipe.data.train, recipe.data.format)))
     except (LorakitError, StopIteration):
         return None
-    return first.messages[0].content if first.messages[0].role == "system" else None

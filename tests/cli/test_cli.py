@@ -87,7 +87,8 @@ def test_as_a_command_with_its_output_piped(workshop: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert "train 4/4  loss " in done.stdout
     assert "\x1b" not in done.stdout  # no colors in a pipe
-    assert {path.name for path in Path("run").iterdir()} == {"recipe.yaml", "adapter", "train.jsonl", "metrics.json"}
+    names = {"recipe.yaml", "chat.json", "adapter", "train.jsonl", "metrics.json"}
+    assert {path.name for path in Path("run").iterdir()} == names
 
 
 def test_an_answer_is_printed_as_it_is(workshop: Path) -> None:
@@ -108,7 +109,7 @@ def test_paths_and_patterns_with_brackets_are_no_markup(workshop: Path) -> None:
     arguments = ["--set", "output=run[/x]", "--set", r"lora.target_modules='.*\.[qv]_proj'", "--set", "eval=null"]
     printed = lorakit("train", "recipe.yaml", *arguments)
     assert r".*\.[qv]_proj: 4 layers" in printed
-    assert "lorakit chat run[/x] " in printed
+    assert "lorakit chat 'run[/x]' " in printed and "rm -r 'run[/x]/adapter' " in printed
     lorakit("chat", "run[/x]", typed="")
 
 
@@ -234,7 +235,7 @@ def test_ctrl_c_says_how_to_go_on_and_resume_goes_on(workshop: Path) -> None:
     finally:
         process.kill()
     assert process.returncode == 130
-    assert message == "interrupted; finished checkpoints are kept, see --resume\n"
+    assert message == "interrupted; go on from the last checkpoint with the same command and --resume\n"
     assert not Path("run/adapter").exists()
     short = [part.replace("100000", "12") for part in settings]
     assert "other settings" in str(CliRunner().invoke(app, ["train", "recipe.yaml", *short, "--resume"]).exception)

@@ -20,7 +20,16 @@ from lorakit.runs import load_recipe
 from lorakit.runs.chat import Chat
 from lorakit.runs.run import evaluate_run, load_run, train_run
 
-FILES = {"recipe.yaml", "adapter", "train.jsonl", "predictions.jsonl", "metrics.json", "report.html", "report.md"}
+FILES = {
+    "recipe.yaml",
+    "chat.json",
+    "adapter",
+    "train.jsonl",
+    "predictions.jsonl",
+    "metrics.json",
+    "report.html",
+    "report.md",
+}
 
 
 def run(*overrides: str, resume: bool = False) -> tuple[dict[str, Any], list[str]]:
@@ -95,6 +104,7 @@ def test_without_evaluation_there_are_counts_alone(quant_type: str, workshop: Pa
     assert "tuned" not in metrics and metrics["counts"]["eval"] == 0
     assert {path.name for path in (workshop / "run").iterdir()} == {
         "recipe.yaml",
+        "chat.json",
         "adapter",
         "train.jsonl",
         "metrics.json",
