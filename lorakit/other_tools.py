@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 
 _BATCH = "train.batch_size: all conversations of a step; train.micro_batch_tokens sets the memory, not the result"
+_SCHEDULE = "the rate rises, then falls along half a cosine; see train.warmup_ratio and train.min_lr_ratio"
 _DTYPE = "model.dtype: bfloat16, float16 or float32"
 _QUANT = "model.quant_type: nf4, fp4, or null for none"
 
@@ -32,7 +33,6 @@ OTHER_TOOLS = {
     "torch_compile": "train.compile",
     "save_steps": "train.checkpoint_every",
     "eval_steps": "train.eval_every",
-    "loraplus_lr_ratio": "train.loraplus_lr_ratio",
     "output_dir": "output",
     "run_name": "title",
     "max_seq_length": "data.max_length",
@@ -70,8 +70,8 @@ OTHER_TOOLS = {
     "dropout": "lora.lora_dropout",
     "lora_target_modules": "lora.target_modules",
     "lora_target": "lora.target_modules",
-    "lr_scheduler_type": "the rate rises, then falls along half a cosine; see train.warmup_ratio and train.min_lr_ratio",
-    "lr_scheduler": "the rate rises, then falls along half a cosine; see train.warmup_ratio and train.min_lr_ratio",
+    "lr_scheduler_type": _SCHEDULE,
+    "lr_scheduler": _SCHEDULE,
     "logging_steps": "every step is logged",
     "packing": "conversations are always packed, each apart from the others",
     "sample_packing": "conversations are always packed, each apart from the others",

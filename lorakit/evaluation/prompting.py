@@ -130,7 +130,12 @@ def choose_examples(train_records: Sequence[Record], count: int, key: Key | None
         return []
     key = key or (lambda record: split_record(record)[1])
     groups: defaultdict[Hashable, list[Record]] = defaultdict(list)
-    split_all(train_records)
+    try:
+        split_all(train_records)
+    except DataError as error:
+        raise DataError(
+            f"{error}\n(training records are the base model's worked examples; base_prompt.examples: 0 uses none)"
+        ) from None
     for record in train_records:
         groups[key(record)].append(record)
     # sorted() is stable, so records and groups that tie stay in the order of the file

@@ -193,6 +193,13 @@ def save_recipe(recipe: Recipe, path: str | PathLike[str]) -> None:
     write_text(path, dump_yaml(values))
 
 
+def input_files(recipe: Recipe) -> dict[str, Path]:
+    """Return the files that a recipe reads: dotted key -> path."""
+    values = recipe.model_dump()
+    found = (pair for pattern in INPUT_FILES for pair in _values_at(values, pattern.split(".")))
+    return {key: Path(name) for key, name in found if isinstance(name, str | Path)}
+
+
 def _own_section(key: str, message: str) -> str:
     """Return a hint for a key of the recipe that is in the wrong place, such as `lr` outside `train`."""
     name = key.rpartition(".")[2]

@@ -21,7 +21,7 @@ from ..errors import ConfigError, LorakitError, StorageError, TrainingError, lis
 from ..files import exchange, read_json_object, write_text
 from ..locks import claimed, locked
 from ..training.output import CHECKPOINTS, LOG, OutputFolder, has_steps
-from .recipe import Recipe, load_recipe, save_recipe
+from .recipe import Recipe, input_files, load_recipe, save_recipe
 
 RECIPE, CHAT, ADAPTER, METRICS = "recipe.yaml", "chat.json", "adapter", "metrics.json"
 FILES = (
@@ -129,7 +129,7 @@ class RunFolder(OutputFolder):
         try:
             shutil.copytree(
                 self._real, self.staged, symlinks=True, dirs_exist_ok=True, copy_function=_link,
-                ignore=lambda folder, names: filter(_is_own, names) if Path(folder) == self._real else (),
+                ignore=lambda folder, names: set(filter(_is_own, names)) if Path(folder) == self._real else set(),
             )  # fmt: skip
             os.replace(self.staged, old)  # under this name it is never taken for a run to resume
             try:
@@ -159,6 +159,10 @@ class RunFolder(OutputFolder):
             if path.exists() and path.is_dir() != (name in FOLDERS):
                 kind = ("file", "folder") if name in FOLDERS else ("folder", "file")
                 raise StorageError(f"{path} is a {kind[0]}, but the run writes a {kind[1]} there; move it away")
+        written = {os.path.realpath(self.output / name) for name in FILES}
+        for key, file in input_files(self.recipe).items():
+            if os.path.realpath(file) in written:
+                raise StorageError(f"{key} is {file}, where the run writes a file of its own; name another output folder")
         adapter = self.output / ADAPTER
         if adapter.is_dir() and any(adapter.iterdir()) and not (adapter / "adapter_config.json").is_file():
             raise StorageError(f"{adapter} is not an adapter, but the run writes one there; move it away")
