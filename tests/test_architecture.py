@@ -33,10 +33,11 @@ FLOORS = (
         "lorakit.files",
         "lorakit.locks",
         "lorakit.measure",
+        "lorakit.other_tools",
         "lorakit.settings",
         "lorakit.sizes",
         "lorakit.sums",
-    ),  # fmt: skip
+    ),
     ("lorakit.quantization",),
     ("lorakit.layers", "lorakit.checkpoints"),
     ("lorakit.models", "lorakit.adapters"),

@@ -128,6 +128,7 @@ def quantize(
 @app.command()
 def export(
     adapter: Annotated[Path, typer.Argument(help="folder of an adapter or a run", show_default=False)],
+    *,
     target: Annotated[str, typer.Option(help=f"program to export for: {', '.join(EXPORTS)}", show_default=False)],
     out: Annotated[Path, typer.Option(help="folder to write; for llama.cpp a file", show_default=False)],
     base: Annotated[

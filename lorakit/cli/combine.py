@@ -21,6 +21,7 @@ def combine(
     adapters: Annotated[
         list[str], typer.Argument(metavar="ADAPTER[=WEIGHT]...", help="folders; a weight is 1 if not given")
     ],
+    *,
     method: Annotated[
         str, typer.Option(help="linear, cat, svd, ties, dare_linear, dare_ties or magnitude_prune")
     ] = "linear",

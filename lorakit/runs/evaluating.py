@@ -54,6 +54,14 @@ class Questions:
     base_prompt: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Measured:
+    """The evaluation's part of metrics.json, and the rows of predictions.jsonl."""
+
+    figures: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+
 def questions_of(config: EvalConfig, train_records: Sequence[Record], held_out: Sequence[Record]) -> Questions:
     """Prepare the evaluation, as far as it needs no model.
 
@@ -97,16 +105,13 @@ def measure(
     seed: int,
     lap: Callable[[str], None],
     say: Callable[[str], None],
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+) -> Measured:
     """Measure the base model (strong prompt) and the tuned one (short prompt).
 
     Args:
         seed: of the bootstrap.
         lap: called with the name of each stage when it is over.
         say: receives one line a side.
-
-    Returns:
-        The evaluation's part of metrics.json, and the rows of predictions.jsonl.
     """
     config = questions.config
     answers: dict[str, list[str]] = {}
@@ -139,4 +144,4 @@ def measure(
         "best": {name: score.best for name, score in scores["tuned"].items()},
         "verdict": asdict(judged),
     }
-    return figures, rows
+    return Measured(figures, rows)

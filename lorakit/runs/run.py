@@ -36,7 +36,7 @@ from ..measure import peak_rss_mb
 from ..models import Decoder, Tokenizer, load_model, load_tokenizer
 from ..models.devices import check_device
 from ..training import TrainResult, train
-from .evaluating import Questions, check_questions, measure, questions_of
+from .evaluating import Measured, check_questions, measure, questions_of
 from .recipe import Recipe, load_recipe
 from .report import write_report
 from .run_files import read_json_lines
@@ -95,7 +95,8 @@ def train_run(recipe: Recipe, say: Say = print, resume: bool = False, overwrite:
         place.check_there()
         clock.lap("train")
         facts = _facts(recipe, records, attached, trained)
-        metrics = _write_results(place.work, recipe, facts, questions, (model, tok), clock, say)
+        measured = measure(questions, model, tok, recipe.seed, clock.lap, say) if questions else None
+        metrics = _write_results(place.work, recipe.output, facts, measured, clock)
         place.publish()
     return metrics
 
@@ -121,7 +122,8 @@ def evaluate_run(folder: Path, say: Say = print) -> dict[str, Any]:
         attached = load_adapter(model, folder / ADAPTER)
         clock.lap("load")
         facts = _facts(recipe, records, attached, _earlier_training(folder))
-        return _write_results(folder, recipe, facts, questions, (model, tok), clock, say)
+        measured = measure(questions, model, tok, recipe.seed, clock.lap, say)
+        return _write_results(folder, folder, facts, measured, clock)
 
 
 def load_run(folder: Path, adapted: bool = True) -> tuple[Decoder, Tokenizer, Recipe]:
@@ -189,23 +191,21 @@ def _leaks(train_records: Sequence[Record], held_out: Sequence[Record]) -> list[
 
 
 def _write_results(
-    folder: Path,
-    recipe: Recipe,
-    facts: dict[str, Any],
-    questions: Questions | None,
-    loaded: tuple[Decoder, Tokenizer],
-    clock: _Clock,
-    say: Say,
+    folder: Path, shown: Path, facts: dict[str, Any], measured: Measured | None, clock: _Clock
 ) -> dict[str, Any]:
-    """Evaluate, if there are questions; write predictions, metrics and report, and return the metrics."""
-    if questions is not None:
-        figures, rows = measure(questions, *loaded, recipe.seed, clock.lap, say)
-        facts |= figures
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    """Write metrics and, after an evaluation, predictions and report; return the metrics.
+
+    Args:
+        folder: where to write.
+        shown: the folder that the report names.
+    """
+    if measured is not None:
+        facts |= measured.figures
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in measured.rows]
         write_text(folder / "predictions.jsonl", "".join(lines))
     metrics = _write_metrics(folder, facts | {"seconds": clock.total(), "peak_rss_mb": peak_rss_mb()})
-    if questions is not None:
-        write_report(folder, recipe.output)
+    if measured is not None:
+        write_report(folder, shown)
     return metrics
 
 

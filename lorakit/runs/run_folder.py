@@ -52,7 +52,7 @@ class RunFolder(OutputFolder):
         self.recipe, self.output, self.work = recipe, recipe.output, recipe.output
         self.system: str | None = None
         self._say, self._resume, self._overwrite = say, resume, overwrite
-        self._real = Path(os.path.realpath(recipe.output))
+        self._real = recipe.output  # without links, once it is claimed
         self._locks = contextlib.ExitStack()
 
     @property
@@ -73,6 +73,7 @@ class RunFolder(OutputFolder):
                 overwritten, or something that is not a run's, or it cannot be written.
         """
         with claimed(self.output), self._locks:
+            self._real = Path(os.path.realpath(self.output))
             self._check()
             yield
 
@@ -162,7 +163,7 @@ class RunFolder(OutputFolder):
         written = {os.path.realpath(self.output / name) for name in FILES}
         for key, file in input_files(self.recipe).items():
             if os.path.realpath(file) in written:
-                raise StorageError(f"{key} is {file}, where the run writes a file of its own; name another output folder")
+                raise StorageError(f"{key} is {file}, where the run writes a file of its own; name another folder")
         adapter = self.output / ADAPTER
         if adapter.is_dir() and any(adapter.iterdir()) and not (adapter / "adapter_config.json").is_file():
             raise StorageError(f"{adapter} is not an adapter, but the run writes one there; move it away")
