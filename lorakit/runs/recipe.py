@@ -178,7 +178,7 @@ def load_recipe(path: str | PathLike[str], overrides: Sequence[str] = (), check_
     try:
         recipe = Recipe(**source.values)
     except ConfigError as error:
-        problems += [(source.place(key), key, message + _own_section(key, message)) for key, message in error.problems]
+        problems += [(source.place(key), key, _own_section(key, message)) for key, message in error.problems]
     if check_files:
         problems += [(source.place(key), key, message) for key, message in _missing(source.values)]
     if recipe is None or problems:
@@ -201,16 +201,16 @@ def input_files(recipe: Recipe) -> dict[str, Path]:
 
 
 def _own_section(key: str, message: str) -> str:
-    """Return a hint for a key of the recipe that is in the wrong place, such as `lr` outside `train`."""
+    """Return the message on a key; with the right place of one that is in the wrong one, as `lr` outside `train`."""
     name = key.rpartition(".")[2]
-    if message != "unknown key":
-        return ""
+    if not message.startswith("unknown key") or "here it is" in message:
+        return message
     sections: dict[str, type[Settings]] = {
         "model": ModelSection, "data": DataSection, "lora": LoraConfig, "train": TrainConfig, "eval": EvalConfig,
     }  # fmt: skip
     places = [f"{section}.{name}" for section, kind in sections.items() if name in kind.model_fields]
     places += [name] if name in Recipe.model_fields else []
-    return f"; here it is '{HANDED_DOWN.get(name, places[0])}'" if places else ""
+    return f"unknown key; here it is '{HANDED_DOWN.get(name, places[0])}'" if places else message
 
 
 def _existing_recipe(path: Path) -> Path:

@@ -208,7 +208,7 @@ eval:
             ("lora.rank=8", "here it is 'r'"),
             ("train.bf16=true", "here it is 'model.dtype': bfloat16, float16 or float32"),
             ("train.per_device_train_batch_size=4", "here it is 'batch_size': all conversations of a step"),
-            ("train.lr_scheduler_type=linear", "falls along half a cosine"),
+            ("train.lr_scheduler_type=linear", "the rate rises, then falls along half a cosine"),
             ("lr=1e-4", "here it is 'train.lr'"),
             ("max_length=512", "here it is 'data.max_length'"),
             ("train.quant_type=nf4", "here it is 'model.quant_type'"),
