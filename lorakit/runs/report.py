@@ -90,7 +90,7 @@ def report_context(run: Run) -> dict[str, Any]:
         "base_heading": base_heading(metrics),
         "rows": [metric_row(name, best[name], base, tuned, verdict, run.predictions) for name in best],
         "held_out": len(run.predictions) or (metrics.get("counts") or {}).get("eval"),
-        "perplexity": _perplexity(base.get("perplexity_general"), tuned.get("perplexity_general")),
+        "perplexity": _perplexity(base, tuned),
         "loss_curve": loss_curve(run.steps),
         "loss_summary": loss_summary(run.steps),
         "loss_note": _loss_note(run.steps),
@@ -207,15 +207,19 @@ def _verdict(verdict: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _perplexity(base: float | None, tuned: float | None) -> dict[str, str] | None:
-    if base is None and tuned is None:
+def _perplexity(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> dict[str, str] | None:
+    """Lay out the general perplexity of both sides; None if neither was measured."""
+    key = "perplexity_general"
+    if key not in base and key not in tuned:
         return None
-    change = f"{tuned / base - 1.0:+.1%}" if base and tuned is not None else ""
-    return {
-        "base": "" if base is None else format_perplexity(base),
-        "tuned": "" if tuned is None else format_perplexity(tuned),
-        "change": change.replace("-", "\u2212"),
+    before, after = base.get(key), tuned.get(key)
+    change = f"{after / before - 1.0:+.1%}" if before and after is not None else ""
+    texts = {
+        name: "not finite" if side[key] is None else format_perplexity(side[key])
+        for name, side in (("base", base), ("tuned", tuned))
+        if key in side
     }
+    return {"base": "", "tuned": ""} | texts | {"change": change.replace("-", "\u2212")}
 
 
 def _loss_note(steps: Sequence[Mapping[str, Any]]) -> str:

@@ -35,6 +35,7 @@ from ..locks import locked
 from ..measure import peak_rss_mb
 from ..models import Decoder, Tokenizer, load_model, load_tokenizer
 from ..models.devices import check_device
+from ..models.pretrained import KNOWN_MODELS
 from ..training import TrainResult, train
 from .evaluating import Measured, check_questions, measure, questions_of
 from .recipe import Recipe, load_recipe
@@ -139,11 +140,18 @@ def load_run_recipe(folder: Path) -> Recipe:
     """Read the recipe that a run saved.
 
     Raises:
-        CheckpointError: the folder is not a run's.
+        CheckpointError: the folder is not a run's, or its base is not here.
     """
     if not (folder / RECIPE).is_file():
         raise CheckpointError(f"{folder} is not the folder of a run: it has no {RECIPE}")
-    return load_recipe(folder / RECIPE, check_files=False)
+    recipe = load_recipe(folder / RECIPE, check_files=False)
+    path = Path(recipe.model.path).expanduser()
+    if recipe.model.path not in KNOWN_MODELS and not path.is_absolute() and not path.exists():
+        raise CheckpointError(
+            f"{folder / RECIPE}: model.path is '{recipe.model.path}', which is not here; it is relative to the folder "
+            "where the run was trained: go there, or make the path absolute"
+        )
+    return recipe
 
 
 def load_base(recipe: Recipe) -> tuple[Decoder, Tokenizer]:

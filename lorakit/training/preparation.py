@@ -123,7 +123,8 @@ def _base_hash(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> str:
 
 def _sample(tensor: Tensor) -> bytes:
     try:
-        values = tensor.flatten()[:: max(1, tensor.numel() // _SAMPLE)].cpu().contiguous()
+        plain = tensor.as_subclass(torch.Tensor)  # bitsandbytes' parameters quantize themselves when they move
+        values = plain.flatten()[:: max(1, tensor.numel() // _SAMPLE)].cpu().contiguous()
         return values.view(torch.uint8).numpy().tobytes()
     except (NotImplementedError, RuntimeError, TypeError):  # on meta, or without bytes of its own
         return b""

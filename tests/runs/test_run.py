@@ -232,6 +232,17 @@ class TestTalking:
         (workshop / "train.jsonl").unlink()
         assert Chat(workshop / "run").messages == []
 
+    def test_a_base_with_a_relative_path_is_looked_for_here(
+        self, workshop: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run("eval=null")
+        (workshop / "elsewhere").mkdir()
+        monkeypatch.chdir(workshop / "elsewhere")
+        with pytest.raises(
+            CheckpointError, match=r"recipe.yaml: model.path is 'model', .* relative to the folder where"
+        ):
+            Chat(workshop / "run")
+
     @pytest.mark.parametrize("text", ["", "[]", '{"system": '])
     def test_a_broken_file_is_named(self, text: str, workshop: Path) -> None:
         run("eval=null")
@@ -247,6 +258,7 @@ class TestFigures:
         assert metrics["tuned"]["perplexity_general"] is None and metrics["verdict"]["helped"] is False
         text = (workshop / "run" / "metrics.json").read_text()
         assert "Infinity" not in text and "NaN" not in text and json.loads(text) == metrics
+        assert "not finite" in (workshop / "run" / "report.md").read_text()
 
     @pytest.mark.parametrize(
         ("base_prompt", "given", "heading"),
