@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,16 @@ class RunFolder(OutputFolder):
             save_recipe(self.recipe, self.work / RECIPE)
         write_text(self.work / CHAT, json.dumps({"system": self.system}, ensure_ascii=False) + "\n")
         return self.work
+
+    def find_checkpoint(self, fingerprint: Mapping[str, Any]) -> Path | None:
+        try:
+            return super().find_checkpoint(fingerprint)
+        except TrainingError as error:
+            with_checkpoint = [folder for folder in self.folders if any((folder / CHECKPOINTS).glob("step-*"))]
+            old = _saved_recipe(with_checkpoint[0]) if with_checkpoint else None
+            changes = differences(old, self.recipe) if old is not None else []
+            named = [change for change in changes if change.startswith(("model.", "data."))]
+            raise TrainingError(f"{error}{listing(named)}") from None
 
     def begin_anew(self, earlier_log: Path | None) -> None:
         """Say that there is nothing to resume.

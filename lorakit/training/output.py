@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, StorageError
 from ..locks import claimed
 from .checkpoints import list_checkpoints, other_run, read_state
 
 LOG, CHECKPOINTS = "train.jsonl", "checkpoints"
+OF_A_RECIPE = ("recipe.yaml", "metrics.json")  # in the folder of a finished run of `lorakit train`
 
 
 class OutputFolder:
@@ -45,7 +46,15 @@ class OutputFolder:
 
         Returns:
             The folder to write to.
+
+        Raises:
+            StorageError: the folder holds a finished run of `lorakit train`, and this is not its continuation.
         """
+        if checkpoint is None and self.path and all((self.path / name).exists() for name in OF_A_RECIPE):
+            raise StorageError(
+                f"{self.path} holds a finished run of `lorakit train`, whose log this run would replace; name another "
+                "output folder"
+            )
         self.keep_earlier_log()
         return self.path
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from made import conversations
 
-from lorakit import save_records
+from lorakit import LoraConfig, TrainConfig, add_adapter, load_model, load_tokenizer, save_records, train
 from lorakit.errors import ConfigError, LorakitError, StorageError, TrainingError
 from lorakit.locks import locked
 from lorakit.runs import load_recipe
@@ -140,6 +140,15 @@ class TestAFinishedRun:
             run(*QUICK, resume=True)
         assert contents() == before
 
+    def test_is_not_trained_over_from_python(self, workshop: Path) -> None:
+        run(*QUICK)
+        before = contents()
+        model, tok = load_model("model"), load_tokenizer("model")
+        add_adapter(model, LoraConfig(r=2))
+        with pytest.raises(StorageError, match="run holds a finished run of `lorakit train`"):
+            train(model, tok, conversations(4), TrainConfig(output=Path("run"), max_steps=1, progress=False))
+        assert contents() == before
+
 
 class TestAnUnfinishedRun:
     def test_is_refused_with_the_ways_on(self, workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,9 +167,10 @@ class TestAnUnfinishedRun:
             ("train.lr=0.5", "lr: 0.01 in that run, 0.5 now"),
             ("lora.lora_alpha=9", "lora_alpha of adapter 'default': 8.0 in that run, 9.0 now"),
             ("train.optimizer=lion", "optimizer: adamw in that run, lion now"),
-            ("model.quant_type=fp4", "the base model: not the same"),
-            ("model.quant_type=null", "the base model: not the same"),
-            ("data.train=eval.jsonl", "the training records: not the same"),
+            ("model.quant_type=fp4", "the base model: not the same\n  model.quant_type: nf4 in that run, fp4 now"),
+            ("model.quant_type=null", "the base model: not the same\n  model.quant_type: nf4 in that run, None now"),
+            ("model.dtype=bfloat16", "the base model: not the same\n  model.dtype: float32 in that run, bfloat16 now"),
+            ("data.train=eval.jsonl", "not the same\n  data.train: train.jsonl in that run, eval.jsonl now"),
         ],
     )
     def test_a_refused_resume_changes_nothing_and_says_what_differs(
