@@ -20,7 +20,7 @@ import lorakit.files as files
 from lorakit.runs import load_recipe
 from lorakit.runs.run import train_run
 
-changed = ["eval=null", "data.eval=null", "train.lr=0.5", "train.checkpoint_every=2"]
+changed = ["eval=null", "data.eval=null", "train.lr=0.5", "train.checkpoint_every=1", "train.max_steps=2"]
 
 def kill_at(number):
     count = 0
