@@ -81,7 +81,7 @@ OTHER_TOOLS = {
 
 
 def other_tools_hint(key: str, fields: Container[str]) -> str:
-    """Return "; here it is ..." for a key of another tool, or "".
+    """Return "; here it is called ..." for a key of another tool, or "".
 
     Args:
         fields: the keys of the section in which it was found; one of them is named without its section.
@@ -93,4 +93,4 @@ def other_tools_hint(key: str, fields: Container[str]) -> str:
     if " " in name:
         return f"; {meant}"
     own = name.rpartition(".")[2]
-    return f"; here it is '{own if own in fields else name}'{colon}{note}"
+    return f"; here it is called '{own if own in fields else name}'{colon}{note}"

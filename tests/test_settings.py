@@ -107,17 +107,17 @@ def test_no_hint_is_for_a_key_that_exists(key: str) -> None:
 
 
 def test_a_key_is_named_without_the_section_that_it_is_in() -> None:
-    assert other_tools_hint("learning_rate", {"lr"}) == "; here it is 'lr'"
-    assert other_tools_hint("Learning_Rate", ()) == "; here it is 'train.lr'"
-    assert other_tools_hint("warmup_steps", ()) == "; here it is 'train.warmup_ratio': a share of the steps"
+    assert other_tools_hint("learning_rate", {"lr"}) == "; here it is called 'lr'"
+    assert other_tools_hint("Learning_Rate", ()) == "; here it is called 'train.lr'"
+    assert other_tools_hint("warmup_steps", ()) == "; here it is called 'train.warmup_ratio': a share of the steps"
     assert other_tools_hint("logging_steps", ()) == "; every step is logged"
     assert other_tools_hint("anything", ()) == ""
 
 
 def test_in_python_too() -> None:
     with pytest.raises(
-        ConfigError, match="gradient_accumulation_steps: unknown key; here it is 'batch_size': all conv"
+        ConfigError, match="gradient_accumulation_steps: unknown key; here it is called 'batch_size': all conv"
     ):
         TrainConfig(gradient_accumulation_steps=4)
-    with pytest.raises(ConfigError, match="rank: unknown key; here it is 'r'"):
+    with pytest.raises(ConfigError, match="rank: unknown key; here it is called 'r'"):
         LoraConfig(rank=8)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ..data import iter_records
 from ..errors import LorakitError
 from .recipe import Recipe
 from .run import load_run
-from .run_folder import read_chat, system_prompt
+from .run_folder import chat_of, read_chat
 
 
 class Chat:
@@ -24,8 +25,9 @@ class Chat:
     def __init__(self, folder: Path, adapted: bool = True, system: str | None = None) -> None:
         self.model, self.tok, recipe = load_run(folder, adapted)
         self.description = f"{recipe.model.path} {'with ' + str(folder / 'adapter') if adapted else 'without adapter'}"
-        system = _kept_system(folder, recipe) if system is None else system
-        self.messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
+        opening = _opening(folder, recipe)
+        system = opening.get("system") if system is None else system
+        self.messages: list[dict[str, str]] = [{"role": "system", "content": str(system)}] if system else []
 
     def ask(self, text: str) -> list[dict[str, str]]:
         """Add a user turn; return the conversation so far."""
@@ -37,12 +39,11 @@ class Chat:
         self.messages.append({"role": "assistant", "content": text})
 
 
-def _kept_system(folder: Path, recipe: Recipe) -> str | None:
-    """Return the system prompt that a run keeps, or else that of the first training record."""
+def _opening(folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """Return how the run's chats begin: as it keeps it, or else as the first training record does."""
     if (kept := read_chat(folder)) is not None:
-        system = kept.get("system")
-        return system if isinstance(system, str) else None
+        return kept
     try:
-        return system_prompt(next(iter_records(recipe.data.train, recipe.data.format)))
+        return chat_of(next(iter_records(recipe.data.train, recipe.data.format)))
     except (LorakitError, StopIteration):
-        return None
+        return {}

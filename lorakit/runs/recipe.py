@@ -203,14 +203,14 @@ def input_files(recipe: Recipe) -> dict[str, Path]:
 def _own_section(key: str, message: str) -> str:
     """Return the message on a key; with the right place of one that is in the wrong one, as `lr` outside `train`."""
     name = key.rpartition(".")[2]
-    if not message.startswith("unknown key") or "here it is" in message:
+    if not message.startswith("unknown key") or "here it is called" in message:
         return message
     sections: dict[str, type[Settings]] = {
         "model": ModelSection, "data": DataSection, "lora": LoraConfig, "train": TrainConfig, "eval": EvalConfig,
     }  # fmt: skip
     places = [f"{section}.{name}" for section, kind in sections.items() if name in kind.model_fields]
     places += [name] if name in Recipe.model_fields else []
-    return f"unknown key; here it is '{HANDED_DOWN.get(name, places[0])}'" if places else message
+    return f"unknown key; here it is called '{HANDED_DOWN.get(name, places[0])}'" if places else message
 
 
 def _existing_recipe(path: Path) -> Path:

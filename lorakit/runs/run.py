@@ -41,7 +41,7 @@ from .evaluating import Measured, check_questions, measure, questions_of
 from .recipe import Recipe, load_recipe
 from .report import write_report
 from .run_files import read_json_lines
-from .run_folder import ADAPTER, METRICS, RECIPE, RunFolder, system_prompt
+from .run_folder import ADAPTER, METRICS, RECIPE, RunFolder, chat_of
 
 Say = Callable[[str], None]
 
@@ -88,7 +88,7 @@ def train_run(recipe: Recipe, say: Say = print, resume: bool = False, overwrite:
         torch.manual_seed(recipe.seed)
         attached = add_adapter(model, recipe.lora)
         say(str(attached))
-        place.system = system_prompt(records.train[0])
+        place.chat = chat_of(records.train[0])
         trained = train(
             model, tok, records.train, recipe.train, records.held_out, resume=resume, probes=probes, place=place
         )

@@ -42,7 +42,7 @@ class RunFolder(OutputFolder):
     Attributes:
         output: the recipe's folder.
         work: where the run writes: `output`, or the hidden folder beside it.
-        system: the system prompt of the run's chats, to be kept with it.
+        chat: how the run's chats begin, from `chat_of`; the run keeps it in chat.json.
     """
 
     def __init__(self, recipe: Recipe, say: Callable[[str], None], resume: bool, overwrite: bool) -> None:
@@ -50,7 +50,7 @@ class RunFolder(OutputFolder):
         if resume and overwrite:
             raise ConfigError("a run is either resumed or overwritten, not both")
         self.recipe, self.output, self.work = recipe, recipe.output, recipe.output
-        self.system: str | None = None
+        self.chat: dict[str, Any] = {}
         self._say, self._resume, self._overwrite = say, resume, overwrite
         self._real = recipe.output  # without links, once it is claimed
         self._locks = contextlib.ExitStack()
@@ -94,7 +94,7 @@ class RunFolder(OutputFolder):
         self.keep_earlier_log()
         if _saved_recipe(self.work) != self.recipe:
             save_recipe(self.recipe, self.work / RECIPE)
-        write_text(self.work / CHAT, json.dumps({"system": self.system}, ensure_ascii=False) + "\n")
+        write_text(self.work / CHAT, json.dumps(self.chat, ensure_ascii=False) + "\n")
         return self.work
 
     def find_checkpoint(self, fingerprint: Mapping[str, Any]) -> Path | None:
@@ -267,14 +267,14 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
     ]
 
 
-def system_prompt(record: Record) -> str | None:
-    """Return the system prompt with which a record begins, or None."""
+def chat_of(record: Record) -> dict[str, Any]:
+    """Return how chats with a run begin that was trained on such records, as JSON: "system", its prompt or None."""
     first = record.messages[0]
-    return first.content if first.role == "system" else None
+    return {"system": first.content if first.role == "system" else None}
 
 
 def read_chat(folder: Path) -> dict[str, Any] | None:
-    """Return what a run keeps for its chats: "system", the system prompt or None; None for a run without that file.
+    """Return how a run's chats begin, as `chat_of` has it; None for a run that does not keep it.
 
     Raises:
         CheckpointError: the file is broken.

@@ -174,7 +174,7 @@ class TestErrors:
             (["train", "recipe.yaml", "--set", "lora.rank_pattern={'(': 2}"], ["not a regular expression"]),
             (["train", "recipe.yaml", "--set", "model.device=gpu"], ["model.device: 'gpu' is no device", "'cuda'"]),
             (["train", "recipe.yaml", "--set", "model.device=cuda:77"], ["model.device is 'cuda:77'", "finds cpu"]),
-            (["train", "recipe.yaml", "--set", "train.learning_rate=1"], ["unknown key; here it is 'lr'"]),
+            (["train", "recipe.yaml", "--set", "train.learning_rate=1"], ["unknown key; here it is called 'lr'"]),
             (["train", "recipe.yaml", "--set", "output=."], ["data.train is train.jsonl, where the run writes"]),
             (["eval", "nowhere"], ["nowhere is not the folder of a run"]),
             (["chat", "model"], ["model is not the folder of a run"]),

@@ -203,16 +203,16 @@ eval:
     @pytest.mark.parametrize(
         ("override", "hint"),
         [
-            ("train.learning_rate=1e-4", "here it is 'lr'"),
-            ("learning_rate=1e-4", "here it is 'train.lr'"),
-            ("lora.rank=8", "here it is 'r'"),
-            ("train.bf16=true", "here it is 'model.dtype': bfloat16, float16 or float32"),
-            ("train.per_device_train_batch_size=4", "here it is 'batch_size': all conversations of a step"),
+            ("train.learning_rate=1e-4", "here it is called 'lr'"),
+            ("learning_rate=1e-4", "here it is called 'train.lr'"),
+            ("lora.rank=8", "here it is called 'r'"),
+            ("train.bf16=true", "here it is called 'model.dtype': bfloat16, float16 or float32"),
+            ("train.per_device_train_batch_size=4", "here it is called 'batch_size': all conversations of a step"),
             ("train.lr_scheduler_type=linear", "the rate rises, then falls along half a cosine"),
-            ("lr=1e-4", "here it is 'train.lr'"),
-            ("max_length=512", "here it is 'data.max_length'"),
-            ("train.quant_type=nf4", "here it is 'model.quant_type'"),
-            ("eval.seed=1", "here it is 'seed'"),
+            ("lr=1e-4", "here it is called 'train.lr'"),
+            ("max_length=512", "here it is called 'data.max_length'"),
+            ("train.quant_type=nf4", "here it is called 'model.quant_type'"),
+            ("eval.seed=1", "here it is called 'seed'"),
         ],
     )
     def test_keys_of_other_tools_and_in_other_sections(self, override: str, hint: str) -> None:
