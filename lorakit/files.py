@@ -18,6 +18,7 @@ import re
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -78,10 +79,11 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file.
 
     Raises:
-        CheckpointError: the file is missing, is not UTF-8 or JSON (with line and column), or holds something else.
+        CheckpointError: the file is missing, is not UTF-8 or JSON (with line and column), repeats a key in one object,
+            or holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent}: there is no {path.name} here") from None
     except OSError as error:
@@ -91,6 +93,21 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds a JSON {type(value).__name__}, expected an object")
     return value
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object's (key, value) pairs as a dict: the `object_pairs_hook` of strict reading.
+
+    RFC 8259 leaves the meaning of a repeated key open. Python keeps the last value and says nothing.
+
+    Raises:
+        ValueError: a key is repeated; the message names it.
+    """
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        repeated, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f'an object repeats the key "{repeated}"')
+    return values
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:

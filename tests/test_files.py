@@ -17,8 +17,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lorakit.errors import StorageError
-from lorakit.files import atomic_folder, atomic_write, check_space, finite, sha256_file, write_text
+from lorakit.errors import CheckpointError, StorageError
+from lorakit.files import atomic_folder, atomic_write, check_space, finite, read_json_object, sha256_file, write_text
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="POSIX limits and modes")
 
@@ -280,3 +280,14 @@ def test_hashes_are_sha256sums(content: bytes, tmp_path: Path) -> None:
         b"abc": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
     }.get(content, hashlib.sha256(content).hexdigest())
     assert sha256_file(tmp_path / "file") == sha256_file(str(tmp_path / "file")) == expected
+
+
+class TestReading:
+    @pytest.mark.parametrize("text", ['{"r": 8, "r": 16}', '{"a": [{"b": {"r": 1, "x": 2, "r": 1}}]}'])
+    def test_an_object_that_repeats_a_key_is_refused(self, text: str, tmp_path: Path) -> None:
+        path = tmp_path / "adapter_config.json"
+        path.write_text(text)
+        with pytest.raises(CheckpointError, match=r'not valid JSON: an object repeats the key "r"'):
+            read_json_object(path)
+        path.write_text('{"a": {"r": 1}, "b": {"r": 2}, "r": Infinity}')
+        assert read_json_object(path)["b"] == {"r": 2}

@@ -226,12 +226,18 @@ def show(
     examples = encode_records(tok, records, max_length)
     for example in examples[:count]:
         console.print(describe_example(tok, example), end="\n\n", soft_wrap=True)
-    lengths = sorted(len(example.input_ids) for example in examples)
+    lengths = sorted(length for example in examples for length in example.lengths)
     trained = sum(sum(example.loss_mask) for example in examples)
     console.print(
         f"{len(examples)} conversations, {sum(lengths):,} tokens, {trained:,} trained; "
         f"median {lengths[len(lengths) // 2]}, longest {lengths[-1]}"
     )
+    if len(lengths) > len(examples):
+        console.print(
+            f"{len(lengths)} renderings, because the chat template changes earlier turns when another is added"
+        )
+    if tok.is_dated:
+        console.print(f"date in the conversations: {tok.date}")
     say(str(check_records(records)))
 
 

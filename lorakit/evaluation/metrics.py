@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from ..data.records import Problems
+from ..data.conversations import Problems
 from ..errors import ConfigError, DataError, did_you_mean
 from ..settings import Settings
 from .bootstrap import Scores, bootstrap_interval

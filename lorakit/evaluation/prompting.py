@@ -13,12 +13,13 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from statistics import median
 
-from ..data.records import Message, Problems, Record
+from ..data.conversations import Message, Problems, Record
 from ..errors import DataError, LorakitError
 from ..models import Decoder, Tokenizer
+from ..models.chat_template import ChatMessages
 from .metrics import METRICS, MetricConfig
 
-Chat = list[dict[str, str]]  # messages as `Tokenizer.render_chat` and `generate` take them
+Chat = ChatMessages  # as `Tokenizer.render_chat` and `generate` take them
 Key = Callable[[Record], Hashable]
 
 
@@ -26,7 +27,7 @@ def split_record(record: Record) -> tuple[Chat, str]:
     """Return (the messages up to the last answer, that answer): the short prompt and its reference.
 
     Raises:
-        DataError: the record does not end with an answer, or asks nothing before it.
+        DataError: the record does not end with an answer in words, or asks nothing before it.
     """
     *asked, answer = record.messages
     if answer.role != "assistant":
@@ -34,9 +35,11 @@ def split_record(record: Record) -> tuple[Chat, str]:
             f"{record.source}: the last message is from '{answer.role}'; an evaluated record ends with 'assistant'"
         )
         raise DataError(message)
+    if answer.extra.get("tool_calls"):
+        raise DataError(f"{record.source}: the last answer calls a tool; there is no text to compare an output with")
     if not any(message.role == "user" for message in asked):
         raise DataError(f"{record.source}: there is no 'user' message before the answer, so nothing to ask the model")
-    return [message.as_dict() for message in asked], answer.content
+    return Chat((message.as_dict() for message in asked), record.tools), answer.content
 
 
 def split_all(records: Sequence[Record]) -> tuple[list[Chat], list[str]]:
@@ -93,23 +96,24 @@ def check_prompts(
 
 
 def prompted_messages(
-    record_messages: Sequence[Message], instructions: str | None, examples: Sequence[Record] = ()
+    record: Record | Sequence[Message], instructions: str | None, examples: Sequence[Record] = ()
 ) -> Chat:
     """Build the base model's prompt: instructions, the examples' turns, then the question.
 
     Args:
-        record_messages: the record's messages; a final answer is left out.
+        record: the record, whose tools go along, or messages without tools; a final answer is left out.
         instructions: the system prompt; None keeps the record's own.
         examples: training records from `choose_examples`; their turns come first, without their system prompts.
     """
-    messages = list(record_messages)
+    messages, tools = (list(record.messages), record.tools) if isinstance(record, Record) else (list(record), None)
     if messages and messages[-1].role == "assistant":
         messages.pop()
     own_system = [message.content for message in messages if message.role == "system"]
     system = "\n\n".join(own_system) if instructions is None else instructions
     turns = [message for example in examples for message in example.messages if message.role != "system"]
     turns += [message for message in messages if message.role != "system"]
-    return ([{"role": "system", "content": system}] if system else []) + [message.as_dict() for message in turns]
+    opening = [{"role": "system", "content": system}] if system else []
+    return Chat([*opening, *(message.as_dict() for message in turns)], tools)
 
 
 def choose_examples(train_records: Sequence[Record], count: int, key: Key | None = None) -> list[Record]:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, DataError
+from .chat_template import Tools
 from .decoder.cache import KVCache
 from .decoder.decoder import Decoder
 from .tokenizer.tokenizer import Tokenizer
 
-Conversation = Sequence[Mapping[str, str]]
+Conversation = Sequence[Mapping[str, Any]]
 
 _TINY = torch.finfo(torch.float32).tiny  # a smaller temperature or top_p would be zero in fp32
 
@@ -31,6 +32,7 @@ def generate(
     *,
     seed: int | None = None,
     batch_size: int = 32,
+    tools: Tools | None = None,
 ) -> str | list[str]:
     """Continue prompts, or answer conversations through the tokenizer's chat template.
 
@@ -44,6 +46,8 @@ def generate(
             arXiv:1904.09751).
         seed: makes sampling repeatable.
         batch_size: prompts to compute at a time.
+        tools: JSON Schemas of the functions that the conversations may call; None: each record's own, where the
+            messages come from one.
 
     Returns:
         The new text alone: a str for one prompt or conversation, a list for a list.
@@ -65,7 +69,7 @@ def generate(
         raise ConfigError(f"seed is {seed}, expected -2**63 to 2**64 - 1, the range that torch's generators take")
     inputs: Any = messages_or_prompts
     is_single = isinstance(inputs, str) or bool(inputs and isinstance(inputs[0], Mapping))
-    prompts = _encoded(model, tok, [inputs] if is_single else inputs, max_new_tokens)
+    prompts = _encoded(model, tok, [inputs] if is_single else inputs, max_new_tokens, tools)
     sampler = _Sampler(temperature, top_p, seed, model.device)
     answers: list[list[int]] = [[] for _ in prompts]
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together: less padding
@@ -83,10 +87,10 @@ def generate(
 
 
 def _encoded(
-    model: Decoder, tok: Tokenizer, inputs: Sequence[str | Conversation], max_new_tokens: int
+    model: Decoder, tok: Tokenizer, inputs: Sequence[str | Conversation], max_new_tokens: int, tools: Tools | None
 ) -> list[list[int]]:
     """Return each prompt's token ids, after checking that its answer fits the context."""
-    texts = [item if isinstance(item, str) else tok.render_chat(item, add_generation_prompt=True) for item in inputs]
+    texts = [item if isinstance(item, str) else tok.render_chat(item, True, tools) for item in inputs]
     prompts = [tok.encode(text) for text in texts]
     room = model.config.context_length - max_new_tokens
     for index, prompt in enumerate(prompts):

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..data import iter_records
 from ..errors import LorakitError
+from ..models.chat_template import ChatMessages
 from .recipe import Recipe
 from .run import load_run
 from .run_folder import chat_of, read_chat
@@ -18,18 +19,19 @@ class Chat:
     Args:
         folder: the run's folder.
         adapted: whether to use the adapter, or the base model alone.
-        system: the system prompt; None: that of the run's training data. The run keeps it; for a run without the file
-            chat.json it is read from the data, if they can still be read.
+        system: the system prompt; None: that of the run's training data. The run keeps it, and their tools, which a
+            chat always has; for a run without the file chat.json they are read from the data, if these are still there.
     """
 
     def __init__(self, folder: Path, adapted: bool = True, system: str | None = None) -> None:
         self.model, self.tok, recipe = load_run(folder, adapted)
         self.description = f"{recipe.model.path} {'with ' + str(folder / 'adapter') if adapted else 'without adapter'}"
-        opening = _opening(folder, recipe)
-        system = opening.get("system") if system is None else system
-        self.messages: list[dict[str, str]] = [{"role": "system", "content": str(system)}] if system else []
+        kept = _opening(folder, recipe)
+        system = kept.get("system") if system is None else system
+        opening = [{"role": "system", "content": str(system)}] if system else []
+        self.messages = ChatMessages(opening, kept.get("tools"))
 
-    def ask(self, text: str) -> list[dict[str, str]]:
+    def ask(self, text: str) -> ChatMessages:
         """Add a user turn; return the conversation so far."""
         self.messages.append({"role": "user", "content": text})
         return self.messages

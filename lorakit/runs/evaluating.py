@@ -76,7 +76,7 @@ def questions_of(config: EvalConfig, train_records: Sequence[Record], held_out: 
     check_references(references, config.metrics, sources)
     instructions = config.base_prompt.text()
     examples = choose_examples(train_records, config.base_prompt.examples, key_for_metrics(config.metrics))
-    strong = [prompted_messages(record.messages, instructions, examples) for record in held_out]
+    strong = [prompted_messages(record, instructions, examples) for record in held_out]
     base_prompt = {"instructions": instructions is not None, "examples": len(examples)}
     return Questions(config, short, strong, references, sources, general_text(config.general_text), base_prompt)
 

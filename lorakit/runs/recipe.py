@@ -7,6 +7,7 @@ command-line tool, and stay relative in the recipe that a run saves.
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -86,6 +87,11 @@ class DataSection(Settings):
         None, gt=0, lt=1, description="share of `train` to hold out, instead of a file `eval`"
     )
     max_length: int = Field(1024, ge=2, description="longest conversation in tokens; a longer one is an error")
+    date: datetime.date | None = Field(
+        None,
+        description="the date for chat templates that ask for today's, such as 2026-11-28; null: the day on which the "
+        "run begins, which its recipe.yaml then keeps",
+    )
 
     @field_validator("format")
     @classmethod

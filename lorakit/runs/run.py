@@ -34,6 +34,7 @@ from ..inspection.probes import Probes
 from ..locks import locked
 from ..measure import peak_rss_mb
 from ..models import Decoder, Tokenizer, load_model, load_tokenizer
+from ..models.chat_template import today
 from ..models.devices import check_device
 from ..models.pretrained import KNOWN_MODELS
 from ..training import TrainResult, train
@@ -83,6 +84,10 @@ def train_run(recipe: Recipe, say: Say = print, resume: bool = False, overwrite:
         clock.lap("load")
         weights = recipe.model.quant_type or recipe.model.dtype
         say(f"model: {recipe.model.path}, {weights}, {clock.seconds['load']:.1f} s")
+        if tok.is_dated:
+            place.recipe = recipe = _dated(recipe, place.folders if resume else [])
+            tok = tok.on(recipe.data.date or today())
+            say(f"date in the conversations: {tok.date}")
         if questions:
             check_questions(questions, model, tok)
         torch.manual_seed(recipe.seed)
@@ -164,7 +169,18 @@ def load_base(recipe: Recipe) -> tuple[Decoder, Tokenizer]:
     device, dtype = check_device(section.device, "model.device"), getattr(torch, section.dtype)
     model = load_model(section.path, section.quant_type, dtype, device, section.block_size, section.double_quant)
     assert model.folder is not None  # load_model sets it
-    return model, load_tokenizer(model.folder)
+    return model, load_tokenizer(model.folder, recipe.data.date)
+
+
+def _dated(recipe: Recipe, resumed: Sequence[Path]) -> Recipe:
+    """Return the recipe with a date for the chat template: its own, or that of the run that it resumes, or today's.
+
+    Args:
+        resumed: the folders that may hold that run, the likeliest first.
+    """
+    begun = [load_run_recipe(folder).data.date for folder in resumed if (folder / "recipe.yaml").is_file()]
+    day = next((day for day in (recipe.data.date, *begun) if day is not None), today())
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"date": day})})
 
 
 def read_records(recipe: Recipe) -> RunRecords:

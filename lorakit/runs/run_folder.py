@@ -268,9 +268,9 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 
 
 def chat_of(record: Record) -> dict[str, Any]:
-    """Return how chats with a run begin that was trained on such records, as JSON: "system", its prompt or None."""
+    """Return how chats with a run begin that was trained on such records, as JSON: "system" and "tools", or None."""
     first = record.messages[0]
-    return {"system": first.content if first.role == "system" else None}
+    return {"system": first.content if first.role == "system" else None, "tools": record.tools}
 
 
 def read_chat(folder: Path) -> dict[str, Any] | None:

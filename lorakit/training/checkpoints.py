@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, TrainingError, listing
 from ..files import atomic_folder, finite
+from ..models.tokenizer.tokenizer import Tokenizer
 from .optimizers import Optimizer
 
 STATE = "state.json"
@@ -93,6 +96,27 @@ def other_run(path: Path, written: Any, wanted: Any) -> TrainingError:
         f"{path} was written with other settings, data or adapter; resume with those, or train into another folder"
         f"{':' if differences else ''}{listing(differences)}"
     )
+
+
+def on_first_day(tok: Tokenizer, outputs: Sequence[Path]) -> Tokenizer:
+    """Return the tokenizer with the date of the run whose checkpoints are in one of the folders, unless it has its own.
+
+    Warns where that changes the conversations: where their chat template asks for the date and it is another.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+    """
+    checkpoints = [path for output in outputs for path in list_checkpoints(output / "checkpoints")[-1:]]
+    if not checkpoints or tok.has_own_date:
+        return tok
+    try:
+        state = json.loads((checkpoints[0] / "state.json").read_text(encoding="utf-8"))
+        first_day = date.fromisoformat(state["progress"].get("date", tok.date.isoformat()))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"cannot read the checkpoint {checkpoints[0]}: {type(error).__name__}: {error}") from None
+    if tok.is_dated and first_day != tok.date:
+        warnings.warn(f"the conversations get the date on which the run began, {first_day}", stacklevel=3)
+    return tok.on(first_day)
 
 
 def load_checkpoint(

@@ -41,7 +41,7 @@ def check_examples(model: nn.Module, examples: Sequence[Example]) -> None:
         DataError: naming each example that does not fit.
     """
     context = model.config.context_length if isinstance(model, Decoder) else math.inf
-    long = [f"{example.source} ({len(example.input_ids)})" for example in examples if len(example.input_ids) > context]
+    long = [f"{example.source} ({max(example.lengths)})" for example in examples if max(example.lengths) > context]
     if long:
         raise DataError(f"longer than the model's context of {context} tokens: {', '.join(first_few(long))}")
     rows = vocabulary_rows(model)

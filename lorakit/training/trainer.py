@@ -31,7 +31,7 @@ from ..models.decoder.loss import summed_loss
 from ..models.tokenizer.tokenizer import Tokenizer
 from ..sums import flat_slices
 from .activations import saving_activations
-from .checkpoints import load_checkpoint, save_checkpoint
+from .checkpoints import load_checkpoint, on_first_day, save_checkpoint
 from .compiling import compiled_layers
 from .config import TrainConfig
 from .lora_fa import frozen_a
@@ -82,8 +82,9 @@ def train(
         model: a `Decoder`, or another causal language model, with an adapter attached.
         train_records: conversations; the assistant's turns are trained.
         eval_records: held-out conversations; their loss is measured at the end and every `eval_every` steps.
-        resume: continue from the last checkpoint in config.output, bit for bit as if the run had not stopped; without
-            a checkpoint there, begin with a warning and keep the log that is there under another name.
+        resume: continue from the last checkpoint in config.output, bit for bit as if the run had not stopped, and with
+            the date of its first day, unless `tok` has its own; without a checkpoint there, begin with a warning and
+            keep the log that is there under another name.
         probes: observers, which do not change the result.
         place: where the run writes, if not plainly to config.output; already claimed.
 
@@ -97,6 +98,7 @@ def train(
         if place is None:
             place = OutputFolder(config.output)
             while_training.enter_context(place.claimed())
+        tok = on_first_day(tok, place.folders if resume else [])
         while_training.enter_context(frozen_a(model, config.lora_fa))
         parameters = _trained_parameters(model)
         examples = encode_records(tok, train_records, config.max_length)
@@ -138,7 +140,7 @@ def train(
             for probe in probes:
                 probe.after_step(row)
             if folder and _is_due(result.steps, config.checkpoint_every):
-                progress = {"history": log.rows}
+                progress = {"history": log.rows, "date": tok.date.isoformat()}
                 save_checkpoint(folder / CHECKPOINTS, result.steps, parameters, optimizer, fingerprint, progress)
     result.trained_tokens = sum(row["trained_tokens"] for row in result.history)
     result.tokens = sum(row["tokens"] for row in result.history)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import shutil
 from pathlib import Path
@@ -16,9 +17,11 @@ from lorakit.adapters import lora_layers
 from lorakit.data import Message, Record
 from lorakit.errors import CheckpointError, ConfigError, DataError
 from lorakit.evaluation import choose_examples, prompted_messages
+from lorakit.models import chat_template
 from lorakit.runs import load_recipe
 from lorakit.runs.chat import Chat
 from lorakit.runs.run import evaluate_run, load_run, train_run
+from lorakit.training import trainer
 
 FILES = {
     "recipe.yaml",
@@ -285,3 +288,46 @@ class TestFigures:
 
 def with_system(text: str, records: list[Record]) -> list[Record]:
     return [Record((Message("system", text), *record.messages), record.source) for record in records]
+
+
+def test_the_day_of_a_dated_template_is_kept(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = json.loads(Path("model/tokenizer_config.json").read_text())
+    config["chat_template"] = "Today is {{ strftime_now('%d %b %Y') }}\n" + config["chat_template"]
+    Path("model/tokenizer_config.json").write_text(json.dumps(config))
+
+    def it_is(day: int) -> None:
+        now = classmethod(lambda cls, tz=None: cls(2026, 11, day))
+        monkeypatch.setattr(chat_template, "datetime", type("Clock", (datetime.datetime,), {"now": now}))
+
+    it_is(27)
+    first, said = run("train.checkpoint_every=2")
+    assert "date in the conversations: 2026-11-27" in said
+    assert load_recipe("run/recipe.yaml").data.date == datetime.date(2026, 11, 27)
+    with monkeypatch.context() as patched:
+        steps = iter([trainer.take_step] * 3)  # it stops at the fourth
+        patched.setattr(trainer, "take_step", lambda *given: next(steps)(*given))
+        with pytest.raises((StopIteration, RuntimeError)):
+            run("train.checkpoint_every=2", "output=stopped")
+    it_is(28)
+    resumed, said = run("train.checkpoint_every=2", "output=stopped", resume=True)
+    assert "date in the conversations: 2026-11-27" in said and measured(resumed) == measured(first)
+    assert load_run(Path("run"))[1].date == datetime.date(2026, 11, 27)
+    assert measured(evaluate_run(Path("run"))) == measured(first)
+    chosen, said = run("data.date=2026-11-27", "output=again")  # YAML reads a date
+    assert measured(chosen) == measured(first)
+    _, said = run("output=other")
+    assert "date in the conversations: 2026-11-28" in said
+
+
+def test_a_chat_has_the_tools_of_the_data(workshop: Path) -> None:
+    config = json.loads(Path("model/tokenizer_config.json").read_text())
+    config["chat_template"] = "{% if tools %}{{ tools | tojson }}{% endif %}" + config["chat_template"]
+    Path("model/tokenizer_config.json").write_text(json.dumps(config))
+    tools = [{"type": "function", "function": {"name": "get_weather"}}]
+    for file in ("train.jsonl", "eval.jsonl"):
+        save_records(file, [Record(record.messages, record.source, {"tools": tools}) for record in load_records(file)])
+    run()
+    chat = Chat(Path("run"))
+    asked = chat.ask("Hi")
+    assert asked == [{"role": "user", "content": "Hi"}] and asked.tools == tools
+    assert chat.tok.render_chat(asked, True).startswith(json.dumps(tools))

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,23 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from made import adapted, conversations, small_decoder, small_tokenizer
+from made import CHATML, SPECIAL, adapted, byte_level, conversations, make_tokenizer, small_decoder, small_tokenizer
 from safetensors.torch import load_file
 from small_training import CONVERSATIONS, config, interrupted, logged, same, timeless, values_of
 
-from lorakit import Decoder, LoraConfig, Tokenizer, TrainConfig, TrainResult, add_adapter, set_adapter, train
+from lorakit import (
+    Decoder,
+    LoraConfig,
+    Tokenizer,
+    TrainConfig,
+    TrainResult,
+    add_adapter,
+    load_tokenizer,
+    set_adapter,
+    train,
+)
 from lorakit.errors import CheckpointError, TrainingError
+from lorakit.models.tokenizer import tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -219,3 +231,32 @@ def _adapted_with(**changes: Any) -> Decoder:
     torch.manual_seed(0)
     add_adapter(model, LoraConfig(r=4, lora_alpha=8))
     return model
+
+
+class TestTheDay:
+    """A chat template that asks for today's date: a run keeps its first day."""
+
+    @pytest.fixture
+    def dated(self, tmp_path: Path) -> Path:
+        make_tokenizer(tmp_path, "Today is {{ strftime_now('%d %b') }}\n" + CHATML, SPECIAL, ["<|im_end|>"], byte_level)
+        return tmp_path
+
+    def test_a_run_that_goes_on_the_next_day(self, dated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        first, second = date(2026, 11, 27), date(2026, 11, 28)
+        whole = adapted()
+        expected = train(whole, load_tokenizer(dated, first), CONVERSATIONS, config(), CONVERSATIONS[:2])
+        settings = config(output=dated / "run", checkpoint_every=2)
+        monkeypatch.setattr(tokenizer, "today", lambda: first)
+        interrupted(adapted(), load_tokenizer(dated), settings, 6)
+        monkeypatch.setattr(tokenizer, "today", lambda: second)
+        model, tok = adapted(), load_tokenizer(dated)
+        with pytest.warns(UserWarning, match="the date on which the run began, 2026-11-27"):
+            result = train(model, tok, CONVERSATIONS, settings, CONVERSATIONS[:2], resume=True)
+        assert same(values_of(model), values_of(whole)) and timeless(result.history) == timeless(expected.history)
+        assert tok.date == second  # the caller's is as it was
+
+    def test_another_day_that_was_chosen_is_another_run(self, dated: Path) -> None:
+        settings = config(output=dated / "run", checkpoint_every=2)
+        interrupted(adapted(), load_tokenizer(dated, date(2026, 11, 27)), settings, 6)
+        with pytest.raises(TrainingError, match="other settings, data or adapter"):
+            train(adapted(), load_tokenizer(dated, date(2026, 11, 28)), CONVERSATIONS, settings, resume=True)
