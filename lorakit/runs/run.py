@@ -186,7 +186,11 @@ def _leaks(train_records: Sequence[Record], held_out: Sequence[Record]) -> list[
         rows, others = (sorted(repr(record.messages) for record in side) for side in (train_records, held_out))
         return [
             "warning: "
-            + ("the held-out records are the training records" if rows == others else "every held-out question is trained on")
+            + (
+                "the held-out records are the training records"
+                if rows == others
+                else "every held-out question is trained on"
+            )
             + "; scores will show memory, not skill"
         ]
     return first_few(
