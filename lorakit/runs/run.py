@@ -199,10 +199,14 @@ def _leaks(train_records: Sequence[Record], held_out: Sequence[Record]) -> list[
     """Return warnings about questions on both sides; one line if all held-out questions are trained on."""
     leaks = find_overlap(train_records, held_out)
     if sum(len(leak.eval_sources) for leak in leaks) == len(held_out):
-        same = {record.messages for record in train_records} == {record.messages for record in held_out}
+        rows, others = (sorted(repr(record.messages) for record in side) for side in (train_records, held_out))
         return [
             "warning: "
-            + ("the held-out records are the training records" if same else "every held-out question is trained on")
+            + (
+                "the held-out records are the training records"
+                if rows == others
+                else "every held-out question is trained on"
+            )
             + "; scores will show memory, not skill"
         ]
     return first_few(

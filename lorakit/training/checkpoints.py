@@ -83,6 +83,23 @@ def read_state(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"cannot read the checkpoint {path}: {type(error).__name__}: {error}") from None
 
 
+def newest_checkpoint(folder: Path) -> tuple[Path | None, dict[str, Any]]:
+    """Return the newest checkpoint in a folder that is whole, and its state; (None, {}) if there is no checkpoint.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none is whole; the error is that of the newest.
+    """
+    problem: CheckpointError | None = None
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            return path, read_state(path)
+        except CheckpointError as error:
+            problem = problem or error
+    if problem is not None:
+        raise problem
+    return None, {}
+
+
 def other_run(path: Path, written: Any, wanted: Any) -> TrainingError:
     """Return the error that a checkpoint belongs to another run, with every difference between two fingerprints."""
     differences: list[str] = []

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, StorageError
+from ..errors import StorageError
 from ..locks import claimed
-from .checkpoints import list_checkpoints, other_run, read_state
+from .checkpoints import newest_checkpoint, other_run
 
 LOG, CHECKPOINTS = "train.jsonl", "checkpoints"
 OF_A_RECIPE = ("recipe.yaml", "metrics.json")  # in the folder of a finished run of `lorakit train`
@@ -65,7 +65,12 @@ class OutputFolder:
             TrainingError: there are checkpoints of a run with other settings, data or base.
             CheckpointError: all checkpoints are broken.
         """
-        found = [(path, state) for folder in self.folders for path, state in [_newest(folder)] if path is not None]
+        found = [
+            (path, state)
+            for folder in self.folders
+            for path, state in [newest_checkpoint(folder / CHECKPOINTS)]
+            if path
+        ]
         for path, state in found:
             if state["fingerprint"] == fingerprint:
                 return path
@@ -108,20 +113,3 @@ def has_steps(folder: Path) -> bool:
         return (folder / LOG).stat().st_size > 0
     except OSError:
         return False
-
-
-def _newest(folder: Path) -> tuple[Path | None, dict[str, Any]]:
-    """Return the newest checkpoint that is whole, and its state.
-
-    Raises:
-        CheckpointError: there are checkpoints, but none is whole; the error is that of the newest.
-    """
-    problem: CheckpointError | None = None
-    for path in reversed(list_checkpoints(folder / CHECKPOINTS)):
-        try:
-            return path, read_state(path)
-        except CheckpointError as error:
-            problem = problem or error
-    if problem is not None:
-        raise problem
-    return None, {}
