@@ -121,16 +121,13 @@ def on_first_day(tok: Tokenizer, outputs: Sequence[Path]) -> Tokenizer:
     Warns where that changes the conversations: where their chat template asks for the date and it is another.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read.
+        CheckpointError: no checkpoint can be read.
     """
-    checkpoints = [path for output in outputs for path in list_checkpoints(output / "checkpoints")[-1:]]
-    if not checkpoints or tok.has_own_date:
+    found = (newest_checkpoint(output / "checkpoints") for output in outputs)
+    state = next((state for path, state in found if path is not None), None)
+    if state is None or tok.has_own_date:
         return tok
-    try:
-        state = json.loads((checkpoints[0] / "state.json").read_text(encoding="utf-8"))
-        first_day = date.fromisoformat(state["progress"].get("date", tok.date.isoformat()))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"cannot read the checkpoint {checkpoints[0]}: {type(error).__name__}: {error}") from None
+    first_day = date.fromisoformat(state["progress"].get("date", tok.date.isoformat()))
     if tok.is_dated and first_day != tok.date:
         warnings.warn(f"the conversations get the date on which the run began, {first_day}", stacklevel=3)
     return tok.on(first_day)
