@@ -31,7 +31,9 @@ FLOORS = (
     (
         "lorakit.errors",
         "lorakit.files",
+        "lorakit.locks",
         "lorakit.measure",
+        "lorakit.other_tools",
         "lorakit.printed",
         "lorakit.settings",
         "lorakit.sizes",

@@ -13,8 +13,9 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from statistics import median
 
-from ..data.conversations import Message, Record
-from ..errors import DataError
+from ..data.conversations import Message, Problems, Record
+from ..errors import DataError, LorakitError
+from ..models import Decoder, Tokenizer
 from ..models.chat_template import ChatMessages
 from .metrics import METRICS, MetricConfig
 
@@ -39,6 +40,59 @@ def split_record(record: Record) -> tuple[Chat, str]:
     if not any(message.role == "user" for message in asked):
         raise DataError(f"{record.source}: there is no 'user' message before the answer, so nothing to ask the model")
     return Chat((message.as_dict() for message in asked), record.tools), answer.content
+
+
+def split_all(records: Sequence[Record]) -> tuple[list[Chat], list[str]]:
+    """Return the short prompts of records, and their references.
+
+    Raises:
+        DataError: as `split_record`, for all records at once (the first 20 are named).
+    """
+    problems, prompts, references = Problems(), list[Chat](), list[str]()
+    for record in records:
+        try:
+            prompt, reference = split_record(record)
+        except DataError as problem:
+            problems.add(problem)
+        else:
+            prompts.append(prompt)
+            references.append(reference)
+    problems.raise_if_any()
+    return prompts, references
+
+
+def check_prompts(
+    model: Decoder, tok: Tokenizer, prompts: Sequence[Chat], sources: Sequence[str], max_new_tokens: int, whose: str
+) -> None:
+    """Make sure that a model can answer every prompt; call it before an hour of training.
+
+    Args:
+        sources: the source of each prompt ("eval.jsonl:17"), for messages.
+        whose: which prompts these are, for messages.
+
+    Raises:
+        DataError: the chat template refuses prompts, they leave no room for an answer in the model's context, or they
+            have tokens without a row in its embedding (the first 20 are named).
+    """
+    problems = Problems()
+    context, rows = model.config.context_length, model.config.vocab_size
+    for prompt, source in zip(prompts, sources, strict=True):
+        where = f"{source}: the prompt of the {whose}"
+        try:
+            ids = tok.encode(tok.render_chat(prompt, add_generation_prompt=True))
+        except LorakitError as error:
+            problems.add(DataError(f"{where}: {error}"))
+            continue
+        if not 0 < len(ids) <= context - max_new_tokens:
+            problems.add(
+                DataError(
+                    f"{where} has {len(ids)} tokens; expected 1 to {context - max_new_tokens}, so that max_new_tokens "
+                    f"({max_new_tokens}) more fit the context of {context}"
+                )
+            )
+        elif max(ids) >= rows:
+            problems.add(DataError(f"{where} has the token {max(ids)}; the model's embedding has {rows} rows"))
+    problems.raise_if_any()
 
 
 def prompted_messages(
@@ -74,12 +128,19 @@ def choose_examples(train_records: Sequence[Record], count: int, key: Key | None
         key: record -> the value that should differ between examples; by default the reference answer.
 
     Raises:
-        DataError: a record does not end with an answer.
+        DataError: records do not end with an answer (the first 20 are named), unless `count` is 0.
     """
+    if not count:
+        return []
     key = key or (lambda record: split_record(record)[1])
     groups: defaultdict[Hashable, list[Record]] = defaultdict(list)
+    try:
+        split_all(train_records)
+    except DataError as error:
+        raise DataError(
+            f"{error}\n(training records are the base model's worked examples; base_prompt.examples: 0 uses none)"
+        ) from None
     for record in train_records:
-        split_record(record)
         groups[key(record)].append(record)
     # sorted() is stable, so records and groups that tie stay in the order of the file
     queues = [_typical_first(group) for group in sorted(groups.values(), key=len, reverse=True)]

@@ -20,6 +20,8 @@ from .tokenizer.tokenizer import Tokenizer
 
 Conversation = Sequence[Mapping[str, Any]]
 
+_TINY = torch.finfo(torch.float32).tiny  # a smaller temperature or top_p would be zero in fp32
+
 
 def generate(
     model: Decoder,
@@ -68,6 +70,8 @@ def generate(
             f"temperature is {temperature} and top_p {top_p}; expected a temperature of at least 0, and top_p above 0 "
             f"and at most 1"
         )
+    if seed is not None and not -(2**63) <= seed < 2**64:
+        raise ConfigError(f"seed is {seed}, expected -2**63 to 2**64 - 1, the range that torch's generators take")
     inputs, is_single = prompts_of(messages_or_prompts)
     prompts = _encoded(model, tok, inputs, max_new_tokens, tools)
     sampler = _Sampler(temperature, top_p, seed, model.device)
@@ -165,7 +169,8 @@ class _Sampler:
     """Chooses the next tokens, (batch,) int64, from logits (batch, vocab) fp32."""
 
     def __init__(self, temperature: float, top_p: float, seed: int | None, device: torch.device) -> None:
-        self.temperature, self.top_p = temperature, top_p
+        self.temperature = max(temperature, _TINY) if temperature else 0.0
+        self.top_p = max(top_p, _TINY)
         self.generator = torch.Generator(device)
         if seed is not None:
             self.generator.manual_seed(seed)
@@ -175,7 +180,9 @@ class _Sampler:
     def __call__(self, logits: Tensor) -> Tensor:
         if self.temperature <= 0:
             return logits.argmax(dim=-1)
-        probs, order = (logits / self.temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+        # The largest becomes 0 first, so that no temperature makes it infinite.
+        shifted = logits - logits.amax(dim=-1, keepdim=True)
+        probs, order = (shifted / self.temperature).softmax(dim=-1).sort(dim=-1, descending=True)
         probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= self.top_p, 0.0)  # the first is always kept
         drawn = torch.multinomial(probs, 1, generator=self.generator)
         return order.gather(1, drawn).squeeze(1)

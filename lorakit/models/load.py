@@ -25,6 +25,7 @@ from ..quantization import QuantizedWeight
 from ..quantization.policy import QuantConfig, WeightFormat
 from .decoder.config import DecoderConfig
 from .decoder.decoder import Decoder
+from .devices import check_device
 from .pretrained import resolve_model
 
 _DERIVED = ("rotary_emb.inv_freq",)  # buffers that old checkpoints carry and every implementation recomputes
@@ -59,8 +60,10 @@ def load_model(
     Raises:
         CheckpointError: a file or tensor is missing, truncated, mis-shaped or unexpected, or cannot be quantized.
         ConfigError: the architecture or a feature of it is not supported, a setting is unknown or matches no module,
-            or the folder is already quantized in a way that was not asked for or cannot be read.
+            or the folder is already quantized in a way that was not asked for or cannot be read; or this machine does
+            not have the device.
     """
+    device = check_device(device)
     requested = _requested(quant_type, block_size, double_quant, quant_config)
     folder = resolve_model(path)
     checkpoint = Checkpoint(folder)

@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -24,7 +23,8 @@ from ..checkpoints.shards import PLAN_FILE, SHARD_BYTES, copy_small_files, write
 from ..checkpoints.stream import stream_tensors
 from ..checkpoints.tied_head import HEAD, TIED_KEY
 from ..errors import StorageError
-from ..files import read_json_object, write_text
+from ..files import check_space, read_json_object, write_text
+from ..locks import locked
 from ..printed import Printed
 from ..quantization import QuantizedWeight
 from ..quantization.policy import QuantConfig
@@ -109,7 +109,7 @@ def _claimed(partial: Path, plan: QuantizePlan) -> Iterator[None]:
     """Hold DST.partial, new or left by an earlier run of the same plan; after a failure it stays if it has a shard."""
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        with _locked(partial):
+        with locked(partial):
             for leftover in partial.glob(".*.part"):  # of a run that was killed
                 leftover.unlink()
             if (partial / PLAN_FILE).exists():
@@ -133,32 +133,11 @@ def _claimed(partial: Path, plan: QuantizePlan) -> Iterator[None]:
         raise StorageError(f"cannot write {partial}: {error.strerror or error}") from error
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder, if the system can; the lock ends with the process."""
-    if sys.platform == "win32":
-        yield
-        return
-    import fcntl
-
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StorageError(f"{folder} is being written by another process") from None
-        yield
-    finally:
-        os.close(handle)
-
-
 def _write_shards(plan: QuantizePlan, partial: Path, progress: Callable[[int, int], None] | None) -> None:
     """Write the shards that are not there yet."""
     todo = {file: names for file, names in plan.shards.items() if not (partial / file).exists()}
     formats = {name: plan.formats[name] for names in todo.values() for name in names}
-    needed, free = plan.written_bytes(formats), shutil.disk_usage(partial).free
-    if needed > free:
-        raise StorageError(f"cannot write {partial}: {needed:,} bytes are needed, {free:,} are free")
+    check_space(partial, plan.written_bytes(formats))
     total = plan.source_bytes(plan.formats)
     done = total - plan.source_bytes(formats)
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from lorakit import LoraConfig, add_adapter, save_adapter
 from lorakit.adapters import read_adapter_folder
 from lorakit.cli.app import app
-from lorakit.errors import AdapterError, ConfigError
+from lorakit.errors import AdapterError, ConfigError, StorageError
 
 
 @pytest.fixture
@@ -55,6 +55,27 @@ def test_resizing(folders: Path) -> None:
     assert "2 layers, ranks 2; 128 parameters, 256 before" in lorakit("resize", "one", "small", "--rank", "2")
     assert {layer.rank for layer in read_adapter_folder("small").layers.values()} == {2}
     assert "resized to at most 200 parameters" in lorakit("resize", "one", "fit", "--parameters", "200")
+
+
+@pytest.mark.parametrize("command", [("combine", "sum", "one", "two"), ("resize", "one", "sum", "--rank", "1")])
+def test_what_is_there_is_replaced_only_if_asked(command: tuple[str, ...], folders: Path) -> None:
+    (folders / "sum").mkdir()
+    lorakit(*command)
+    before = {path.name: path.read_bytes() for path in (folders / "sum").iterdir()}
+    changed = ("--method", "svd", "--rank", "1") if command[0] == "combine" else ("--rank", "2")
+    command = command if command[0] == "combine" else command[:3]
+    with pytest.raises(StorageError, match="sum exists already; name another, or replace it with --overwrite"):
+        lorakit(*command, *changed)
+    assert {path.name: path.read_bytes() for path in (folders / "sum").iterdir()} == before
+    lorakit(*command, *changed, "--overwrite")
+    assert {path.name: path.read_bytes() for path in (folders / "sum").iterdir()} != before
+
+
+def test_a_source_is_not_its_own_target_unasked(folders: Path) -> None:
+    with pytest.raises(StorageError, match="one exists already"):
+        lorakit("resize", "one", "one", "--rank", "1")
+    lorakit("resize", "one", "one", "--rank", "1", "--overwrite")
+    assert {layer.rank for layer in read_adapter_folder("one").layers.values()} == {1}
 
 
 def test_errors(folders: Path) -> None:

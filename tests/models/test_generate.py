@@ -194,6 +194,13 @@ class TestSampling:
         assert 0.05 < probs[top] < 0.95
         assert abs(share - float(probs[top])) < 5 * float((probs[top] * (1 - probs[top]) / 2000).sqrt())
 
+    @pytest.mark.parametrize("values", [{"temperature": 1e-40}, {"temperature": 5e-324}, {"top_p": 1e-300}], ids=str)
+    def test_the_coldest_and_narrowest_sampling_is_greedy(
+        self, values: dict[str, float], model: Decoder, tok: Tokenizer
+    ) -> None:
+        greedy = generate(model, tok, PROMPTS, 5)
+        assert generate(model, tok, PROMPTS, 5, **{"temperature": 1.0, **values}, seed=0) == greedy
+
     def test_top_p_draws_from_the_smallest_set_that_reaches_it(self, model: Decoder, tok: Tokenizer) -> None:
         model.lm_head.weight.data *= 4
         probs, order = model(torch.tensor([tok.encode("x")]))[0, -1].softmax(dim=-1).sort(descending=True)
@@ -229,6 +236,8 @@ class TestWrongInput:
             {"max_new_tokens": -1},
             {"batch_size": 0},
             {"temperature": -0.1},
+            {"temperature": 1.0, "seed": 2**64},
+            {"temperature": 1.0, "seed": -(2**63) - 1},
             {"temperature": float("nan")},
             {"temperature": float("inf")},
             {"temperature": 1.0, "top_p": 0.0},

@@ -12,9 +12,9 @@ import pytest
 import torch
 from made import conversations
 
-from lorakit import Record, generate, load_adapter, load_model, load_records, load_tokenizer, save_records
+from lorakit import generate, load_adapter, load_model, load_records, load_tokenizer, save_records
 from lorakit.adapters import lora_layers
-from lorakit.data import Message
+from lorakit.data import Message, Record
 from lorakit.errors import CheckpointError, ConfigError, DataError
 from lorakit.evaluation import choose_examples, prompted_messages
 from lorakit.models import chat_template
@@ -23,7 +23,16 @@ from lorakit.runs.chat import Chat
 from lorakit.runs.run import evaluate_run, load_run, train_run
 from lorakit.training import trainer
 
-FILES = {"recipe.yaml", "adapter", "train.jsonl", "predictions.jsonl", "metrics.json", "report.html", "report.md"}
+FILES = {
+    "recipe.yaml",
+    "chat.json",
+    "adapter",
+    "train.jsonl",
+    "predictions.jsonl",
+    "metrics.json",
+    "report.html",
+    "report.md",
+}
 
 
 def run(*overrides: str, resume: bool = False) -> tuple[dict[str, Any], list[str]]:
@@ -98,6 +107,7 @@ def test_without_evaluation_there_are_counts_alone(quant_type: str, workshop: Pa
     assert "tuned" not in metrics and metrics["counts"]["eval"] == 0
     assert {path.name for path in (workshop / "run").iterdir()} == {
         "recipe.yaml",
+        "chat.json",
         "adapter",
         "train.jsonl",
         "metrics.json",
@@ -193,23 +203,91 @@ class TestTalking:
         assert len(lora_layers(tuned)) == 14 and not lora_layers(base)
         assert recipe.title == "small talk" and tok.encode("x")
 
-    def test_a_chat_keeps_its_turns_and_the_datas_system_prompt(self, workshop: Path) -> None:
+    def test_a_chat_keeps_its_turns(self, workshop: Path) -> None:
         run()
         chat = Chat(workshop / "run")
         assert chat.messages == [] and "adapter" in chat.description
         chat.ask("a?")
         chat.answer("b")
         assert [message["role"] for message in chat.ask("c?")] == ["user", "assistant", "user"]
-        records = [
-            type(record)((Message("system", "Be brief."), *record.messages), record.source)
-            for record in conversations(2)
-        ]
-        save_records(workshop / "train.jsonl", records)
-        assert Chat(workshop / "run").messages == [{"role": "system", "content": "Be brief."}]
-        assert Chat(workshop / "run", system="").messages == []
-        assert Chat(workshop / "run", system="Sing.").messages == [{"role": "system", "content": "Sing."}]
+
+    def test_a_run_keeps_its_datas_system_prompt(self, workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        save_records(workshop / "train.jsonl", with_system("Be brief.", conversations(8)))
+        run("eval=null", f"model.path={workshop / 'model'}")
+        save_records(workshop / "train.jsonl", with_system("Be long.", conversations(8)))
+        (workshop / "elsewhere").mkdir()
+        (workshop / "run").rename(workshop / "moved")
+        monkeypatch.chdir(workshop / "elsewhere")
+        for folder in (Path("../moved"), workshop / "moved"):
+            assert Chat(folder).messages == [{"role": "system", "content": "Be brief."}]
+            assert Chat(folder, adapted=False).messages == [{"role": "system", "content": "Be brief."}]
         (workshop / "train.jsonl").unlink()
-        assert Chat(workshop / "run", adapted=False).messages == []
+        assert Chat(workshop / "moved").messages == [{"role": "system", "content": "Be brief."}]
+        assert Chat(workshop / "moved", system="").messages == []
+        assert Chat(workshop / "moved", system="Sing.").messages == [{"role": "system", "content": "Sing."}]
+
+    def test_a_run_that_keeps_none_reads_it_from_the_data(self, workshop: Path) -> None:
+        run("eval=null")
+        save_records(workshop / "train.jsonl", with_system("Be brief.", conversations(2)))
+        assert Chat(workshop / "run").messages == []  # those it was trained on had none
+        (workshop / "run" / "chat.json").unlink()
+        assert Chat(workshop / "run").messages == [{"role": "system", "content": "Be brief."}]
+        (workshop / "train.jsonl").unlink()
+        assert Chat(workshop / "run").messages == []
+
+    def test_a_base_with_a_relative_path_is_looked_for_here(
+        self, workshop: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run("eval=null")
+        (workshop / "elsewhere").mkdir()
+        monkeypatch.chdir(workshop / "elsewhere")
+        with pytest.raises(
+            CheckpointError, match=r"recipe.yaml: model.path is 'model', .* relative to the folder where"
+        ):
+            Chat(workshop / "run")
+
+    @pytest.mark.parametrize("text", ["", "[]", '{"system": '])
+    def test_a_broken_file_is_named(self, text: str, workshop: Path) -> None:
+        run("eval=null")
+        (workshop / "run" / "chat.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"chat\.json"):
+            Chat(workshop / "run")
+
+
+class TestFigures:
+    def test_what_is_not_finite_is_null(self, workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("lorakit.runs.evaluating.perplexity", lambda model, tok, text: float("inf"))
+        metrics, _ = run()
+        assert metrics["tuned"]["perplexity_general"] is None and metrics["verdict"]["helped"] is False
+        text = (workshop / "run" / "metrics.json").read_text()
+        assert "Infinity" not in text and "NaN" not in text and json.loads(text) == metrics
+        assert "not finite" in (workshop / "run" / "report.md").read_text()
+
+    @pytest.mark.parametrize(
+        ("base_prompt", "given", "heading"),
+        [
+            ("{examples: 0}", "Both got the same short prompt", "Base, same prompt"),
+            ("{examples: 1}", "a strong prompt with 1 worked example,", "Base, strong prompt"),
+            ("{examples: 0, instructions: Repeat.}", "a strong prompt with instructions,", "Base, strong prompt"),
+            (
+                "{examples: 2, instructions: Repeat.}",
+                "a strong prompt with instructions and 2 worked examples,",
+                "Base, strong prompt",
+            ),
+        ],
+    )
+    def test_the_report_says_what_the_base_was_given(
+        self, base_prompt: str, given: str, heading: str, workshop: Path
+    ) -> None:
+        run(f"eval.base_prompt={base_prompt}")
+        for name in ("report.md", "report.html"):
+            text = (workshop / "run" / name).read_text()
+            assert given in text and heading in text
+            assert "strong" in given or "strong prompt" not in text
+
+
+def with_system(text: str, records: list[Record]) -> list[Record]:
+    return [Record((Message("system", text), *record.messages), record.source) for record in records]
 
 
 def test_the_day_of_a_dated_template_is_kept(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:

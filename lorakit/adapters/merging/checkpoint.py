@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -26,7 +25,7 @@ from ...checkpoints.shards import SHARD_BYTES, copy_small_files, grouped, write_
 from ...checkpoints.stream import file_order, stream_tensors
 from ...checkpoints.tied_head import EMBEDDING, HEAD, TIED_KEY, is_head_tied
 from ...errors import AdapterError, CheckpointError, ConfigError, StorageError, did_you_mean, listing
-from ...files import atomic_folder, write_text
+from ...files import atomic_folder, check_space, write_text
 from ...layers import AdaptedLayer, LoRAConv, LoRAEmbedding, LoRALinear
 from ...models.load import empty_decoder, weight_formats
 from ...models.pretrained import resolve_model
@@ -196,8 +195,7 @@ class _CheckpointMerge:
             name: sum(math.prod(shape) * dtype.itemsize for dtype, shape in layout.values())
             for name, layout in layouts.items()
         }
-        if sum(sizes.values()) > (free := shutil.disk_usage(folder).free):
-            raise StorageError(f"cannot write {folder}: {sum(sizes.values()):,} bytes are needed, {free:,} are free")
+        check_space(folder, sum(sizes.values()))
         report = MergeReport((str(self.folder.folder),), [], self.checkpoint.folder)
         shards, stream = grouped(sizes, shard_bytes), self._tensors(report, progress)
         for file, names in shards.items():
