@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import embedding, linear
 
-from .adapted import AdapterModule
+from ..errors import AdapterError
+from .adapted import first_argument
+from .adapter_module import AdapterModule, WeightUpdater
+from .frozen.calls import has_own_forward, present
 from .row_products import forward_by_rows
 from .saved_module import SavedModule
 
@@ -39,7 +42,7 @@ class FollowedEmbedding:
     """The record of one adapter on a `TiedHead`: empty, since the head reads the embedding's parameters."""
 
 
-class TrainedTokens(AdapterModule):
+class TrainedTokens(WeightUpdater):
     """An embedding with trained rows: y = rows[i] where ids equals the adapter's token i, else base(ids).
 
     If several active adapters train one token, the last adapter's row counts.
@@ -87,19 +90,30 @@ class TrainedTokens(AdapterModule):
     @property
     def weight(self) -> Tensor:
         """The table that forward reads, (num_embeddings, embedding_dim)."""
-        return self.with_rows(self.base_layer.weight)
+        return self.with_rows(present(self.base_layer, "weight"))
+
+    def updated_weight(self) -> Tensor:
+        if self.rows is not None:
+            raise AdapterError(f"{self.label}: the model takes its weight, the same for all rows")
+        return self.weight
+
+    def lookup(self, ids: Tensor, padding_idx: int | None = None) -> Tensor:
+        return self._replaced(embedding(ids, present(self.base_layer, "weight"), padding_idx), ids)
 
     def supports_rows(self, name: str) -> bool:
         return True
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.rows is not None:
-            return forward_by_rows(self, ids)
-        y: Tensor = self.base_layer(ids)
+            return forward_by_rows(self, *args, **kwargs)
+        if self.active and has_own_forward(self.base_layer):  # it may scale the rows, or shift the ids
+            return self.call_with_updated_weight(args, kwargs)
+        return self._replaced(self.base_layer(*args, **kwargs), first_argument(args, kwargs))
+
+    def _replaced(self, y: Tensor, ids: Tensor) -> Tensor:
+        """Return y = base(ids), (..., embedding_dim), with the active adapters' rows where their tokens stand."""
         for name in self.active:
-            rows = self.table(_TABLE)[name].to(y.dtype)
-            scale = getattr(self.base_layer, "embed_scale", None)
-            rows = rows if scale is None else rows * cast(Tensor, scale).to(rows.dtype)
+            rows = present(self.table(_TABLE), name).to(y.dtype)
             is_token = ids[..., None] == torch.tensor(self.tokens[name], device=ids.device)  # (..., tokens)
             y = torch.where(is_token.any(-1, keepdim=True), rows[is_token.int().argmax(-1)], y)
         return y
@@ -140,6 +154,9 @@ class TiedHead(AdapterModule):
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
         return {}
+
+    def answer(self, name: str) -> Any:
+        return self._embedding[0].weight if name == "weight" and self.active else super().answer(name)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.active:

@@ -24,8 +24,10 @@ from ...layers import (
     Variant,
     adapted_kind,
 )
+from ...layers.frozen.calls import is_dense
 from ...layers.frozen.quantized_module import QuantizedModule
 from ..config import LoraConfig
+from .known_weights import weight_problem
 from .targeting import (
     MatchReport,
     adaptable_layers,
@@ -105,10 +107,18 @@ def _place_layer(model: nn.Module, path: str, config: LoraConfig, report: MatchR
         layer = kind(layer)  # type: ignore[call-arg] # each kind asks its base for its features
     assert isinstance(layer, AdaptedLayer)
     rank, scaling = _rank_and_scaling(path, config, report)
-    variant, neutral_start = config.update_variant, config.start.is_neutral
+    variant, start = config.update_variant, config.start
+    class_name = type(layer.base_layer).__name__
     if problem := variant.problem(layer):
-        raise AdapterError(f"{path} is a {type(layer.base_layer).__name__}, {problem}")
-    spec = AdapterSpec(rank, scaling, config.lora_dropout, variant, config.bias != "none", neutral_start)
+        raise AdapterError(f"{path} is a {class_name}, {problem}")
+    if variant.multiplies_base or start.in_base or start.decomposes_weight:
+        needs = variant.title if variant.multiplies_base else f"init_lora_weights={start.name!r}"
+        if problem := weight_problem(layer):
+            raise AdapterError(
+                f"{path} is a {class_name}, which {problem}, and {needs} needs the values of the weight; leave it out "
+                "with exclude_modules, or train plain LoRA"
+            )
+    spec = AdapterSpec(rank, scaling, config.lora_dropout, variant, config.bias != "none", start.is_neutral)
     return Placement(path, layer, layer.shapes(spec), partial(_add_to_layer, layer, spec), variant)
 
 
@@ -126,9 +136,14 @@ def _place_parameters(
     for path, module in model.named_modules():
         if isinstance(module, LoRAParameter) and path.endswith(".base_layer"):
             continue
-        for name, _ in unwrapped(module).named_parameters(recurse=False):
+        for name, parameter in unwrapped(module).named_parameters(recurse=False):
             if f"{path}.{name}" not in wanted:
                 continue
+            if not is_dense(parameter):
+                raise AdapterError(
+                    f"{path}.{name} of target_parameters holds {str(parameter.dtype)[6:]}, the codes of a quantized "
+                    "weight; an update cannot be added to them, so load the model unquantized"
+                )
             outer = outermost.get(path, module)
             layer = _layer_of_parameter(outer, name)
             if layer is None:
@@ -155,6 +170,15 @@ def _place_saved(model: nn.Module, paths: list[str], config: LoraConfig) -> list
         module = _module_of_kind(model, path, SavedModule)
         if any(isinstance(inner, QuantizedModule) for inner in module.base_layer.modules()):
             raise AdapterError(f"{path} of modules_to_save is in 4 bits, which cannot be trained; load it unquantized")
+        if coded := [key for key, p in module.base_layer.named_parameters() if not is_dense(p)]:
+            raise AdapterError(
+                f"{path}.{coded[0]} of modules_to_save is quantized and cannot be trained; load it unquantized"
+            )
+        if isinstance(module.base_layer, nn.ModuleList | nn.ModuleDict):
+            kind = type(module.base_layer).__name__
+            raise AdapterError(
+                f"{path} of modules_to_save is a {kind}, whose parts are called one by one; name the parts"
+            )
         placements.append(Placement(path, module, module.shapes(), partial(_add_copy, module, None)))
         tied = [other for other in _tied_to(model, module.base_layer) if other not in paths]
         if tied and config.ensure_weight_tying is None:
@@ -183,6 +207,10 @@ def _place_tokens(model: nn.Module, config: LoraConfig) -> list[Placement]:
         if max(tokens, default=0) >= table.num_embeddings or not tokens or len(set(tokens)) < len(tokens):
             raise AdapterError(
                 f"trainable_token_indices {tokens} of {path}: expected different tokens below {table.num_embeddings}"
+            )
+        if not is_dense(table.weight):
+            raise AdapterError(
+                f"trainable_token_indices: {path} is quantized and cannot be trained; load it unquantized"
             )
         module = _module_of_kind(model, path, TrainedTokens)
         placements.append(Placement(path, module, module.shapes(tokens), partial(_add_tokens, module, tokens)))

@@ -63,10 +63,6 @@ class Linear4bit(QuantizedModule):
         bias = None if dense.bias is None else dense.bias.detach().clone()
         return Linear4bit(weight, bias, compute_dtype, storage_dtype)
 
-    def dense_weight(self, dtype: torch.dtype) -> Tensor:
-        """Return the dequantized weight as a fresh tensor, (out_features, in_features) in `dtype`."""
-        return self.quantized.dequantize(dtype)
-
     def add_residual(self, y: Tensor, x: Tensor) -> Tensor:
         """Add to y = x Wᵀ, in place, the product of x with the weight's part outside its codes; there is none here.
 
