@@ -14,7 +14,7 @@ from ..errors import AdapterError
 from .adapter_module import AdapterParameters, Scalings, WeightUpdater
 from .dropout import dropout
 from .frozen.calls import has_hooks, has_own_forward, is_dense, present
-from .frozen.values import values_of
+from .frozen.values import call_layer, values_of
 from .gains import compose
 from .variants import VARIANTS, AttachedAdapter, Variant
 
@@ -282,7 +282,7 @@ class AdaptedLayer(WeightUpdater):
         """Call the base layer with its arguments, with the updates of the active adapters."""
         if self.active and self.takes_weight:
             return self.call_with_updated_weight(args, kwargs)
-        y = self.base_layer(*args, **kwargs)
+        y = call_layer(self.base_layer, *args, **kwargs)
         if not self.active:
             return y
         x = first_argument(args, kwargs)

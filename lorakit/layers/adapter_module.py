@@ -143,9 +143,10 @@ class AdapterModule(RowAware, nn.Module):
         modules = self.__dict__.get("_modules", {})
         if name in modules:
             return modules[name]
-        # Private names belong to one object. Accelerate, for example, keeps the forward that it patched in one.
-        if not name.startswith("_") and "base_layer" in modules:
-            return self.answer(name)
+        if "base_layer" in modules and not name.startswith("__"):
+            # Private names of one object are its own: accelerate, for example, keeps the forward that it patched in one.
+            if not name.startswith("_") or hasattr(type(modules["base_layer"]), name):
+                return self.answer(name)
         return super().__getattr__(name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:

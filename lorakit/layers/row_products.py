@@ -20,6 +20,7 @@ from ..errors import AdapterError
 from .adapted import AdaptedLayer, first_argument
 from .adapter_module import AdapterModule
 from .dropout import dropout
+from .frozen.values import call_layer
 from .gains import compose
 from .row_adapters import BASE, Groups, RowAdapters
 
@@ -106,7 +107,7 @@ def linear_with_rows(x: Tensor, *layers: AdaptedLayer) -> tuple[Tensor, ...]:
     """
     rows = layers[0].rows
     assert rows is not None
-    results = [layer.base_layer(x) for layer in layers]
+    results = [call_layer(layer.base_layer, x) for layer in layers]
     if other := next((one for one, y in zip(layers, results, strict=True) if not one.is_product(y, x)), None):
         raise AdapterError(f"{other.label}: its output has no rows, so they cannot have adapters of their own")
     all_groups = [rows.groups(x.shape[:-1], layer.adapters, x.device) for layer in layers]

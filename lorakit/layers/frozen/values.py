@@ -7,14 +7,16 @@ if somebody else has imported it.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from ...errors import AdapterError
 from ...quantization import QuantizedWeight
 from ...quantization.bnb_format import from_tensors
-from .calls import is_dense, present
+from .calls import has_hooks, is_dense, present
+from .linear4bit import Linear4bit
 from .quantized_module import QuantizedModule
 
 _LARGEST_CODE = 127  # of 8 bits
@@ -56,9 +58,33 @@ def bitsandbytes_4bit(module: nn.Module) -> QuantizedWeight | None:
     if state is None:
         return None
     packed = weight.detach().as_subclass(Tensor)
-    if getattr(state, "packing_format_for_cpu", False):
+    if _is_rearranged(weight):
         return _unpacked(packed, state)
     return from_tensors("weight", {"": packed, **state.as_dict(packed=True)})
+
+
+def call_layer(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call a frozen layer.
+
+    In evaluation, bitsandbytes rearranges a 4-bit weight for its kernel on CPUs. That kernel has no gradient, so none
+    would reach x, without a word. lorakit's product takes its place then.
+
+    Raises:
+        AdapterError: hooks on such a layer would not run.
+    """
+    weight = module._parameters.get("weight")
+    if type(weight) is nn.Parameter or not _is_rearranged(weight) or not torch.is_grad_enabled():
+        return module(*args, **kwargs)
+    if not any(isinstance(one, Tensor) and one.requires_grad for one in (*args, *kwargs.values())):
+        return module(*args, **kwargs)
+    if has_hooks(module):
+        raise AdapterError("bitsandbytes' kernel for CPUs has no gradient, so a layer with hooks cannot be trained")
+    codes: Any = bitsandbytes_4bit(module)
+    return Linear4bit(codes, cast(Tensor | None, module.bias), cast(Any, module).compute_dtype)(*args, **kwargs)
+
+
+def _is_rearranged(weight: object) -> bool:
+    return bool(getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False))
 
 
 def _weight_of(module: nn.Module, kind: str) -> Tensor | None:
