@@ -213,7 +213,7 @@ class WeightUpdater(AdapterModule):
         """Return the bias with the changes of the active adapters, (out_features,), or None."""
         bias: Tensor | None = super().answer("bias")
         names = self.active if self.rows is None else [name for name in self.rows.adapters if name in self.names()]
-        changes = [change for name in names if (change := self.delta_bias(name)) is not None]
+        changes = list(filter(lambda change: change is not None, map(self.delta_bias, names)))
         if not changes:
             return bias
         if self.rows is not None:
@@ -248,9 +248,10 @@ class WeightUpdater(AdapterModule):
                 f"{self.label}: only a layer with a dense weight of its own can compute with an updated one, and this "
                 f"one {held}; leave it out with exclude_modules"
             )
-        return torch.func.functional_call(
-            self.base_layer, {self.parameter: self.read_weight()}, tuple(args), dict(kwargs)
-        )
+        updated = {self.parameter: self.read_weight()}
+        if "bias" in self.base_layer._parameters and (bias := self.updated_bias()) is not self.base_layer.bias:
+            updated["bias"] = cast(Tensor, bias)
+        return torch.func.functional_call(self.base_layer, updated, tuple(args), dict(kwargs))
 
     def answer(self, name: str) -> Any:
         base = self.base_layer
