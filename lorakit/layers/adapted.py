@@ -112,8 +112,9 @@ class AdaptedLayer(WeightUpdater):
 
     def base_rows(self, rows: slice) -> Tensor:
         """Return some rows of the base weight as a matrix, (rows, in_features), in any dtype."""
-        weight = cast(Tensor, self.base_layer._parameters.get("weight"))
-        return self.as_matrix(weight.detach() if is_dense(weight) else self.base_weight(torch.float32))[rows]
+        weight = self.frozen_weight() if "weight" in self.base_layer._parameters else None
+        dense = self.base_weight(torch.float32) if weight is None or not is_dense(weight) else weight.detach()
+        return self.as_matrix(dense)[rows]
 
     def as_weight(self, matrix: Tensor) -> Tensor:
         """Return a matrix (out_features, in_features) in the base weight's shape."""

@@ -143,10 +143,9 @@ class AdapterModule(RowAware, nn.Module):
         modules = self.__dict__.get("_modules", {})
         if name in modules:
             return modules[name]
-        if "base_layer" in modules and not name.startswith("__"):
-            # Private names of one object are its own: accelerate, for example, keeps the forward that it patched in one.
-            if not name.startswith("_") or hasattr(type(modules["base_layer"]), name):
-                return self.answer(name)
+        # Private names of one object are its own. Accelerate, for example, keeps the forward that it patched in one.
+        if "base_layer" in modules and (name[:1] != "_" or _has_method(modules["base_layer"], name)):
+            return self.answer(name)
         return super().__getattr__(name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -213,7 +212,7 @@ class WeightUpdater(AdapterModule):
         """Return the bias with the changes of the active adapters, (out_features,), or None."""
         bias: Tensor | None = super().answer("bias")
         names = self.active if self.rows is None else [name for name in self.rows.adapters if name in self.names()]
-        changes = list(filter(lambda change: change is not None, map(self.delta_bias, names)))
+        changes = cast(list[Tensor], list(filter(lambda change: change is not None, map(self.delta_bias, names))))
         if not changes:
             return bias
         if self.rows is not None:
@@ -266,3 +265,7 @@ class WeightUpdater(AdapterModule):
         twin = object.__new__(type(base))  # methods and properties of the class may read the weight
         twin.__dict__.update(base.__dict__, **{self.parameter: self.read_weight()})
         return getattr(twin, name)
+
+
+def _has_method(module: nn.Module, name: str) -> bool:
+    return not name.startswith("__") and hasattr(type(module), name)

@@ -14,7 +14,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ..errors import ShapeError
 from .adapted import AdaptedLayer, first_argument
 from .dropout import draw_seed
-from .frozen.calls import has_hooks, has_own_forward, is_dense, is_known_class, is_plain_tensor
+from .frozen.calls import has_hooks, has_own_forward, is_dense, is_known_class, is_plain_tensor, loaded
 from .frozen.linear4bit import Linear4bit, add_frozen_linear_dx, frozen_linear, frozen_linear_dx, is_conv1d
 from .frozen.values import values_of
 from .gains import gain_minus_one
@@ -70,9 +70,10 @@ class LoRALinear(AdaptedLayer):
         return matrix.T if self.is_conv1d else matrix
 
     def project(self, matrix: Tensor) -> Tensor:
-        return (
-            frozen_linear(self.base_layer, matrix, None) if is_known_class(self.base_layer) else super().project(matrix)
-        )
+        if not is_known_class(self.base_layer):
+            return super().project(matrix)
+        with loaded(self.base_layer):
+            return frozen_linear(self.base_layer, matrix, None)
 
     def low_rank(self, lora_a: Tensor, lora_b: Tensor, x: Tensor) -> Tensor:
         return linear(linear(x, lora_a.to(x.dtype)), lora_b.to(x.dtype))

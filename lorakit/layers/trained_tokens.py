@@ -64,7 +64,8 @@ class TrainedTokens(WeightUpdater):
 
     def add(self, name: str, tokens: Sequence[int], dtype: torch.dtype | None = None) -> None:
         """Attach rows for these tokens, at first equal to those of the table."""
-        rows = self.base_layer.weight.detach()[torch.tensor(tokens, device=self.base_layer.weight.device)]
+        weight = present(self.base_layer, "weight").detach()
+        rows = weight[torch.tensor(tokens, device=weight.device)]
         self.attach(name, TrainedRows(list(tokens), nn.Parameter(rows.to(dtype or rows.dtype))))
 
     def attach(self, name: str, record: TrainedRows) -> None:
@@ -84,7 +85,7 @@ class TrainedTokens(WeightUpdater):
         """Return a table (num_embeddings, embedding_dim) with the active adapters' rows in place."""
         for name in self.active:
             index = torch.tensor(self.tokens[name], device=weight.device)
-            weight = weight.index_copy(0, index, self.table(_TABLE)[name].to(weight.dtype))
+            weight = weight.index_copy(0, index, present(self.table(_TABLE), name).to(weight.dtype))
         return weight
 
     @property

@@ -43,13 +43,6 @@ def weight_problem(layer: AdaptedLayer) -> str | None:
     return None if is_product_with(layer, base) else "has a forward of its own that is not the product with its weight"
 
 
-def merge_problem(layer: AdaptedLayer) -> str | None:
-    """Return why a layer with a merged weight would not give what the adapted one gives, to follow "which"; or None."""
-    if any(parameter.is_meta for parameter in layer.base_layer.parameters()):
-        return "has its weight on another device or on disk, out of reach"
-    return weight_problem(layer)
-
-
 @torch.no_grad()
 def is_product_with(layer: AdaptedLayer, module: nn.Module) -> bool:
     """Return whether a change of a module's weight changes its output as an update of the layer does."""

@@ -24,7 +24,7 @@ from ...layers import (
     Variant,
     adapted_kind,
 )
-from ...layers.frozen.calls import is_dense
+from ...layers.frozen.calls import is_dense, is_elsewhere
 from ...layers.frozen.quantized_module import QuantizedModule
 from ..config import LoraConfig
 from .known_weights import weight_problem
@@ -170,6 +170,7 @@ def _place_saved(model: nn.Module, paths: list[str], config: LoraConfig) -> list
         module = _module_of_kind(model, path, SavedModule)
         if any(isinstance(inner, QuantizedModule) for inner in module.base_layer.modules()):
             raise AdapterError(f"{path} of modules_to_save is in 4 bits, which cannot be trained; load it unquantized")
+        _check_present(path, module.base_layer)
         if coded := [key for key, p in module.base_layer.named_parameters() if not is_dense(p)]:
             raise AdapterError(
                 f"{path}.{coded[0]} of modules_to_save is quantized and cannot be trained; load it unquantized"
@@ -189,6 +190,14 @@ def _place_saved(model: nn.Module, paths: list[str], config: LoraConfig) -> list
         if tied and config.ensure_weight_tying:
             placements += [_place_tied_head(model, other, module) for other in tied]
     return placements
+
+
+def _check_present(path: str, module: nn.Module) -> None:
+    """Raise AdapterError if a module that is to be copied has parameters elsewhere."""
+    if any(map(is_elsewhere, module.modules())):
+        raise AdapterError(
+            f"{path} cannot be copied while its weights are on disk or in host memory; attach adapters first"
+        )
 
 
 def _add_copy(module: SavedModule, parameters: list[str] | None, name: str, dtype: torch.dtype) -> None:
@@ -249,6 +258,7 @@ def _place_biases(model: nn.Module, taken: set[str]) -> list[Placement]:
         is_inside = is_inside or re.search(r"\.(base_layer|copies)(\.|$)", path) is not None
         if not path or path in taken or is_inside or not isinstance(inner._parameters.get("bias"), nn.Parameter):
             continue
+        _check_present(path, inner)
         saved = _module_of_kind(model, path, SavedModule)
         placements.append(Placement(path, saved, saved.shapes(["bias"]), partial(_add_copy, saved, ["bias"])))
     return placements

@@ -20,10 +20,10 @@ from ...layers import (
     TiedHead,
     TrainedTokens,
 )
-from ...layers.frozen.calls import has_hooks, is_dense
+from ...layers.frozen.calls import has_hooks, is_dense, is_elsewhere
 from ...layers.frozen.quantized_module import QuantizedModule, frozen
 from ...layers.frozen.values import bitsandbytes_4bit
-from ..attach.known_weights import is_product_with, merge_problem
+from ..attach.known_weights import is_product_with, weight_problem
 from ..attach.state import adapter_configs, adapter_modules
 from .base import Base, WrongBase, open_base, weight_from
 from .modules import dense_base, exchanges_weight, holder, new_base, weight_bytes, with_our_form
@@ -115,6 +115,8 @@ class MergePlan:
         """
         layer = self.modules[path]
         names = [name for name in self.names if name in layer.names()]
+        if any(map(is_elsewhere, layer.modules())):
+            raise AdapterError(f"{path}: its weights are on disk or in host memory; merge before they are offloaded")
         if not isinstance(layer, AdaptedLayer):
             return _plan_copies(path, layer, names)
         self._check(path, layer)
@@ -215,7 +217,7 @@ class MergePlan:
             raise AdapterError(
                 f"{path} keeps the low-rank part of an earlier merge; merge into it with quantize=False only"
             )
-        if problem := merge_problem(layer):
+        if problem := weight_problem(layer):
             kind = type(layer.base_layer).__name__
             raise AdapterError(
                 f"{path} is a {kind}, which {problem}; merged, it would give other numbers than with its adapter, so "

@@ -66,29 +66,34 @@ def is_dense(weight: object) -> bool:
 # ---- parameters that accelerate keeps elsewhere ----------------------------------------------------------------------
 
 
-def present(module: nn.Module, name: str) -> Tensor:
-    """Return a parameter of a module, even while the module computes with an updated weight in its place.
-
-    Accelerate may keep it on disk or in host memory, and loads it when the module is called. Nobody calls a table of
-    adapters' parameters, so it is loaded here.
-    """
-    parameter = cast(Tensor, getattr(module, name))
-    if type(parameter) is UpdatedWeight:
-        return parameter.base
-    if parameter.is_meta and "_hf_hook" in module.__dict__:
-        with _loaded(module):
-            return cast(Tensor, getattr(module, name))
-    return parameter
+def is_elsewhere(module: nn.Module) -> bool:
+    """Return whether accelerate keeps a module's own parameters on disk or in host memory until it is called."""
+    return "_hf_hook" in module.__dict__ and any(one is not None and one.is_meta for one in module._parameters.values())
 
 
 @contextmanager
-def _loaded(module: nn.Module) -> Iterator[None]:
+def loaded(module: nn.Module) -> Iterator[None]:
+    """Within the context a module has its parameters, although nobody calls it, even if accelerate keeps them."""
+    if not is_elsewhere(module):
+        yield
+        return
     hook = module.__dict__["_hf_hook"]
     hook.pre_forward(module)
     try:
         yield
     finally:
         hook.post_forward(module, None)
+
+
+def present(module: nn.Module, name: str) -> Tensor:
+    """Return a parameter of a module, even while accelerate keeps it elsewhere or an updated weight takes its place."""
+    parameter = cast(Tensor, getattr(module, name))
+    if type(parameter) is UpdatedWeight:
+        return parameter.base
+    if parameter.is_meta:
+        with loaded(module):
+            return cast(Tensor, getattr(module, name))
+    return parameter
 
 
 # ---- trying a layer out ----------------------------------------------------------------------------------------------

@@ -89,11 +89,11 @@ class UpdatedWeight(Tensor):
         if func in _ABOUT:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        given = (*args, *kwargs.values())
-        own = next((arg for arg in given if isinstance(arg, UpdatedWeight)), None)
-        if own is not None and own is given[0] and func in _VIEWS:
+        values = (*args, *kwargs.values())
+        own = next((arg for arg in values if isinstance(arg, UpdatedWeight)), None)
+        if own is not None and own is values[0] and func in _VIEWS:
             return UpdatedWeight(own._layer, own.base, trains=False, is_detached=True)
-        if own is not None and own is given[0] and _writes(func):
+        if own is not None and own is values[0] and _writes(func):
             raise AdapterError(
                 f"{own._layer.label}: its weight is read through an adapter and cannot be written to; write to "
                 "base_layer.weight"

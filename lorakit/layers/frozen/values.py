@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...errors import AdapterError
 from ...quantization import QuantizedWeight
 from ...quantization.bnb_format import from_tensors
-from .calls import has_hooks, is_dense, present
+from .calls import has_hooks, is_dense, loaded, present
 from .linear4bit import Linear4bit
 from .quantized_module import QuantizedModule
 
@@ -25,7 +25,8 @@ _LARGEST_CODE = 127  # of 8 bits
 def values_of(module: nn.Module, dtype: torch.dtype, rows: slice | None = None, name: str = "weight") -> Tensor | None:
     """Return the dense values of a layer's weight, or some of its rows; None if it holds codes of an unknown kind."""
     if isinstance(module, QuantizedModule):
-        return module.dense_weight(dtype, rows)
+        with loaded(module):
+            return module.dense_weight(dtype, rows)
     if (weight := bitsandbytes_4bit(module)) is not None:
         return weight.dequantize(dtype, rows=rows)
     chosen = slice(None) if rows is None else rows
