@@ -218,9 +218,7 @@ def _place_tokens(model: nn.Module, config: LoraConfig) -> list[Placement]:
                 f"trainable_token_indices {tokens} of {path}: expected different tokens below {table.num_embeddings}"
             )
         if not is_dense(table.weight):
-            raise AdapterError(
-                f"trainable_token_indices: {path} is quantized and cannot be trained; load it unquantized"
-            )
+            raise AdapterError(f"{path} of trainable_token_indices is quantized, and its rows cannot be trained")
         module = _module_of_kind(model, path, TrainedTokens)
         placements.append(Placement(path, module, module.shapes(tokens), partial(_add_tokens, module, tokens)))
         placements += [_place_tied_head(model, other, module) for other in _tied_to(model, table)]
