@@ -187,11 +187,11 @@ class WeightUpdater(AdapterModule):
         return 0.0
 
     def frozen_weight(self) -> Tensor:
-        """Return the weight that the adapters change, as the base layer keeps it."""
+        """Return the weight that the adapters change, in the base layer's own shape."""
         return present(self.base_layer, self.parameter)
 
     def updated_weight(self) -> Tensor:
-        """Return the weight with the updates of the active adapters, in its own dtype, differentiable.
+        """Return the weight with the updates of the active adapters, in its own shape and dtype, differentiable.
 
         Raises:
             AdapterError: the base layer keeps codes instead of a weight, or adapters do not change the weight alone.
@@ -221,7 +221,11 @@ class WeightUpdater(AdapterModule):
         return total if bias is None else bias + total.to(bias.dtype)
 
     def lookup(self, ids: Tensor, padding_idx: int | None = None) -> Tensor | None:
-        """Return the rows of the updated weight with these indices, or None if the layer is no embedding."""
+        """Return the rows of the updated weight with these indices, or None if the layer is no embedding.
+
+        Shapes:
+            ids (...) int64 -> (..., embedding_dim)
+        """
         return None
 
     @property
@@ -232,7 +236,7 @@ class WeightUpdater(AdapterModule):
         return any(name in self.rows.adapters for name in self.names())
 
     def read_weight(self) -> Tensor:
-        """Return the updated weight, computed when it is used (`UpdatedWeight`)."""
+        """Return the updated weight in its own shape, computed when it is used (`UpdatedWeight`)."""
         if torch.compiler.is_compiling():  # the compiler drops what is not used by itself
             return self.updated_weight()
         trains = any(parameter.requires_grad for name in self.active for parameter in self.held_by(name))

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from made import added, one_layer
 from tolerances import assert_alike
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize, prune
 
 from lorakit import LoraConfig, add_adapter, disable_adapters, use_rows
 from lorakit.errors import AdapterError
-from lorakit.layers import AdaptedLayer, Linear4bit, linear_together
+from lorakit.layers import Linear4bit, linear_together
 from lorakit.layers.frozen.calls import has_hooks
 
 TERMS = 64  # roundings of a layer with 16 inputs, rank 3, and what the classes below add
@@ -29,27 +29,6 @@ def linear() -> nn.Module:
 def four_bit() -> nn.Module:
     torch.manual_seed(0)
     return Linear4bit.from_linear(nn.Linear(16, 8), block_size=32)
-
-
-def adapted(base: nn.Module, **settings: Any) -> nn.Sequential:
-    """Put a layer into a model and adapt it with random numbers."""
-    model = nn.Sequential(base).requires_grad_(False)
-    torch.manual_seed(2)
-    add_adapter(model, LoraConfig(r=3, target_modules=["0"], **settings))
-    layer = model[0]
-    assert isinstance(layer, AdaptedLayer)
-    for parameter in layer.parameters_of("default").values():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    return model
-
-
-def update(model: nn.Sequential, x: Tensor) -> Tensor:
-    """Return what the adapter adds to the product with x."""
-    layer = model[0]
-    assert isinstance(layer, AdaptedLayer)
-    added = layer.apply_matrix(layer.as_matrix(layer.delta_weight("default")), x)
-    offset = layer.delta_bias("default")
-    return added if offset is None else added + offset
 
 
 class WithAttribute(nn.Linear):
@@ -137,14 +116,14 @@ def test_forward_hook_on_the_base_layer_runs_once(
     make: Callable[[], nn.Module], settings: dict[str, Any], is_late: bool
 ) -> None:
     base, calls = make(), list[Tensor]()
-    plain = adapted(copy.deepcopy(base), **settings)
+    plain = one_layer(copy.deepcopy(base), **settings)
 
     def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         calls.append(inputs[0])
         return output + 100
 
     handle = None if is_late else base.register_forward_hook(hook)
-    model = adapted(base, **settings)
+    model = one_layer(base, **settings)
     handle = handle or base.register_forward_hook(hook)
     calls.clear()
     found = model(X)
@@ -157,21 +136,21 @@ def test_forward_hook_on_the_base_layer_runs_once(
 @pytest.mark.parametrize("settings", VARIANTS, ids=str)
 def test_hooks_before_a_call_and_in_the_backward_pass(settings: dict[str, Any]) -> None:
     base, gradients = linear(), list[Tensor]()
-    plain = adapted(copy.deepcopy(base), **settings)
+    plain = one_layer(copy.deepcopy(base), **settings)
     base.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
     base.register_full_backward_hook(lambda module, inputs, outputs: gradients.append(outputs[0]))
-    model = adapted(base, **settings)
+    model = one_layer(base, **settings)
     x = X.clone().requires_grad_()
     y = model(x)
     y.sum().backward()
     assert len(gradients) == 1
     with disable_adapters(model):
         shifted = model(X)
-    assert_alike(y, shifted + update(plain, X), TERMS)
+    assert_alike(y, shifted + added(plain, X), TERMS)
 
 
 def test_global_hooks_see_the_base_layer() -> None:
-    model, seen = adapted(linear()), list[nn.Module]()
+    model, seen = one_layer(linear()), list[nn.Module]()
     handle = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: seen.append(module))
     try:
         model(X)
@@ -183,21 +162,21 @@ def test_global_hooks_see_the_base_layer() -> None:
 
 def test_forward_of_one_object_that_somebody_patched() -> None:
     base = linear()
-    plain = adapted(copy.deepcopy(base))
+    plain = one_layer(copy.deepcopy(base))
     original = base.forward
     base.forward = lambda input: original(input) - 7  # type: ignore[method-assign]
-    assert_alike(adapted(base)(X), plain(X) - 7, TERMS)
+    assert_alike(one_layer(base)(X), plain(X) - 7, TERMS)
 
 
 def test_forward_of_a_class_that_somebody_patched(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, original = adapted(linear()), nn.Linear.forward
+    model, original = one_layer(linear()), nn.Linear.forward
     expected = model(X) - 7
     monkeypatch.setattr(nn.Linear, "forward", lambda self, input: original(self, input) - 7)
     assert_alike(model(X), expected, TERMS)
 
 
 def test_layers_that_share_an_input_are_called_if_one_has_hooks() -> None:
-    first, second = adapted(linear()), adapted(linear())
+    first, second = one_layer(linear()), one_layer(linear())
     expected = first(X), second(X) + 100
     second[0].base_layer.register_forward_hook(add_hundred)
     assert_alike(linear_together(X, first[0], second[0]), expected, TERMS)
@@ -209,18 +188,18 @@ def test_a_hook_that_multiplies_leaves_the_update_alone() -> None:
     base = linear()
     base.register_forward_hook(lambda module, inputs, output: 3 * output)
     for settings in VARIANTS:
-        model = adapted(copy.deepcopy(base), **settings)
+        model = one_layer(copy.deepcopy(base), **settings)
         with disable_adapters(model):
             alone = model(X)
-        assert_alike(model(X), alone + update(model, X), TERMS)
+        assert_alike(model(X), alone + added(model, X), TERMS)
 
 
 @pytest.mark.parametrize("settings", VARIANTS, ids=str)
 def test_hooks_under_rows_of_several_adapters(settings: dict[str, Any]) -> None:
     base = linear()
-    plain = adapted(copy.deepcopy(base), **settings)
+    plain = one_layer(copy.deepcopy(base), **settings)
     base.register_forward_hook(add_hundred)
-    model = adapted(base, **settings)
+    model = one_layer(base, **settings)
     names = ["default", "__base__", "default", "__base__"]
     with use_rows(model, names), use_rows(plain, names):
         assert_alike(model(X), plain(X) + 100, TERMS)
@@ -233,16 +212,16 @@ def test_hooks_under_rows_of_several_adapters(settings: dict[str, Any]) -> None:
 def test_subclass_that_only_adds_attributes(settings: dict[str, Any]) -> None:
     torch.manual_seed(0)
     base = WithAttribute(16, 8)
-    assert_alike(adapted(base, **settings)(X), adapted(linear(), **settings)(X), TERMS)
+    assert_alike(one_layer(base, **settings)(X), one_layer(linear(), **settings)(X), TERMS)
 
 
 @pytest.mark.parametrize("kind", [Doubled, WithOption])
 def test_update_is_added_to_what_a_subclass_computes(kind: type[nn.Linear]) -> None:
     torch.manual_seed(0)
-    model = adapted(kind(16, 8))
+    model = one_layer(kind(16, 8))
     with disable_adapters(model):
         alone = model(X)
-    assert_alike(model(X), alone + update(model, X), TERMS)
+    assert_alike(model(X), alone + added(model, X), TERMS)
     model[0].lora_A["default"].grad = None
     model(X).sum().backward()
     assert torch.isfinite(model[0].lora_A["default"].grad).all() and model[0].lora_A["default"].grad.any()
@@ -250,32 +229,32 @@ def test_update_is_added_to_what_a_subclass_computes(kind: type[nn.Linear]) -> N
 
 def test_further_arguments_reach_the_base_layer() -> None:
     torch.manual_seed(0)
-    model = adapted(WithOption(16, 8))
+    model = one_layer(WithOption(16, 8))
     layer = model[0]
-    assert_alike(layer(X, 3.0, shift=1.0), layer.base_layer(X, 3.0, shift=1.0) + update(model, X), TERMS)
+    assert_alike(layer(X, 3.0, shift=1.0), layer.base_layer(X, 3.0, shift=1.0) + added(model, X), TERMS)
     assert torch.equal(layer(input=X), layer(X))
     with use_rows(model, ["default", "__base__"] * 2):
         assert_alike(layer(X, 3.0)[1], layer.base_layer(X, 3.0)[1], TERMS)
         with pytest.raises(AdapterError, match="only a single tensor can be divided into rows"):
             layer(X, torch.ones(4, 1))
     with pytest.raises(TypeError):
-        adapted(linear())[0](X, 3.0)
+        one_layer(linear())[0](X, 3.0)
 
 
 @pytest.mark.parametrize("name", ["input", "x"])
 def test_input_by_name(name: str) -> None:
     base = linear() if name == "input" else four_bit()
-    model = adapted(base)
+    model = one_layer(base)
     assert torch.equal(model[0](**{name: X}), model(X))
 
 
 def test_quantized_subclass_keeps_its_own_product() -> None:
-    model = adapted(Codes(linear()))  # type: ignore[arg-type]
+    model = one_layer(Codes(linear()))  # type: ignore[arg-type]
     with disable_adapters(model):
         alone = model(X)
-    assert_alike(model(X), alone + update(model, X), TERMS)
+    assert_alike(model(X), alone + added(model, X), TERMS)
     with use_rows(model, ["default"] * 4):
-        assert_alike(model(X), alone + update(model, X), TERMS)
+        assert_alike(model(X), alone + added(model, X), TERMS)
 
 
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"variant": "hira"}, {"init_lora_weights": "pissa"}], ids=str)
@@ -299,13 +278,13 @@ def test_values_of_a_weight_are_known_where_forward_is_the_product(settings: dic
     torch.manual_seed(0)
     state = torch.random.get_rng_state()
     torch.random.set_rng_state(state)
-    assert_alike(adapted(Multiplied(16, 8), **settings)(X), adapted(linear(), **settings)(X), TERMS)
+    assert_alike(one_layer(Multiplied(16, 8), **settings)(X), one_layer(linear(), **settings)(X), TERMS)
 
 
 @pytest.mark.parametrize("settings", [{}, {"lora_bias": True}], ids=str)
 def test_router_chooses_with_the_updated_weight(settings: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    model = adapted(TopRouter(16, 8), **settings)
+    model = one_layer(TopRouter(16, 8), **settings)
     dense = TopRouter(16, 8)
     dense.load_state_dict(model[0].base_layer.state_dict())
     dense.weight.data += model[0].delta_weight("default")
@@ -328,14 +307,14 @@ def test_router_in_eight_bits_is_refused() -> None:
             logits = super().forward(input)
             return logits.softmax(-1), logits
 
-    model = adapted(CodedRouter(linear()))  # type: ignore[arg-type]
+    model = one_layer(CodedRouter(linear()))  # type: ignore[arg-type]
     with pytest.raises(AdapterError, match="0, a CodedRouter: only a layer with a dense weight"):
         model(X)
 
 
 def test_grouped_product() -> None:
     torch.manual_seed(0)
-    model, x = adapted(Grouped(16, 8)), torch.randn(3, 2, 16)
+    model, x = one_layer(Grouped(16, 8)), torch.randn(3, 2, 16)
     dense = copy.deepcopy(model[0].base_layer)
     dense.weight.data += model[0].delta_weight("default")
     assert_alike(model(x), dense(x), TERMS)
@@ -345,7 +324,7 @@ def test_grouped_product() -> None:
 @pytest.mark.parametrize("kind", [SamePadding, Standardized, Transposed])
 def test_convolution_computes_with_the_updated_weight(kind: type[nn.Conv2d], settings: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    model = adapted(kind(3, 5, 3 if kind is not Transposed else 1), **settings)
+    model = one_layer(kind(3, 5, 3 if kind is not Transposed else 1), **settings)
     x = IMAGES if kind is not Transposed else IMAGES[:, :, :, 0].transpose(1, 2)
     dense = copy.deepcopy(model[0].base_layer)
     dense.weight.data += model[0].delta_weight("default")
@@ -356,7 +335,7 @@ def test_convolution_computes_with_the_updated_weight(kind: type[nn.Conv2d], set
 
 def test_dropout_that_cannot_be_applied_is_refused_in_training() -> None:
     torch.manual_seed(0)
-    model = adapted(Standardized(3, 5, 3), lora_dropout=0.5)
+    model = one_layer(Standardized(3, 5, 3), lora_dropout=0.5)
     model.eval()(IMAGES)
     with pytest.raises(AdapterError, match=r"0, a Standardized: the model takes its weight.*lora_dropout"):
         model.train()(IMAGES)
@@ -364,51 +343,7 @@ def test_dropout_that_cannot_be_applied_is_refused_in_training() -> None:
 
 def test_output_that_no_update_fits_is_refused() -> None:
     base = linear()
-    model = adapted(base)
+    model = one_layer(base)
     base.register_forward_hook(lambda module, inputs, output: (output, None))
     with pytest.raises(AdapterError, match=r"0, a Linear, gave no tensor of shape \(4, 8\)"):
         model(X)
-
-
-# ---- weights that are computed ---------------------------------------------------------------------------------------
-
-
-class Halved(nn.Module):
-    """A parametrization."""
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight / 2
-
-
-COMPUTED = {
-    "parametrization": lambda base: parametrize.register_parametrization(base, "weight", Halved()),
-    "weight norm": parametrizations.weight_norm,
-    "spectral norm": parametrizations.spectral_norm,
-    "weight norm of old": nn.utils.weight_norm,
-    "pruning": lambda base: prune.l1_unstructured(base, "weight", 0.5),
-}
-
-
-@pytest.mark.parametrize("how", COMPUTED)
-@pytest.mark.parametrize("is_late", [False, True])
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
-def test_computed_weight(how: str, is_late: bool) -> None:
-    base = linear().eval()
-    if not is_late:
-        COMPUTED[how](base)
-    model = adapted(base)
-    if is_late:
-        COMPUTED[how](base)
-    with disable_adapters(model):
-        alone = model(X)
-    assert_alike(alone, nn.functional.linear(X, base.weight, base.bias), TERMS)  # type: ignore[arg-type]
-    assert_alike(model(X), alone + update(model, X), TERMS)
-
-
-@pytest.mark.parametrize("how", COMPUTED)
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
-def test_computed_weight_has_no_values_of_its_own(how: str) -> None:
-    model = nn.Sequential(linear())
-    COMPUTED[how](model[0])
-    with pytest.raises(AdapterError, match="which computes its weight anew in each pass"):
-        add_adapter(model, LoraConfig(r=3, target_modules=["0"], use_dora=True))

@@ -52,7 +52,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def is_plain_tensor(tensor: Tensor) -> bool:
-    """Return whether a tensor is its numbers, and no subclass that computes in its own way."""
+    """Return whether a tensor of any shape is its numbers, and no subclass that computes in its own way."""
     return type(tensor) in _PLAIN_TENSORS
 
 
@@ -86,7 +86,7 @@ def loaded(module: nn.Module) -> Iterator[None]:
 
 
 def present(module: nn.Module, name: str) -> Tensor:
-    """Return a parameter of a module, even while accelerate keeps it elsewhere or an updated weight takes its place."""
+    """Return a parameter of any shape, even if accelerate keeps it elsewhere or an updated weight is in its place."""
     parameter = cast(Tensor, getattr(module, name))
     if type(parameter) is UpdatedWeight:
         return parameter.base

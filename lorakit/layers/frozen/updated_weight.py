@@ -25,10 +25,10 @@ class UpdatesWeight(Protocol):
         """Name the layer in a message."""
 
     def updated_weight(self) -> Tensor:
-        """Return the weight with the updates of the active adapters, differentiable."""
+        """Return the weight with the updates of the active adapters, in its own shape, differentiable."""
 
     def lookup(self, ids: Tensor, *options: Any) -> Tensor | None:
-        """Return the rows of the updated weight with these indices, or None if the layer is no embedding."""
+        """Return the rows with these indices, (...) -> (..., columns), or None if the layer is no embedding."""
 
 
 _PROPERTIES = (

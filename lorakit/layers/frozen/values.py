@@ -23,7 +23,11 @@ _LARGEST_CODE = 127  # of 8 bits
 
 
 def values_of(module: nn.Module, dtype: torch.dtype, rows: slice | None = None, name: str = "weight") -> Tensor | None:
-    """Return the dense values of a layer's weight, or some of its rows; None if it holds codes of an unknown kind."""
+    """Return the dense values of a layer's weight, or some of its rows; None if it holds codes of an unknown kind.
+
+    Shapes:
+        that of the weight; (out_features, in_features) for a linear layer whose weight is kept in codes
+    """
     if isinstance(module, QuantizedModule):
         with loaded(module):
             return module.dense_weight(dtype, rows)
