@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from ...layers import AdaptedLayer, LoRAParameter
 from ...layers.frozen.calls import (
+    PLAIN_TENSORS,
     change_of_output,
     has_own_forward,
     is_dense,
     is_known_class,
-    is_plain_tensor,
 )
 from ...layers.frozen.quantized_module import QuantizedModule
 from ...layers.frozen.values import is_bitsandbytes, values_of
@@ -36,7 +36,7 @@ def weight_problem(layer: AdaptedLayer) -> str | None:
         return "computes its weight anew in each pass (parametrized, normalized or pruned)"
     if not is_dense(weight):
         return f"keeps its weight in {str(weight.dtype)[6:]}, a quantization that lorakit does not know"
-    if not is_plain_tensor(weight) and type(weight).__name__ != "DTensor":
+    if type(weight) not in PLAIN_TENSORS and type(weight).__name__ != "DTensor":
         return f"keeps its weight as a {type(weight).__name__}, which lorakit does not know"
     if weight.is_meta or is_known_class(base) or not has_own_forward(base) or layer.takes_weight:
         return None

@@ -22,7 +22,7 @@ from .updated_weight import UpdatedWeight
 _CLASSES = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Linear4bit, ResidualLinear4bit, Embedding4bit)
 _FORWARDS: dict[type, Callable[..., Any]] = {kind: kind.forward for kind in _CLASSES}  # somebody may patch a class
 _PLAIN_FORWARDS = frozenset(_FORWARDS.values())
-_PLAIN_TENSORS = (nn.Parameter, Tensor)  # `functional_call` puts tensors in place of parameters
+PLAIN_TENSORS = (nn.Parameter, Tensor)  # their numbers are all that they are; no subclass computes in its own way
 
 
 def is_known_class(module: nn.Module) -> bool:
@@ -49,11 +49,6 @@ def has_hooks(module: nn.Module) -> bool:
         or calling._global_backward_hooks
         or calling._global_backward_pre_hooks
     )
-
-
-def is_plain_tensor(tensor: Tensor) -> bool:
-    """Return whether a tensor of any shape is its numbers, and no subclass that computes in its own way."""
-    return type(tensor) in _PLAIN_TENSORS
 
 
 def is_dense(weight: object) -> bool:
