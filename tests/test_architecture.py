@@ -73,8 +73,9 @@ PUBLIC = {
     """,
     "kernels/lorakit_kernels/__init__.py": """
         BACKENDS STATE_BLOCK_SIZE AdamWStep Moment8bit Weight4bit adamw adamw_8bit add_linear_4bit_dx cross_entropy
-        dequantize_4bit dequantize_4bit_out dequantize_8bit drop gather_4bit linear_4bit linear_4bit_dx one_thread
-        quantize_4bit quantize_8bit rms_norm rms_norm_backward rope swiglu swiglu_backward unpack_4bit use_backend
+        dequantize_4bit dequantize_4bit_out dequantize_8bit drop gather_4bit is_transformed linear_4bit linear_4bit_dx
+        one_thread quantize_4bit quantize_8bit rms_norm rms_norm_backward rope swiglu swiglu_backward unpack_4bit
+        use_backend
     """,
 }
 

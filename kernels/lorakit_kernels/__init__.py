@@ -24,6 +24,7 @@ from .ops.linear_4bit import add_linear_4bit_dx, linear_4bit, linear_4bit_dx
 from .ops.rms_norm import rms_norm, rms_norm_backward
 from .ops.rope import rope
 from .ops.swiglu import swiglu, swiglu_backward
+from .transforms import is_transformed
 
 __all__ = [
     "BACKENDS",
@@ -40,6 +41,7 @@ __all__ = [
     "dequantize_8bit",
     "drop",
     "gather_4bit",
+    "is_transformed",
     "linear_4bit",
     "linear_4bit_dx",
     "one_thread",

@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
-from lorakit_kernels import drop
+from lorakit_kernels import drop, is_transformed
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..errors import ShapeError
+from ..sums import summed_product
 from .adapted import AdaptedLayer, first_argument
 from .dropout import draw_seed
 from .frozen.calls import PLAIN_TENSORS, has_hooks, has_own_forward, is_dense, is_known_class, loaded
@@ -20,7 +21,6 @@ from .frozen.values import values_of
 from .gains import gain_minus_one
 from .row_products import forward_by_rows, linear_with_rows
 
-_ROWS = 64  # rows that are cast up at a time, so that they stay in the cache
 _LEADING = 5  # number of arguments of the function before its tensors
 
 
@@ -124,7 +124,7 @@ class LoRALinear(AdaptedLayer):
         There must be one active adapter, and nothing that the fused function does not compute: the base layer is one
         whose call is its product alone.
         """
-        if self.rows is not None or len(self.active) != 1 or x.shape[-1] != self.in_features:
+        if self.rows is not None or len(self.active) != 1 or x.shape[-1] != self.in_features or is_transformed():
             return False
         variant = self.adapters[self.active[0]].variant
         if not variant.is_fused or "trained_bias" in self._modules:
@@ -163,7 +163,7 @@ def linear_together(x: Tensor, *layers: nn.Module, recompute: Recompute | None =
     adapted = [layer for layer in layers if isinstance(layer, LoRALinear) and not has_hooks(layer)]
     if len(adapted) == len(layers) and all(layer.can_fuse(x) for layer in adapted) and _drop_alike(adapted):
         ys: tuple[Tensor, ...] = _LoRALinearFunction.apply(*_arguments(x, adapted, recompute))
-        return ys
+        return ys[: len(adapted)]
     if len(adapted) == len(layers) and all(layer.can_batch_rows() for layer in adapted):
         return linear_with_rows(x, *adapted)
     return tuple(layer(x) for layer in layers)
@@ -217,6 +217,9 @@ class _LoRALinearFunction(torch.autograd.Function):
     Without a bias, z is computed as y / g: saving y costs nothing if the next operation saves it too, as SwiGLU does.
     m is 1 without dropout. With dropout it is 0 for dropped elements, drawn from a seed whenever it is needed. s then
     contains the factor 1 / (1 − p), so that no x is rounded for it.
+
+    Second derivatives: u, and each z that is saved, are results that only the backward pass reads. The gradient of this
+    pass reaches x, A and B through them, as du, which adds to t, and dz, which adds to g∘dy.
     """
 
     @staticmethod
@@ -234,44 +237,49 @@ class _LoRALinearFunction(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         u = (flat if seed is None else drop(flat, seed, rate)) @ _stacked(lora_a, x.dtype).T
         us = u.split([len(a) for a in lora_a], dim=1)
-        results, products = [], []
+        results, products, kept_zs = [], [], []
         for (base, scaling, _), b, own_u, gain, is_trained in zip(frozen, lora_b, us, gains, train_gain, strict=True):
             bias = None if base.bias is None else base.bias.to(x.dtype)
             y = frozen_linear(base, flat, bias if gain is None else None, (own_u, b.to(x.dtype)), scaling)
             if gain is not None:
-                z = y.clone() if bias is not None and is_trained else y
+                kept_zs += [y.clone()] if bias is not None and is_trained else []
                 y.addcmul_(y, gain_minus_one(gain, y.dtype))
                 y = y if bias is None else y.add_(bias)
-                products.append(y if bias is None else z)
             results.append(y.view(*x.shape[:-1], y.shape[-1]))
+            if gain is not None and is_trained:
+                products.append(results[-1] if bias is None else kept_zs[-1])
         parameters = tensors[: len(tensors) - len(sources)]
         kept = () if not any(train_a) else sources if recompute else (x,)  # for dA
         ctx.save_for_backward(seed, u, *parameters, *products, *kept)
         ctx.frozen, ctx.recompute, ctx.rate, ctx.shape, ctx.sources = frozen, recompute, rate, x.shape, len(sources)
-        return tuple(results)
+        if not torch.compiler.is_compiling():  # which knows only gradients that are tensors
+            ctx.set_materialize_grads(False)
+        return *results, u, *kept_zs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         seed, u, *tensors = ctx.saved_tensors
         frozen: tuple[_FrozenLayer, ...] = ctx.frozen
         lora_a, lora_b, gains, rest = _split_by_kind(frozen, tensors)
-        count, dtype = len(grads), u.dtype
-        gain_count = sum(layer.has_gain for layer in frozen)
-        products, sources = iter(rest[:gain_count]), rest[gain_count:]
+        count, dtype = len(frozen), u.dtype
         train_a, train_b, train_gain, _ = _split_by_kind(frozen, ctx.needs_input_grad[_LEADING:])
+        product_count = sum(map(bool, train_gain))
+        products, sources = iter(rest[:product_count]), rest[product_count:]
+        dys, du, of_zs = _filled(grads[:count], u, lora_b), grads[count], iter(grads[count + 1 :])
         dzs, dgains = [], []
-        for grad, (base, _, _), gain, is_trained in zip(grads, frozen, gains, train_gain, strict=True):
-            dz = grad.reshape(-1, grad.shape[-1])
+        for dy, (base, _, _), gain, is_trained in zip(dys, frozen, gains, train_gain, strict=True):
+            dz = dy
             if gain is not None:
-                product = next(products)
-                if is_trained:
-                    dgain = _summed_product(dz, product)
-                    dgains.append(dgain if base.bias is not None else (dgain / gain).nan_to_num_(0.0, 0.0, 0.0))
-                else:
-                    dgains.append(None)
-                dz = torch.addcmul(dz, dz, gain_minus_one(gain, dtype))
+                dz = torch.addcmul(dy, dy, gain_minus_one(gain, dtype))
+                dgain = summed_product(dy, next(products)) if is_trained else None
+                if is_trained and base.bias is None:  # z = y / g
+                    dgain = dgain / gain.masked_fill(gain == 0, torch.inf)
+                elif is_trained and (of_z := next(of_zs)) is not None:
+                    dz = dz + of_z
+                dgains.append(dgain)
             dzs.append(dz)
         t = torch.cat([f.scaling * (dz @ b.to(dtype)) for f, dz, b in zip(frozen, dzs, lora_b, strict=True)], dim=1)
+        t = t if du is None else t + du
         dx: Tensor | None = None
         da: list[Tensor | None] = [None] * count
         db: list[Tensor | None] = [None] * count
@@ -279,9 +287,10 @@ class _LoRALinearFunction(torch.autograd.Function):
             update = t, _stacked(lora_a, dtype)
             dx = frozen_linear_dx(frozen[0].base, dzs[0], update if seed is None else ())
             if seed is not None:
-                dx += drop(update[0] @ update[1], seed, ctx.rate)
+                dropped = drop(update[0] @ update[1], seed, ctx.rate)
+                dx = dx + dropped if torch.is_grad_enabled() else dx.add_(dropped)
             for dz, layer in zip(dzs[1:], frozen[1:], strict=True):
-                add_frozen_linear_dx(dx, layer.base, dz)
+                dx = add_frozen_linear_dx(dx, layer.base, dz)
             dx = dx.view(ctx.shape)
         ranks = [len(a) for a in lora_a]
         if any(train_a):
@@ -303,13 +312,13 @@ def _split_by_kind(frozen: Sequence[_FrozenLayer], values: Sequence[Any]) -> tup
     return values[:count], values[count : 2 * count], gains, values[2 * count + gain_count :]
 
 
-def _summed_product(a: Tensor, b: Tensor) -> Tensor:
-    """Return the sum of a∘b over the rows, (columns,), in fp32 or better. Only a few rows are cast up at a time."""
-    dtype = torch.promote_types(a.dtype, torch.float32)
-    total = a.new_zeros(a.shape[1], dtype=dtype)
-    for a_rows, b_rows in zip(a.split(_ROWS), b.reshape(a.shape).split(_ROWS), strict=True):
-        total += (a_rows.to(dtype) * b_rows.to(dtype)).sum(0)
-    return total
+def _filled(grads: Sequence[Tensor | None], u: Tensor, lora_b: Sequence[Tensor]) -> list[Tensor]:
+    """Return the gradients of the results as (tokens, out_features), zero for a result that nobody used."""
+    given = next((grad for grad in grads if grad is not None), u)  # under vmap, zeros are batched as the others are
+    return [
+        given.new_zeros(len(u), len(b)) if grad is None else grad.reshape(-1, grad.shape[-1])
+        for grad, b in zip(grads, lora_b, strict=True)
+    ]
 
 
 def _stacked(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from lorakit_kernels import is_transformed
+from torch import Tensor
 from torch.nn.functional import pad
 
 from ..errors import AdapterError
@@ -39,13 +40,21 @@ class _Stacks(NamedTuple):
     gains: list[Tensor | None]
 
 
+class _Source(NamedTuple):
+    """A parameter that stacks were made from: its place, where `functional_call` may put another, and its version."""
+
+    place: dict[str, Any]
+    name: str
+    parameter: Tensor
+    version: int
+
+
 class _Kept(NamedTuple):
-    """Stacks, the scalings and parameters they were made from, and each parameter's version counter at that time."""
+    """Stacks, and the scalings and parameters they were made from."""
 
     stacks: _Stacks
     scalings: list[float]
-    parameters: list[nn.Parameter]
-    versions: list[int]
+    sources: list[_Source]
 
 
 def forward_by_rows(module: AdapterModule, *args: Any, **kwargs: Any) -> Tensor:
@@ -160,18 +169,29 @@ def _stacks(
     rows: RowAdapters, layers: Sequence[AdaptedLayer], adapters: tuple[str, ...], dtype: torch.dtype
 ) -> _Stacks:
     """Return the stacked adapters of layers. Without gradient they are kept until a parameter or scaling changes."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or is_transformed():
         return _stacked(layers, adapters, dtype)
     key = tuple(layers), adapters, dtype
     kept: _Kept | None = rows.kept.get(key)
     scalings = [layer.adapters[name].scaling for layer in layers for name in adapters]
-    if kept is None or (kept.scalings, kept.versions) != (scalings, [p._version for p in kept.parameters]):
-        parameters = [p for layer in layers for name in adapters for p in layer.parameters_of(name).values()]
+    if kept is None or kept.scalings != scalings or not _are_unchanged(kept.sources):
+        held = [
+            (layer.table(table)._parameters, name, parameter)
+            for layer in layers
+            for name in adapters
+            for table, parameter in layer.adapters[name].parameters.items()
+        ]
         stacks = _stacked(layers, adapters, dtype)
-        if any(parameter.is_inference() for parameter in parameters):  # inference tensors have no version counter
+        if any(parameter.is_inference() for _, _, parameter in held):  # inference tensors have no version counter
             return stacks
-        kept = rows.kept[key] = _Kept(stacks, scalings, parameters, [parameter._version for parameter in parameters])
+        kept = rows.kept[key] = _Kept(stacks, scalings, [_Source(*source, source[2]._version) for source in held])
     return kept.stacks
+
+
+def _are_unchanged(sources: Sequence[_Source]) -> bool:
+    return all(
+        place.get(name) is parameter and parameter._version == version for place, name, parameter, version in sources
+    )
 
 
 def _stacked(layers: Sequence[AdaptedLayer], adapters: tuple[str, ...], dtype: torch.dtype) -> _Stacks:

@@ -60,7 +60,8 @@ class ResidualLinear4bit(Linear4bit):
 
     def add_residual_dx(self, dx: Tensor, dy: Tensor) -> Tensor:
         t = dy @ self.residual_up.to(dy.dtype)  # (..., k)
-        return dx.add_(t @ self.residual_down.to(dy.dtype))
+        residual = t @ self.residual_down.to(dy.dtype)
+        return dx + residual if torch.is_grad_enabled() else dx.add_(residual)
 
     def extra_repr(self) -> str:
         """Show the layer's geometry when it is printed."""
