@@ -119,12 +119,6 @@ class AdaptedLayer(WeightUpdater):
         raise NotImplementedError
 
     @property
-    def device(self) -> torch.device:
-        """The base layer's device."""
-        name, parameter = next(self.base_layer.named_parameters())
-        return parameter.device if "." in name else present(self.base_layer, name).device
-
-    @property
     def has_bias(self) -> bool:
         """Whether the base layer has a `bias` attribute, even if it is None."""
         return hasattr(self.base_layer, "bias")

@@ -143,6 +143,12 @@ class AdapterModule(RowAware, nn.Module):
         """Drop everything that was computed from the base weight, for instance before it is replaced."""
 
     @property
+    def device(self) -> torch.device:
+        """The base layer's device while it computes."""
+        name, parameter = next(self.base_layer.named_parameters())
+        return parameter.device if "." in name else present(self.base_layer, name).device
+
+    @property
     def label(self) -> str:
         """Name this module in a message: its path and the class of its base layer."""
         kind = type(self.base_layer).__name__
