@@ -4,40 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError
-from .adapter_module import AdapterParameters, Scalings, WeightUpdater
+from .adapter_module import AdapterParameters, AdapterSpec, Scalings, WeightUpdater
 from .dropout import dropout
 from .frozen.calls import has_hooks, has_own_forward, is_dense, present
 from .frozen.values import call_layer, values_of
 from .gains import compose
-from .variants import VARIANTS, AttachedAdapter, Variant
-
-
-@dataclass(frozen=True)
-class AdapterSpec:
-    """A new adapter of a layer.
-
-    Attributes:
-        r: rank.
-        scaling: factor on B @ A.
-        dropout_p: probability of dropping an element of the adapter's input in training.
-        variant: how the update enters the layer.
-        bias: train a copy of the layer's bias too, if it has one.
-        neutral_start: start with an update of zero. Otherwise B is random like A, for tests of file formats.
-    """
-
-    r: int
-    scaling: float
-    dropout_p: float = 0.0
-    variant: Variant = VARIANTS["plain"]
-    bias: bool = False
-    neutral_start: bool = True
+from .variants import AttachedAdapter
 
 
 class AdaptedLayer(WeightUpdater):
@@ -139,12 +117,6 @@ class AdaptedLayer(WeightUpdater):
     def made_up_input(self, generator: torch.Generator) -> Tensor:
         """Return a small random input of the layer, fp32, to try it out."""
         raise NotImplementedError
-
-    @property
-    def device(self) -> torch.device:
-        """The base layer's device."""
-        name, parameter = next(self.base_layer.named_parameters())
-        return parameter.device if "." in name else present(self.base_layer, name).device
 
     @property
     def has_bias(self) -> bool:

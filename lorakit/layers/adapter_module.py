@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Self, cast
 
 import torch
@@ -12,7 +13,7 @@ from ..errors import AdapterError
 from .frozen.calls import is_dense, present
 from .frozen.updated_weight import UpdatedWeight
 from .row_adapters import RowAware
-from .variants import AttachedAdapter
+from .variants import VARIANTS, AttachedAdapter, Variant
 
 
 class AdapterParameters(Mapping[str, nn.Parameter]):
@@ -55,6 +56,27 @@ class Scalings(Mapping[str, float]):
 
     def __len__(self) -> int:
         return len(self._adapters)
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """A new adapter of a layer.
+
+    Attributes:
+        r: rank.
+        scaling: factor on B @ A.
+        dropout_p: probability of dropping an element of the adapter's input in training.
+        variant: how the update enters the layer.
+        bias: train a copy of the layer's bias too, if it has one.
+        neutral_start: start with an update of zero. Otherwise B is random like A, for tests of file formats.
+    """
+
+    r: int
+    scaling: float
+    dropout_p: float = 0.0
+    variant: Variant = VARIANTS["plain"]
+    bias: bool = False
+    neutral_start: bool = True
 
 
 class AdapterModule(RowAware, nn.Module):
@@ -119,6 +141,12 @@ class AdapterModule(RowAware, nn.Module):
 
     def forget_base(self) -> None:
         """Drop everything that was computed from the base weight, for instance before it is replaced."""
+
+    @property
+    def device(self) -> torch.device:
+        """The base layer's device while it computes."""
+        name, parameter = next(self.base_layer.named_parameters())
+        return parameter.device if "." in name else present(self.base_layer, name).device
 
     @property
     def label(self) -> str:
