@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import AdapterError
 from .adapter_module import AdapterParameters, AdapterSpec, Scalings, WeightUpdater
 from .dropout import dropout
-from .frozen.calls import has_hooks, has_own_forward, is_dense, present
+from .frozen.calls import has_hooks, has_own_forward, is_dense
 from .frozen.values import call_layer, values_of
 from .gains import compose
 from .variants import AttachedAdapter
