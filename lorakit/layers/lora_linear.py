@@ -245,7 +245,8 @@ class _LoRALinearFunction(torch.autograd.Function):
                 kept_zs += [y.clone()] if bias is not None and is_trained else []
                 y.addcmul_(y, gain_minus_one(gain, y.dtype))
                 y = y if bias is None else y.add_(bias)
-            results.append(y.view(*x.shape[:-1], y.shape[-1]))
+            # A result that is no view can be changed in place, as models do with the output of a linear layer.
+            results.append(torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]]))
             if gain is not None and is_trained:
                 products.append(results[-1] if bias is None else kept_zs[-1])
         parameters = tensors[: len(tensors) - len(sources)]

@@ -347,3 +347,17 @@ def test_output_that_no_update_fits_is_refused() -> None:
     base.register_forward_hook(lambda module, inputs, output: (output, None))
     with pytest.raises(AdapterError, match=r"0, a Linear, gave no tensor of shape \(4, 8\)"):
         model(X)
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"lora_dropout": 0.5}], ids=str)
+@pytest.mark.parametrize("make", [linear, four_bit])
+def test_a_model_may_change_the_output_in_place(make: Callable[[], nn.Module], settings: dict[str, Any]) -> None:
+    model = one_layer(make(), **settings)
+    pulled = []
+    for is_in_place in (False, True):
+        x = X.clone().requires_grad_()
+        torch.manual_seed(0)
+        y = model(x)
+        y = y.add_(1).mul_(2) if is_in_place else (y + 1) * 2
+        pulled.append(torch.autograd.grad(y.square().sum(), [x, *model[0].parameters_of("default").values()]))
+    assert all(torch.equal(one, other) for one, other in zip(*pulled, strict=True))
