@@ -6,7 +6,7 @@ below, not a subclass of one, and nothing is hooked into the call. Any other lay
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -44,11 +44,16 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
-        or calling._global_forward_hooks
-        or calling._global_forward_pre_hooks
+        or (calling._global_forward_hooks and _any_acts(calling._global_forward_hooks))
+        or (calling._global_forward_pre_hooks and _any_acts(calling._global_forward_pre_hooks))
         or calling._global_backward_hooks
         or calling._global_backward_pre_hooks
     )
+
+
+def _any_acts(hooks: Mapping[int, Callable[..., Any]]) -> bool:
+    """Return whether a global hook is another than those with which PyTorch counts FLOPs, which only note names."""
+    return any(getattr(hook, "__module__", "") != "torch.utils.module_tracker" for hook in hooks.values())
 
 
 def is_dense(weight: object) -> bool:
