@@ -18,7 +18,7 @@ def is_transformed() -> bool:
 
 
 def is_followed(tensor: Tensor) -> bool:
-    """Return whether autograd or a transform follows what is computed from a tensor of any shape."""
+    """Return whether autograd or a transform follows what is computed from a tensor of any shape and dtype."""
     if tensor.requires_grad or _C._functorch.is_functorch_wrapped_tensor(tensor):
         return True
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
