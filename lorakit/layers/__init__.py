@@ -2,7 +2,8 @@
 
 from torch import nn
 
-from .adapted import AdaptedLayer, AdapterModule, AdapterSpec
+from .adapted import AdaptedLayer
+from .adapter_module import AdapterModule, AdapterSpec
 from .frozen.embedding4bit import Embedding4bit
 from .frozen.linear4bit import Linear4bit
 from .frozen.linear_cross_entropy import linear_cross_entropy, token_losses

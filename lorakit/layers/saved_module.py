@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError
-from .adapted import AdapterModule
+from .adapter_module import AdapterModule
 from .row_products import forward_by_rows
 
 
@@ -44,7 +44,7 @@ class SavedModule(AdapterModule):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        self.copies = nn.ModuleDict()
+        self.copies = nn.ModuleDict().train(self.training)
         self._trained: dict[str, tuple[tuple[str, ...], bool]] = {}  # and whether the copy is whole
 
     def shapes(self, parameters: Iterable[str] | None = None) -> dict[str, tuple[int, ...]]:
@@ -93,6 +93,15 @@ class SavedModule(AdapterModule):
 
     def supports_rows(self, name: str) -> bool:
         return isinstance(self.base_layer, nn.Linear | nn.Embedding)
+
+    def set_mode(self, training: bool) -> None:
+        self.training = self.copies.training = training
+        for copied in self.copies.values():
+            for path, part in copied.named_modules():  # a frozen part may be in evaluation mode on its own
+                part.training = self.base_layer.get_submodule(path).training
+
+    def answer(self, name: str) -> Any:
+        return getattr(self._current(), name)
 
     @property
     def weight(self) -> Tensor:

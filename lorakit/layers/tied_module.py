@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError
-from .adapted import AdapterModule
+from .adapter_module import AdapterModule
 from .saved_module import SavedModule
 from .trained_tokens import TrainedTokens
 

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding
 
-from .adapted import AdapterModule
+from ..errors import AdapterError
+from .adapted import first_argument
+from .adapter_module import WeightUpdater
+from .frozen.calls import has_own_forward, present
 from .row_products import forward_by_rows
 
 _TABLE = "trainable_tokens_delta"
@@ -32,7 +36,7 @@ class TrainedRows:
     rows: nn.Parameter
 
 
-class TrainedTokens(AdapterModule):
+class TrainedTokens(WeightUpdater):
     """An embedding with trained rows: y = rows[i] where ids equals the adapter's token i, else base(ids).
 
     If several active adapters train one token, the last adapter's row counts.
@@ -54,7 +58,8 @@ class TrainedTokens(AdapterModule):
 
     def add(self, name: str, tokens: Sequence[int], dtype: torch.dtype | None = None) -> None:
         """Attach rows for these tokens, at first equal to those of the table."""
-        rows = self.base_layer.weight.detach()[torch.tensor(tokens, device=self.base_layer.weight.device)]
+        weight = present(self.base_layer, "weight").detach()
+        rows = weight[torch.tensor(tokens, device=weight.device)]
         self.attach(name, TrainedRows(list(tokens), nn.Parameter(rows.to(dtype or rows.dtype))))
 
     def attach(self, name: str, record: TrainedRows) -> None:
@@ -74,13 +79,21 @@ class TrainedTokens(AdapterModule):
         """Return a table (num_embeddings, embedding_dim) with the active adapters' rows in place."""
         for name in self.active:
             index = torch.tensor(self.tokens[name], device=weight.device)
-            weight = weight.index_copy(0, index, self.table(_TABLE)[name].to(weight.dtype))
+            weight = weight.index_copy(0, index, present(self.table(_TABLE), name).to(weight.dtype))
         return weight
 
     @property
     def weight(self) -> Tensor:
         """The table that forward reads, (num_embeddings, embedding_dim)."""
-        return self.with_rows(self.base_layer.weight)
+        return self.with_rows(present(self.base_layer, "weight"))
+
+    def updated_weight(self) -> Tensor:
+        if self.rows is not None:
+            raise AdapterError(f"{self.label}: the model takes its weight, the same for all rows")
+        return self.weight
+
+    def lookup(self, ids: Tensor, padding_idx: int | None = None) -> Tensor:
+        return self._replaced(embedding(ids, present(self.base_layer, "weight"), padding_idx), ids)
 
     def current(self, key: str) -> Tensor:
         """Return a parameter of the base layer as forward uses it, for modules that share it."""
@@ -90,14 +103,17 @@ class TrainedTokens(AdapterModule):
     def supports_rows(self, name: str) -> bool:
         return True
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.rows is not None:
-            return forward_by_rows(self, ids)
-        y: Tensor = self.base_layer(ids)
+            return forward_by_rows(self, *args, **kwargs)
+        if self.active and has_own_forward(self.base_layer):  # it may scale the rows, or shift the ids
+            return self.call_with_updated_weight(args, kwargs)
+        return self._replaced(self.base_layer(*args, **kwargs), first_argument(args, kwargs))
+
+    def _replaced(self, y: Tensor, ids: Tensor) -> Tensor:
+        """Return y = base(ids), (..., embedding_dim), with the active adapters' rows where their tokens stand."""
         for name in self.active:
-            rows = self.table(_TABLE)[name].to(y.dtype)
-            scale = getattr(self.base_layer, "embed_scale", None)
-            rows = rows if scale is None else rows * cast(Tensor, scale).to(rows.dtype)
+            rows = present(self.table(_TABLE), name).to(y.dtype)
             is_token = ids[..., None] == torch.tensor(self.tokens[name], device=ids.device)  # (..., tokens)
             y = torch.where(is_token.any(-1, keepdim=True), rows[is_token.int().argmax(-1)], y)
         return y

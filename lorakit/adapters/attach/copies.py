@@ -13,6 +13,7 @@ from torch import nn
 
 from ...errors import AdapterError
 from ...layers import AdapterModule, SavedModule, TiedModule, TrainedTokens
+from ...layers.frozen.calls import is_dense, is_elsewhere
 from ...layers.frozen.quantized_module import QuantizedModule
 from ...layers.saved_module import buffers_in_state
 from ...layers.tied_module import Sources
@@ -37,6 +38,16 @@ def place_saved(model: nn.Module, paths: list[str], config: LoraConfig, ties: Ti
         base = unwrapped(model.get_submodule(path))
         if any(isinstance(inner, QuantizedModule) for inner in base.modules()):
             raise AdapterError(f"{path} of modules_to_save is in 4 bits, which cannot be trained; load it unquantized")
+        check_present(path, base)
+        if coded := [key for key, parameter in base.named_parameters() if not is_dense(parameter)]:
+            raise AdapterError(
+                f"{path}.{coded[0]} of modules_to_save is quantized and cannot be trained; load it unquantized"
+            )
+        if isinstance(base, nn.ModuleList | nn.ModuleDict):
+            kind = type(base).__name__
+            raise AdapterError(
+                f"{path} of modules_to_save is a {kind}, whose parts are called one by one; name the parts"
+            )
         if adapted := [name for name, inner in base.named_modules() if isinstance(inner, AdapterModule)]:
             raise AdapterError(
                 f"{path} of modules_to_save holds {path}.{adapted[0]}, which another adapter adapts; remove that one "
@@ -64,6 +75,14 @@ def place_saved(model: nn.Module, paths: list[str], config: LoraConfig, ties: Ti
         elif followers:
             _say_untied(path, base, list(followers), paths, config)
     return list(placements.values())
+
+
+def check_present(path: str, module: nn.Module) -> None:
+    """Raise AdapterError if a module that is to be copied has parameters elsewhere."""
+    if any(map(is_elsewhere, module.modules())):
+        raise AdapterError(
+            f"{path} cannot be copied while its weights are on disk or in host memory; attach adapters first"
+        )
 
 
 def _say_untied(path: str, base: nn.Module, others: list[str], paths: list[str], config: LoraConfig) -> None:
@@ -115,6 +134,8 @@ def place_tokens(model: nn.Module, config: LoraConfig, ties: Ties) -> list[Place
             raise AdapterError(
                 f"trainable_token_indices {tokens} of {path}: expected different tokens below {table.num_embeddings}"
             )
+        if not is_dense(table.weight):
+            raise AdapterError(f"{path} of trainable_token_indices is quantized, and its rows cannot be trained")
         other = next((p for p, t in chosen.items() if t != tokens and tables[p].weight is table.weight), None)
         if other and config.ensure_weight_tying is not False:
             raise AdapterError(
@@ -206,6 +227,7 @@ def place_biases(model: nn.Module, taken: set[str], ties: Ties) -> list[Placemen
     for paths in shared.values():
         source = min(paths, key=lambda path: any(True for _ in unwrapped(model.get_submodule(path)).children()))
         saved = _module_of_kind(model, source, SavedModule)
+        check_present(source, saved.base_layer)
         placements.append(Placement(source, saved, saved.shapes(["bias"]), partial(_add_copy, saved, ["bias"])))
         followers = ties.outside(source, {"bias": saved.base_layer.get_parameter("bias")})
         if adapted := [other for other in followers if other not in paths]:

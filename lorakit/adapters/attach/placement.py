@@ -11,8 +11,10 @@ from torch import nn
 
 from ...errors import AdapterError
 from ...layers import AdaptedLayer, AdapterModule, AdapterSpec, LoRAParameter, adapted_kind
+from ...layers.frozen.calls import is_dense
 from ..config import LoraConfig
 from .copies import place_biases, place_saved, place_tokens
+from .known_weights import weight_problem
 from .placed import Placement
 from .targeting import (
     MatchReport,
@@ -95,10 +97,18 @@ def _place_layer(model: nn.Module, path: str, config: LoraConfig, report: MatchR
         layer = kind(layer)  # type: ignore[call-arg] # each kind asks its base for its features
     assert isinstance(layer, AdaptedLayer)
     rank, scaling = _rank_and_scaling(path, config, report)
-    variant, neutral_start = config.update_variant, config.start.is_neutral
+    variant, start = config.update_variant, config.start
+    class_name = type(layer.base_layer).__name__
     if problem := variant.problem(layer):
-        raise AdapterError(f"{path} is a {type(layer.base_layer).__name__}, {problem}")
-    spec = AdapterSpec(rank, scaling, config.lora_dropout, variant, config.bias != "none", neutral_start)
+        raise AdapterError(f"{path} is a {class_name}, {problem}")
+    if variant.multiplies_base or start.in_base or start.decomposes_weight:
+        needs = variant.title if variant.multiplies_base else f"init_lora_weights={start.name!r}"
+        if problem := weight_problem(layer):
+            raise AdapterError(
+                f"{path} is a {class_name}, which {problem}, and {needs} needs the values of the weight; leave it out "
+                "with exclude_modules, or train plain LoRA"
+            )
+    spec = AdapterSpec(rank, scaling, config.lora_dropout, variant, config.bias != "none", start.is_neutral)
     return Placement(path, layer, layer.shapes(spec), partial(_add_to_layer, layer, spec), variant)
 
 
@@ -116,9 +126,14 @@ def _place_parameters(
     for path, module in model.named_modules():
         if isinstance(module, LoRAParameter) and path.endswith(".base_layer"):
             continue
-        for name, _ in unwrapped(module).named_parameters(recurse=False):
+        for name, parameter in unwrapped(module).named_parameters(recurse=False):
             if f"{path}.{name}" not in wanted:
                 continue
+            if not is_dense(parameter):
+                raise AdapterError(
+                    f"{path}.{name} of target_parameters holds {str(parameter.dtype)[6:]}, the codes of a quantized "
+                    "weight; an update cannot be added to them, so load the model unquantized"
+                )
             outer = outermost.get(path, module)
             layer = _layer_of_parameter(outer, name)
             if layer is None:

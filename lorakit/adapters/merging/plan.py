@@ -20,10 +20,13 @@ from ...layers import (
     TiedModule,
     TrainedTokens,
 )
+from ...layers.frozen.calls import has_hooks, is_dense, is_elsewhere
 from ...layers.frozen.quantized_module import QuantizedModule, frozen
+from ...layers.frozen.values import bitsandbytes_4bit
+from ..attach.known_weights import is_product_with, weight_problem
 from ..attach.state import adapter_configs, adapter_modules
 from .base import Base, WrongBase, open_base, weight_from
-from .modules import dense_base, exchanges_weight, holder, new_base, weight_bytes
+from .modules import dense_base, exchanges_weight, holder, new_base, weight_bytes, with_our_form
 from .report import LEAST_SHARE, LayerMerge, MergeReport
 from .swaps import Exchange, MergeState, Swap
 from .ties import TiesAfter, follow
@@ -64,7 +67,8 @@ def plan_merge(
         notes.append(f"not merged onto a 16-bit checkpoint: '{repairing.name}' starts at the error of quantizing it")
         base = False
     source = None
-    if base or any(isinstance(module.base_layer, QuantizedModule) for module in modules.values()):
+    bases = [module.base_layer for module in modules.values()]
+    if base or any(isinstance(one, QuantizedModule) or bitsandbytes_4bit(one) is not None for one in bases):
         source = open_base(model, base)
     dtype = _float_dtype(model)
     return MergePlan(modules, tuple(names), source, base is not None, quantize, residual_rank, dtype, notes)
@@ -112,29 +116,43 @@ class MergePlan:
         """
         layer = self.modules[path]
         names = [name for name in self.names if name in layer.names()]
+        if any(map(is_elsewhere, layer.modules())):
+            raise AdapterError(f"{path}: its weights are on disk or in host memory; merge before they are offloaded")
         if not isinstance(layer, AdaptedLayer):
             return _plan_copies(path, layer, names)
         self._check(path, layer)
-        origin = None
-        if self.source is not None and not isinstance(layer, LoRAParameter):  # its name in a checkpoint is not known
-            origin = weight_from(self.source, path, layer)
-        with dense_base(layer, origin):  # the update of some variants depends on the base weight
-            update = MergeUpdate.of(layer, names)
-            base = layer.base_weight(update.dense.dtype)
-        if self.quantize and isinstance(layer.base_layer, QuantizedModule):
-            merged = self._merged_4bit(path, layer.base_layer, update, base, is_source=origin is not None)
-        else:
-            merged = merged_dense(base, update.dense, *self._dense_form(layer, is_source=origin is not None))
-        if not torch.isfinite(merged.real).all():
-            raise AdapterError(f"{path}: the merged weight would hold inf or nan in {str(merged.weight.dtype)[6:]}")
+        with with_our_form(layer, self.dtype) as old:
+            origin = None
+            if self.source is not None and not isinstance(layer, LoRAParameter):  # a checkpoint has other names for it
+                origin = self._source_of(path, layer, old)
+            with dense_base(layer, origin):  # the update of some variants depends on the base weight
+                update = MergeUpdate.of(layer, names)
+                base = layer.base_weight(update.dense.dtype)
+            if self.quantize and isinstance(layer.base_layer, QuantizedModule):
+                merged = self._merged_4bit(path, layer.base_layer, update, base, is_source=origin is not None)
+            else:
+                merged = merged_dense(base, update.dense, *self._dense_form(layer, is_source=origin is not None))
+            if not torch.isfinite(merged.real).all():
+                raise AdapterError(f"{path}: the merged weight would hold inf or nan in {str(merged.weight.dtype)[6:]}")
+            swap, refusal = _layer_swap(path, layer, names, merged), ""
+            _check_hooks(path, layer, old, swap.new, base)
+        swap.old = old
         entry = LayerMerge.measure(
             path, merged.how, base, update.dense, merged.real, nbytes=(weight_bytes(layer), merged.nbytes),
             residual_rank=merged.residual.rank if merged.residual else 0,
         )  # fmt: skip
-        swap, refusal = _layer_swap(path, layer, names, merged), ""
         if merged.limited and entry.share < LEAST_SHARE:
             refusal = f"{path}: {entry.share:.3f}, needs rank {least_rank(update.factored()[0], LEAST_SHARE)}"
         return PlannedLayer(swap, [entry, *_copy_entries(swap)], refusal)
+
+    def _source_of(self, path: str, layer: AdaptedLayer, old: nn.Module) -> Tensor | None:
+        """Return a layer's weight in the source. An 8-bit layer, `old`, cannot be checked against a source."""
+        assert self.source is not None
+        if is_dense(old._parameters.get("weight")) or isinstance(layer.base_layer, QuantizedModule):
+            return weight_from(self.source, path, layer)
+        if self.is_named:
+            raise AdapterError(f"{path} is in 8 bits and can be merged onto its own values only; set base=False")
+        return None
 
     def completed(self, model: nn.Module, layers: Sequence[PlannedLayer]) -> tuple[MergeState, MergeReport]:
         """Return the changes to the whole model, and the report, from those of its modules in model order.
@@ -204,6 +222,29 @@ class MergePlan:
             raise AdapterError(
                 f"{path} keeps the low-rank part of an earlier merge; merge into it with quantize=False only"
             )
+        if problem := weight_problem(layer):
+            kind = type(layer.base_layer).__name__
+            raise AdapterError(
+                f"{path} is a {kind}, which {problem}; merged, it would give other numbers than with its adapter, so "
+                "keep the adapter unmerged"
+            )
+
+
+def _check_hooks(path: str, layer: AdaptedLayer, old: nn.Module, new: nn.Module, base: Tensor) -> None:
+    """Raise AdapterError if the hooks of a base layer would do something else to the merged one, `new`."""
+    if new is not old and "forward" in vars(old):
+        raise AdapterError(
+            f"{path} has a patched forward, which the merged layer would not have; remove the patch first"
+        )
+    if not has_hooks(new) or isinstance(layer, LoRAParameter) or layer.takes_weight:
+        return
+    if isinstance(new, QuantizedModule):  # tried with a dense weight
+        new = new_base(new, merged_dense(base, torch.zeros_like(base), base.dtype, ""))
+    if not is_product_with(layer, new):
+        raise AdapterError(
+            f"{path} has hooks that do more than add to its output; merged, it would give other numbers than with its "
+            "adapter, so remove them first"
+        )
 
 
 def _own_parameter(path: str, module: nn.Module, name: str) -> nn.Parameter:

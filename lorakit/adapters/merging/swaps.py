@@ -107,7 +107,7 @@ def undo_merge(model: nn.Module, merge: MergeState) -> None:
     for swap in reversed(merge.swaps):  # of modules around each other, the inner one first
         module = _current_module(model, swap)
         if module is None:
-            module = swap.module.train(swap.new.training)
+            module = swap.module
             replace_module(model, swap.new, module)
         swap.module = module
         _catch_up(swap)
@@ -117,6 +117,7 @@ def undo_merge(model: nn.Module, merge: MergeState) -> None:
         module.forget_base()
         for name, parked in swap.parked.items():
             module.attach(name, parked)
+        module.set_mode(module.base_layer.training)
         swap.parked = {}
     for name, record in reversed(merge.records.items()):  # positions are right in the reverse order of detaching
         recall_adapter(model, name, record)
