@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .errors import ConfigError, did_you_mean
+from .other_tools import other_tools_hint
 
 
 class Settings(BaseModel):
@@ -38,7 +39,8 @@ def _problems(model: type[BaseModel], error: ValidationError) -> list[tuple[str,
         if isinstance(inner, ConfigError) and inner.problems:
             problems += [(f"{key}.{name}" if name else key, message) for name, message in inner.problems]
         elif item["type"] == "extra_forbidden":
-            problems.append((key, f"unknown key{did_you_mean(str(item['loc'][-1]), model.model_fields)}"))
+            name, known = str(item["loc"][-1]), model.model_fields
+            problems.append((key, f"unknown key{other_tools_hint(name, known) or did_you_mean(name, known)}"))
         elif item["type"] == "missing":
             problems.append((key, "is required"))
         elif item["type"] == "value_error":

@@ -28,7 +28,17 @@ from source_rules import (
 # From the ground up. A file imports only from its own floor and from those below. The longest name decides.
 FLOORS = (
     ("lorakit_kernels",),
-    ("lorakit.errors", "lorakit.files", "lorakit.measure", "lorakit.settings", "lorakit.sizes", "lorakit.sums"),
+    (
+        "lorakit.errors",
+        "lorakit.files",
+        "lorakit.locks",
+        "lorakit.measure",
+        "lorakit.other_tools",
+        "lorakit.printed",
+        "lorakit.settings",
+        "lorakit.sizes",
+        "lorakit.sums",
+    ),
     ("lorakit.quantization",),
     ("lorakit.layers", "lorakit.checkpoints"),
     ("lorakit.models", "lorakit.adapters"),

@@ -13,12 +13,15 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..errors import ShapeError
 from ..sums import summed_product
-from .adapted import AdaptedLayer
+from .adapted import AdaptedLayer, first_argument
 from .dropout import draw_seed
+from .frozen.calls import PLAIN_TENSORS, has_hooks, has_own_forward, is_dense, is_known_class, loaded
 from .frozen.linear4bit import Linear4bit, add_frozen_linear_dx, frozen_linear, frozen_linear_dx, is_conv1d
+from .frozen.values import values_of
 from .gains import gain_minus_one
 from .row_products import forward_by_rows, linear_with_rows
 
+_unsafe_view = torch.ops.aten._unsafe_view.default
 _LEADING = 5  # number of arguments of the function before its tensors
 
 
@@ -47,6 +50,7 @@ class LoRALinear(AdaptedLayer):
         else:
             in_features, out_features = base_layer.in_features, base_layer.out_features
         super().__init__(base_layer, in_features, out_features)
+        self._takes_weight = False
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
@@ -54,15 +58,11 @@ class LoRALinear(AdaptedLayer):
         is_read_by_others = isinstance(module, NonDynamicallyQuantizableLinear)
         return (isinstance(module, nn.Linear | Linear4bit) or is_conv1d(module)) and not is_read_by_others
 
-    def base_weight(self, dtype: torch.dtype) -> Tensor:
-        if isinstance(self.base_layer, Linear4bit):
-            return self.base_layer.dense_weight(dtype)
-        return super().base_weight(dtype)
-
     def base_rows(self, rows: slice) -> Tensor:
-        if isinstance(self.base_layer, Linear4bit):
-            return self.base_layer.dense_weight(torch.float32, rows)
-        return super().base_rows(rows)
+        if self.is_conv1d or is_dense(self.base_layer._parameters.get("weight")):
+            return super().base_rows(rows)
+        values = values_of(self.base_layer, torch.float32, rows)
+        return super().base_rows(rows) if values is None else values
 
     def as_matrix(self, weight: Tensor) -> Tensor:
         return weight.T if self.is_conv1d else weight
@@ -71,7 +71,10 @@ class LoRALinear(AdaptedLayer):
         return matrix.T if self.is_conv1d else matrix
 
     def project(self, matrix: Tensor) -> Tensor:
-        return frozen_linear(self.base_layer, matrix, None)
+        if not is_known_class(self.base_layer):
+            return super().project(matrix)
+        with loaded(self.base_layer):
+            return frozen_linear(self.base_layer, matrix, None)
 
     def low_rank(self, lora_a: Tensor, lora_b: Tensor, x: Tensor) -> Tensor:
         return linear(linear(x, lora_a.to(x.dtype)), lora_b.to(x.dtype))
@@ -79,27 +82,48 @@ class LoRALinear(AdaptedLayer):
     def apply_matrix(self, matrix: Tensor, x: Tensor) -> Tensor:
         return linear(x, matrix.to(x.dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def made_up_input(self, generator: torch.Generator) -> Tensor:
+        return torch.randn(4, self.in_features, generator=generator)
+
+    @property
+    def takes_weight(self) -> bool:
+        """Whether the base layer was seen to return something other than a product, such as a router's choice."""
+        return self._takes_weight
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        x = first_argument(args, kwargs)
         if x.shape[-1] != self.in_features:
             raise ShapeError(f"LoRALinear({self.in_features} -> {self.out_features}) got x of shape {tuple(x.shape)}")
-        if self.can_fuse(x):
-            y: Tensor = _LoRALinearFunction.apply(*_arguments(x, (self,)))[0]
-            return y
-        if self.rows is not None:
-            return linear_with_rows(x, self)[0] if self.can_batch_rows() else forward_by_rows(self, x)
-        return self.with_updates(self.base_layer(x), x)
+        if len(args) + len(kwargs) == 1:
+            if self.can_fuse(x):
+                return _LoRALinearFunction.apply(*_arguments(x, (self,)))[0]
+            if self.can_batch_rows():
+                return linear_with_rows(x, self)[0]
+        return self.call(*args, **kwargs) if self.rows is None else forward_by_rows(self, *args, **kwargs)
+
+    def is_product(self, y: object, x: Tensor) -> bool:
+        """Return whether the base layer's output y has the form of x Wᵀ, as in all classes but routers and the like.
+
+        As in PEFT, a subclass may scale or quantize the product as it likes. Only another output needs the weight.
+        """
+        has_form = isinstance(y, Tensor) and y.shape == (*x.shape[:-1], self.out_features)
+        self._takes_weight = not has_form and has_own_forward(self.base_layer)
+        return not self._takes_weight
 
     def can_batch_rows(self) -> bool:
         """Return whether the rows' adapters can be batched: each is a low-rank update, perhaps with a gain."""
-        if self.rows is None:
+        if self.rows is None or self._takes_weight:
             return False
         names = [name for name in self.rows.adapters if name in self.adapters]
+        if has_hooks(self.base_layer) and any(self.adapters[name].variant.has_gain for name in names):
+            return False
         return all(self.adapters[name].variant.is_factored and not self.has_offset(name) for name in names)
 
     def can_fuse(self, x: Tensor) -> bool:
         """Return whether one function can compute base and adapter for x (..., in_features).
 
-        There must be one active adapter, and nothing that the fused function does not compute.
+        There must be one active adapter, and nothing that the fused function does not compute: the base layer is one
+        whose call is its product alone.
         """
         if self.rows is not None or len(self.active) != 1 or x.shape[-1] != self.in_features or is_transformed():
             return False
@@ -108,11 +132,12 @@ class LoRALinear(AdaptedLayer):
             return False
         if torch.is_autocast_enabled(x.device.type):  # autocast picks the dtype of each product
             return False
-        if getattr(self.base_layer, "compute_dtype", None) not in (None, x.dtype):
+        base = self.base_layer
+        if base.__dict__.get("compute_dtype") not in (None, x.dtype) or has_hooks(base) or not is_known_class(base):
             return False
-        parameters = self.base_layer._parameters.values()  # .parameters() takes 20 µs, a fifth of a small layer's time
-        if any(parameter is not None and parameter.requires_grad for parameter in parameters):
-            return False
+        for parameter in base._parameters.values():  # .parameters() takes 20 µs, a fifth of a small layer's time
+            if parameter is not None and (parameter.requires_grad or type(parameter) not in PLAIN_TENSORS):
+                return False
         # With dropout, the gain also scales the base's product with the dropped x: another product of the whole weight.
         return not (variant.has_gain and self.drop_rate(self.active[0]))
 
@@ -136,7 +161,7 @@ def linear_together(x: Tensor, *layers: nn.Module, recompute: Recompute | None =
     Returns:
         (..., out_features) for each layer.
     """
-    adapted = [layer for layer in layers if isinstance(layer, LoRALinear) and not _has_hooks(layer)]
+    adapted = [layer for layer in layers if isinstance(layer, LoRALinear) and not has_hooks(layer)]
     if len(adapted) == len(layers) and all(layer.can_fuse(x) for layer in adapted) and _drop_alike(adapted):
         ys: tuple[Tensor, ...] = _LoRALinearFunction.apply(*_arguments(x, adapted, recompute))
         return ys[: len(adapted)]
@@ -147,11 +172,6 @@ def linear_together(x: Tensor, *layers: nn.Module, recompute: Recompute | None =
 
 def _drop_alike(layers: Sequence[LoRALinear]) -> bool:
     return len({layer.drop_rate(layer.active[0]) for layer in layers}) == 1
-
-
-def _has_hooks(layer: nn.Module) -> bool:
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return any(hooks)
 
 
 def _arguments(x: Tensor, layers: Sequence[LoRALinear], recompute: Recompute | None = None) -> tuple[Any, ...]:
@@ -226,7 +246,8 @@ class _LoRALinearFunction(torch.autograd.Function):
                 kept_zs += [y.clone()] if bias is not None and is_trained else []
                 y.addcmul_(y, gain_minus_one(gain, y.dtype))
                 y = y if bias is None else y.add_(bias)
-            results.append(y.view(*x.shape[:-1], y.shape[-1]))
+            # Not y.view: PyTorch lets nobody change a function's views in place, as `y *= scaling` does.
+            results.append(y if x.dim() == 2 else _unsafe_view(y, [*x.shape[:-1], y.shape[-1]]))
             if gain is not None and is_trained:
                 products.append(results[-1] if bias is None else kept_zs[-1])
         parameters = tensors[: len(tensors) - len(sources)]

@@ -17,8 +17,11 @@ from lorakit_kernels import is_transformed
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .adapted import AdaptedLayer, AdapterModule
+from ..errors import AdapterError
+from .adapted import AdaptedLayer, first_argument
+from .adapter_module import AdapterModule
 from .dropout import dropout
+from .frozen.values import call_layer
 from .gains import compose
 from .row_adapters import BASE, Groups, RowAdapters
 
@@ -54,19 +57,27 @@ class _Kept(NamedTuple):
     sources: list[_Source]
 
 
-def forward_by_rows(module: AdapterModule, x: Tensor) -> Tensor:
+def forward_by_rows(module: AdapterModule, *args: Any, **kwargs: Any) -> Tensor:
     """Run a module's forward once for each adapter, on that adapter's rows, and put the results together.
 
     This serves modules without a batched product of several adapters: embeddings, convolutions, copies, biases.
+
+    Args:
+        args, kwargs: of forward. Its input x is the first.
 
     Shapes:
         x (rows, ...); with lengths (tokens, ...), or with more leading dimensions that together hold the tokens
 
     Raises:
         ShapeError: x's shape does not fit the rows.
+        AdapterError: the module takes or returns tensors that cannot be divided into rows.
     """
     rows, active = module.rows, module.active
     assert rows is not None
+    x, rest = first_argument(args, kwargs), [*args, *kwargs.values()][1:]
+    if not isinstance(x, Tensor) or any(isinstance(other, Tensor) for other in rest):
+        raise AdapterError(f"{module.label}: only a single tensor can be divided into rows with adapters of their own")
+    given = args[1:], dict(list(kwargs.items())[0 if args else 1 :])
     leading = 1
     if rows.lengths is not None:
         sizes = list(itertools.accumulate(x.shape, int.__mul__))
@@ -83,7 +94,10 @@ def forward_by_rows(module: AdapterModule, x: Tensor) -> Tensor:
     try:
         for name, indices in members.items():
             module.active = () if name == BASE else (name,)
-            results.append(module.forward(flat[torch.tensor(indices, device=x.device)]))
+            result = module.forward(flat[torch.tensor(indices, device=x.device)], *given[0], **given[1])
+            if not isinstance(result, Tensor) or len(result) != len(indices):
+                raise AdapterError(f"{module.label}: its output has no rows, so they cannot have adapters of their own")
+            results.append(result)
     finally:
         module.rows, module.active = rows, active
     order = torch.tensor(list(itertools.chain.from_iterable(members.values())), device=x.device).argsort()
@@ -102,7 +116,9 @@ def linear_with_rows(x: Tensor, *layers: AdaptedLayer) -> tuple[Tensor, ...]:
     """
     rows = layers[0].rows
     assert rows is not None
-    results = [layer.base_layer(x) for layer in layers]
+    results = [call_layer(layer.base_layer, x) for layer in layers]
+    if other := next((one for one, y in zip(layers, results, strict=True) if not one.is_product(y, x)), None):
+        raise AdapterError(f"{other.label}: its output has no rows, so they cannot have adapters of their own")
     all_groups = [rows.groups(x.shape[:-1], layer.adapters, x.device) for layer in layers]
     drops = any(layer.drop_rate(name) for layer in layers for name in layer.adapters)
     if drops or any(groups is not all_groups[0] for groups in all_groups):  # each layer by itself

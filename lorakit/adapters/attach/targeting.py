@@ -166,8 +166,11 @@ def check_patterns(paths: Iterable[str], config: LoraConfig) -> dict[str, list[s
     return matched
 
 
-def match_saved(model: nn.Module, config: LoraConfig) -> dict[str, list[str]]:
+def match_saved(model: nn.Module, config: LoraConfig, is_strict: bool = True) -> dict[str, list[str]]:
     """Return what each name of modules_to_save matches: the outermost modules of that name.
+
+    Args:
+        is_strict: whether each name must match something; in PEFT's files of tied weights some do not.
 
     Raises:
         AdapterError: a name matches nothing.
@@ -175,7 +178,7 @@ def match_saved(model: nn.Module, config: LoraConfig) -> dict[str, list[str]]:
     modules = [path for path, _ in _plain_modules(model)]
     matched = match_names(config.modules_to_save or (), modules)
     for name, paths in matched.items():
-        if not paths:
+        if not paths and (is_strict or not any(matched.values())):
             hint = did_you_mean(name, _last_names(modules))
             raise AdapterError(f"no module matches '{name}' of modules_to_save{hint}")
     return matched

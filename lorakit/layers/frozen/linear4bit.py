@@ -64,10 +64,6 @@ class Linear4bit(QuantizedModule):
         bias = None if dense.bias is None else dense.bias.detach().clone()
         return Linear4bit(weight, bias, compute_dtype, storage_dtype)
 
-    def dense_weight(self, dtype: torch.dtype, rows: slice | None = None) -> Tensor:
-        """Return the dequantized weight or some rows as a fresh tensor, (rows, in_features) in `dtype`."""
-        return self.quantized.dequantize(dtype, rows=rows)
-
     def add_residual(self, y: Tensor, x: Tensor) -> Tensor:
         """Add to y = x Wᵀ, in place, the product of x with the weight's part outside its codes; there is none here.
 

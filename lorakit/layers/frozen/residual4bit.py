@@ -48,10 +48,11 @@ class ResidualLinear4bit(Linear4bit):
         self.residual_up, self.residual_down = frozen(up), frozen(down)
 
     def dense_weight(self, dtype: torch.dtype, rows: slice | None = None) -> Tensor:
-        """Return the weight with its low-rank part, or some rows, as a fresh tensor, (rows, in_features) in `dtype`."""
+        """Return the weight with its low-rank part, or some of its rows, as a fresh tensor in `dtype`."""
         wide = torch.promote_types(dtype, torch.float32)
-        low_rank = self.residual_up[rows or slice(None)].to(wide) @ self.residual_down.to(wide)
-        return (self.quantized.dequantize(wide, rows=rows) + low_rank).to(dtype)
+        up = self.residual_up if rows is None else self.residual_up[rows]
+        low_rank = up.to(wide) @ self.residual_down.to(wide)
+        return (super().dense_weight(wide, rows) + low_rank).to(dtype)
 
     def add_residual(self, y: Tensor, x: Tensor) -> Tensor:
         u = linear(x, self.residual_down.to(x.dtype))  # (..., k)

@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from lorakit_kernels import is_transformed
@@ -105,8 +105,9 @@ class Decoder(RowAware, nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the hidden states."""
-        return self.model.norm.weight.dtype
+        """The dtype of the hidden states; a copy of the norm that an adapter trains may have another."""
+        norm = self.model.norm
+        return cast(Tensor, getattr(norm, "base_layer", norm).weight).dtype
 
     @property
     def device(self) -> torch.device:
