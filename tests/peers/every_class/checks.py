@@ -19,6 +19,13 @@ import lorakit as lk
 
 Inputs = dict[str, Tensor]
 TO_PEFT = 1e-5  # of the largest logit: the order of sums differs
+# PEFT loses an adapter on a layer of which the model reads the weight, and calls a router as if it returned a tensor.
+NOT_IN_PEFT = {
+    "JambaForCausalLM": ["dt_proj"],
+    "PhimoeForCausalLM": ["router"],
+    "WavLMForCTC": ["k_proj", "out_proj", "q_proj", "v_proj"],
+    "WavLMForSequenceClassification": ["k_proj", "out_proj", "q_proj", "v_proj"],
+}
 TO_MERGED = 1e-4  # one product with a rounded sum of weights instead of three products
 
 
@@ -95,17 +102,18 @@ def _check_adapter(base: nn.Module, inputs: Inputs, expected: Tensor, folder: Pa
 def _check_peft(model: nn.Module, base: nn.Module, inputs: Inputs, folder: Path) -> str:
     """Compare with PEFT on the same adapter; return what PEFT leaves out.
 
-    PEFT takes the names of a mixture's old experts for the new ones, even in layers without experts.
+    PEFT also takes the names of a mixture's old experts for the new ones, even in layers without experts.
     """
-    remark = ""
+    names = NOT_IN_PEFT.get(type(model).__name__, [])
     if isinstance(getattr(model, "config", None), transformers.PreTrainedConfig):
         family = _MODEL_TO_CONVERSION_PATTERN.get(model.config.model_type)
-        if names := list(_MOE_TARGET_MODULE_MAPPING.get(family, ())):
-            model = copy.deepcopy(base)
-            torch.manual_seed(3)
-            lk.add_adapter(model, lk.LoraConfig(r=4, init_lora_weights=False, exclude_modules=names))
-            lk.save_adapter(model, folder / "for_peft")
-            remark = f"PEFT cannot target {', '.join(names)} here"
+        names = names or list(_MOE_TARGET_MODULE_MAPPING.get(family, ()))
+    remark = f"PEFT cannot adapt {', '.join(names)} here" if names else ""
+    if names:
+        model = copy.deepcopy(base)
+        torch.manual_seed(3)
+        lk.add_adapter(model, lk.LoraConfig(r=4, init_lora_weights=False, exclude_modules=names))
+        lk.save_adapter(model, folder / "for_peft")
     file = folder / ("for_peft" if (folder / "for_peft").exists() else "adapter")
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

@@ -131,7 +131,7 @@ class ModelClass:
         torch.manual_seed(0)
         model: nn.Module = kind(config)
         for module in model.modules():  # transformers' own draws are so small that deep networks give zeros
-            if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)) and type(module.weight) is nn.Parameter:
+            if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)) and module.weight.numel():
                 nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
         return model.eval().requires_grad_(False)
 
@@ -175,5 +175,6 @@ def classes() -> list[ModelClass]:
         for model_type, name in names.items():
             name = name[0] if isinstance(name, (tuple, list)) else name
             if hasattr(importlib.import_module("transformers"), name):
-                found.setdefault(name, ModelClass(task, model_type, name))
+                if name not in found or model_type.endswith("_text"):  # the config of the text model alone
+                    found[name] = ModelClass(task, model_type, name)
     return sorted(found.values(), key=lambda each: (list(TASKS).index(each.task), each.name))
