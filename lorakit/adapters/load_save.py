@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from ..errors import AdapterError, CheckpointError, listing
 from .attach.add import add_adapter, check_name
 from .attach.placement import plan_placements
-from .attach.state import check_adapter
+from .attach.state import home_for_new, home_of
 from .attach.targeting import MatchReport, unwrapped
+from .attach.wrappers import check_joins_training, gathered, in_first_process, named_modules
 from .exports import base_of, check_ranks, export_adapter
-from .peft.config import peft_config, read_adapter_config
-from .peft.fingerprint import base_fingerprint
+from .peft.config import find_adapter_folder, peft_config, read_adapter_config
+from .peft.fingerprint import check_trained_on, sample_model
 from .peft.folder import read_adapter_folder, weights_file, write_adapter_folder
-from .peft.names import BASE_KEY, BASE_LAYER, PREFIX, WEIGHTS_FILE
+from .peft.names import BASE_LAYER, PREFIX, WEIGHTS_FILE, canonical_name
 from .peft.tensors import file_shapes, file_tensors, write_tensors
 
 _TABLE = f".{BASE_LAYER}.weight"  # PEFT also writes the whole table of an adapted embedding
@@ -38,6 +39,9 @@ def save_adapter(
     max_rank: int | None = None,
 ) -> Path:
     """Write one adapter for a program that reads it, completely or not at all.
+
+    A compiled or distributed model gives the same file as the plain one. If FSDP has divided it among processes, all of
+    them must call this, and the first one writes.
 
     Args:
         path: an adapter folder, for "llama.cpp" a GGUF file. An existing one is replaced.
@@ -54,22 +58,29 @@ def save_adapter(
             holds something that is not an adapter.
         StorageError: writing failed; whatever was at `path` is untouched.
     """
-    check_adapter(model, name)
-    tensors, config, fingerprint = file_tensors(model, name), peft_config(model, name), base_fingerprint(model)
-    metadata = {} if fingerprint is None else {BASE_KEY: fingerprint}
+    home = home_of(model, name)
+    with gathered(model) as is_divided:
+        tensors, config = file_tensors(home, name), peft_config(home, name)
+        metadata = sample_model(home, name).to_metadata()
 
     def write(folder: str | os.PathLike[str], dtype: torch.dtype | None) -> Path:
         on_cpu = {key: tensor.to("cpu", dtype).contiguous() for key, tensor in tensors.items()}
         return write_adapter_folder(folder, on_cpu, config, metadata)
 
-    if target == "peft" and max_rank is None:
-        return write(path, dtype)
-    with tempfile.TemporaryDirectory() as folder:  # the exports read a folder: models and folders go the same way
-        written = write(Path(folder) / "adapter", None)
-        if target != "peft":
-            return export_adapter(written, path, target, base_of(model), dtype, max_rank)
-        check_ranks({module: layer.rank for module, layer in read_adapter_folder(written).layers.items()}, max_rank)
-    return write(path, dtype)
+    def save() -> None:
+        if target == "peft" and max_rank is None:
+            write(path, dtype)
+            return
+        with tempfile.TemporaryDirectory() as folder:  # the exports read a folder: models and folders go the same way
+            written = write(Path(folder) / "adapter", None)
+            if target != "peft":
+                export_adapter(written, path, target, base_of(home), dtype, max_rank)
+                return
+            check_ranks({path: layer.rank for path, layer in read_adapter_folder(written).layers.items()}, max_rank)
+        write(path, dtype)
+
+    in_first_process(save) if is_divided else save()
+    return Path(path)
 
 
 def load_adapter(
@@ -85,48 +96,52 @@ def load_adapter(
     """Attach an adapter from a PEFT folder and make it active.
 
     Args:
+        path: the adapter's folder, or that of a run.
         trained: True trains it further. False freezes it and keeps training the adapters that were trained before.
         dtype: of the adapter in the model.
         max_rank: refuse a higher rank; None allows any.
         check_base: refuse an adapter whose file says that it was trained on another base model.
 
     Raises:
-        AdapterError: the name is taken, a target matches nothing, a rank is too high, or the adapter needs a feature
-            that lorakit does not have.
+        AdapterError: the name is taken, a rank is too high, the adapter needs a feature that lorakit does not have, or
+            its tensors do not fit and a name in its config matches nothing.
         CheckpointError: a file is missing, broken or a pickle; a tensor is missing, unexpected, mis-shaped or not
             finite (the message names each); or the base is another one. The model is unchanged.
     """
-    folder = Path(path)
-    config = read_adapter_config(folder)
+    if trained:
+        check_joins_training(model)
+    config = read_adapter_config(path)
+    folder = find_adapter_folder(path)
     check_name(model, name)
+    home = home_for_new(model)
     tensors, metadata = _read_tensors(folder)
     report = MatchReport(name)
-    placements = plan_placements(model, config, report, is_strict=False)
+    placements = plan_placements(home, config, report, is_strict=False)
     highest = max(report.ranks.values(), default=0)
     if max_rank is not None and highest > max_rank:
         where = next(path for path, rank in report.ranks.items() if rank == highest)
         raise AdapterError(f"{folder} has rank {highest} at {where}; the limit is {max_rank}")
-    problems = _problems(tensors, file_shapes(placements)) + _table_problems(model, tensors)
+    problems = _problems(tensors, file_shapes(placements)) + _table_problems(home, tensors)
     if problems:
-        raise CheckpointError(f"{folder / WEIGHTS_FILE} does not fit the model:{listing(problems)}")
-    trained_on, loaded = metadata.get(BASE_KEY), base_fingerprint(model)
-    if check_base and trained_on is not None and trained_on != loaded:
-        raise CheckpointError(
-            f"{folder} was trained on another base model of the same shapes: its fingerprint is {trained_on[:16]}, "
-            f"this model's {str(loaded)[:16]}; load it with check_base=False if you want it on this model"
-        )
+        error = AdapterError if report.missed else CheckpointError
+        raise error(f"{folder / WEIGHTS_FILE} does not fit the model:{listing(report.missed + problems)}")
+    if check_base:
+        check_trained_on(home, metadata, {placement.path for placement in placements}, folder)
     report = add_adapter(model, config, name, dtype, trained, is_strict=False)
-    write_tensors(model, name, tensors)
+    write_tensors(home, name, tensors)
+    report.source, report.is_trained = folder, trained
     return report
 
 
 def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors and the metadata of a folder."""
+    """Return the tensors, under their canonical names, and the metadata of a folder."""
     file = weights_file(folder)
     try:
         with safe_open(file, framework="pt") as opened:
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (it is not a dict)
-            return tensors, opened.metadata() or {}
+            names = {key: canonical_name(key) for key in opened.keys()}  # noqa: SIM118 (it is not a dict)
+            if len(set(names.values())) < len(names):
+                raise CheckpointError(f"{file} holds a tensor twice, with and without the prefix {PREFIX}")
+            return {name: opened.get_tensor(key) for key, name in names.items()}, opened.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"cannot read {file}: {error}") from None
 
@@ -151,7 +166,7 @@ def _problems(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) 
 
 def _table_problems(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
     """Return where a frozen table of PEFT's file differs from this model's; a quantized one cannot be compared."""
-    modules = {path: unwrapped(module) for path, module in model.named_modules()}
+    modules = {path: unwrapped(module) for path, module in named_modules(model)}
     problems = []
     for key in (key for key in tensors if key.endswith(_TABLE)):
         module = modules.get(key.removeprefix(PREFIX).removesuffix(_TABLE))

@@ -3,6 +3,7 @@
 from torch import nn
 
 from .adapted import AdaptedLayer, AdapterModule, AdapterSpec
+from .base_changes import Counted
 from .frozen.embedding4bit import Embedding4bit
 from .frozen.linear4bit import Linear4bit
 from .frozen.linear_cross_entropy import linear_cross_entropy, token_losses
@@ -37,6 +38,7 @@ __all__ = [
     "AdapterSpec",
     "AdaptersInUse",
     "AttachedAdapter",
+    "Counted",
     "Embedding4bit",
     "FrozenWeight",
     "Linear4bit",

@@ -10,14 +10,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .base_changes import ForgetsBase
+from .base_changes import Counted, ForgetsBase
 from .dropout import dropout
 from .gains import compose
 from .row_adapters import RowAware
 from .variants import VARIANTS, AttachedAdapter, Variant
 
 
-class AdapterModule(RowAware, ForgetsBase):
+class AdapterModule(RowAware, Counted, ForgetsBase):
     """A module that replaces a frozen one and holds the parameters of each adapter.
 
     `detach` returns everything that the module holds of one adapter as a record. The record can be attached again, to

@@ -1,9 +1,9 @@
-"""`ForgetsBase`: a module that drops what it computed from its base weight when PyTorch changes that weight."""
+"""Base classes of modules around a frozen one: dropping what was computed from its weight, and counting the modules."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
@@ -22,3 +22,21 @@ class ForgetsBase(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         self.forget_base()  # `load_state_dict` calls this before it overwrites the base weight
         super()._load_from_state_dict(*args)
+
+
+class Counted(nn.Module):
+    """Base class of modules that lists of a model's modules have to take in.
+
+    Attributes:
+        made: how many were made or copied so far, in all models. While it stays the same, such a list stays right.
+    """
+
+    made: ClassVar[int] = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        Counted.made += 1
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        Counted.made += 1  # by copy.deepcopy, for instance

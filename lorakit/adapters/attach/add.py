@@ -20,12 +20,16 @@ from .state import (
     check_adapter,
     check_not_in_a_row,
     forget_adapter,
+    home_for_new,
+    home_of,
+    homes,
     lora_layers,
     replace_module,
     state_of,
 )
 from .switching import set_adapter, set_trained
 from .targeting import MatchReport
+from .wrappers import check_joins_training
 
 _NAMESPACE = nn.ParameterDict()  # it holds A and B as attributes named after the adapter; its own names are taken
 
@@ -54,12 +58,15 @@ def add_adapter(
             `(loss(model, batch) for batch in batches)`. Taking the next one runs the model.
         sources: for a start that needs them, such as "loftq": the weights before quantization, in the shapes of their
             layers, such as (out_features, in_features), under "<path of the layer>.weight".
-        is_strict: refuse layer numbers and keys of rank_pattern and alpha_pattern that match nothing.
+        is_strict: refuse names, layer numbers, and keys of rank_pattern and alpha_pattern that match nothing.
 
     Raises:
         AdapterError: the name is taken or not usable, or a pattern matches nothing. The model is then unchanged.
     """
+    if trained:
+        check_joins_training(model)
     check_name(model, name)
+    model = home_for_new(model)
     report = MatchReport(name)
     placements = plan_placements(model, config, report, is_strict)
     data = start_data(config.start, losses, sources)
@@ -69,8 +76,8 @@ def add_adapter(
             replace_module(model, module.base_layer, module)
             module.train(model.training)
         placement.attach(name, dtype)
-    state_of(model).modules = None
-    adapter_configs(model)[name] = config
+    state_of(model).homes = None
+    state_of(model).configs[name] = config
     try:
         config.start.run(lora_layers(model, name), name, data)
     except BaseException:
@@ -92,6 +99,7 @@ def remove_adapter(model: nn.Module, name: str = "default") -> None:
         AdapterError: there is no adapter of that name, or `use_rows` has assigned it to a row.
     """
     check_adapter(model, name)
+    model = home_of(model, name)
     check_not_in_a_row(model, name)
     for module in adapter_modules(model, name).values():
         module.detach(name)
@@ -103,9 +111,10 @@ def remove_adapter(model: nn.Module, name: str = "default") -> None:
 def adapter_parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
     """Return the trained parameters of one adapter, or of all, in model order: A, B, and those its variant adds."""
     parameters: list[nn.Parameter] = []
-    for module in adapter_modules(model, name).values():
-        for adapter in [name] if name else module.names():
-            parameters += module.parameters_of(adapter).values()
+    for home in homes(model):
+        for module in adapter_modules(home, name).values():
+            for adapter in [name] if name else module.names():
+                parameters += module.parameters_of(adapter).values()
     return parameters
 
 

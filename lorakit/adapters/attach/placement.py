@@ -38,6 +38,7 @@ from .targeting import (
     rank_and_scaling,
     unwrapped,
 )
+from .wrappers import find_module, named_modules
 
 _Module = TypeVar("_Module", SavedModule, TrainedTokens)
 Attach = Callable[[str, torch.dtype], None]
@@ -69,15 +70,15 @@ def plan_placements(
     """Return all placements of an adapter and fill in the report; the model is not changed.
 
     Args:
-        is_strict: whether each key of rank_pattern and alpha_pattern, and each number of layers_to_transform, must
-            match something; in PEFT's files some do not.
+        is_strict: whether each name, each key of rank_pattern and alpha_pattern, and each number of
+            layers_to_transform must match something; in PEFT's files some do not.
 
     Raises:
         AdapterError: a setting matches nothing, or a match cannot be trained as the config asks.
     """
-    match_targets(model, config, report)
-    report.parameters = match_parameters(model, config)
-    report.saved = match_saved(model, config)
+    match_targets(model, config, report, is_strict)
+    match_parameters(model, config, report, is_strict)
+    match_saved(model, config, report, is_strict)
     wanted = {path for paths in report.matched.values() for path in paths}
     # In model order: the layers then draw their random numbers in the same order every time.
     layers = {path: layer for path, layer in adaptable_layers(model).items() if path in wanted}
@@ -90,7 +91,7 @@ def plan_placements(
     placements += _place_parameters(model, parameters, config, report)
     saved = [path for paths in report.saved.values() for path in paths]
     placements += _place_saved(model, saved, config)
-    placements += _place_tokens(model, config)
+    placements += _place_tokens(model, config, is_strict)
     if config.bias == "all":
         placements += _place_biases(model, {*layers, *saved})
     _check_kinds(placements)
@@ -98,7 +99,7 @@ def plan_placements(
 
 
 def _place_layer(model: nn.Module, path: str, config: LoraConfig, report: MatchReport) -> Placement:
-    layer = model.get_submodule(path)
+    layer = find_module(model, path)
     if not isinstance(layer, AdaptedLayer):
         kind = adapted_kind(layer)
         assert kind is not None
@@ -123,7 +124,7 @@ def _place_parameters(
     placements = []
     outermost: dict[str, nn.Module] = {}
     wanted = set(paths)
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         if isinstance(module, LoRAParameter) and path.endswith(".base_layer"):
             continue
         for name, _ in unwrapped(module).named_parameters(recurse=False):
@@ -171,14 +172,14 @@ def _add_copy(module: SavedModule, parameters: list[str] | None, name: str, dtyp
     module.add(name, dtype, parameters)
 
 
-def _place_tokens(model: nn.Module, config: LoraConfig) -> list[Placement]:
+def _place_tokens(model: nn.Module, config: LoraConfig, is_strict: bool) -> list[Placement]:
     wanted = config.trainable_token_indices
     if not wanted:
         return []
     tables = {p: m for p, m in adaptable_layers(model).items() if isinstance(m, nn.Embedding)}
-    tables |= {p: m.base_layer for p, m in model.named_modules() if isinstance(m, TrainedTokens)}
+    tables |= {p: m.base_layer for p, m in named_modules(model) if isinstance(m, TrainedTokens)}
     placements = []
-    for path, tokens in _tokens_by_table(model, wanted, tables).items():
+    for path, tokens in _tokens_by_table(model, wanted, tables, is_strict).items():
         table = tables[path]
         if max(tokens, default=0) >= table.num_embeddings or not tokens or len(set(tokens)) < len(tokens):
             raise AdapterError(
@@ -191,7 +192,7 @@ def _place_tokens(model: nn.Module, config: LoraConfig) -> list[Placement]:
 
 
 def _tokens_by_table(
-    model: nn.Module, wanted: list[int] | dict[str, list[int]], tables: dict[str, nn.Embedding]
+    model: nn.Module, wanted: list[int] | dict[str, list[int]], tables: dict[str, nn.Embedding], is_strict: bool
 ) -> dict[str, list[int]]:
     """Return path of an embedding table -> tokens to train in it; a bare list means the input embedding."""
     if isinstance(wanted, list):
@@ -201,9 +202,9 @@ def _tokens_by_table(
         chosen = {names[0]: wanted} if names else {}
     else:
         matched = match_names(wanted, tables)
-        is_complete = all(matched.values())
+        is_complete = all(matched.values()) or not is_strict
         chosen = {path: wanted[name] for name, paths in matched.items() for path in paths} if is_complete else {}
-    if not chosen:
+    if is_strict and not chosen:
         raise AdapterError(f"trainable_token_indices finds no embedding table (tables here: {', '.join(tables)})")
     return chosen
 
@@ -215,7 +216,7 @@ def _add_tokens(module: TrainedTokens, tokens: list[int], name: str, dtype: torc
 def _place_biases(model: nn.Module, taken: set[str]) -> list[Placement]:
     """Place a trained copy of each bias, except in the modules at the paths `taken` and inside them."""
     placements = []
-    for path, module in list(model.named_modules()):
+    for path, module in list(named_modules(model)):
         inner = unwrapped(module)
         is_inside = any(path.startswith(f"{other}.") for other in taken)
         is_inside = is_inside or re.search(r"\.(base_layer|copies)(\.|$)", path) is not None
@@ -228,7 +229,7 @@ def _place_biases(model: nn.Module, taken: set[str]) -> list[Placement]:
 
 def _module_of_kind(model: nn.Module, path: str, kind: type[_Module]) -> _Module:
     """Return the module of a kind that already holds adapters at a path, or a new one around the module there."""
-    module = model.get_submodule(path)
+    module = find_module(model, path)
     if isinstance(module, AdapterModule):
         if not isinstance(module, kind):
             raise AdapterError(f"{path} is already a {type(module).__name__} of another adapter; remove that one first")
@@ -237,7 +238,7 @@ def _module_of_kind(model: nn.Module, path: str, kind: type[_Module]) -> _Module
 
 
 def _place_tied_head(model: nn.Module, path: str, source: TrainedTokens | SavedModule) -> Placement:
-    module = model.get_submodule(path)
+    module = find_module(model, path)
     head = module if isinstance(module, TiedHead) else TiedHead(module, source)  # type: ignore[arg-type]
     return Placement(path, head, {}, lambda name, dtype: head.add(name))
 
@@ -245,7 +246,7 @@ def _place_tied_head(model: nn.Module, path: str, source: TrainedTokens | SavedM
 def _tied_to(model: nn.Module, module: nn.Module) -> list[str]:
     """Return the paths of linear layers that share a module's weight."""
     weight = module._parameters.get("weight")
-    plain = ((path, unwrapped(other)) for path, other in model.named_modules() if ".base_layer" not in path)
+    plain = ((path, unwrapped(other)) for path, other in named_modules(model) if ".base_layer" not in path)
     return [
         path
         for path, other in plain

@@ -22,6 +22,7 @@ from ...layers import (
 )
 from ...layers.frozen.quantized_module import QuantizedModule, frozen
 from ..attach.state import adapter_configs, adapter_modules
+from ..attach.wrappers import named_modules
 from .base import Base, WrongBase, open_base, weight_from
 from .modules import dense_base, exchanges_weight, holder, new_base, weight_bytes
 from .report import LEAST_SHARE, LayerMerge, MergeReport
@@ -233,7 +234,7 @@ def _newly_untied(model: nn.Module, swaps: list[Swap]) -> list[tuple[str, str]]:
     """Return (path, path of another module) for each weight that the two share now and will not share any more."""
     holders: dict[int, list[tuple[str, nn.Module, str]]] = {}
     leaving = {swap.old for swap in swaps if swap.new is not swap.old}  # a new module takes over its base's bias
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         if module in leaving:
             continue
         for name, parameter in module._parameters.items():

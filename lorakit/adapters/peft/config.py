@@ -17,10 +17,11 @@ from ...files import read_json_object
 from ...layers import VARIANTS, LoRALinear, Variant, variants_read
 from ..attach.state import adapter_configs, lora_layers
 from ..attach.targeting import last_name
+from ..attach.wrappers import named_modules
 from ..config import LoraConfig
 from ..starts import changed_base_in_peft
 from .fingerprint import base_names
-from .names import CONFIG_FILE
+from .names import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
 
 # Keys of PEFT's config that change the result and that lorakit does not have: they must hold a neutral value.
 _UNSUPPORTED = (
@@ -29,14 +30,36 @@ _UNSUPPORTED = (
 )  # fmt: skip
 
 
+def find_adapter_folder(path: str | os.PathLike[str]) -> Path:
+    """Return the folder of the adapter at `path`: `path` itself, or the one folder in it that holds an adapter.
+
+    Raises:
+        AdapterError: there is no adapter, or there are several.
+    """
+    path = Path(path).expanduser()
+    if any((path / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE)):
+        return path
+    if not path.is_dir():
+        raise AdapterError(f"{path} is not a folder; expected one that holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+    visible = [folder for folder in path.iterdir() if not folder.name.startswith(".")]  # not left by a killed process
+    folders = sorted(folder for folder in visible if (folder / CONFIG_FILE).is_file())
+    if len(folders) == 1:
+        return folders[0]
+    if folders:
+        names = ", ".join(folder.name for folder in folders)
+        raise AdapterError(f"{path} holds several adapters ({names}); name one of these folders")
+    raise AdapterError(f"{path} holds no adapter: neither it nor a folder in it has an {CONFIG_FILE}")
+
+
 def read_adapter_config(path: str | os.PathLike[str]) -> LoraConfig:
-    """Read the adapter_config.json of a PEFT folder.
+    """Read the adapter_config.json of a PEFT folder, or of a run's folder.
 
     Raises:
         CheckpointError: it is missing or not JSON.
         AdapterError: it is not a LoRA adapter, or needs a feature that lorakit does not have.
     """
-    file = Path(path) / CONFIG_FILE
+    folder = Path(path).expanduser()
+    file = (find_adapter_folder(folder) if folder.is_dir() else folder) / CONFIG_FILE
     return attachable_config(read_config_file(file), file)
 
 
@@ -149,7 +172,7 @@ def _target_names(model: nn.Module, name: str) -> list[str]:
     """Return the last names of the adapted layers, or all full paths if a last name would match another module too."""
     adapted = set(lora_layers(model, name))
     names = {last_name(path) for path in adapted}
-    others = [path for path, _ in model.named_modules() if path not in adapted]  # PEFT matches containers too
+    others = [path for path, _ in named_modules(model) if path not in adapted]  # PEFT matches containers too
     is_ambiguous = any(last_name(path) in names for path in others)
     return sorted(adapted if is_ambiguous else names)
 

@@ -1,14 +1,37 @@
-"""The identity of a base model: its name, and 64 hex digits that quantization and another dtype do not change."""
+"""The identity of a base model: samples of its weights, which rounding and quantization change only within bounds.
+
+An adapter's file keeps a few values of every weight under it. Another model of the same shapes has other
+values: another seed, a fine-tuned copy, a copy with an adapter merged into it. The same model has the same values up to
+the rounding to its dtype, or lies in the cells of its 4-bit codes.
+"""
 
 from __future__ import annotations
 
+import base64
 import hashlib
-from collections.abc import Iterator
+import json
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...checkpoints.checkpoint import Checkpoint
+from ...errors import CheckpointError
+from ...layers import ResidualLinear4bit, SavedModule
+from ...layers.frozen.quantized_module import QuantizedModule
+from ...quantization import QuantizedWeight
+from ...quantization.weight import SOURCE_DTYPES
 from ..attach.targeting import unwrapped
+from ..attach.wrappers import inner_module, whole
+from .names import BASE_KEY, BASE_SAMPLE_KEY
+from .samples import WeightSample, sample_4bit, sample_dense
+
+_UNRELATED = 0.5  # two weights that have nothing to do with each other have a cosine of 0, with a deviation of 1/8
+_MOST_NEW = 0.25  # largest share of a model's weights that can be a new head
 
 
 def base_names(model: nn.Module) -> Iterator[str]:
@@ -18,25 +41,176 @@ def base_names(model: nn.Module) -> Iterator[str]:
             yield str(name)
 
 
-def base_fingerprint(model: nn.Module) -> str | None:
-    """Return a hash of a model's vectors (norms and biases) with their names, or None if it has no vector.
+@dataclass(frozen=True)
+class BaseSample:
+    """Samples of a base model's weights, name -> sample."""
 
-    Vectors are never quantized, and values that a checkpoint holds in bf16 are the same in bf16 and in fp32. So the
-    4-bit and the 16-bit model of one checkpoint have the same fingerprint. Adapters do not count.
+    weights: Mapping[str, WeightSample]
+
+    def to_metadata(self) -> dict[str, str]:
+        """Return the sample as an entry of a safetensors file's metadata; an empty sample gives none."""
+        if not self.weights:
+            return {}
+        heads = {name: [one.form, list(one.shape), one.dtype] for name, one in sorted(self.weights.items())}
+        values = b"".join(self.weights[name].to_bytes() for name in heads)
+        text = json.dumps({"weights": heads, "values": base64.b64encode(values).decode()}, separators=(",", ":"))
+        return {BASE_SAMPLE_KEY: text}
+
+    @staticmethod
+    def from_metadata(metadata: Mapping[str, str], file: Path) -> BaseSample | None:
+        """Read the entry of a file's metadata; None if there is none.
+
+        Raises:
+            CheckpointError: it is malformed.
+        """
+        if BASE_SAMPLE_KEY not in metadata:
+            return None
+        try:
+            content = json.loads(metadata[BASE_SAMPLE_KEY])
+            values = base64.b64decode(content["values"], validate=True)
+            weights = {}
+            for name, (form, shape, dtype) in content["weights"].items():
+                weights[name], values = WeightSample.from_bytes(form, tuple(map(int, shape)), dtype, values)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise CheckpointError(f"{file}: its metadata {BASE_SAMPLE_KEY} cannot be read; remove it") from None
+        return BaseSample(weights)
+
+    def differing(self, other: BaseSample) -> list[str]:
+        """Return the weights that both models have in one shape, with values that are not those of one model."""
+        return [name for name in self._common(other) if not self.weights[name].agrees(other.weights[name])]
+
+    def is_of(self, other: BaseSample, adapted: Collection[str]) -> bool:
+        """Return whether two samples are of one model. A few new weights, such as a new head, are only warned of.
+
+        Args:
+            adapted: paths of the modules that an adapter changes, which are never new.
+        """
+        differing = self.differing(other)
+        new = {name.rpartition(".")[0] for name in differing if self._is_unrelated(other, name)} - set(adapted)
+        if any(name.rpartition(".")[0] not in new for name in differing) or len(differing) > _MOST_NEW * len(
+            self._common(other)
+        ):
+            return False
+        if differing:
+            warnings.warn(
+                f"{', '.join(differing[:3])} of the base model hold other numbers than those that the adapter was "
+                "trained with; if they start at random, train and save them too with modules_to_save",
+                stacklevel=3,
+            )
+        return True
+
+    def _common(self, other: BaseSample) -> list[str]:
+        shapes = {name: sample.shape for name, sample in other.weights.items()}
+        return [name for name, sample in self.weights.items() if shapes.get(name) == sample.shape]
+
+    def _is_unrelated(self, other: BaseSample, name: str) -> bool:
+        if len(self.weights[name].shape) < 2:  # a norm, or a bias: new ones hold constants
+            return False
+        ours, theirs = self.weights[name].values.double(), other.weights[name].values.double()
+        return float(2 * ours @ theirs) <= _UNRELATED * float(ours @ ours + theirs @ theirs)
+
+
+def sample_model(home: nn.Module, name: str | None = None) -> BaseSample:
+    """Return samples of a model's weights without its adapters.
+
+    Args:
+        name: an adapter. Weights that it replaces by copies of its own do not count.
     """
+    weights: dict[str, WeightSample] = {}
+    for path, weight in _weights(home, "", name, set()):
+        sample = sample_4bit(weight) if isinstance(weight, QuantizedWeight) else sample_dense(weight)
+        if sample is not None:
+            weights[path] = sample
+    return BaseSample(weights)
+
+
+def sample_checkpoint(checkpoint: Checkpoint, like: BaseSample) -> BaseSample:
+    """Return samples of those of a checkpoint's tensors that another sample has, in its shapes."""
+    weights: dict[str, WeightSample] = {}
+    for name, sample in like.weights.items():
+        if name in checkpoint and checkpoint.shape(name) == sample.shape and checkpoint.dtype(name) in SOURCE_DTYPES:
+            own = sample_dense(checkpoint.read(name))
+            assert own is not None  # it is in memory, and of a dtype that is sampled
+            weights[name] = own
+    return BaseSample(weights)
+
+
+def check_trained_on(home: nn.Module, metadata: Mapping[str, str], adapted: Collection[str], folder: Path) -> None:
+    """Raise CheckpointError if an adapter's file says that it was trained on another base model.
+
+    Args:
+        home: the model.
+        metadata: of the file.
+        adapted: paths of the modules that the adapter adapts.
+        folder: of the adapter, for the message.
+    """
+    trained_on, old = BaseSample.from_metadata(metadata, folder), metadata.get(BASE_KEY)
+    if trained_on is not None:
+        here = sample_model(home)
+        is_other = not trained_on.is_of(here, adapted)
+        which = f"the weights {_listed(trained_on.differing(here))} differ" if is_other else ""
+    else:
+        is_other = old is not None and old != base_fingerprint(home)
+        which = "its norms and biases differ"
+    if is_other:
+        raise CheckpointError(
+            f"{folder} was trained on another base model of the same shapes: {which}; load it with check_base=False if "
+            "you want it on this model"
+        )
+
+
+def check_checkpoint(checkpoint: Checkpoint, trained_on: BaseSample | None, adapted: Collection[str], of: str) -> None:
+    """Raise CheckpointError if a checkpoint does not hold the model that was sampled.
+
+    Args:
+        adapted: paths of the modules that an adapter adapts.
+        of: what was sampled, as the subject of the message.
+    """
+    if trained_on is None:
+        return
+    here = sample_checkpoint(checkpoint, trained_on)
+    if not trained_on.is_of(here, adapted):
+        raise CheckpointError(
+            f"{checkpoint.folder} is not the base model of {of}: its weights {_listed(trained_on.differing(here))} "
+            "hold other numbers"
+        )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _weights(
+    module: nn.Module, path: str, adapter: str | None, seen: set[nn.Module]
+) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
+    """Yield the weights of a module and those inside it, without adapters; parameters' names are those of the base."""
+    own: Collection[str] = ()
+    base = inner_module(module)
+    while (inner := inner_module(unwrapped(base))) is not base:
+        if isinstance(base, SavedModule) and adapter in base.names():
+            own = {*own, *base.parameters_of(adapter)}
+        base = inner
+    if base in seen:
+        return
+    seen.add(base)
+    parameters: dict[str, Any] = dict(base._parameters)
+    if isinstance(base, QuantizedModule):
+        weight = base.dense_weight(torch.float32) if isinstance(base, ResidualLinear4bit) else base.quantized
+        parameters = {"weight": weight} | {name: p for name, p in parameters.items() if name == "bias"}
+    for name, parameter in parameters.items():
+        if parameter is not None and name not in own:
+            yield f"{path}{name}", parameter if isinstance(parameter, QuantizedWeight) else whole(parameter.detach())
+    for name, child in base._modules.items():
+        if child is not None:
+            yield from _weights(child, f"{path}{name}.", adapter, seen)
+
+
+def base_fingerprint(model: nn.Module) -> str | None:
+    """Return the fingerprint in older files: a hash of a model's vectors with their names, or None without a vector."""
     digest, count = hashlib.sha256(), 0
-    for name, vector in _vectors(model):
-        digest.update(f"{name} {len(vector)} ".encode())
-        digest.update(vector.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
-        count += 1
+    for name, vector in _weights(model, "", None, set()):
+        if isinstance(vector, Tensor) and vector.ndim == 1 and vector.is_floating_point():
+            digest.update(f"{name} {len(vector)} ".encode())
+            digest.update(vector.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+            count += 1
     return digest.hexdigest() if count else None
-
-
-def _vectors(module: nn.Module, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    base = unwrapped(module)
-    for name in ("weight", "bias"):
-        parameter = base._parameters.get(name)
-        if parameter is not None and parameter.ndim == 1 and parameter.is_floating_point():
-            yield f"{path}{name}", parameter
-    for name, child in base.named_children():
-        yield from _vectors(child, f"{path}{name}.")

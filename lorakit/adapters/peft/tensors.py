@@ -11,6 +11,7 @@ from ...layers import VARIANTS, AdaptedLayer, AdapterModule, LoRAParameter, Vari
 from ..attach.placement import Placement
 from ..attach.state import adapter_modules
 from ..attach.targeting import unwrapped
+from ..attach.wrappers import whole, write_into
 from .names import BASE_LAYER, tensor_name
 
 
@@ -25,7 +26,7 @@ def file_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
             tensors |= variant.file_tensors(module.adapters[name])
         for table, tensor in tensors.items():
             shape = _shape(module, variant, table, tuple(tensor.shape))
-            named[tensor_name(path, table, variant)] = tensor.detach().view(shape)
+            named[tensor_name(path, table, variant)] = whole(tensor.detach()).view(shape)
     return named
 
 
@@ -50,7 +51,7 @@ def write_tensors(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> No
     for path, module in _file_modules(model, name):
         variant = module.adapters[name].variant if isinstance(module, AdaptedLayer) else VARIANTS["plain"]
         for table, parameter in module.parameters_of(name).items():
-            parameter.copy_(tensors[tensor_name(path, table, variant)].view(parameter.shape))
+            write_into(parameter, tensors[tensor_name(path, table, variant)].view(parameter.shape))
 
 
 def _shape(module: AdapterModule, variant: Variant, table: str, shape: tuple[int, ...]) -> tuple[int, ...]:

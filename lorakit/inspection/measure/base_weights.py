@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...adapters.attach.wrappers import find_module, named_modules
 from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.formats import StoredWeight
 from ...checkpoints.prequantized import find_stored
@@ -67,7 +68,7 @@ class BaseWeights:
 
     def _adapted(self, path: str) -> Tensor | None:
         """Return the matrix (out, in) under a layer that is already adapted in the model in memory, else None."""
-        layer = None if self._model is None else dict(self._model.named_modules()).get(path)
+        layer = None if self._model is None else dict(named_modules(self._model)).get(path)
         return layer.as_matrix(layer.base_weight(torch.float32)).cpu() if isinstance(layer, AdaptedLayer) else None
 
     def read(self, path: str) -> Tensor:
@@ -103,9 +104,9 @@ def _nearest_name(name: str, names: Iterable[str]) -> str | None:
 
 def _module_weight(model: nn.Module, path: str) -> Tensor:
     try:
-        module: Any = model.get_submodule(path)
+        module: Any = find_module(model, path)
     except AttributeError:
-        names = dict(model.named_modules())
+        names = dict(named_modules(model))
         raise CheckpointError(f"the base model has no module {path}{did_you_mean(path, names)}") from None
     if isinstance(module, QuantizedModule):
         return module.quantized.dequantize(torch.float32).cpu()
