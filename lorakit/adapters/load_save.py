@@ -20,6 +20,7 @@ from .attach.placement import plan_placements
 from .attach.state import home_for_new, home_of
 from .attach.targeting import MatchReport, unwrapped
 from .attach.wrappers import check_joins_training, gathered, in_first_process, named_modules
+from .config import LoraConfig
 from .exports import base_of, check_ranks, export_adapter
 from .peft.config import find_adapter_folder, peft_config, read_adapter_config
 from .peft.fingerprint import check_trained_on, sample_model
@@ -62,6 +63,8 @@ def save_adapter(
     with gathered(model) as is_divided:
         tensors, config = file_tensors(home, name), peft_config(home, name)
         metadata = sample_model(home, name).to_metadata()
+        if is_divided:  # FSDP1 frees the whole tensors when the context ends
+            tensors = {key: tensor.clone() for key, tensor in tensors.items()}
 
     def write(folder: str | os.PathLike[str], dtype: torch.dtype | None) -> Path:
         on_cpu = {key: tensor.to("cpu", dtype).contiguous() for key, tensor in tensors.items()}
@@ -113,7 +116,15 @@ def load_adapter(
     config = read_adapter_config(path)
     folder = find_adapter_folder(path)
     check_name(model, name)
-    home = home_for_new(model)
+    with gathered(model):
+        return _load(model, folder, config, name, (trained, dtype, max_rank, check_base))
+
+
+def _load(
+    model: nn.Module, folder: Path, config: LoraConfig, name: str, how: tuple[bool, torch.dtype, int | None, bool]
+) -> MatchReport:
+    """Do what `load_adapter` does, with its arguments trained, dtype, max_rank and check_base in `how`."""
+    home, (trained, dtype, max_rank, check_base) = home_for_new(model), how
     tensors, metadata = _read_tensors(folder)
     report = MatchReport(name)
     placements = plan_placements(home, config, report, is_strict=False)

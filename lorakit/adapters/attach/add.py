@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...errors import AdapterError
 from ...layers import BASE
 from ...layers.frozen.quantized_module import QuantizedModule
-from ..config import LoraConfig
+from ..config import LoraConfig, as_config
 from ..starts import start_data
 from .placement import plan_placements
 from .state import (
@@ -52,6 +52,7 @@ def add_adapter(
     later ones leave parameters outside adapters alone.
 
     Args:
+        config: the settings. A LoraConfig of PEFT is taken over, if lorakit has all that it sets.
         dtype: of the trained parameters.
         trained: False freezes the adapter and keeps training the adapters that were trained before.
         losses: for a start that needs them, such as "eva": one scalar loss for each batch of examples, as in
@@ -63,6 +64,7 @@ def add_adapter(
     Raises:
         AdapterError: the name is taken or not usable, or a pattern matches nothing. The model is then unchanged.
     """
+    config = as_config(config)
     if trained:
         check_joins_training(model)
     check_name(model, name)

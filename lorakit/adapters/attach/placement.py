@@ -17,6 +17,7 @@ from ...layers import (
     AdaptedLayer,
     AdapterModule,
     AdapterSpec,
+    LoRALinear,
     LoRAParameter,
     SavedModule,
     TiedHead,
@@ -95,6 +96,7 @@ def plan_placements(
     if config.bias == "all":
         placements += _place_biases(model, {*layers, *saved})
     _check_kinds(placements)
+    _check_whole(placements, config)
     return placements
 
 
@@ -258,6 +260,18 @@ def _rank_and_scaling(path: str, config: LoraConfig, report: MatchReport) -> tup
     rank, scaling = rank_and_scaling(config, path)
     report.ranks[path] = rank
     return rank, scaling
+
+
+def _check_whole(placements: list[Placement], config: LoraConfig) -> None:
+    """Raise AdapterError if a placement reads a weight of which this process has only a part."""
+    for placement in placements:
+        is_plain = isinstance(placement.module, LoRALinear) and placement.variant.name == "plain"
+        is_plain = is_plain and config.start.name in (True, False, "gaussian") and config.bias == "none"
+        if not is_plain and any(hasattr(p, "device_mesh") for p in placement.module.base_layer.parameters()):
+            raise AdapterError(
+                f"fully_shard has divided {placement.path} among processes, and this adapter starts from its whole "
+                "values: attach the adapter first and divide the model then"
+            )
 
 
 def _check_kinds(placements: list[Placement]) -> None:

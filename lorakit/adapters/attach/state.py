@@ -145,6 +145,12 @@ def home_for_new(model: nn.Module) -> nn.Module:
         AdapterError: only parts of the model have records; or as `homes`.
     """
     inner, found = inner_module(model), homes(model)
+    for path, module in named_modules(inner):
+        if type(module).__module__.startswith("peft.tuners"):
+            raise AdapterError(
+                f"PEFT has put an adapter into this model: {path} is its {type(module).__name__}. Take it out with "
+                "PEFT's unload(), or load the model again"
+            )
     if found == [inner]:
         return inner
     parts = [home for home in found if home is not inner]
@@ -163,7 +169,10 @@ def adapter_configs(model: nn.Module) -> dict[str, LoraConfig]:
     found = homes(model)
     if len(found) == 1:
         return state_of(found[0]).configs
-    return {name: config for home in reversed(found) for name, config in state_of(home).configs.items()}
+    configs: dict[str, LoraConfig] = {}
+    for home in found:
+        configs |= {name: one for name, one in state_of(home).configs.items() if name not in configs}
+    return configs
 
 
 def check_adapter(model: nn.Module, name: str) -> None:
@@ -192,8 +201,8 @@ def adapter_modules(model: nn.Module, name: str | None = None) -> dict[str, Adap
     Paths are those of the model without wrappers. If the model has a record, modules that another one governs are left
     out.
     """
-    found, inner = homes(model), inner_module(model)
-    left_out = [home for home in found if home is not inner] if inner in found else []
+    inner = inner_module(model)
+    left_out = [one for _, one in named_modules(inner) if one is not inner and _is_home(one)] if _is_home(inner) else []
     return {
         path: module
         for path, module in named_modules(model, left_out)

@@ -23,6 +23,7 @@ _INNER = {
     "ActivationWrapper": "_checkpoint_wrapped_module",  # of activation checkpointing and offloading
     "DeepSpeedEngine": "module",
 }
+_DIVIDING = ("FullyShardedDataParallel", "FSDPModule")
 _OWN_NAMES = frozenset(_INNER.values()) - {"module"}  # no model has a module of these names
 
 
@@ -30,7 +31,7 @@ def _inner_name(kind: type) -> str | None:
     return next((_INNER[one.__name__] for one in kind.__mro__ if one.__name__ in _INNER), None)
 
 
-def _is_a(kind: type, name: str) -> bool:
+def is_a(kind: type, name: str) -> bool:
     return any(one.__name__ == name for one in kind.__mro__)
 
 
@@ -84,13 +85,13 @@ def plain_name(name: str) -> str:
 def put_module(parent: nn.Module, name: str, module: nn.Module) -> None:
     """Put a module into its parent, which may be a wrapper."""
     setattr(parent, name, module)
-    if _is_a(type(parent), "OptimizedModule"):
+    if is_a(type(parent), "OptimizedModule"):
         parent._initialize()  # type: ignore[operator] # it has bound the forward pass of the old module
 
 
 def is_peft_model(module: nn.Module) -> bool:
     """Return whether a module is a model of the library PEFT."""
-    return _is_a(type(module), "PeftModel")
+    return is_a(type(module), "PeftModel")
 
 
 def check_joins_training(model: nn.Module) -> None:
@@ -100,8 +101,8 @@ def check_joins_training(model: nn.Module) -> None:
     model.
     """
     for path, module in model.named_modules():
-        kinds = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
-        kind = next((kind for kind in kinds if _is_a(type(module), kind)), None)
+        kinds = ("DistributedDataParallel", *_DIVIDING)
+        kind = next((kind for kind in kinds if is_a(type(module), kind)), None)
         if kind is not None and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             where = f"{path} is" if path else "the model is"
             raise AdapterError(
@@ -120,9 +121,9 @@ def write_into(parameter: Tensor, value: Tensor) -> None:
     if hasattr(parameter, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
 
-        value = distribute_tensor(
-            value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
-        )
+        divided: Any = parameter
+        layout = divided.device_mesh, divided.placements
+        value = distribute_tensor(value.to(parameter.device), *layout, src_data_rank=None)
     parameter.copy_(value)
 
 
@@ -132,11 +133,17 @@ def gathered(model: nn.Module) -> Iterator[bool]:
     kinds = {type(module) for module in model.modules()}
     with contextlib.ExitStack() as stack:
         for module in model.modules():
-            if _is_a(type(module), "FullyShardedDataParallel"):
+            if is_a(type(module), "FullyShardedDataParallel"):
                 whole_within: Any = module.summon_full_params
                 stack.enter_context(whole_within(module, writeback=False))
                 break  # the outermost, which gathers those inside it too
-        yield any(_is_a(kind, name) for kind in kinds for name in ("FullyShardedDataParallel", "FSDPModule"))
+        yield any(is_a(kind, name) for kind in kinds for name in _DIVIDING)
+
+
+def check_not_divided(model: nn.Module, problem: str) -> None:
+    """Raise AdapterError with a text if FSDP has divided the model among processes."""
+    if any(is_a(type(module), name) for module in model.modules() for name in _DIVIDING):
+        raise AdapterError(f"FSDP has divided this model among processes: {problem}")
 
 
 def in_first_process(action: Callable[[], None]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ...errors import AdapterError
 from ..attach.add import add_adapter
 from ..attach.state import adapter_modules, check_adapter, home_of, lora_layers
+from ..attach.wrappers import whole
 from ..low_rank import LowRank
 from ..peft.config import attachable_config
 from ..peft.folder import AdapterLayer, read_adapter_folder, write_adapter_folder
@@ -45,7 +46,7 @@ def model_updates(model: nn.Module, name: str) -> dict[str, LowRank]:
         in_factors = {*layer.matrices, *(variant.trained if variant.is_low_rank else ())}
         if extras := sorted(layer.parameters_of(name).keys() - in_factors):
             raise AdapterError(f"{where} holds more than low-rank updates: {', '.join(extras)} of {path}")
-        up, down = (factor.detach() for factor in layer.factors(name))
+        up, down = (whole(factor.detach()) for factor in layer.factors(name))
         if up.ndim != 2:
             raise AdapterError(f"{where} adapts {path}, which holds several matrices; such updates cannot be combined")
         updates[path] = LowRank(up, down)

@@ -15,6 +15,7 @@ from torch import nn
 from ...errors import AdapterError
 from ..attach.host_memory import move_in, move_out
 from ..attach.state import adapter_configs, check_adapter, check_not_in_a_row, home_of, homes
+from ..attach.wrappers import check_not_divided
 from .base import Base
 from .plan import plan_merge
 from .report import LEAST_SHARE, MergeReport
@@ -63,6 +64,7 @@ def merge_adapter(
     """
     names = (name,) if isinstance(name, str) else tuple(dict.fromkeys(name))
     _check_names(model, names)
+    check_not_divided(model, "save the adapter, and merge it into the model before FSDP divides it")
     model = home_of(model, names)
     earlier = merged_state(model)
     if earlier is not None:

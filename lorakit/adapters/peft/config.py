@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
@@ -18,10 +18,11 @@ from ...layers import VARIANTS, LoRALinear, Variant, variants_read
 from ..attach.state import adapter_configs, lora_layers
 from ..attach.targeting import last_name
 from ..attach.wrappers import named_modules
-from ..config import LoraConfig
+from ..config import LoraConfig, Task
 from ..starts import changed_base_in_peft
 from .fingerprint import base_names
 from .names import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
+from .task_type import task_type
 
 # Keys of PEFT's config that change the result and that lorakit does not have: they must hold a neutral value.
 _UNSUPPORTED = (
@@ -82,6 +83,7 @@ def attachable_config(values: Mapping[str, Any], file: Path) -> LoraConfig:
     known = {key: values[key] for key in LoraConfig.model_fields if key in values and key != "init_lora_weights"}
     known = {key: value for key, value in known.items() if value is not None}
     known.setdefault("target_modules", [])
+    known["task_type"] = values.get("task_type") if values.get("task_type") in get_args(Task) else None
     known.setdefault("ensure_weight_tying", False)  # as PEFT reads a config without it
     try:
         return LoraConfig(**known)
@@ -149,11 +151,10 @@ def peft_config(model: nn.Module, name: str) -> dict[str, Any]:
     is_narrowed = isinstance(targets, str) and values["layers_to_transform"] is not None  # PEFT refuses both together
     if is_word or is_narrowed:
         values["target_modules"] = _target_names(model, name)
-    head = getattr(model, "get_output_embeddings", lambda: None)()
     layers = lora_layers(model, name).values()
     values |= {
         "peft_type": config.update_variant.peft_type,
-        "task_type": None if head is None else "CAUSAL_LM",
+        "task_type": task_type(model, lora_layers(model, name)) if config.task_type == "auto" else config.task_type,
         "base_model_name_or_path": next(base_names(model), None),
         "fan_in_fan_out": any(isinstance(layer, LoRALinear) and layer.is_conv1d for layer in layers),
         "inference_mode": True,

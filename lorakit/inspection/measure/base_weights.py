@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...adapters.attach.wrappers import find_module, named_modules
+from ...adapters.attach.wrappers import find_module, named_modules, whole
 from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.formats import StoredWeight
 from ...checkpoints.prequantized import find_stored
@@ -69,7 +69,9 @@ class BaseWeights:
     def _adapted(self, path: str) -> Tensor | None:
         """Return the matrix (out, in) under a layer that is already adapted in the model in memory, else None."""
         layer = None if self._model is None else dict(named_modules(self._model)).get(path)
-        return layer.as_matrix(layer.base_weight(torch.float32)).cpu() if isinstance(layer, AdaptedLayer) else None
+        return (
+            layer.as_matrix(whole(layer.base_weight(torch.float32))).cpu() if isinstance(layer, AdaptedLayer) else None
+        )
 
     def read(self, path: str) -> Tensor:
         """Return the weight of a module in the shape in which it is stored, fp32 on the CPU."""
@@ -110,5 +112,5 @@ def _module_weight(model: nn.Module, path: str) -> Tensor:
         raise CheckpointError(f"the base model has no module {path}{did_you_mean(path, names)}") from None
     if isinstance(module, QuantizedModule):
         return module.quantized.dequantize(torch.float32).cpu()
-    weight: Tensor = module.weight.detach()
+    weight = whole(module.weight.detach())
     return weight.float().cpu()
