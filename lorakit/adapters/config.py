@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -13,6 +14,8 @@ from .starts import Start, find_start, start_names
 
 Task = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
 Token = Annotated[int, Field(ge=0)]
+# The heads that PEFT trains and saves in full for a task.
+TASK_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 # Names of settings in other programs and in Python calls of them -> the name here; "" is not needed here.
 _OTHER_NAMES = {
@@ -150,8 +153,12 @@ class LoraConfig(Settings):
         return alpha / rank**0.5 if self.use_rslora else alpha / rank
 
 
-def as_config(value: Any) -> LoraConfig:
+def as_config(value: Any, paths: Collection[str]) -> LoraConfig:
     """Return a LoraConfig as it is, and that of PEFT with its fields taken over.
+
+    Args:
+        paths: of the model's modules. PEFT saves the heads of some tasks in full, and it finds the modules to save by
+            the end of their paths.
 
     Raises:
         AdapterError: it is neither, or PEFT's config has settings that lorakit does not have.
@@ -180,4 +187,21 @@ def as_config(value: Any) -> LoraConfig:
             )
         taken["target_modules"] = []
     taken = {key: sorted(one) if isinstance(one, set | frozenset) else one for key, one in taken.items()}
-    return LoraConfig(**taken | ({"task_type": str(taken["task_type"].value)} if "task_type" in taken else {}))
+    if "task_type" in taken:
+        task = taken["task_type"] = str(getattr(taken["task_type"], "value", taken["task_type"]))
+        heads = [name for name in TASK_HEADS.get(task, ()) if any(path.rpartition(".")[2] == name for path in paths)]
+        if heads:
+            taken["modules_to_save"] = list(dict.fromkeys([*taken.get("modules_to_save", ()), *heads]))
+    if "modules_to_save" in taken:
+        taken["modules_to_save"] = [*taken["modules_to_save"], *loosely_saved(taken["modules_to_save"], paths)]
+    return LoraConfig(**taken)
+
+
+def loosely_saved(names: Collection[str], paths: Collection[str]) -> list[str]:
+    """Return the paths that end with a name of modules_to_save within their last name, as "q_norm" does with "norm".
+
+    PEFT saves these modules too; lorakit takes only those that are called so.
+    """
+    return [
+        path for path in paths if any(path.endswith(name) and not f".{path}".endswith(f".{name}") for name in names)
+    ]

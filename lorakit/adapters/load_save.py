@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from .attach.placement import plan_placements
 from .attach.state import home_for_new, home_of
 from .attach.targeting import MatchReport, unwrapped
 from .attach.wrappers import check_joins_training, gathered, in_first_process, named_modules
-from .config import LoraConfig
+from .config import LoraConfig, loosely_saved
 from .exports import base_of, check_ranks, export_adapter
 from .peft.config import find_adapter_folder, peft_config, read_adapter_config
 from .peft.fingerprint import check_trained_on, sample_model
@@ -126,6 +127,7 @@ def _load(
     """Do what `load_adapter` does, with its arguments trained, dtype, max_rank and check_base in `how`."""
     home, (trained, dtype, max_rank, check_base) = home_for_new(model), how
     tensors, metadata = _read_tensors(folder)
+    config = _with_loose_names(home, config, tensors)
     report = MatchReport(name)
     placements = plan_placements(home, config, report, is_strict=False)
     highest = max(report.ranks.values(), default=0)
@@ -142,6 +144,18 @@ def _load(
     write_tensors(home, name, tensors)
     report.source, report.is_trained = folder, trained
     return report
+
+
+def _with_loose_names(home: nn.Module, config: LoraConfig, tensors: Mapping[str, Tensor]) -> LoraConfig:
+    """Return a file's settings with the further modules whose copies the file has, since PEFT matched their names."""
+    paths = [path for path, _ in named_modules(home)]
+    further = [
+        path
+        for path in loosely_saved(config.modules_to_save or (), paths)
+        if any(key.startswith(f"{PREFIX}{path}.") for key in tensors)
+    ]
+    saved = [*(config.modules_to_save or ()), *further]
+    return config.model_copy(update={"modules_to_save": saved}) if further else config
 
 
 def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

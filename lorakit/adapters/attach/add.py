@@ -29,7 +29,7 @@ from .state import (
 )
 from .switching import set_adapter, set_trained
 from .targeting import MatchReport
-from .wrappers import check_joins_training
+from .wrappers import check_joins_training, named_modules
 
 _NAMESPACE = nn.ParameterDict()  # it holds A and B as attributes named after the adapter; its own names are taken
 
@@ -64,7 +64,7 @@ def add_adapter(
     Raises:
         AdapterError: the name is taken or not usable, or a pattern matches nothing. The model is then unchanged.
     """
-    config = as_config(config)
+    config = as_config(config, [path for path, _ in named_modules(model)])
     if trained:
         check_joins_training(model)
     check_name(model, name)

@@ -14,8 +14,8 @@ from torch import nn
 
 from ...errors import AdapterError, CheckpointError, ConfigError
 from ...files import read_json_object
-from ...layers import VARIANTS, LoRALinear, Variant, variants_read
-from ..attach.state import adapter_configs, lora_layers
+from ...layers import VARIANTS, LoRALinear, SavedModule, Variant, variants_read
+from ..attach.state import adapter_configs, adapter_modules, lora_layers
 from ..attach.targeting import last_name
 from ..attach.wrappers import named_modules
 from ..config import LoraConfig, Task
@@ -151,10 +151,11 @@ def peft_config(model: nn.Module, name: str) -> dict[str, Any]:
     is_narrowed = isinstance(targets, str) and values["layers_to_transform"] is not None  # PEFT refuses both together
     if is_word or is_narrowed:
         values["target_modules"] = _target_names(model, name)
+    saved = [path for path, module in adapter_modules(model, name).items() if isinstance(module, SavedModule)]
     layers = lora_layers(model, name).values()
     values |= {
         "peft_type": config.update_variant.peft_type,
-        "task_type": task_type(model, lora_layers(model, name)) if config.task_type == "auto" else config.task_type,
+        "task_type": task_type(model, saved) if config.task_type == "auto" else config.task_type,
         "base_model_name_or_path": next(base_names(model), None),
         "fan_in_fan_out": any(isinstance(layer, LoRALinear) and layer.is_conv1d for layer in layers),
         "inference_mode": True,
