@@ -155,7 +155,7 @@ def check_trained_on(home: nn.Module, metadata: Mapping[str, str], adapted: Coll
     if is_other:
         raise CheckpointError(
             f"{folder} was trained on another base model of the same shapes: {which}; load it with check_base=False if "
-            "you want it on this model"
+            "you want it on this model all the same"
         )
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ...adapters.attach.wrappers import find_module, named_modules, whole
+from ...adapters.peft.fingerprint import check_checkpoint, check_trained_on
+from ...adapters.peft.folder import AdapterFolder
 from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.formats import StoredWeight
 from ...checkpoints.prequantized import find_stored
@@ -65,6 +67,13 @@ class BaseWeights:
                 "this is not the adapter's base model"
             )
         return weight
+
+    def check_base_of(self, adapter: AdapterFolder) -> None:
+        """Raise CheckpointError if the adapter's file says that it was trained on another base."""
+        if self._checkpoint is not None:
+            check_checkpoint(self._checkpoint, adapter.base, adapter.layers, str(adapter.folder))
+        elif self._model is not None:
+            check_trained_on(self._model, adapter.metadata, adapter.layers, adapter.folder)
 
     def _adapted(self, path: str) -> Tensor | None:
         """Return the matrix (out, in) under a layer that is already adapted in the model in memory, else None."""
