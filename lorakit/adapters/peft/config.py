@@ -16,9 +16,9 @@ from ...errors import AdapterError, CheckpointError, ConfigError
 from ...files import read_json_object
 from ...layers import VARIANTS, LoRALinear, SavedModule, Variant, variants_read
 from ..attach.state import adapter_configs, adapter_modules, lora_layers
-from ..attach.targeting import last_name
+from ..attach.targeting import last_name, match_names
 from ..attach.wrappers import named_modules
-from ..config import LoraConfig, Task
+from ..config import LoraConfig, Task, loosely_saved
 from ..starts import changed_base_in_peft
 from .fingerprint import base_names
 from .names import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
@@ -151,7 +151,15 @@ def peft_config(model: nn.Module, name: str) -> dict[str, Any]:
     is_narrowed = isinstance(targets, str) and values["layers_to_transform"] is not None  # PEFT refuses both together
     if is_word or is_narrowed:
         values["target_modules"] = _target_names(model, name)
-    saved = [path for path, module in adapter_modules(model, name).items() if isinstance(module, SavedModule)]
+    saved = [
+        path
+        for path, module in adapter_modules(model, name).items()
+        if isinstance(module, SavedModule) and module.parameters_of(name).keys() == module.shapes().keys()
+    ]
+    if loosely_saved(config.modules_to_save or (), {path for path, _ in named_modules(model)} - set(saved)):
+        values["modules_to_save"] = [
+            path for paths in match_names(config.modules_to_save or (), saved).values() for path in paths
+        ]
     layers = lora_layers(model, name).values()
     values |= {
         "peft_type": config.update_variant.peft_type,

@@ -48,9 +48,12 @@ class WeightSample:
         """Return the sample at the beginning of `data`, and the rest of `data`.
 
         Raises:
-            ValueError: the data are too short, or the dtype is none of a weight's.
+            ValueError: the data are too short, or the shape is none.
+        KeyError: the dtype is none of a weight's.
         """
         known = {str(one).removeprefix("torch."): one for one in SOURCE_DTYPES}
+        if min(shape, default=0) < 0:
+            raise ValueError("a negative size")
         count = len(places(math.prod(shape)))
         if not count:
             return WeightSample(form, shape, dtype, torch.empty(0), None), data
