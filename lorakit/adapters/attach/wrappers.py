@@ -32,6 +32,7 @@ def _inner_name(kind: type) -> str | None:
 
 
 def is_a(kind: type, name: str) -> bool:
+    """Return whether a class, or one of its base classes, has this name."""
     return any(one.__name__ == name for one in kind.__mro__)
 
 
