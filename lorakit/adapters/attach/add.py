@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import AdapterError
-from ...layers import BASE
+from ...layers import BASE, AdapterModule
 from ...layers.frozen.quantized_module import QuantizedModule
 from ..config import LoraConfig, as_config
 from ..starts import start_data
@@ -22,7 +22,6 @@ from .state import (
     forget_adapter,
     home_for_new,
     home_of,
-    homes,
     lora_layers,
     replace_module,
     state_of,
@@ -113,10 +112,10 @@ def remove_adapter(model: nn.Module, name: str = "default") -> None:
 def adapter_parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
     """Return the trained parameters of one adapter, or of all, in model order: A, B, and those its variant adds."""
     parameters: list[nn.Parameter] = []
-    for home in homes(model):
-        for module in adapter_modules(home, name).values():
+    for _, module in named_modules(model):
+        if isinstance(module, AdapterModule):
             for adapter in [name] if name else module.names():
-                parameters += module.parameters_of(adapter).values()
+                parameters += module.parameters_of(adapter).values() if adapter in module.names() else ()
     return parameters
 
 

@@ -95,7 +95,7 @@ def homes(model: nn.Module) -> list[nn.Module]:
         return known
     if is_peft_model(model):
         raise AdapterError(
-            "this is PEFT's PeftModel. Save its adapter with save_pretrained(folder), take its base model with "
+            f"this is PEFT's {type(model).__name__}. Save its adapter with save_pretrained(folder), take its base model with "
             "unload(), and load the adapter into that with load_adapter(base, folder)"
         )
     found = {path: module for path, module in named_modules(model) if _is_home(module)}

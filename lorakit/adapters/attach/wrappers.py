@@ -91,8 +91,8 @@ def put_module(parent: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def is_peft_model(module: nn.Module) -> bool:
-    """Return whether a module is a model of the library PEFT."""
-    return is_a(type(module), "PeftModel")
+    """Return whether a module is a model of the library PEFT, or one of its tuners."""
+    return any(kind.__module__.partition(".")[0] == "peft" for kind in type(module).__mro__)
 
 
 def check_joins_training(model: nn.Module) -> None:

@@ -93,8 +93,8 @@ class BaseSample:
             return False
         if differing:
             warnings.warn(
-                f"{', '.join(differing[:3])} of the base model hold other numbers than those that the adapter was "
-                "trained with; if they start at random, train and save them too with modules_to_save",
+                f"the adapter was trained with other numbers in {_listed(differing)} of the base model; if these start "
+                "at random, train and save them too with modules_to_save",
                 stacklevel=3,
             )
         return True
