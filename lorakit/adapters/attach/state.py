@@ -95,8 +95,8 @@ def homes(model: nn.Module) -> list[nn.Module]:
         return known
     if is_peft_model(model):
         raise AdapterError(
-            f"this is PEFT's {type(model).__name__}. Save its adapter with save_pretrained(folder), take its base model with "
-            "unload(), and load the adapter into that with load_adapter(base, folder)"
+            f"this is PEFT's {type(model).__name__}. Save its adapter with save_pretrained(folder), take its base "
+            "model with unload(), and load the adapter into that with load_adapter(base, folder)"
         )
     found = {path: module for path, module in named_modules(model) if _is_home(module)}
     for path, module in named_modules(model):

@@ -130,21 +130,26 @@ def write_into(parameter: Tensor, value: Tensor) -> None:
 
 @contextlib.contextmanager
 def gathered(model: nn.Module) -> Iterator[bool]:
-    """Within the context, FSDP1's modules hold whole tensors; it yields whether any FSDP has divided the model."""
-    kinds = {type(module) for module in model.modules()}
+    """Within the context, FSDP1's modules hold whole tensors; it yields whether a model is divided among processes."""
+    inside: set[nn.Module] = set()
     with contextlib.ExitStack() as stack:
         for module in model.modules():
-            if is_a(type(module), "FullyShardedDataParallel"):
+            if is_a(type(module), "FullyShardedDataParallel") and module not in inside:
                 whole_within: Any = module.summon_full_params
                 stack.enter_context(whole_within(module, writeback=False))
-                break  # the outermost, which gathers those inside it too
-        yield any(is_a(kind, name) for kind in kinds for name in _DIVIDING)
+                inside.update(module.modules())  # it gathers these too
+        yield _is_divided(model)
 
 
 def check_not_divided(model: nn.Module, problem: str) -> None:
-    """Raise AdapterError with a text if FSDP has divided the model among processes."""
-    if any(is_a(type(module), name) for module in model.modules() for name in _DIVIDING):
-        raise AdapterError(f"FSDP has divided this model among processes: {problem}")
+    """Raise AdapterError with a text if a model is divided among processes."""
+    if _is_divided(model):
+        raise AdapterError(f"this model is divided among processes: {problem}")
+
+
+def _is_divided(model: nn.Module) -> bool:
+    is_in_parts = any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+    return is_in_parts or any(is_a(type(module), name) for module in model.modules() for name in _DIVIDING)
 
 
 def in_first_process(action: Callable[[], None]) -> None:

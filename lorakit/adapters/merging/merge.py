@@ -64,7 +64,7 @@ def merge_adapter(
     """
     names = (name,) if isinstance(name, str) else tuple(dict.fromkeys(name))
     _check_names(model, names)
-    check_not_divided(model, "save the adapter, and merge it into the model before FSDP divides it")
+    check_not_divided(model, "save the adapter, and merge it into the model before it is divided")
     model = home_of(model, names)
     earlier = merged_state(model)
     if earlier is not None:

@@ -223,7 +223,7 @@ class TestDivided:
         assert [worker.exitcode for worker in workers] == [0, 0]
         reference = plain()
         save_adapter(reference, tmp_path / "plain")
-        for name in ("divided", "whole", "layers"):
+        for name in ("divided", "whole", "layers", "layers alone"):
             same_files(tmp_path / name, tmp_path / "plain")
 
 
@@ -240,7 +240,14 @@ def one_of_two(rank: int, folder: Path) -> None:
     fully_shard(model)
     assert torch.equal(output(model), bare)
     save_adapter(model, folder / "divided")
-    for name, wrapped in {"whole": divided(plain()), "layers": divided(each_layer(divided)(plain()))}.items():
+    wrapped_models = {
+        "whole": divided(plain()),
+        "layers": divided(each_layer(divided)(plain())),
+        "layers alone": each_layer(divided)(plain()),
+    }
+    with pytest.raises(AdapterError, match="this model is divided among processes"):
+        merge_adapter(model)
+    for name, wrapped in wrapped_models.items():
         same(wrapped, bare)  # the weights are aligned otherwise
         save_adapter(wrapped, folder / name)
         load_adapter(wrapped, folder / "divided", "second")
