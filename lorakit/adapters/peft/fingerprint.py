@@ -8,6 +8,7 @@ the rounding to its dtype, or lies in the cells of its 4-bit codes.
 from __future__ import annotations
 
 import base64
+import copy
 import hashlib
 import json
 import warnings
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from ...checkpoints.checkpoint import Checkpoint
 from ...errors import CheckpointError
 from ...layers import ResidualLinear4bit, SavedModule
-from ...layers.frozen.quantized_module import QuantizedModule
+from ...layers.frozen.quantized_module import QuantizedModule, frozen
 from ...quantization import QuantizedWeight
 from ...quantization.weight import SOURCE_DTYPES
 from ..attach.targeting import unwrapped
@@ -195,6 +196,9 @@ def _weights(
     seen.add(base)
     parameters: dict[str, Any] = dict(base._parameters)
     if isinstance(base, QuantizedModule):
+        if any(hasattr(parameter, "device_mesh") for parameter in base.parameters(recurse=False)):
+            divided, base = base, copy.copy(base)
+            base._parameters = {name: frozen(whole(p)) for name, p in divided._parameters.items() if p is not None}
         weight = base.dense_weight(torch.float32) if isinstance(base, ResidualLinear4bit) else base.quantized
         parameters = {"weight": weight} | {name: p for name, p in parameters.items() if name == "bias"}
     for name, parameter in parameters.items():

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lorakit import (
+    Linear4bit,
     LoraConfig,
     adapter_parameters,
     adapter_status,
@@ -27,6 +28,7 @@ from lorakit import (
     inspect_adapter,
     load_adapter,
     merge_adapter,
+    quantize,
     remove_adapter,
     save_adapter,
     set_adapter,
@@ -212,6 +214,22 @@ class TestDivided:
             add_adapter(one, low_rank, "other")
         swap_adapter(model, "other", save_adapter(reference, tmp_path / "other", "other"))
         same_files(save_adapter(model, tmp_path / "swapped", "other"), tmp_path / "other")
+
+    def test_4_bits(self, tmp_path: Path) -> None:
+        def make() -> nn.Module:
+            torch.manual_seed(0)
+            dense = nn.Linear(64, 64)
+            model = nn.Sequential(Linear4bit(quantize(dense.weight, double_quant=False), dense.bias), nn.Linear(64, 8))
+            add_adapter(model, LoraConfig(r=2, init_lora_weights=False))
+            return model
+
+        alone()
+        divided = make()
+        fully_shard(divided)
+        for name, model in (("divided", divided), ("plain", make())):
+            save_adapter(model, tmp_path / name)
+        files = [tmp_path / name / "adapter_model.safetensors" for name in ("divided", "plain")]
+        assert files[0].read_bytes() == files[1].read_bytes()  # with the samples of the base
 
     def test_two_processes(self, tmp_path: Path) -> None:
         spawn = multiprocessing.get_context("spawn")
