@@ -13,7 +13,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -112,13 +112,15 @@ class BaseSample:
 
 
 def sample_model(home: nn.Module, name: str | None = None) -> BaseSample:
-    """Return samples of a model's weights without its adapters.
+    """Return samples of a model's weights without its adapters, active or merged.
+
+    Adapters merged with reversible=False cannot be told from the weights, so these count as another model's.
 
     Args:
         name: an adapter. Weights that it replaces by copies of its own do not count.
     """
     weights: dict[str, WeightSample] = {}
-    for path, weight in _weights(home, "", name, set()):
+    for path, weight in _weights(home, "", name, _unmerged(home)):
         sample = sample_4bit(weight) if isinstance(weight, QuantizedWeight) else sample_dense(weight)
         if sample is not None:
             weights[path] = sample
@@ -181,8 +183,23 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
+@dataclass(frozen=True)
+class _Unmerged:
+    """What a merge replaced: module -> the one before, (module, name) -> the parameter before. `seen` are modules."""
+
+    modules: dict[nn.Module, nn.Module]
+    parameters: dict[tuple[nn.Module, str], nn.Parameter | None]
+    seen: set[nn.Module] = field(default_factory=set)
+
+
+def _unmerged(home: nn.Module) -> _Unmerged:
+    swaps = getattr(vars(home).get("lora_merged"), "swaps", ())  # merging is a room above this one
+    exchanges = [exchange for swap in swaps for exchange in swap.exchanges]
+    return _Unmerged({swap.new: swap.old for swap in swaps}, {(one.module, one.name): one.before for one in exchanges})
+
+
 def _weights(
-    module: nn.Module, path: str, adapter: str | None, seen: set[nn.Module]
+    module: nn.Module, path: str, adapter: str | None, unmerged: _Unmerged
 ) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
     """Yield the weights of a module and those inside it, without adapters; parameters' names are those of the base."""
     own: Collection[str] = ()
@@ -191,9 +208,10 @@ def _weights(
         if isinstance(base, SavedModule) and adapter in base.names():
             own = {*own, *base.parameters_of(adapter)}
         base = inner
-    if base in seen:
+    if base in unmerged.seen:
         return
-    seen.add(base)
+    unmerged.seen.add(base)
+    base = unmerged.modules.get(base, base)
     parameters: dict[str, Any] = dict(base._parameters)
     if isinstance(base, QuantizedModule):
         if any(hasattr(parameter, "device_mesh") for parameter in base.parameters(recurse=False)):
@@ -202,17 +220,18 @@ def _weights(
         weight = base.dense_weight(torch.float32) if isinstance(base, ResidualLinear4bit) else base.quantized
         parameters = {"weight": weight} | {name: p for name, p in parameters.items() if name == "bias"}
     for name, parameter in parameters.items():
+        parameter = unmerged.parameters.get((base, name), parameter)
         if parameter is not None and name not in own:
             yield f"{path}{name}", parameter if isinstance(parameter, QuantizedWeight) else whole(parameter.detach())
     for name, child in base._modules.items():
         if child is not None:
-            yield from _weights(child, f"{path}{name}.", adapter, seen)
+            yield from _weights(child, f"{path}{name}.", adapter, unmerged)
 
 
 def base_fingerprint(model: nn.Module) -> str | None:
     """Return the fingerprint in older files: a hash of a model's vectors with their names, or None without a vector."""
     digest, count = hashlib.sha256(), 0
-    for name, vector in _weights(model, "", None, set()):
+    for name, vector in _weights(model, "", None, _unmerged(model)):
         if isinstance(vector, Tensor) and vector.ndim == 1 and vector.is_floating_point():
             digest.update(f"{name} {len(vector)} ".encode())
             digest.update(vector.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())

@@ -174,16 +174,22 @@ def test_merging_exporting_inspecting_and_combining(tmp_path: Path) -> None:
                 merge_adapter(copy.deepcopy(model), base=folders[name])
 
 
-def test_a_model_merged_in_place_is_another_until_the_merge_is_undone(tmp_path: Path) -> None:
+def test_a_model_merged_in_place_is_another_unless_the_merge_can_be_undone(tmp_path: Path) -> None:
     from lorakit import unmerge_adapter
 
-    folder, model = saved(tmp_path / "adapter", base()), base()
-    adapt(model, "first", target_modules=["q_proj"])
-    merge_adapter(model, "first")
-    with pytest.raises(CheckpointError, match="another base model"):
-        load_adapter(model, folder)
-    unmerge_adapter(model)
-    load_adapter(model, folder)
+    folder = saved(tmp_path / "adapter", base())
+    for make in (base, lambda: SAME["nf4"](base()), lambda: SAME["bf16"](base())):
+        model = make()
+        adapt(model, "first", target_modules=["q_proj"])
+        merge_adapter(model, "first")
+        load_adapter(model, folder)  # as it may while the other one is active
+        save_adapter(model, tmp_path / "again")
+        load_adapter(base(), tmp_path / "again")
+        unmerge_adapter(model)
+        remove_adapter(model)
+        merge_adapter(model, "first", reversible=False)
+        with pytest.raises(CheckpointError, match="another base model"):
+            load_adapter(model, folder)
 
 
 def test_adapters_and_copies_do_not_count(tmp_path: Path) -> None:
