@@ -32,7 +32,7 @@ setup: $(STAMPS)/core $(STAMPS)/data  ## install lorakit and the quickstart's mo
 
 quickstart: setup  ## fine-tune SmolLM2-135M on small conversations, and measure before and after
 	$(BIN)/lorakit data build chatterbot --out runs/quickstart/data
-	$(BIN)/lorakit train recipes/quickstart.yaml
+	$(BIN)/lorakit train recipes/quickstart.yaml --overwrite
 
 test: setup $(STAMPS)/dev  ## run the tests (but those against the peers, and the sanitizers)
 	$(BIN)/python -m pytest --ignore=tests/peers --ignore=tests/kernels/cpu/test_sanitizers.py

@@ -5,6 +5,7 @@ MkDocs calls the `on_` functions. A setting without a meaning fails the build.
 
 from __future__ import annotations
 
+import datetime
 import re
 import types
 import typing
@@ -116,6 +117,7 @@ def _simple_type_name(kind: Any) -> str:
         words = [_type_name(item) for item in inner]
         return {list: f"list of {words[0]}", dict: f"map of {' to '.join(words)}", tuple: ", ".join(words)}[origin]
     names = {str: "text", bool: "true or false", int: "integer", float: "number", Path: "path", type(None): "null"}
+    names |= {datetime.date: "date"}
     return "metric" if kind is MetricConfig else names[kind]
 
 

@@ -1,5 +1,7 @@
 """LoRA and QLoRA written out in full in PyTorch: readable, exact to the bit, open to inspection."""
 
+import lorakit_kernels  # noqa: F401 - first: it sets what PyTorch's CPU libraries read when they load
+
 from .adapters import (
     LoraConfig,
     MergeReport,

@@ -48,6 +48,10 @@ class TrainingError(LorakitError, RuntimeError):
     """Training cannot start or go on: nothing is trainable, the loss is not finite, a checkpoint does not fit."""
 
 
+class GradientError(LorakitError, RuntimeError):
+    """A gradient was asked for that is not computed, such as a second derivative of the fused loss."""
+
+
 class StorageError(LorakitError, OSError):
     """Writing failed (disk full, no permission); the file or folder that was at the target is untouched."""
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .errors import ConfigError, did_you_mean
+from .other_tools import other_tools_hint
 
 
 class Settings(BaseModel):
@@ -55,5 +56,5 @@ def _problems(model: type[BaseModel], error: ValidationError) -> list[tuple[str,
 def _hint(key: str, model: type[BaseModel]) -> str:
     other = model.other_names if issubclass(model, Settings) else {}
     if key not in other:
-        return did_you_mean(key, model.model_fields)
+        return other_tools_hint(key, model.model_fields) or did_you_mean(key, model.model_fields)
     return f"; here it is called '{other[key]}'" if other[key] else "; it is not needed here, leave it out"

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 
-from lorakit import Decoder, Linear4bit, LoraConfig, Record, add_adapter, save_records, set_adapter
+from lorakit import Decoder, Linear4bit, LoraConfig, Record, adapter_parameters, add_adapter, save_records, set_adapter
 from lorakit.adapters import adapter_configs, adapter_modules, lora_layers
 from lorakit.data import Message
 from lorakit.layers import BASE
@@ -275,6 +275,24 @@ def adapt(model: nn.Module, name: str = "default", size: float = 0.3, **settings
         layer.lora_B[name].data *= size * layer.base_weight(torch.float32).norm() / update.norm()
         for magnitude in (p for key, p in layer.parameters_of(name).items() if "magnitude" in key):
             magnitude.data *= 1 + 0.1 * torch.randn_like(magnitude)
+
+
+def one_layer(base: nn.Module, **settings: Any) -> nn.Sequential:
+    """Put a layer into a model by itself and adapt it with random numbers, at rank 3."""
+    model = nn.Sequential(base).requires_grad_(False)
+    torch.manual_seed(2)
+    add_adapter(model, LoraConfig(r=3, target_modules=["0"], **settings))
+    for parameter in adapter_parameters(model):
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def added(model: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+    """Return what the adapter of `one_layer` adds to the layer's product with x."""
+    layer = lora_layers(model)["0"]
+    update = layer.apply_matrix(layer.as_matrix(layer.delta_weight("default")), x)
+    offset = layer.delta_bias("default")
+    return update if offset is None else update + offset
 
 
 def full_snapshot(model: nn.Module) -> tuple[dict[str, int], dict[str, bytes], set[str], list[bool], list[set[str]]]:

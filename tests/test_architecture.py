@@ -28,7 +28,17 @@ from source_rules import (
 # From the ground up. A file imports only from its own floor and from those below. The longest name decides.
 FLOORS = (
     ("lorakit_kernels",),
-    ("lorakit.errors", "lorakit.files", "lorakit.measure", "lorakit.settings", "lorakit.sizes", "lorakit.sums"),
+    (
+        "lorakit.errors",
+        "lorakit.files",
+        "lorakit.locks",
+        "lorakit.measure",
+        "lorakit.other_tools",
+        "lorakit.printed",
+        "lorakit.settings",
+        "lorakit.sizes",
+        "lorakit.sums",
+    ),
     ("lorakit.quantization",),
     ("lorakit.layers", "lorakit.checkpoints"),
     ("lorakit.models", "lorakit.adapters"),
@@ -73,8 +83,9 @@ PUBLIC = {
     """,
     "kernels/lorakit_kernels/__init__.py": """
         BACKENDS STATE_BLOCK_SIZE AdamWStep Moment8bit Weight4bit adamw adamw_8bit add_linear_4bit_dx cross_entropy
-        dequantize_4bit dequantize_4bit_out dequantize_8bit drop gather_4bit linear_4bit linear_4bit_dx one_thread
-        quantize_4bit quantize_8bit rms_norm rms_norm_backward rope swiglu swiglu_backward unpack_4bit use_backend
+        dequantize_4bit dequantize_4bit_out dequantize_8bit drop gather_4bit is_transformed linear_4bit linear_4bit_dx
+        one_thread quantize_4bit quantize_8bit rms_norm rms_norm_backward rope swiglu swiglu_backward unpack_4bit
+        use_backend
     """,
 }
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -15,8 +17,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lorakit.errors import StorageError
-from lorakit.files import atomic_folder, atomic_write, sha256_file, write_text
+from lorakit.errors import CheckpointError, StorageError
+from lorakit.files import atomic_folder, atomic_write, check_space, finite, read_json_object, sha256_file, write_text
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="POSIX limits and modes")
 
@@ -178,6 +180,7 @@ class TestOneFolder:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         self.fill(tmp_path / "x", a="old")
+        monkeypatch.setattr("lorakit.files._exchanged", lambda first, second: False)  # as on Windows
         real = os.replace
 
         def fail_for_the_new(source: Path, target: Path) -> None:  # the system's call, as a quota would make it fail
@@ -191,6 +194,83 @@ class TestOneFolder:
         assert self.contents(tmp_path / "x") == {"a": "old"}
         assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
+    @pytest.mark.parametrize("in_one_step", [True, False])
+    def test_a_replaced_folder_is_gone_and_open_files_in_it_are_whole(
+        self, in_one_step: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if not in_one_step:
+            monkeypatch.setattr("lorakit.files._exchanged", lambda first, second: False)
+        self.fill(tmp_path / "x", a="old")
+        with (tmp_path / "x" / "a").open() as opened:
+            self.fill(tmp_path / "x", b="new")
+            assert opened.read() == "old"
+        assert self.contents(tmp_path / "x") == {"b": "new"}
+        assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+    def test_only_a_folder_is_replaced(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("mine")
+        self.fill(tmp_path / "there", a="1")
+        (tmp_path / "link").symlink_to(tmp_path / "there")
+        for name in ("file", "link"):
+            with pytest.raises(StorageError, match="left as it was"):
+                self.fill(tmp_path / name, a="2")
+        assert (tmp_path / "file").read_text() == "mine" and self.contents(tmp_path / "there") == {"a": "1"}
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "there"]
+
+
+@POSIX
+class TestWhatAKillLeaves:
+    def killed(self, tmp_path: Path, writer: str, target: str) -> Path:
+        """Kill a process that writes a target; return what it had begun."""
+        script = (
+            "import os, sys\n"
+            f"from lorakit.files import {writer}\n"
+            f"with {writer}(sys.argv[1]) as part:\n"
+            "    os.kill(os.getpid(), 9)\n"
+        )
+        subprocess.run([sys.executable, "-c", script, str(tmp_path / target)], check=False)
+        (left,) = tmp_path.glob(".*.part")
+        return left
+
+    @pytest.mark.parametrize(
+        ("writer", "target", "later"),
+        [
+            ("atomic_folder", "step-000003", "step-000003"),
+            ("atomic_folder", "step-000003", "step-000012"),
+            ("atomic_write", "metrics.json", "metrics.json"),
+        ],
+    )
+    def test_the_next_write_removes(self, writer: str, target: str, later: str, tmp_path: Path) -> None:
+        left = self.killed(tmp_path, writer, target)
+        with atomic_folder(tmp_path / later) if writer == "atomic_folder" else atomic_write(tmp_path / later):
+            assert not left.exists()
+        assert [path.name for path in tmp_path.iterdir()] == [later]
+
+    def test_what_somebody_is_writing_stays(self, tmp_path: Path) -> None:
+        with atomic_folder(tmp_path / "step-1") as first, atomic_folder(tmp_path / "step-2") as second:
+            (first / "a").write_text("1")
+            (second / "b").write_text("2")
+        assert (tmp_path / "step-1" / "a").is_file() and (tmp_path / "step-2" / "b").is_file()
+
+    @pytest.mark.parametrize("name", [".merged.abc.part", "step-1.abc.part", ".step-1.part", ".download.tar.part"])
+    def test_what_is_not_of_this_target_stays(self, name: str, tmp_path: Path) -> None:
+        (tmp_path / name).mkdir()
+        with atomic_folder(tmp_path / "step-2"):
+            pass
+        assert (tmp_path / name).is_dir()
+
+
+def test_no_json_lacks_a_number() -> None:
+    value = {"a": [1, math.inf, (math.nan, -math.inf)], "b": {"c": 1.5, "d": "inf", "e": None, "f": True}}
+    assert finite(value) == {"a": [1, None, [None, None]], "b": {"c": 1.5, "d": "inf", "e": None, "f": True}}
+
+
+def test_space_is_that_of_the_disk_below_a_folder_to_come(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    check_space(tmp_path / "to" / "come", free // 2)
+    with pytest.raises(StorageError, match=r"come: [\d,]+ bytes are needed, [\d,]+ are free"):
+        check_space(tmp_path / "to" / "come", 2 * free)
+
 
 @pytest.mark.parametrize("content", [b"", b"abc", b"x" * 3_000_000])
 def test_hashes_are_sha256sums(content: bytes, tmp_path: Path) -> None:
@@ -200,3 +280,14 @@ def test_hashes_are_sha256sums(content: bytes, tmp_path: Path) -> None:
         b"abc": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
     }.get(content, hashlib.sha256(content).hexdigest())
     assert sha256_file(tmp_path / "file") == sha256_file(str(tmp_path / "file")) == expected
+
+
+class TestReading:
+    @pytest.mark.parametrize("text", ['{"r": 8, "r": 16}', '{"a": [{"b": {"r": 1, "x": 2, "r": 1}}]}'])
+    def test_an_object_that_repeats_a_key_is_refused(self, text: str, tmp_path: Path) -> None:
+        path = tmp_path / "adapter_config.json"
+        path.write_text(text)
+        with pytest.raises(CheckpointError, match=r'not valid JSON: an object repeats the key "r"'):
+            read_json_object(path)
+        path.write_text('{"a": {"r": 1}, "b": {"r": 2}, "r": Infinity}')
+        assert read_json_object(path)["b"] == {"r": 2}

@@ -28,6 +28,12 @@ LAMBDA = 10.0
 SMALL_DECODER = 2 * 256 + 64
 
 
+# The same of SmolLM2-135M, for up to 520 tokens: 576 for queries, keys and values, 64 for a score, a row of
+# probabilities, 576 for the output, twice 576 for the MLP's halves, 1,536 for its output, two norms of half of 576, 96
+# for the rotation and the functions. Thirty layers; the last norm and the head are 864.
+SMOLLM2 = 30 * (5 * 576 + 64 + 520 + 1536 + 96) + 864
+
+
 def unit(dtype: torch.dtype) -> float:
     """Return u, the largest relative error of one rounding to the dtype."""
     return torch.finfo(dtype).eps / 2
@@ -50,10 +56,36 @@ def matmul_rounding(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float32, mo
     return rounding(a.shape[-1] + more, a.detach().double().abs() @ b.detach().double().abs(), dtype)
 
 
-def assert_within(found: Tensor, exact: Tensor, bound: Tensor | float) -> None:
+def factored(rows: int, columns: int) -> int:
+    """Return the roundings behind the singular values of a matrix, for `rounding` of its norm.
+
+    Reflections bring the matrix to two diagonals, from the left and from the right; each of them takes a number through
+    rows * columns roundings (Higham 2002, theorem 19.4). As many rotations follow. What comes out is the exact result
+    for a matrix that near, so its singular values and nearest matrices' distances are that near too (Weyl). Directions
+    are that near divided by the gap between their singular values (Davis and Kahan 1970).
+    """
+    return 4 * rows * columns
+
+
+# Up to a condition number of 700, which multiplies its error, `LowRank.triangles` takes Cholesky's decomposition of a
+# factor's products; there are two factors.
+THROUGH_CHOLESKY = 2 * 700
+
+
+def of_factors(up: Tensor, down: Tensor) -> Tensor:
+    """Return how far the distances, products and nearest matrices of up @ down may be, computed from the two.
+
+    Both are decomposed, and so is the small matrix between their bases, which is at most the product of their norms.
+    """
+    (rows, rank), columns = up.shape, down.shape[1]
+    terms = factored(rows, rank) + factored(columns, rank) + factored(rank, rank)
+    return rounding(terms, up.double().norm() * down.double().norm(), up.dtype)
+
+
+def assert_within(found: Tensor | float, exact: Tensor | float, bound: Tensor | float) -> None:
     """Assert that each element of `found` is at most `bound` from that of `exact`, of the same shape."""
+    found, exact = (torch.as_tensor(side, dtype=torch.float64).detach() for side in (found, exact))
     assert found.shape == exact.shape, (found.shape, exact.shape)
-    found, exact = found.detach().double(), exact.detach().double()
     error = (found - exact).abs()
     allowed = torch.as_tensor(bound, dtype=torch.float64).detach().expand(error.shape)
     off = ~((error <= allowed) | (found == exact))  # so that nan is off, and an infinity that is expected is not
@@ -88,6 +120,19 @@ def assert_alike(found: object, expected: object, terms: int, stores: int = 1) -
     if found.dtype.itemsize < 4:
         bound += stores * unit(found.dtype) * float(largest)
     assert_within(found, expected, 2 * bound)  # each of them may be off
+
+
+def assert_alike_in_mean(found: Tensor, expected: Tensor, stores: int) -> None:
+    """Assert that two tensors in 16 bits are roundings of one value, in the root mean square.
+
+    Each of the two may be off by sqrt(n)·u, twice what n roundings leave on average.
+
+    Args:
+        stores: n, the roundings to the tensors' dtype that a summand goes through at most.
+    """
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    error, size = (found.double() - expected.double()).norm(), expected.double().norm()
+    assert error <= 2 * math.sqrt(stores) * unit(expected.dtype) * size, float(error / size)
 
 
 def assert_gradients_alike(found: Sequence[Tensor], expected: Sequence[Tensor], terms: int) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from lorakit.models import DecoderConfig
 from lorakit.planning import measure_runtime
 
 LEAN_PEFT = ("--gradient-checkpointing",)
+RAGGED_STEPS = 100  # of a ragged configuration: memory that grows with the number of shapes would show
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Step:
         quant_type: quantization of the weights; None: bf16.
         settings: settings of our TrainConfig, as "name=value".
         dora: whether our adapter is a DoRA adapter.
+        ragged: whether later steps draw the length of each sequence anew, so that each has its own number of tokens.
     """
 
     batch: int
@@ -49,9 +51,14 @@ class Step:
     quant_type: str | None = "nf4"
     settings: tuple[str, ...] = ()
     dora: bool = False
+    ragged: bool = False
 
     def __str__(self) -> str:
-        settings = "".join(f", {setting}" for setting in self.settings) + ", DoRA" * self.dora
+        settings = (
+            "".join(f", {setting}" for setting in self.settings)
+            + ", DoRA" * self.dora
+            + f", ragged, {RAGGED_STEPS} steps" * self.ragged
+        )
         return f"{self.quant_type or 'bf16'}, {self.batch} x {self.length}{settings}"
 
     def ours(self, name: str, model: Path, steps: int = 1) -> Side:
@@ -66,6 +73,8 @@ class Step:
 
     def _common(self, model: Path, steps: int) -> tuple[str, ...]:
         common = ("--model", str(model), "--quant-type", self.quant_type or "none", "--batch", str(self.batch))
+        if self.ragged:
+            common, steps = (*common, "--ragged"), RAGGED_STEPS - 1
         return (*common, "--length", str(self.length), "--steps", str(steps))
 
 
@@ -76,6 +85,7 @@ CONFIGURATIONS = {
     "QLoRA, 2 x 512": Step(2, 512),
     "QLoRA, 1 x 2048": Step(1, 2048),
     "LoRA bf16, 2 x 512": Step(2, 512, None),
+    f"QLoRA, 8 x 64 to 128, {RAGGED_STEPS} steps": Step(8, 128, ragged=True),
 }
 OURS = {"lorakit": (), "lorakit, adamw_8bit": ("optimizer=adamw_8bit",), "lorakit, checkpointing": CHECKPOINTING}
 PEERS = {"PEFT": (), "PEFT, checkpointing": LEAN_PEFT}
@@ -87,7 +97,7 @@ def sides(model: Path) -> dict[Side, tuple[str, str]]:
     found = {}
     for name, step in CONFIGURATIONS.items():
         for who, settings in OURS.items():
-            ours = Step(step.batch, step.length, step.quant_type, settings)
+            ours = replace(step, settings=settings)
             found[ours.ours(f"{name}: {who}", model)] = (name, who)
         for who, options in PEERS.items():
             found[step.peft(f"{name}: {who}", model, *options)] = (name, who)
@@ -268,6 +278,9 @@ PLANNED = (
     ("10 x 1024, 128k", Step(1, 1024, None, ("optimizer=lion",))),
     (SMOL, Step(2, 512, dora=True)),
     (SMOL, Step(2, 512, settings=("lora_fa=true",))),
+    (SMOL, Step(8, 128, ragged=True)),
+    (SMOL, Step(4, 256, None, CHECKPOINTING, ragged=True)),
+    ("10 x 1024, 128k", Step(4, 128, ragged=True)),
 )
 
 

@@ -5,6 +5,7 @@ backends compute the operations: `reference` runs the definitions, `cpu` is C++,
 picks one. `operands` defines the arguments that are records: a 4-bit weight, an 8-bit moment, a step of AdamW.
 """
 
+from . import environment  # noqa: F401 - before torch: its libraries read the environment when they load
 from .cpu import one_thread
 from .dispatch import BACKENDS, use_backend
 from .operands import AdamWStep, Moment8bit, Weight4bit
@@ -24,6 +25,7 @@ from .ops.linear_4bit import add_linear_4bit_dx, linear_4bit, linear_4bit_dx
 from .ops.rms_norm import rms_norm, rms_norm_backward
 from .ops.rope import rope
 from .ops.swiglu import swiglu, swiglu_backward
+from .transforms import is_transformed
 
 __all__ = [
     "BACKENDS",
@@ -40,6 +42,7 @@ __all__ = [
     "dequantize_8bit",
     "drop",
     "gather_4bit",
+    "is_transformed",
     "linear_4bit",
     "linear_4bit_dx",
     "one_thread",

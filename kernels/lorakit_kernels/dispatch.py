@@ -28,6 +28,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.library import Library, infer_schema, register_autograd, register_fake
 
+from .transforms import is_followed, is_transformed
+
 BACKENDS = ("reference", "cpu", "triton")  # modules of this package
 _TRITON_DEVICES = ("cuda", "xpu")  # PyTorch calls ROCm devices cuda too
 _chosen: ContextVar[str | None] = ContextVar("lorakit_backend", default=None)
@@ -103,7 +105,11 @@ class Operation(Protocol[_P, _R]):
 
 
 def operation(
-    *, fake: Callable[..., object], writes: Sequence[str] = (), written_if: str | None = None
+    *,
+    fake: Callable[..., object],
+    writes: Sequence[str] = (),
+    written_if: str | None = None,
+    by_definition: bool = False,
 ) -> Callable[[Callable[_P, _R]], Operation[_P, _R]]:
     """Register the decorated definition as torch.ops.lorakit.<its name>, on all devices.
 
@@ -113,18 +119,19 @@ def operation(
         fake: returns empty tensors of the shapes and dtypes that the definition returns, for tracing.
         writes: the registered arguments that the operation writes to.
         written_if: the argument that says whether it writes; None: it always does.
+        by_definition: it has no gradient of its own; where autograd follows it, the definition computes.
     """
 
     def register(definition: Callable[_P, _R]) -> Operation[_P, _R]:
         name, signature = definition.__name__, inspect.signature(definition)
         arguments = _Arguments.of(definition)
+        plain: Callable[..., Any] = definition
 
         def compute(*args: Any) -> Any:
             x = args[0] if isinstance(args[0], Tensor) else args[0][0]
             # Gradients are checked in fp64, which no kernel takes.
             kernel = None if x.dtype == torch.float64 else getattr(backend(x.device), name, None)
-            function: Callable[..., Any] = kernel or definition
-            return function(*args)
+            return (kernel or plain)(*args)
 
         def compute_flat(*flat: Any) -> Any:
             result = compute(*arguments.grouped(flat))
@@ -137,6 +144,8 @@ def operation(
         schema = name + infer_schema(compute_flat, mutates_args=writes)
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(name, compute_flat, "CompositeExplicitAutograd")
+        # The vmap of `is_grads_batched`, which autograd.functional's `vectorize` uses, asks for no transform.
+        _library.impl(name, lambda *flat: plain(*arguments.grouped(flat)), "Batched")
         register_fake(f"lorakit::{name}", lambda *flat: fake(*arguments.grouped(flat)), lib=_library)
         overload = getattr(torch.ops.lorakit, name).default
         is_pure = not writes
@@ -150,7 +159,11 @@ def operation(
             is_direct = is_pure and not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
             if is_direct and not _is_observed():
                 return compute(*args)
-            return overload(*arguments.flat(args))
+            flat = arguments.flat(args)
+            follows_definition = by_definition and torch.is_grad_enabled()
+            if (follows_definition or is_transformed()) and any(map(is_followed, _tensors(flat))):
+                return plain(*args)
+            return overload(*flat)
 
         registered = cast(Operation[_P, _R], functools.wraps(definition)(call))
         registered.definition = definition
@@ -212,6 +225,15 @@ class _Arguments(NamedTuple):
     def grouped(self, flat: Sequence[Any]) -> list[Any]:
         """Return the definition's arguments, with the fields of each record put together."""
         return [record._make(flat[first:last]) if record else flat[first] for record, first, last in self.spans]
+
+
+def _tensors(flat: Sequence[Any]) -> Iterator[Tensor]:
+    """Yield the tensors among registered arguments."""
+    for argument in flat:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, list | tuple):
+            yield from _tensors(argument)
 
 
 def _is_observed() -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,19 +17,19 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError, CheckpointError, listing
 from .attach.add import add_adapter, check_name
+from .attach.placed import Placement
 from .attach.placement import plan_placements
 from .attach.state import home_for_new, home_of
-from .attach.targeting import MatchReport, unwrapped
+from .attach.targeting import MatchReport
 from .attach.wrappers import check_joins_training, gathered, in_first_process, named_modules
 from .config import LoraConfig, loosely_saved
 from .exports import base_of, check_ranks, export_adapter
 from .peft.config import find_adapter_folder, peft_config, read_adapter_config
 from .peft.fingerprint import check_trained_on, sample_model
 from .peft.folder import read_adapter_folder, weights_file, write_adapter_folder
-from .peft.names import BASE_LAYER, PREFIX, WEIGHTS_FILE, canonical_name
-from .peft.tensors import file_shapes, file_tensors, write_tensors
-
-_TABLE = f".{BASE_LAYER}.weight"  # PEFT also writes the whole table of an adapted embedding
+from .peft.names import PREFIX, WEIGHTS_FILE, canonical_name
+from .peft.tables import compare_tables, find_tables, needed_tables, take_rows
+from .peft.tensors import file_buffers, file_shapes, file_tensors, file_ties, write_tensors
 
 
 def save_adapter(
@@ -63,12 +63,15 @@ def save_adapter(
     home = home_of(model, name)
     with gathered(model) as is_divided:
         tensors, config = file_tensors(home, name), peft_config(home, name)
+        if target == "peft":  # other programs take the base's tables
+            tensors |= needed_tables(home, name)
         metadata = sample_model(home, name).to_metadata()
         if is_divided:  # FSDP1 frees the whole tensors when the context ends
             tensors = {key: tensor.clone() for key, tensor in tensors.items()}
 
     def write(folder: str | os.PathLike[str], dtype: torch.dtype | None) -> Path:
-        on_cpu = {key: tensor.to("cpu", dtype).contiguous() for key, tensor in tensors.items()}
+        cast = {key: dtype if tensor.is_floating_point() else None for key, tensor in tensors.items()}
+        on_cpu = {key: tensor.to("cpu", cast[key]).contiguous() for key, tensor in tensors.items()}
         return write_adapter_folder(folder, on_cpu, config, metadata)
 
     def save() -> None:
@@ -99,12 +102,15 @@ def load_adapter(
 ) -> MatchReport:
     """Attach an adapter from a PEFT folder and make it active.
 
+    If the vocabulary was resized, the model takes the new rows of its tables from the file, with a warning.
+
     Args:
         path: the adapter's folder, or that of a run.
         trained: True trains it further. False freezes it and keeps training the adapters that were trained before.
         dtype: of the adapter in the model.
         max_rank: refuse a higher rank; None allows any.
-        check_base: refuse an adapter whose file says that it was trained on another base model.
+        check_base: refuse an adapter whose file says that it was trained on another base model, or holds another frozen
+            table. False also keeps the model's new rows.
 
     Raises:
         AdapterError: the name is taken, a rank is too high, the adapter needs a feature that lorakit does not have, or
@@ -134,14 +140,17 @@ def _load(
     if max_rank is not None and highest > max_rank:
         where = next(path for path, rank in report.ranks.items() if rank == highest)
         raise AdapterError(f"{folder} has rank {highest} at {where}; the limit is {max_rank}")
-    problems = _problems(tensors, file_shapes(placements)) + _table_problems(home, tensors)
-    if problems:
+    tables = find_tables(home, tensors.keys() - file_shapes(placements).keys() - file_ties(placements).keys())
+    problems = _problems({key: tensor for key, tensor in tensors.items() if key not in tables}, placements)
+    other_tables, new_rows = compare_tables(home, tensors, tables) if check_base else ([], [])
+    if problems := problems + other_tables:
         error = AdapterError if report.missed else CheckpointError
         raise error(f"{folder / WEIGHTS_FILE} does not fit the model:{listing(report.missed + problems)}")
     if check_base:
         check_trained_on(home, metadata, {placement.path for placement in placements}, folder)
     report = add_adapter(model, config, name, dtype, trained, is_strict=False)
     write_tensors(home, name, tensors)
+    take_rows(home, name, tables, new_rows)
     report.source, report.is_trained = folder, trained
     return report
 
@@ -171,35 +180,28 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"cannot read {file}: {error}") from None
 
 
-def _problems(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> list[str]:
+def _problems(tensors: dict[str, Tensor], placements: Sequence[Placement]) -> list[str]:
     """Return what is wrong with a file's tensors, one line for each."""
+    shapes, buffers, ties = file_shapes(placements), file_buffers(placements), file_ties(placements)
+    expected = shapes | {key: tuple(buffer.shape) for key, buffer in buffers.items()}
     problems = [f"{key} is missing (expected shape {shape})" for key, shape in expected.items() if key not in tensors]
-    problems += [
-        f"{key} belongs to no layer that the adapter targets"
-        for key in tensors
-        if key not in expected and not key.endswith(_TABLE)
-    ]
+    expected |= {key: shapes[trained] for key, trained in ties.items()}
+    problems += [f"{key} belongs to no layer that the adapter targets" for key in tensors if key not in expected]
     for key, shape in expected.items():
-        if key in tensors and tuple(tensors[key].shape) != shape:
-            problems.append(f"{key} has shape {tuple(tensors[key].shape)}, expected {shape}")
-        elif key in tensors and not tensors[key].is_floating_point():
-            problems.append(f"{key} holds {tensors[key].dtype}, expected floating-point numbers")
-        elif key in tensors and not torch.isfinite(tensors[key]).all():
-            problems.append(f"{key} holds inf or nan")
+        if key in tensors and (problem := _problem(tensors[key], shape, buffers.get(key))):
+            problems.append(f"{key} {problem}")
+        elif key in ties.keys() & tensors.keys() and not torch.equal(
+            tensors[key], tensors.get(ties[key], tensors[key])
+        ):
+            problems.append(f"{key} differs from {ties[key]}, and the two are one parameter here")
     return problems
 
 
-def _table_problems(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
-    """Return where a frozen table of PEFT's file differs from this model's; a quantized one cannot be compared."""
-    modules = {path: unwrapped(module) for path, module in named_modules(model)}
-    problems = []
-    for key in (key for key in tensors if key.endswith(_TABLE)):
-        module = modules.get(key.removeprefix(PREFIX).removesuffix(_TABLE))
-        if not isinstance(module, nn.Embedding | nn.Linear):
-            if module is None or not hasattr(module, "packed"):
-                problems.append(f"{key} belongs to no layer that the adapter targets")
-        elif module.weight.shape != tensors[key].shape:
-            problems.append(f"{key} has shape {tuple(tensors[key].shape)}, the model's {tuple(module.weight.shape)}")
-        elif not torch.equal(module.weight.detach().cpu(), tensors[key].to(module.weight.dtype)):
-            problems.append(f"{key} is the table of another base model, or was changed: it differs from this model's")
-    return problems
+def _problem(tensor: Tensor, shape: tuple[int, ...], buffer: Tensor | None) -> str | None:
+    """Return what is wrong with one tensor of a file."""
+    is_float = buffer is None or buffer.is_floating_point()
+    if tuple(tensor.shape) != shape:
+        return f"has shape {tuple(tensor.shape)}, expected {shape}"
+    if tensor.is_floating_point() != is_float:
+        return f"holds {tensor.dtype}, expected {'floating-point numbers' if is_float else str(buffer.dtype)}"  # type: ignore[union-attr]
+    return None if torch.isfinite(tensor).all() else "holds inf or nan"

@@ -143,7 +143,7 @@ def _irregularities(model: nn.Module, name: str, modules: dict[str, AdapterModul
     for path, module in modules.items():
         if (name in module.active) != is_active:
             problems.append(f"{path} has it {'in' if is_active else ''}active, unlike the model")
-        home = next(module.base_layer.parameters()).device
+        home = module.device
         away = {str(p.device) for p in module.parameters_of(name).values() if p.device != home}
         if away and (name not in state.on_host or state.in_use(name)):
             problems.append(f"{path} is on {home}, its matrices on {', '.join(away)}")

@@ -9,15 +9,26 @@ from ..errors import LorakitError
 
 def main() -> None:
     """Run the `lorakit` command."""
-    from .app import app  # imported here to keep `import lorakit` fast
+    sys.exit(_run())
 
+
+def _run() -> int:
+    """Run the command; return its exit code, after a message if it failed or was interrupted."""
     try:
-        app()
+        from .app import app  # imported here to keep `import lorakit` fast
+        from .console import Interrupted
+
+        try:
+            app()
+        except Interrupted as how:
+            print(f"interrupted; {how}", file=sys.stderr)
+            return 130
     except LorakitError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        return 1
     except (KeyboardInterrupt, SystemExit) as end:
         if isinstance(end, SystemExit) and end.code != 130:  # typer turns Ctrl-C into 130
             raise
-        print("interrupted; finished checkpoints are kept, see --resume", file=sys.stderr)
-        sys.exit(130)
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ from ..data.formats import AUTO, RECORD_FORMATS
 from ..errors import ConfigError
 from ..quantization import QUANT_TYPES
 from .combine import combine, resize
-from .console import console, say
+from .console import Interrupted, Overwrite, check_target, console, say
 from .generate import generate
 from .inspect import inspect
 from .merge import merge
@@ -41,13 +42,21 @@ def train(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a key, e.g. train.lr=1e-4")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue from the last checkpoint")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace the run in the output folder, once the new one is whole")
+    ] = False,
 ) -> None:
     """Fine-tune as a recipe says, evaluate before and after, write a report."""
     from ..runs.recipe import load_recipe
     from ..runs.run import train_run
+    from ..runs.run_folder import how_to_go_on
 
     settings = load_recipe(recipe, set_ or [])
-    _print_outcome(train_run(settings, say, resume), settings.output)
+    try:
+        metrics = train_run(settings, say, resume, overwrite)
+    except KeyboardInterrupt:
+        raise Interrupted(how_to_go_on(settings.output)) from None
+    _print_outcome(metrics, settings.output)
 
 
 @app.command("eval")
@@ -107,18 +116,13 @@ def quantize(
     config = QuantConfig(**chosen)
     with byte_progress(console) as progress:
         written = quantize_checkpoint(source, target, config, parse_size(shard_size), progress)
-    say(f"{target}: {written.quantized} weights in 4 bits, {written.kept} tensors unchanged")
-    say(f"{written.source_bytes / 1e9:,.2f} GB became {written.nbytes / 1e9:,.2f} GB")
-    if written.misaligned:
-        say(
-            f"note: the rows of {len(written.misaligned)} weights ({written.misaligned[0]}, ...) are not whole blocks: "
-            f"lorakit computes them correctly, but bitsandbytes 0.50.2 does not on the CPU"
-        )
+    say(str(written))
 
 
 @app.command()
 def export(
     adapter: Annotated[Path, typer.Argument(help="folder of an adapter or a run", show_default=False)],
+    *,
     target: Annotated[str, typer.Option(help=f"program to export for: {', '.join(EXPORTS)}", show_default=False)],
     out: Annotated[Path, typer.Option(help="folder to write; for llama.cpp a file", show_default=False)],
     base: Annotated[
@@ -126,6 +130,7 @@ def export(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the adapter's")] = None,
     max_rank: Annotated[int | None, typer.Option(help="refuse ranks above this, e.g. vLLM's limit")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write an adapter in the form that another program reads correctly."""
     import torch
@@ -136,6 +141,7 @@ def export(
     dtypes = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in dtypes:
         raise ConfigError(f"--dtype {dtype}: expected float32, bfloat16 or float16")
+    check_target(out, overwrite)
     folder = None if base is None else resolve_model(base)
     say(f"{export_adapter(adapter, out, target, folder, dtypes[dtype], max_rank)}: the adapter, for {target}")
 
@@ -173,7 +179,6 @@ def plan(
     from .. import planning
     from ..adapters import LoraConfig
     from ..training import TrainConfig
-    from .plan_table import print_plan
 
     settings = _pairs("--set", set_, "batch_size=8")
     adapter = {"r": r} | {
@@ -184,7 +189,7 @@ def plan(
         sequence_length=length, device=device, memory=memory, dataset_tokens=dataset_tokens,
         flops_per_second=flops_per_second, price_per_hour=price_per_hour,
     )  # fmt: skip
-    print_plan(console, result)
+    result.print_to(console)
 
 
 @data_app.command("build")
@@ -214,12 +219,18 @@ def show(
     examples = encode_records(tok, records, max_length)
     for example in examples[:count]:
         console.print(describe_example(tok, example), end="\n\n", soft_wrap=True)
-    lengths = sorted(len(example.input_ids) for example in examples)
+    lengths = sorted(length for example in examples for length in example.lengths)
     trained = sum(sum(example.loss_mask) for example in examples)
     console.print(
         f"{len(examples)} conversations, {sum(lengths):,} tokens, {trained:,} trained; "
         f"median {lengths[len(lengths) // 2]}, longest {lengths[-1]}"
     )
+    if len(lengths) > len(examples):
+        console.print(
+            f"{len(lengths)} renderings, because the chat template changes earlier turns when another is added"
+        )
+    if tok.is_dated:
+        console.print(f"date in the conversations: {tok.date}")
     say(str(check_records(records)))
 
 
@@ -239,14 +250,17 @@ def _print_outcome(metrics: dict[str, Any], folder: Path) -> None:
     console.print(f"{seconds:.0f} s, peak memory {metrics['peak_rss_mb']:,.0f} MiB", end="")
     say(f"; report: {folder / 'report.html'}" if "tuned" in metrics else "")
     say("\nNext:")
-    say(f"  lorakit chat {folder}                  talk to it (--base: to the model that it started from)")
+    run, adapter = (shlex.quote(str(path)) for path in (folder, folder / "adapter"))
+    say(f"  lorakit chat {run}                  talk to it (--base: to the model that it started from)")
     say("  lorakit train RECIPE.yaml              your own data: docs/how-to/own-data.md")
-    say(f"  rm -r {folder / 'adapter'}          roll back: the base model was never changed")
+    say(f"  rm -r {adapter}          roll back: the base model was never changed")
 
 
 def _table(metrics: dict[str, Any]) -> Table:
+    from ..runs.wording import base_heading
+
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for heading in ("", "base, strong prompt", "tuned, short prompt"):
+    for heading in ("", base_heading(metrics).lower(), "tuned, short prompt"):
         table.add_column(heading, justify="right" if heading else "left")
     before, after = metrics["base_prompted"], metrics["tuned"]
     for name, value in after.items():
@@ -256,6 +270,8 @@ def _table(metrics: dict[str, Any]) -> Table:
     return table
 
 
-def _cell(side: dict[str, Any], name: str, value: float) -> str:
+def _cell(side: dict[str, Any], name: str, value: float | None) -> str:
+    if value is None:  # JSON has neither NaN nor infinity
+        return "not finite"
     interval = side["intervals"].get(name)
     return f"{value:.3g}" if interval is None else escape(f"{value:.3g} [{interval[0]:.3g}, {interval[1]:.3g}]")

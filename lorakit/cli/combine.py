@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from .console import say
+from .console import Overwrite, check_target, say
 
 if TYPE_CHECKING:
     from ..adapters import UpdateReport
@@ -21,6 +21,7 @@ def combine(
     adapters: Annotated[
         list[str], typer.Argument(metavar="ADAPTER[=WEIGHT]...", help="folders; a weight is 1 if not given")
     ],
+    *,
     method: Annotated[
         str, typer.Option(help="linear, cat, svd, ties, dare_linear, dare_ties or magnitude_prune")
     ] = "linear",
@@ -29,10 +30,12 @@ def combine(
         float | None, typer.Option(help="share of the entries to keep, for ties, dare and magnitude_prune")
     ] = None,
     seed: Annotated[int, typer.Option(help="seed of dare's random drops")] = 0,
+    overwrite: Overwrite = False,
 ) -> None:
     """Combine adapters into one: their exact weighted sum, or another rule."""
     from ..adapters import combine_folders
 
+    check_target(target, overwrite)
     weights = dict(_weight(adapter) for adapter in adapters)
     if len(weights) < len(adapters):
         raise ConfigError("an adapter is named twice; give it once, with the sum of the weights")
@@ -46,10 +49,12 @@ def resize(
     rank: Annotated[int | None, typer.Option(help="maximum rank of a layer")] = None,
     energy: Annotated[float | None, typer.Option(help="share of its squared norm that each layer keeps")] = None,
     parameters: Annotated[int | None, typer.Option(help="maximum parameters of all layers together")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Change an adapter's ranks, and report what that loses."""
     from ..adapters import resize_folder
 
+    check_target(target, overwrite)
     _report(resize_folder(source, target, rank=rank, energy=energy, parameters=parameters), target)
 
 

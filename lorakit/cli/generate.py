@@ -29,6 +29,9 @@ def generate(
 
     chat = Chat(run, adapted=not base, system=system)
     conversations = [[*chat.messages, {"role": "user", "content": prompt}] for prompt in prompts]
-    answers = answers_of(chat.model, chat.tok, conversations, max_new_tokens, temperature, top_p, seed=seed)
+    tools = chat.messages.tools
+    answers = answers_of(
+        chat.model, chat.tok, conversations, max_new_tokens, temperature, top_p, seed=seed, tools=tools
+    )
     for prompt, answer in zip(prompts, answers, strict=True):
         say(json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False) if as_json else answer)

@@ -2,9 +2,9 @@
 
 from .batches import Batch, batch_order, make_batch, micro_batches
 from .checks import CheckReport, check_records, find_duplicates, find_overlap, split_records
+from .conversations import Message, Record
 from .encode import Example, describe_example, encode_record, encode_records
-from .json_lines import iter_records, load_records, save_records
-from .records import Message, Record
+from .records import iter_records, load_records, save_records
 
 __all__ = [
     "Batch",

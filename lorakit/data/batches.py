@@ -23,11 +23,13 @@ IGNORED = -100  # the default ignore_index of torch's cross-entropy
 class Batch:
     """Examples laid end to end.
 
+    The first token of a rendering is never trained, so that no rendering predicts the next.
+
     Attributes:
         input_ids: (tokens,) int64.
         targets: (tokens,) int64; targets[i] is the token after input_ids[i] in the same example, or -100 where that
             token is not trained or there is none.
-        lengths: tokens of each example, in order; they sum to `tokens`.
+        lengths: tokens of each rendering of each example, in order; they sum to `tokens`.
     """
 
     input_ids: torch.Tensor
@@ -55,7 +57,7 @@ def make_batch(examples: Sequence[Example]) -> Batch:
         following = zip(example.input_ids[1:], example.loss_mask[1:], strict=True)
         targets += [token if trained else IGNORED for token, trained in following]
         targets.append(IGNORED)
-    batch = Batch(torch.tensor(input_ids), torch.tensor(targets), [len(example.input_ids) for example in examples])
+    batch = Batch(torch.tensor(input_ids), torch.tensor(targets), [n for example in examples for n in example.lengths])
     if batch.trained_tokens == 0:
         raise DataError(f"no token of this batch is trained ({', '.join(example.source for example in examples[:5])})")
     return batch

@@ -25,8 +25,8 @@ import yaml
 from ..errors import DataError
 from ..files import sha256_file, write_text
 from .checks import find_overlap, normalize_text, split_records
-from .json_lines import save_records
-from .records import Message, Record
+from .conversations import Message, Record
+from .records import save_records
 
 CORPUS_VERSION = "1.3.3"
 EVAL_FRACTION = 0.15

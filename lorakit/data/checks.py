@@ -7,12 +7,13 @@ that occurs twice with different punctuation, so questions are compared in norma
 from __future__ import annotations
 
 import hashlib
+import json
 import unicodedata
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ..errors import ConfigError, DataError
-from .records import Record
+from .conversations import Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +195,8 @@ def _sources(records: Iterable[Record]) -> tuple[str, ...]:
 
 
 def _answers_of(record: Record) -> tuple[str, ...]:
-    return tuple(message.content for message in record.messages if message.role == "assistant")
+    said = (message for message in record.messages if message.role == "assistant")
+    return tuple(message.content + (json.dumps(dict(message.extra)) if message.extra else "") for message in said)
 
 
 def _shortened(text: str, width: int = 60) -> str:

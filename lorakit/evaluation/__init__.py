@@ -14,7 +14,7 @@ from .metrics import (
     row_scores,
     scores_as_json,
 )
-from .prompting import choose_examples, key_for_metrics, prompted_messages, split_record
+from .prompting import check_prompts, choose_examples, key_for_metrics, prompted_messages, split_all, split_record
 
 __all__ = [
     "BasePrompt",
@@ -26,6 +26,7 @@ __all__ = [
     "Score",
     "Verdict",
     "bootstrap_interval",
+    "check_prompts",
     "check_references",
     "choose_examples",
     "evaluate_outputs",
@@ -36,6 +37,7 @@ __all__ = [
     "prompted_messages",
     "row_scores",
     "scores_as_json",
+    "split_all",
     "split_record",
     "verdict",
 ]

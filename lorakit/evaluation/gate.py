@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ..printed import Printed
 from .bootstrap import Difference, paired_difference
 from .metrics import Score
 
@@ -22,8 +23,8 @@ UNCHANGED = 0.01
 FORGETTING = 0.10
 
 
-@dataclass(frozen=True)
-class Verdict:
+@dataclass(frozen=True, repr=False)
+class Verdict(Printed):
     """Whether a run helped.
 
     Attributes:
@@ -40,6 +41,9 @@ class Verdict:
     findings: list[str]
     differences: dict[str, Difference] = field(default_factory=dict)
     forgot: bool | None = None
+
+    def __str__(self) -> str:
+        return "\n".join([self.sentence, *(f"- {finding}" for finding in self.findings)])
 
 
 def verdict(

@@ -11,7 +11,7 @@ Shares and accuracies run from 0 to 1, chrF from 0 to 100, as the field reports 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from ..data.records import Problems
+from ..data.conversations import Problems
 from ..errors import ConfigError, DataError, did_you_mean
 from ..settings import Settings
 from .bootstrap import Scores, bootstrap_interval
@@ -237,16 +237,24 @@ def json_schema(metric: SchemaMetric, outputs: Sequence[str], references: Sequen
         message = f"metric '{metric.label}': the schema is not valid at {error.json_path}: {error.message}"
         raise ConfigError(message) from error
     validator = validator_class(schema, registry=referencing.Registry())
+    missing = referencing.exceptions.Unresolvable
+
+    def unresolved(error: Any) -> ConfigError:
+        return ConfigError(f"metric '{metric.label}': the schema refers to {error.ref!r}, which it does not hold")
 
     def valid(output: str) -> bool:
         try:
             return bool(validator.is_valid(parse_json(output)))
-        except referencing.exceptions.Unresolvable as error:
-            message = f"metric '{metric.label}': the schema refers to {error.ref!r}, which it does not hold"
-            raise ConfigError(message) from error
+        except missing as error:
+            raise unresolved(error) from error
         except (ValueError, RecursionError):
             return False
 
+    for reference in _schema_references(schema):  # an answer may lead to one that no right answer leads to
+        try:
+            validator.evolve(schema={"$ref": reference}).is_valid(None)
+        except missing as error:
+            raise unresolved(error) from error
     return _scores(valid(output) for output in outputs)
 
 
@@ -329,6 +337,20 @@ def read_field(text: str, name: str) -> Any:
     except ValueError:
         return MISSING
     return value.get(name, MISSING) if isinstance(value, dict) else MISSING
+
+
+def _schema_references(schema: Any) -> Iterator[str]:
+    """Yield every "$ref" of a schema, except below another "$id", to which it would be relative."""
+    items: Iterable[Any] = ()
+    if isinstance(schema, Mapping):
+        if isinstance(schema.get("$ref"), str):
+            yield schema["$ref"]
+        items = [value for key, value in schema.items() if key not in ("const", "default", "enum", "examples")]
+    elif isinstance(schema, list):
+        items = schema
+    for item in items:
+        if not (isinstance(item, Mapping) and "$id" in item):
+            yield from _schema_references(item)
 
 
 def _scores(scores: Iterable[float]) -> Scores:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from ..files import unique_keys
+
 
 def parse_json(text: str) -> Any:
     """Read `text`, stripped, as exactly one JSON value.
@@ -18,7 +20,7 @@ def parse_json(text: str) -> Any:
         ValueError: it is not: anything before or after, NaN or Infinity, a repeated key, nesting too deep to read.
     """
     try:
-        return json.loads(text.strip(), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+        return json.loads(text.strip(), parse_constant=_refuse_constant, object_pairs_hook=unique_keys)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -36,10 +38,3 @@ def same_json(first: Any, second: Any) -> bool:
 
 def _refuse_constant(constant: str) -> Any:
     raise ValueError(f"{constant} is not JSON")
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise ValueError("an object repeats a key")
-    return values

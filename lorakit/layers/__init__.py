@@ -2,8 +2,8 @@
 
 from torch import nn
 
-from .adapted import AdaptedLayer, AdapterModule, AdapterSpec
-from .base_changes import Counted
+from .adapted import AdaptedLayer
+from .adapter_module import AdapterModule, AdapterSpec, Counted
 from .frozen.embedding4bit import Embedding4bit
 from .frozen.linear4bit import Linear4bit
 from .frozen.linear_cross_entropy import linear_cross_entropy, token_losses
@@ -17,7 +17,8 @@ from .lora_linear import LoRALinear, Recompute, linear_together
 from .lora_parameter import LoRAParameter
 from .row_adapters import BASE, RowAdapters, RowAware
 from .saved_module import SavedModule
-from .trained_tokens import TiedHead, TrainedTokens
+from .tied_module import TiedModule
+from .trained_tokens import TrainedTokens
 from .variants import VARIANTS, AttachedAdapter, FrozenWeight, Variant, variants_read
 
 # The first class that fits a module adapts it. A new kind of layer is one file and one name here.
@@ -52,7 +53,7 @@ __all__ = [
     "RowAdapters",
     "RowAware",
     "SavedModule",
-    "TiedHead",
+    "TiedModule",
     "TrainedTokens",
     "Variant",
     "adapted_kind",

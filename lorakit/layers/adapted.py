@@ -1,143 +1,24 @@
-"""The base classes of adapted modules: a frozen module, its named adapters, and which of them are active."""
+"""The base class of adapted layers: a frozen layer, its named adapters, and which of them are active."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from .base_changes import Counted, ForgetsBase
+from ..errors import AdapterError
+from .adapter_module import AdapterParameters, AdapterSpec, Scalings, WeightUpdater
 from .dropout import dropout
+from .frozen.calls import has_hooks, has_own_forward, is_dense
+from .frozen.values import call_layer, values_of
 from .gains import compose
-from .row_adapters import RowAware
-from .variants import VARIANTS, AttachedAdapter, Variant
+from .variants import AttachedAdapter
 
 
-class AdapterModule(RowAware, Counted, ForgetsBase):
-    """A module that replaces a frozen one and holds the parameters of each adapter.
-
-    `detach` returns everything that the module holds of one adapter as a record. The record can be attached again, to
-    this module or to one like it.
-
-    Attributes:
-        base_layer: the replaced module; its bytes are never changed.
-        active: names of the adapters that take part in forward, in order.
-    """
-
-    base_layer: nn.Module
-    active: tuple[str, ...]
-
-    def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.active = ()
-
-    def names(self) -> list[str]:
-        """Return the names of the adapters on this module, in the order they were attached."""
-        raise NotImplementedError
-
-    def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
-        """Return the parameters that an adapter trains here: table name -> parameter."""
-        raise NotImplementedError
-
-    def held_by(self, name: str) -> list[nn.Parameter]:
-        """Return all parameters that this module holds of an adapter, trained or not."""
-        return list(self.parameters_of(name).values())
-
-    def supports_rows(self, name: str) -> bool:
-        """Return whether an adapter can apply to some rows of a batch only (`lorakit.layers.row_adapters`)."""
-        return False
-
-    def attach(self, name: str, record: Any) -> None:
-        """Attach an adapter from a record that `detach` of such a module returned. Its parameters are not copied."""
-        raise NotImplementedError
-
-    def detach(self, name: str) -> Any:
-        """Remove an adapter and return the record of everything that this module held of it."""
-        raise NotImplementedError
-
-    def table(self, name: str) -> nn.ParameterDict:
-        """Return the table of this name, such as "lora_B": adapter name -> parameter. A new table is created."""
-        if name not in self._modules:
-            self.add_module(name, nn.ParameterDict())
-        return cast(nn.ParameterDict, self._modules[name])
-
-    def _pop_parameter(self, table: str, name: str) -> nn.Parameter:
-        """Remove an adapter's parameter from a table and return it."""
-        return cast(nn.Parameter, self.table(table).pop(name))
-
-    def _deactivate(self, name: str) -> None:
-        self.active = tuple(other for other in self.active if other != name)
-
-
-class _AdapterParameters(Mapping[str, nn.Parameter]):
-    """The parameters of one adapter, table -> parameter, read from the module's own tables.
-
-    PyTorch moves, shards and replaces the parameters of a module's tables, so a second reference would become stale.
-    """
-
-    def __init__(self, module: AdapterModule, name: str) -> None:
-        self._module, self._name = module, name
-
-    def __getitem__(self, table: str) -> nn.Parameter:
-        try:
-            return cast(nn.Parameter, getattr(self._module._modules[table], self._name))
-        except AttributeError:
-            raise KeyError(table) from None
-
-    def __iter__(self) -> Iterator[str]:
-        tables = self._module._modules.items()
-        return (name for name, table in tables if isinstance(table, nn.ParameterDict) and self._name in table)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
-class _Scalings(Mapping[str, float]):
-    """Adapter name -> scaling, read from and written to a layer's records."""
-
-    def __init__(self, adapters: dict[str, AttachedAdapter]) -> None:
-        self._adapters = adapters
-
-    def __getitem__(self, name: str) -> float:
-        return self._adapters[name].scaling
-
-    def __setitem__(self, name: str, scaling: float) -> None:
-        self._adapters[name].scaling = scaling
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._adapters)
-
-    def __len__(self) -> int:
-        return len(self._adapters)
-
-
-@dataclass(frozen=True)
-class AdapterSpec:
-    """A new adapter of a layer.
-
-    Attributes:
-        r: rank.
-        scaling: factor on B @ A.
-        dropout_p: probability of dropping an element of the adapter's input in training.
-        variant: how the update enters the layer.
-        bias: train a copy of the layer's bias too, if it has one.
-        neutral_start: start with an update of zero. Otherwise B is random like A, for tests of file formats.
-    """
-
-    r: int
-    scaling: float
-    dropout_p: float = 0.0
-    variant: Variant = VARIANTS["plain"]
-    bias: bool = False
-    neutral_start: bool = True
-
-
-class AdaptedLayer(AdapterModule):
+class AdaptedLayer(WeightUpdater):
     """A frozen layer plus named low-rank updates of its weight (Hu et al. 2021, arXiv:2106.09685, eq. 3).
 
     Let W (out_features, in_features) be the weight as a matrix, whatever shape the layer keeps it in. An adapter is
@@ -160,7 +41,7 @@ class AdaptedLayer(AdapterModule):
         super().__init__(base_layer)
         self.in_features, self.out_features = in_features, out_features
         for table in self.matrices:
-            setattr(self, table, nn.ParameterDict())
+            self.table(table)
         self.adapters: dict[str, AttachedAdapter] = {}
         self.kept_of_base: dict[str, Tensor] = {}
 
@@ -175,9 +56,9 @@ class AdaptedLayer(AdapterModule):
         return cast(nn.ParameterDict, self._modules[self.matrices[1]])
 
     @property
-    def scaling(self) -> _Scalings:
+    def scaling(self) -> Scalings:
         """Adapter name -> factor on B @ A."""
-        return _Scalings(self.adapters)
+        return Scalings(self.adapters)
 
     # ---- defined by each kind of layer -------------------------------------------------------------------------------
 
@@ -191,8 +72,17 @@ class AdaptedLayer(AdapterModule):
         return (r, self.in_features), (self.out_features, r)
 
     def base_weight(self, dtype: torch.dtype) -> Tensor:
-        """Return the base weight in the shape the layer keeps it in, dense (dequantized if it is 4-bit)."""
-        return cast(Tensor, self.base_layer.weight).detach().to(dtype)
+        """Return the base weight in the shape the layer keeps it in, dense (dequantized if it is quantized).
+
+        Raises:
+            AdapterError: it holds codes of an unknown kind.
+        """
+        values = values_of(self.base_layer, dtype)
+        if values is None:
+            raise AdapterError(
+                f"{self.label}, keeps its weight as codes of an unknown kind, whose values are not known"
+            )
+        return values
 
     def as_matrix(self, weight: Tensor) -> Tensor:
         """Return a tensor of the base weight's shape as the matrix (out_features, in_features)."""
@@ -200,7 +90,9 @@ class AdaptedLayer(AdapterModule):
 
     def base_rows(self, rows: slice) -> Tensor:
         """Return some rows of the base weight as a matrix, (rows, in_features), in any dtype."""
-        return self.as_matrix(cast(Tensor, self.base_layer.weight).detach())[rows]
+        weight = self.frozen_weight() if "weight" in self.base_layer._parameters else None
+        dense = self.base_weight(torch.float32) if weight is None or not is_dense(weight) else weight.detach()
+        return self.as_matrix(dense)[rows]
 
     def as_weight(self, matrix: Tensor) -> Tensor:
         """Return a matrix (out_features, in_features) in the base weight's shape."""
@@ -222,10 +114,9 @@ class AdaptedLayer(AdapterModule):
         """Return a vector (out_features,) in a shape that broadcasts over the layer's output."""
         return vector
 
-    @property
-    def device(self) -> torch.device:
-        """The base layer's device."""
-        return next(self.base_layer.parameters()).device
+    def made_up_input(self, generator: torch.Generator) -> Tensor:
+        """Return a small random input of the layer, fp32, to try it out."""
+        raise NotImplementedError
 
     @property
     def has_bias(self) -> bool:
@@ -276,7 +167,7 @@ class AdaptedLayer(AdapterModule):
     def attach(self, name: str, record: AttachedAdapter) -> None:
         for table, parameter in record.parameters.items():
             self.table(table)[name] = parameter
-        record.parameters = _AdapterParameters(self, name)
+        record.parameters = AdapterParameters(self, name)
         self.adapters[name] = record
 
     def detach(self, name: str) -> AttachedAdapter:
@@ -352,27 +243,69 @@ class AdaptedLayer(AdapterModule):
 
     # ---- forward, written out; a layer's fused function must equal it ------------------------------------------------
 
+    @property
+    def takes_weight(self) -> bool:
+        """Whether the base layer's forward gets the updated weight; otherwise the update is added to its output.
+
+        A subclass may do anything with its weight: scale it, shift the positions that it looks up, pad the input.
+        """
+        return has_own_forward(self.base_layer) and is_dense(self.base_layer._parameters.get("weight"))
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the base layer with its arguments, with the updates of the active adapters."""
+        if self.active and self.takes_weight:
+            return self.call_with_updated_weight(args, kwargs)
+        y = call_layer(self.base_layer, *args, **kwargs)
+        if not self.active:
+            return y
+        x = first_argument(args, kwargs)
+        return self.with_updates(y, x) if self.is_product(y, x) else self.call_with_updated_weight(args, kwargs)
+
+    def is_product(self, y: object, x: Tensor) -> bool:
+        """Return whether an update can be added to the base layer's output y for x."""
+        return True
+
     def with_updates(self, y: Tensor, x: Tensor) -> Tensor:
-        """Return y = base_layer(x), of any shape, with the updates of the active adapters added."""
+        """Return y = base_layer(x), of any shape, with the updates of the active adapters added.
+
+        Raises:
+            AdapterError: y is no tensor of the update's shape.
+        """
         result = y
+        is_hooked = has_hooks(self.base_layer)  # y is then what the hooks made of the product
         for name in self.active:
             adapter, rate = self.adapters[name], self.drop_rate(name)
             dropped = dropout(x, rate) if rate else x
-            update = adapter.variant.update(self, adapter, dropped).to(y.dtype)
-            gain = self.gain(name, x.dtype)
+            update = adapter.variant.update(self, adapter, dropped)
+            if not isinstance(y, Tensor) or y.shape != update.shape:
+                raise AdapterError(f"{self.label}, gave no tensor of shape {tuple(update.shape)} to add an update to")
+            update, gain = update.to(y.dtype), self.gain(name, self._dtype_for(x))
             if gain is not None:  # with a gain, dropout applies to the whole product, not to the update alone
-                product = self.base_layer(dropped) if rate else y
-                if self.base_bias is not None:
+                product = self._product(dropped) if is_hooked else self.base_layer(dropped) if rate else y
+                if self.base_bias is not None and not is_hooked:
                     product = product - self.along_output(self.base_bias).to(y.dtype)
-                update = compose(self.along_output(gain), product, update)
+                update = compose(self.along_output(gain), product.to(y.dtype), update)
             result = result + update
             offset = self.delta_bias(name)
             if offset is not None:
                 result = result + self.along_output(offset).to(y.dtype)
         return result
 
+    def _product(self, x: Tensor) -> Tensor:
+        """Return the base layer's output for x without its bias and hooks."""
+        return self.apply_matrix(self.as_matrix(self.base_weight(self._dtype_for(x))), x)
+
+    def _dtype_for(self, x: Tensor) -> torch.dtype:
+        """Return the dtype of the products with x; ids have none of their own."""
+        return x.dtype if x.is_floating_point() else self.adapters[self.active[0]].lora_A.dtype
+
     def extra_repr(self) -> str:
         """Show the adapters when the layer is printed."""
         records = self.adapters.items()
         ranks = ", ".join(f"{name}: r={len(record.lora_A)}, scaling={record.scaling:g}" for name, record in records)
         return f"{{{ranks}}}, active={list(self.active)}"
+
+
+def first_argument(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Return the input among the arguments of a call."""
+    return args[0] if args else next(iter(kwargs.values()))

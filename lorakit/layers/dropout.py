@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from lorakit_kernels import drop
+from lorakit_kernels import drop, is_transformed
 from torch import Tensor
 
 
@@ -17,4 +17,6 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
     See Srivastava et al. 2014.
     """
+    if is_transformed():  # vmap knows how PyTorch's own dropout draws for each sample
+        return torch.nn.functional.dropout(x, p)
     return drop(x, draw_seed(), p) / (1 - p)

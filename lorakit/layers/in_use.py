@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from .adapted import AdapterModule
+from .adapter_module import AdapterModule
 from .row_adapters import RowAdapters
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,5 +56,11 @@ class LoRAConv(AdaptedLayer):
     def along_output(self, vector: Tensor) -> Tensor:
         return vector.view(-1, *(1 for _ in self.kernel[1:]))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.with_updates(self.base_layer(x), x) if self.rows is None else forward_by_rows(self, x)
+    def made_up_input(self, generator: torch.Generator) -> Tensor:
+        base = cast(nn.Conv2d, self.base_layer)
+        sizes = zip(base.kernel_size, base.dilation, base.stride, strict=True)
+        extents = [dilation * (size - 1) + 1 + 2 * stride for size, dilation, stride in sizes]
+        return torch.randn(2, base.in_channels, *extents, generator=generator)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs) if self.rows is None else forward_by_rows(self, *args, **kwargs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,6 @@ from torch.nn.functional import embedding
 
 from .adapted import AdaptedLayer
 from .frozen.embedding4bit import Embedding4bit
-from .gains import compose
 from .row_products import forward_by_rows
 
 
@@ -35,16 +34,6 @@ class LoRAEmbedding(AdaptedLayer):
     def fits(module: nn.Module) -> bool:
         return isinstance(module, nn.Embedding | Embedding4bit)
 
-    def base_weight(self, dtype: torch.dtype) -> Tensor:
-        if isinstance(self.base_layer, Embedding4bit):
-            return self.base_layer.quantized.dequantize(dtype)
-        return super().base_weight(dtype)
-
-    def base_rows(self, rows: slice) -> Tensor:
-        if isinstance(self.base_layer, Embedding4bit):
-            return self.as_matrix(self.base_weight(torch.float32))[rows]  # the table's rows are the matrix's columns
-        return super().base_rows(rows)
-
     def as_matrix(self, weight: Tensor) -> Tensor:
         return weight.T
 
@@ -57,27 +46,24 @@ class LoRAEmbedding(AdaptedLayer):
             nn.init.normal_(lora_a)
 
     def low_rank(self, lora_a: Tensor, lora_b: Tensor, x: Tensor) -> Tensor:
-        return self._scaled(embedding(x, lora_a.T, self._padding) @ lora_b.T)
+        return embedding(x, lora_a.T, self._padding) @ lora_b.T
 
     def apply_matrix(self, matrix: Tensor, x: Tensor) -> Tensor:
-        return self._scaled(embedding(x, matrix.T, self._padding))
+        return embedding(x, matrix.T, self._padding)
 
     @property
     def _padding(self) -> int | None:
         return getattr(self.base_layer, "padding_idx", None)
 
-    def _scaled(self, update: Tensor) -> Tensor:
-        scale = getattr(self.base_layer, "embed_scale", None)  # Gemma scales the looked-up rows
-        return update if scale is None else update * cast(Tensor, scale).to(update.dtype)
+    def drop_rate(self, name: str) -> float:
+        """Return 0, since ids cannot be dropped."""
+        return 0.0
 
-    def forward(self, ids: Tensor) -> Tensor:
-        if self.rows is not None:
-            return forward_by_rows(self, ids)
-        y: Tensor = self.base_layer(ids)
-        result = y
-        for name in self.active:
-            adapter = self.adapters[name]
-            update = adapter.variant.update(self, adapter, ids).to(y.dtype)
-            gain = self.gain(name, adapter.lora_A.dtype)
-            result = result + (update if gain is None else compose(gain, y, update))
-        return result
+    def made_up_input(self, generator: torch.Generator) -> Tensor:
+        return torch.randint(self.in_features, (16,), generator=generator)
+
+    def lookup(self, ids: Tensor, padding_idx: int | None = None) -> Tensor:
+        return self.with_updates(embedding(ids, self.frozen_weight(), padding_idx), ids)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs) if self.rows is None else forward_by_rows(self, *args, **kwargs)

@@ -6,19 +6,22 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
-from lorakit_kernels import drop
+from lorakit_kernels import drop, is_transformed
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..errors import ShapeError
-from .adapted import AdaptedLayer
+from ..sums import summed_product
+from .adapted import AdaptedLayer, first_argument
 from .dropout import draw_seed
+from .frozen.calls import PLAIN_TENSORS, has_hooks, has_own_forward, is_dense, is_known_class, loaded
 from .frozen.linear4bit import Linear4bit, add_frozen_linear_dx, frozen_linear, frozen_linear_dx, is_conv1d
+from .frozen.values import values_of
 from .gains import gain_minus_one
 from .row_products import forward_by_rows, linear_with_rows
 
-_ROWS = 64  # rows that are cast up at a time, so that they stay in the cache
+_unsafe_view = torch.ops.aten._unsafe_view.default
 _LEADING = 5  # number of arguments of the function before its tensors
 
 
@@ -47,6 +50,7 @@ class LoRALinear(AdaptedLayer):
         else:
             in_features, out_features = base_layer.in_features, base_layer.out_features
         super().__init__(base_layer, in_features, out_features)
+        self._takes_weight = False
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
@@ -54,15 +58,11 @@ class LoRALinear(AdaptedLayer):
         is_read_by_others = isinstance(module, NonDynamicallyQuantizableLinear)
         return (isinstance(module, nn.Linear | Linear4bit) or is_conv1d(module)) and not is_read_by_others
 
-    def base_weight(self, dtype: torch.dtype) -> Tensor:
-        if isinstance(self.base_layer, Linear4bit):
-            return self.base_layer.dense_weight(dtype)
-        return super().base_weight(dtype)
-
     def base_rows(self, rows: slice) -> Tensor:
-        if isinstance(self.base_layer, Linear4bit):
-            return self.base_layer.quantized.dequantize(torch.float32, rows=rows)
-        return super().base_rows(rows)
+        if self.is_conv1d or is_dense(self.base_layer._parameters.get("weight")):
+            return super().base_rows(rows)
+        values = values_of(self.base_layer, torch.float32, rows)
+        return super().base_rows(rows) if values is None else values
 
     def as_matrix(self, weight: Tensor) -> Tensor:
         return weight.T if self.is_conv1d else weight
@@ -71,7 +71,10 @@ class LoRALinear(AdaptedLayer):
         return matrix.T if self.is_conv1d else matrix
 
     def project(self, matrix: Tensor) -> Tensor:
-        return frozen_linear(self.base_layer, matrix, None)
+        if not is_known_class(self.base_layer):
+            return super().project(matrix)
+        with loaded(self.base_layer):
+            return frozen_linear(self.base_layer, matrix, None)
 
     def low_rank(self, lora_a: Tensor, lora_b: Tensor, x: Tensor) -> Tensor:
         return linear(linear(x, lora_a.to(x.dtype)), lora_b.to(x.dtype))
@@ -79,40 +82,62 @@ class LoRALinear(AdaptedLayer):
     def apply_matrix(self, matrix: Tensor, x: Tensor) -> Tensor:
         return linear(x, matrix.to(x.dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def made_up_input(self, generator: torch.Generator) -> Tensor:
+        return torch.randn(4, self.in_features, generator=generator)
+
+    @property
+    def takes_weight(self) -> bool:
+        """Whether the base layer was seen to return something other than a product, such as a router's choice."""
+        return self._takes_weight
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        x = first_argument(args, kwargs)
         if x.shape[-1] != self.in_features:
             raise ShapeError(f"LoRALinear({self.in_features} -> {self.out_features}) got x of shape {tuple(x.shape)}")
-        if self.can_fuse(x):
-            y: Tensor = _LoRALinearFunction.apply(*_arguments(x, (self,)))[0]
-            return y
-        if self.rows is not None:
-            return linear_with_rows(x, self)[0] if self.can_batch_rows() else forward_by_rows(self, x)
-        return self.with_updates(self.base_layer(x), x)
+        if len(args) + len(kwargs) == 1:
+            if self.can_fuse(x):
+                return _LoRALinearFunction.apply(*_arguments(x, (self,)))[0]
+            if self.can_batch_rows():
+                return linear_with_rows(x, self)[0]
+        return self.call(*args, **kwargs) if self.rows is None else forward_by_rows(self, *args, **kwargs)
+
+    def is_product(self, y: object, x: Tensor) -> bool:
+        """Return whether the base layer's output y has the form of x Wᵀ, as in all classes but routers and the like.
+
+        As in PEFT, a subclass may scale or quantize the product as it likes. Only another output needs the weight.
+        """
+        has_form = isinstance(y, Tensor) and y.shape == (*x.shape[:-1], self.out_features)
+        self._takes_weight = not has_form and has_own_forward(self.base_layer)
+        return not self._takes_weight
 
     def can_batch_rows(self) -> bool:
         """Return whether the rows' adapters can be batched: each is a low-rank update, perhaps with a gain."""
-        if self.rows is None:
+        if self.rows is None or self._takes_weight:
             return False
         names = [name for name in self.rows.adapters if name in self.adapters]
+        if has_hooks(self.base_layer) and any(self.adapters[name].variant.has_gain for name in names):
+            return False
         return all(self.adapters[name].variant.is_factored and not self.has_offset(name) for name in names)
 
     def can_fuse(self, x: Tensor) -> bool:
         """Return whether one function can compute base and adapter for x (..., in_features).
 
-        There must be one active adapter, and nothing that the fused function does not compute.
+        There must be one active adapter, and nothing that the fused function does not compute: the base layer is one
+        whose call is its product alone.
         """
-        if self.rows is not None or len(self.active) != 1 or x.shape[-1] != self.in_features:
+        if self.rows is not None or len(self.active) != 1 or x.shape[-1] != self.in_features or is_transformed():
             return False
         variant = self.adapters[self.active[0]].variant
         if not variant.is_fused or "trained_bias" in self._modules:
             return False
         if torch.is_autocast_enabled(x.device.type):  # autocast picks the dtype of each product
             return False
-        if getattr(self.base_layer, "compute_dtype", None) not in (None, x.dtype):
+        base = self.base_layer
+        if base.__dict__.get("compute_dtype") not in (None, x.dtype) or has_hooks(base) or not is_known_class(base):
             return False
-        parameters = self.base_layer._parameters.values()  # .parameters() takes 20 µs, a fifth of a small layer's time
-        if any(parameter is not None and parameter.requires_grad for parameter in parameters):
-            return False
+        for parameter in base._parameters.values():  # .parameters() takes 20 µs, a fifth of a small layer's time
+            if parameter is not None and (parameter.requires_grad or type(parameter) not in PLAIN_TENSORS):
+                return False
         # With dropout, the gain also scales the base's product with the dropped x: another product of the whole weight.
         return not (variant.has_gain and self.drop_rate(self.active[0]))
 
@@ -136,10 +161,10 @@ def linear_together(x: Tensor, *layers: nn.Module, recompute: Recompute | None =
     Returns:
         (..., out_features) for each layer.
     """
-    adapted = [layer for layer in layers if isinstance(layer, LoRALinear) and not _has_hooks(layer)]
+    adapted = [layer for layer in layers if isinstance(layer, LoRALinear) and not has_hooks(layer)]
     if len(adapted) == len(layers) and all(layer.can_fuse(x) for layer in adapted) and _drop_alike(adapted):
         ys: tuple[Tensor, ...] = _LoRALinearFunction.apply(*_arguments(x, adapted, recompute))
-        return ys
+        return ys[: len(adapted)]
     if len(adapted) == len(layers) and all(layer.can_batch_rows() for layer in adapted):
         return linear_with_rows(x, *adapted)
     return tuple(layer(x) for layer in layers)
@@ -147,11 +172,6 @@ def linear_together(x: Tensor, *layers: nn.Module, recompute: Recompute | None =
 
 def _drop_alike(layers: Sequence[LoRALinear]) -> bool:
     return len({layer.drop_rate(layer.active[0]) for layer in layers}) == 1
-
-
-def _has_hooks(layer: nn.Module) -> bool:
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return any(hooks)
 
 
 def _arguments(x: Tensor, layers: Sequence[LoRALinear], recompute: Recompute | None = None) -> tuple[Any, ...]:
@@ -198,6 +218,9 @@ class _LoRALinearFunction(torch.autograd.Function):
     Without a bias, z is computed as y / g: saving y costs nothing if the next operation saves it too, as SwiGLU does.
     m is 1 without dropout. With dropout it is 0 for dropped elements, drawn from a seed whenever it is needed. s then
     contains the factor 1 / (1 − p), so that no x is rounded for it.
+
+    Second derivatives: u, and each z that is saved, are results that only the backward pass reads. The gradient of this
+    pass reaches x, A and B through them, as du, which adds to t, and dz, which adds to g∘dy.
     """
 
     @staticmethod
@@ -215,44 +238,50 @@ class _LoRALinearFunction(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         u = (flat if seed is None else drop(flat, seed, rate)) @ _stacked(lora_a, x.dtype).T
         us = u.split([len(a) for a in lora_a], dim=1)
-        results, products = [], []
+        results, products, kept_zs = [], [], []
         for (base, scaling, _), b, own_u, gain, is_trained in zip(frozen, lora_b, us, gains, train_gain, strict=True):
             bias = None if base.bias is None else base.bias.to(x.dtype)
             y = frozen_linear(base, flat, bias if gain is None else None, (own_u, b.to(x.dtype)), scaling)
             if gain is not None:
-                z = y.clone() if bias is not None and is_trained else y
+                kept_zs += [y.clone()] if bias is not None and is_trained else []
                 y.addcmul_(y, gain_minus_one(gain, y.dtype))
                 y = y if bias is None else y.add_(bias)
-                products.append(y if bias is None else z)
-            results.append(y.view(*x.shape[:-1], y.shape[-1]))
+            # Not y.view: PyTorch lets nobody change a function's views in place, as `y *= scaling` does.
+            results.append(y if x.dim() == 2 else _unsafe_view(y, [*x.shape[:-1], y.shape[-1]]))
+            if gain is not None and is_trained:
+                products.append(results[-1] if bias is None else kept_zs[-1])
         parameters = tensors[: len(tensors) - len(sources)]
         kept = () if not any(train_a) else sources if recompute else (x,)  # for dA
         ctx.save_for_backward(seed, u, *parameters, *products, *kept)
         ctx.frozen, ctx.recompute, ctx.rate, ctx.shape, ctx.sources = frozen, recompute, rate, x.shape, len(sources)
-        return tuple(results)
+        if not torch.compiler.is_compiling():  # which knows only gradients that are tensors
+            ctx.set_materialize_grads(False)
+        return *results, u, *kept_zs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         seed, u, *tensors = ctx.saved_tensors
         frozen: tuple[_FrozenLayer, ...] = ctx.frozen
         lora_a, lora_b, gains, rest = _split_by_kind(frozen, tensors)
-        count, dtype = len(grads), u.dtype
-        gain_count = sum(layer.has_gain for layer in frozen)
-        products, sources = iter(rest[:gain_count]), rest[gain_count:]
+        count, dtype = len(frozen), u.dtype
         train_a, train_b, train_gain, _ = _split_by_kind(frozen, ctx.needs_input_grad[_LEADING:])
+        product_count = sum(map(bool, train_gain))
+        products, sources = iter(rest[:product_count]), rest[product_count:]
+        dys, du, of_zs = _filled(grads[:count], u, lora_b), grads[count], iter(grads[count + 1 :])
         dzs, dgains = [], []
-        for grad, (base, _, _), gain, is_trained in zip(grads, frozen, gains, train_gain, strict=True):
-            dz = grad.reshape(-1, grad.shape[-1])
+        for dy, (base, _, _), gain, is_trained in zip(dys, frozen, gains, train_gain, strict=True):
+            dz = dy
             if gain is not None:
-                product = next(products)
-                if is_trained:
-                    dgain = _summed_product(dz, product)
-                    dgains.append(dgain if base.bias is not None else (dgain / gain).nan_to_num_(0.0, 0.0, 0.0))
-                else:
-                    dgains.append(None)
-                dz = torch.addcmul(dz, dz, gain_minus_one(gain, dtype))
+                dz = torch.addcmul(dy, dy, gain_minus_one(gain, dtype))
+                dgain = summed_product(dy, next(products)) if is_trained else None
+                if is_trained and base.bias is None:  # z = y / g
+                    dgain = dgain / gain.masked_fill(gain == 0, torch.inf)
+                elif is_trained and (of_z := next(of_zs)) is not None:
+                    dz = dz + of_z
+                dgains.append(dgain)
             dzs.append(dz)
         t = torch.cat([f.scaling * (dz @ b.to(dtype)) for f, dz, b in zip(frozen, dzs, lora_b, strict=True)], dim=1)
+        t = t if du is None else t + du
         dx: Tensor | None = None
         da: list[Tensor | None] = [None] * count
         db: list[Tensor | None] = [None] * count
@@ -260,9 +289,10 @@ class _LoRALinearFunction(torch.autograd.Function):
             update = t, _stacked(lora_a, dtype)
             dx = frozen_linear_dx(frozen[0].base, dzs[0], update if seed is None else ())
             if seed is not None:
-                dx += drop(update[0] @ update[1], seed, ctx.rate)
+                dropped = drop(update[0] @ update[1], seed, ctx.rate)
+                dx = dx + dropped if torch.is_grad_enabled() else dx.add_(dropped)
             for dz, layer in zip(dzs[1:], frozen[1:], strict=True):
-                add_frozen_linear_dx(dx, layer.base, dz)
+                dx = add_frozen_linear_dx(dx, layer.base, dz)
             dx = dx.view(ctx.shape)
         ranks = [len(a) for a in lora_a]
         if any(train_a):
@@ -284,13 +314,13 @@ def _split_by_kind(frozen: Sequence[_FrozenLayer], values: Sequence[Any]) -> tup
     return values[:count], values[count : 2 * count], gains, values[2 * count + gain_count :]
 
 
-def _summed_product(a: Tensor, b: Tensor) -> Tensor:
-    """Return the sum of a∘b over the rows, (columns,), in fp32 or better. Only a few rows are cast up at a time."""
-    dtype = torch.promote_types(a.dtype, torch.float32)
-    total = a.new_zeros(a.shape[1], dtype=dtype)
-    for a_rows, b_rows in zip(a.split(_ROWS), b.reshape(a.shape).split(_ROWS), strict=True):
-        total += (a_rows.to(dtype) * b_rows.to(dtype)).sum(0)
-    return total
+def _filled(grads: Sequence[Tensor | None], u: Tensor, lora_b: Sequence[Tensor]) -> list[Tensor]:
+    """Return the gradients of the results as (tokens, out_features), zero for a result that nobody used."""
+    given = next((grad for grad in grads if grad is not None), u)  # under vmap, zeros are batched as the others are
+    return [
+        given.new_zeros(len(u), len(b)) if grad is None else grad.reshape(-1, grad.shape[-1])
+        for grad, b in zip(grads, lora_b, strict=True)
+    ]
 
 
 def _stacked(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -44,9 +44,7 @@ class LoRAParameter(AdaptedLayer):
     def fits(module: nn.Module) -> bool:
         return False  # chosen by a parameter's name, never by the module's type
 
-    @property
-    def weight(self) -> Tensor:
-        """The frozen parameter."""
+    def frozen_weight(self) -> Tensor:
         return self.base_layer.get_parameter(self._path)
 
     def matrix_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -54,7 +52,7 @@ class LoRAParameter(AdaptedLayer):
         return (rows, self.in_features), (self.out_features, rows)
 
     def base_weight(self, dtype: torch.dtype) -> Tensor:
-        return self.weight.detach().to(dtype)
+        return self.frozen_weight().detach().to(dtype)
 
     def as_matrix(self, weight: Tensor) -> Tensor:
         return weight.transpose(-1, -2) if self.is_transposed else weight
@@ -80,10 +78,7 @@ class LoRAParameter(AdaptedLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.active:
             return self.base_layer(*args, **kwargs)
-        weight = self.weight
-        for name in self.active:
-            weight = weight + self.delta_weight(name).to(weight.dtype)
-        return torch.func.functional_call(self.base_layer, {self._path: weight}, args, kwargs)
+        return torch.func.functional_call(self.base_layer, {self._path: self.updated_weight()}, args, kwargs)
 
     def extra_repr(self) -> str:
         return f"{self.parameter}, {super().extra_repr()}"

@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from lorakit_kernels import is_transformed
+from torch import Tensor
 from torch.nn.functional import pad
 
-from .adapted import AdaptedLayer, AdapterModule
+from ..errors import AdapterError
+from .adapted import AdaptedLayer, first_argument
+from .adapter_module import AdapterModule
 from .dropout import dropout
+from .frozen.values import call_layer
 from .gains import compose
 from .row_adapters import BASE, Groups, RowAdapters
 
@@ -36,28 +40,44 @@ class _Stacks(NamedTuple):
     gains: list[Tensor | None]
 
 
+class _Source(NamedTuple):
+    """A parameter that stacks were made from: its place, where `functional_call` may put another, and its version."""
+
+    place: dict[str, Any]
+    name: str
+    parameter: Tensor
+    version: int
+
+
 class _Kept(NamedTuple):
-    """Stacks, the scalings and parameters they were made from, and each parameter's version counter at that time."""
+    """Stacks, and the scalings and parameters they were made from."""
 
     stacks: _Stacks
     scalings: list[float]
-    parameters: list[nn.Parameter]
-    versions: list[int]
+    sources: list[_Source]
 
 
-def forward_by_rows(module: AdapterModule, x: Tensor) -> Tensor:
+def forward_by_rows(module: AdapterModule, *args: Any, **kwargs: Any) -> Tensor:
     """Run a module's forward once for each adapter, on that adapter's rows, and put the results together.
 
     This serves modules without a batched product of several adapters: embeddings, convolutions, copies, biases.
+
+    Args:
+        args, kwargs: of forward. Its input x is the first.
 
     Shapes:
         x (rows, ...); with lengths (tokens, ...), or with more leading dimensions that together hold the tokens
 
     Raises:
         ShapeError: x's shape does not fit the rows.
+        AdapterError: the module takes or returns tensors that cannot be divided into rows.
     """
     rows, active = module.rows, module.active
     assert rows is not None
+    x, rest = first_argument(args, kwargs), [*args, *kwargs.values()][1:]
+    if not isinstance(x, Tensor) or any(isinstance(other, Tensor) for other in rest):
+        raise AdapterError(f"{module.label}: only a single tensor can be divided into rows with adapters of their own")
+    given = args[1:], dict(list(kwargs.items())[0 if args else 1 :])
     leading = 1
     if rows.lengths is not None:
         sizes = list(itertools.accumulate(x.shape, int.__mul__))
@@ -74,7 +94,10 @@ def forward_by_rows(module: AdapterModule, x: Tensor) -> Tensor:
     try:
         for name, indices in members.items():
             module.active = () if name == BASE else (name,)
-            results.append(module.forward(flat[torch.tensor(indices, device=x.device)]))
+            result = module.forward(flat[torch.tensor(indices, device=x.device)], *given[0], **given[1])
+            if not isinstance(result, Tensor) or len(result) != len(indices):
+                raise AdapterError(f"{module.label}: its output has no rows, so they cannot have adapters of their own")
+            results.append(result)
     finally:
         module.rows, module.active = rows, active
     order = torch.tensor(list(itertools.chain.from_iterable(members.values())), device=x.device).argsort()
@@ -93,7 +116,9 @@ def linear_with_rows(x: Tensor, *layers: AdaptedLayer) -> tuple[Tensor, ...]:
     """
     rows = layers[0].rows
     assert rows is not None
-    results = [layer.base_layer(x) for layer in layers]
+    results = [call_layer(layer.base_layer, x) for layer in layers]
+    if other := next((one for one, y in zip(layers, results, strict=True) if not one.is_product(y, x)), None):
+        raise AdapterError(f"{other.label}: its output has no rows, so they cannot have adapters of their own")
     all_groups = [rows.groups(x.shape[:-1], layer.adapters, x.device) for layer in layers]
     drops = any(layer.drop_rate(name) for layer in layers for name in layer.adapters)
     if drops or any(groups is not all_groups[0] for groups in all_groups):  # each layer by itself
@@ -144,18 +169,29 @@ def _stacks(
     rows: RowAdapters, layers: Sequence[AdaptedLayer], adapters: tuple[str, ...], dtype: torch.dtype
 ) -> _Stacks:
     """Return the stacked adapters of layers. Without gradient they are kept until a parameter or scaling changes."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or is_transformed():
         return _stacked(layers, adapters, dtype)
     key = tuple(layers), adapters, dtype
     kept: _Kept | None = rows.kept.get(key)
     scalings = [layer.adapters[name].scaling for layer in layers for name in adapters]
-    if kept is None or (kept.scalings, kept.versions) != (scalings, [p._version for p in kept.parameters]):
-        parameters = [p for layer in layers for name in adapters for p in layer.parameters_of(name).values()]
+    if kept is None or kept.scalings != scalings or not _are_unchanged(kept.sources):
+        held = [
+            (layer.table(table)._parameters, name, parameter)
+            for layer in layers
+            for name in adapters
+            for table, parameter in layer.adapters[name].parameters.items()
+        ]
         stacks = _stacked(layers, adapters, dtype)
-        if any(parameter.is_inference() for parameter in parameters):  # inference tensors have no version counter
+        if any(parameter.is_inference() for _, _, parameter in held):  # inference tensors have no version counter
             return stacks
-        kept = rows.kept[key] = _Kept(stacks, scalings, parameters, [parameter._version for parameter in parameters])
+        kept = rows.kept[key] = _Kept(stacks, scalings, [_Source(*source, source[2]._version) for source in held])
     return kept.stacks
+
+
+def _are_unchanged(sources: Sequence[_Source]) -> bool:
+    return all(
+        place.get(name) is parameter and parameter._version == version for place, name, parameter, version in sources
+    )
 
 
 def _stacked(layers: Sequence[AdaptedLayer], adapters: tuple[str, ...], dtype: torch.dtype) -> _Stacks:

@@ -1,22 +1,24 @@
 """`TrainedTokens`: a frozen embedding with trained rows for a few tokens, such as new special tokens.
 
-The trained rows replace those of the table. An output head that shares the table's weight gets the same rows
-(`TiedHead`).
+The trained rows replace those of the table. Modules that share the table's weight, such as an output head, get the same
+rows (`TiedModule`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import embedding
 
-from .adapted import AdapterModule
+from ..errors import AdapterError
+from .adapted import first_argument
+from .adapter_module import WeightUpdater
+from .frozen.calls import has_own_forward, present
 from .row_products import forward_by_rows
-from .saved_module import SavedModule
 
 _TABLE = "trainable_tokens_delta"
 
@@ -34,12 +36,7 @@ class TrainedRows:
     rows: nn.Parameter
 
 
-@dataclass(frozen=True)
-class FollowedEmbedding:
-    """The record of one adapter on a `TiedHead`: empty, since the head reads the embedding's parameters."""
-
-
-class TrainedTokens(AdapterModule):
+class TrainedTokens(WeightUpdater):
     """An embedding with trained rows: y = rows[i] where ids equals the adapter's token i, else base(ids).
 
     If several active adapters train one token, the last adapter's row counts.
@@ -61,7 +58,8 @@ class TrainedTokens(AdapterModule):
 
     def add(self, name: str, tokens: Sequence[int], dtype: torch.dtype | None = None) -> None:
         """Attach rows for these tokens, at first equal to those of the table."""
-        rows = self.base_layer.weight.detach()[torch.tensor(tokens, device=self.base_layer.weight.device)]
+        weight = present(self.base_layer, "weight").detach()
+        rows = weight[torch.tensor(tokens, device=weight.device)]
         self.attach(name, TrainedRows(list(tokens), nn.Parameter(rows.to(dtype or rows.dtype))))
 
     def attach(self, name: str, record: TrainedRows) -> None:
@@ -81,68 +79,41 @@ class TrainedTokens(AdapterModule):
         """Return a table (num_embeddings, embedding_dim) with the active adapters' rows in place."""
         for name in self.active:
             index = torch.tensor(self.tokens[name], device=weight.device)
-            weight = weight.index_copy(0, index, self.table(_TABLE)[name].to(weight.dtype))
+            weight = weight.index_copy(0, index, present(self.table(_TABLE), name).to(weight.dtype))
         return weight
 
     @property
     def weight(self) -> Tensor:
         """The table that forward reads, (num_embeddings, embedding_dim)."""
-        return self.with_rows(self.base_layer.weight)
+        return self.with_rows(present(self.base_layer, "weight"))
+
+    def updated_weight(self) -> Tensor:
+        if self.rows is not None:
+            raise AdapterError(f"{self.label}: the model takes its weight, the same for all rows")
+        return self.weight
+
+    def lookup(self, ids: Tensor, padding_idx: int | None = None) -> Tensor:
+        return self._replaced(embedding(ids, present(self.base_layer, "weight"), padding_idx), ids)
+
+    def current(self, key: str) -> Tensor:
+        """Return a parameter of the base layer as forward uses it, for modules that share it."""
+        assert key == "weight"  # an embedding has no other
+        return self.weight
 
     def supports_rows(self, name: str) -> bool:
         return True
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.rows is not None:
-            return forward_by_rows(self, ids)
-        y: Tensor = self.base_layer(ids)
+            return forward_by_rows(self, *args, **kwargs)
+        if self.active and has_own_forward(self.base_layer):  # it may scale the rows, or shift the ids
+            return self.call_with_updated_weight(args, kwargs)
+        return self._replaced(self.base_layer(*args, **kwargs), first_argument(args, kwargs))
+
+    def _replaced(self, y: Tensor, ids: Tensor) -> Tensor:
+        """Return y = base(ids), (..., embedding_dim), with the active adapters' rows where their tokens stand."""
         for name in self.active:
-            rows = self.table(_TABLE)[name].to(y.dtype)
-            scale = getattr(self.base_layer, "embed_scale", None)
-            rows = rows if scale is None else rows * cast(Tensor, scale).to(rows.dtype)
+            rows = present(self.table(_TABLE), name).to(y.dtype)
             is_token = ids[..., None] == torch.tensor(self.tokens[name], device=ids.device)  # (..., tokens)
             y = torch.where(is_token.any(-1, keepdim=True), rows[is_token.int().argmax(-1)], y)
         return y
-
-
-class TiedHead(AdapterModule):
-    """An output head that shares an embedding's weight, even while an adapter trains the embedding or some of its rows.
-
-    Shapes:
-        x (..., embedding_dim) -> y (..., num_embeddings)
-    """
-
-    base_layer: nn.Linear
-
-    def __init__(self, base_layer: nn.Linear, embedding: TrainedTokens | SavedModule) -> None:
-        super().__init__(base_layer)
-        self._embedding = (embedding,)  # a tuple hides it from PyTorch: it is not a child of this module
-        self._names: list[str] = []
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return an empty mapping: nothing is trained here."""
-        return {}
-
-    def add(self, name: str) -> None:
-        """Use the embedding's weight while this adapter is active."""
-        self.attach(name, FollowedEmbedding())
-
-    def attach(self, name: str, record: FollowedEmbedding) -> None:
-        self._names.append(name)
-
-    def detach(self, name: str) -> FollowedEmbedding:
-        self._deactivate(name)
-        self._names.remove(name)
-        return FollowedEmbedding()
-
-    def names(self) -> list[str]:
-        return list(self._names)
-
-    def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
-        return {}
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.active:
-            y: Tensor = self.base_layer(x)
-            return y
-        return linear(x, self._embedding[0].weight.to(x.dtype), self.base_layer.bias)

@@ -12,11 +12,15 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, DataError
+from .arguments import check_decoder, check_tokenizer, prompts_of
+from .chat_template import Tools
 from .decoder.cache import KVCache
 from .decoder.decoder import Decoder
 from .tokenizer.tokenizer import Tokenizer
 
-Conversation = Sequence[Mapping[str, str]]
+Conversation = Sequence[Mapping[str, Any]]
+
+_TINY = torch.finfo(torch.float32).tiny  # a smaller temperature or top_p would be zero in fp32
 
 
 def generate(
@@ -29,28 +33,35 @@ def generate(
     *,
     seed: int | None = None,
     batch_size: int = 32,
+    tools: Tools | None = None,
 ) -> str | list[str]:
     """Continue prompts, or answer conversations through the tokenizer's chat template.
 
     Within `use_rows` each prompt has an adapter of its own.
 
     Args:
-        messages_or_prompts: one prompt (str) or one conversation (list of {"role", "content"}), or a list of either.
+        messages_or_prompts: one prompt (str) or one conversation (list of {"role", "content"}), or a list of either. A
+            prompt gets what the tokenizer puts before every text, such as BOS; a chat template writes its own.
         max_new_tokens: most tokens to add; generation stops earlier at an end-of-turn token.
         temperature: 0 is greedy; above 0 samples from softmax(logits / temperature).
         top_p: sample among the most likely tokens that together reach this probability (Holtzman et al. 2020,
             arXiv:1904.09751).
         seed: makes sampling repeatable.
         batch_size: prompts to compute at a time.
+        tools: JSON Schemas of the functions that the conversations may call; None: each record's own, where the
+            messages come from one.
 
     Returns:
-        The new text alone: a str for one prompt or conversation, a list for a list.
+        The new text alone, so that a prompt and it make up the whole text: a str for one prompt or conversation, a list
+        for a list.
 
     Raises:
-        ConfigError: a number is out of range.
-        DataError: a prompt is empty or leaves no room for max_new_tokens in the context; or `use_rows` names adapters
-            for another number of prompts.
+        ConfigError: a number is out of range, or the model or the tokenizer is not lorakit's.
+        DataError: a prompt is neither a text nor a list of messages, is empty or leaves no room for max_new_tokens in
+            the context; or `use_rows` names adapters for another number of prompts.
     """
+    check_decoder(model, "generate")
+    check_tokenizer(tok)
     for name, value in {"max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
         if value < 1:
             raise ConfigError(f"{name} is {value}, expected at least 1")
@@ -59,9 +70,10 @@ def generate(
             f"temperature is {temperature} and top_p {top_p}; expected a temperature of at least 0, and top_p above 0 "
             f"and at most 1"
         )
-    inputs: Any = messages_or_prompts
-    is_single = isinstance(inputs, str) or bool(inputs and isinstance(inputs[0], Mapping))
-    prompts = _encoded(model, tok, [inputs] if is_single else inputs, max_new_tokens)
+    if seed is not None and not -(2**63) <= seed < 2**64:
+        raise ConfigError(f"seed is {seed}, expected -2**63 to 2**64 - 1, the range that torch's generators take")
+    inputs, is_single = prompts_of(messages_or_prompts)
+    prompts = _encoded(model, tok, inputs, max_new_tokens, tools)
     sampler = _Sampler(temperature, top_p, seed, model.device)
     answers: list[list[int]] = [[] for _ in prompts]
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together: less padding
@@ -74,16 +86,19 @@ def generate(
                 answers[row].append(token)
     finally:
         model.train(was_training)
-    texts = [tok.decode(ids) for ids in answers]
+    texts = [tok.decode_after(prompt, ids) for prompt, ids in zip(prompts, answers, strict=True)]
     return texts[0] if is_single else texts
 
 
 def _encoded(
-    model: Decoder, tok: Tokenizer, inputs: Sequence[str | Conversation], max_new_tokens: int
+    model: Decoder, tok: Tokenizer, inputs: Sequence[str | Conversation], max_new_tokens: int, tools: Tools | None
 ) -> list[list[int]]:
     """Return each prompt's token ids, after checking that its answer fits the context."""
-    texts = [item if isinstance(item, str) else tok.render_chat(item, add_generation_prompt=True) for item in inputs]
-    prompts = [tok.encode(text) for text in texts]
+    prompts = [
+        # A chat template writes the BOS that its model wants, or none.
+        tok.encode_prompt(item) if isinstance(item, str) else tok.encode(tok.render_chat(item, True, tools))
+        for item in inputs
+    ]
     room = model.config.context_length - max_new_tokens
     for index, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= room:
@@ -154,7 +169,8 @@ class _Sampler:
     """Chooses the next tokens, (batch,) int64, from logits (batch, vocab) fp32."""
 
     def __init__(self, temperature: float, top_p: float, seed: int | None, device: torch.device) -> None:
-        self.temperature, self.top_p = temperature, top_p
+        self.temperature = max(temperature, _TINY) if temperature else 0.0
+        self.top_p = max(top_p, _TINY)
         self.generator = torch.Generator(device)
         if seed is not None:
             self.generator.manual_seed(seed)
@@ -164,7 +180,9 @@ class _Sampler:
     def __call__(self, logits: Tensor) -> Tensor:
         if self.temperature <= 0:
             return logits.argmax(dim=-1)
-        probs, order = (logits / self.temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+        # The largest becomes 0 first, so that no temperature makes it infinite.
+        shifted = logits - logits.amax(dim=-1, keepdim=True)
+        probs, order = (shifted / self.temperature).softmax(dim=-1).sort(dim=-1, descending=True)
         probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= self.top_p, 0.0)  # the first is always kept
         drawn = torch.multinomial(probs, 1, generator=self.generator)
         return order.gather(1, drawn).squeeze(1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,16 +18,17 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.formats import StoredWeight
 from ..checkpoints.prequantized import check_request, find_stored, stream_stored
 from ..checkpoints.stream import stream_tensors
+from ..checkpoints.tied_head import HEAD, TIED_KEY, is_head_tied
 from ..errors import MOST_LISTED, CheckpointError, ConfigError, ShapeError, did_you_mean, listing
 from ..layers import Linear4bit
 from ..quantization import QuantizedWeight
 from ..quantization.policy import QuantConfig, WeightFormat
 from .decoder.config import DecoderConfig
 from .decoder.decoder import Decoder
+from .devices import check_device
 from .pretrained import resolve_model
 
 _DERIVED = ("rotary_emb.inv_freq",)  # buffers that old checkpoints carry and every implementation recomputes
-_TIED = "lm_head.weight"
 
 
 def load_model(
@@ -58,8 +60,10 @@ def load_model(
     Raises:
         CheckpointError: a file or tensor is missing, truncated, mis-shaped or unexpected, or cannot be quantized.
         ConfigError: the architecture or a feature of it is not supported, a setting is unknown or matches no module,
-            or the folder is already quantized in a way that was not asked for or cannot be read.
+            or the folder is already quantized in a way that was not asked for or cannot be read; or this machine does
+            not have the device.
     """
+    device = check_device(device)
     requested = _requested(quant_type, block_size, double_quant, quant_config)
     folder = resolve_model(path)
     checkpoint = Checkpoint(folder)
@@ -87,9 +91,19 @@ def empty_decoder(checkpoint: Checkpoint) -> Decoder:
     Raises:
         ConfigError: the architecture or a feature of it is not supported.
     """
-    model = meta_decoder(DecoderConfig.from_dict(checkpoint.config()))
+    model = meta_decoder(decoder_config(checkpoint))
     model.folder = checkpoint.folder
     return model
+
+
+def decoder_config(checkpoint: Checkpoint) -> DecoderConfig:
+    """Return a checkpoint's configuration; a head that its tensors hold apart is not tied, whatever config.json says.
+
+    Raises:
+        ConfigError: as `DecoderConfig.from_dict`.
+    """
+    values = checkpoint.config()
+    return replace(DecoderConfig.from_dict(values), tie_word_embeddings=is_head_tied(checkpoint, values))
 
 
 def meta_decoder(config: DecoderConfig) -> Decoder:
@@ -123,13 +137,15 @@ def check_tensors(checkpoint: Checkpoint, model: Decoder, stored: Mapping[str, S
             del shapes[part]
         shapes[name] = weight.shape
     if model.config.tie_word_embeddings:
-        del expected[_TIED]
-        shapes.pop(_TIED, None)  # some writers store the tied head a second time
+        del expected[HEAD]
+        shapes.pop(HEAD, None)  # some writers store the tied head a second time
     linear = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     unexpected = [name for name in shapes if name not in expected]
     missing = [name for name in expected if name not in shapes]
     # Only those that will be shown get a hint: hints take longer to find than all the rest.
     hints = {name: did_you_mean(name, unexpected) for name in missing[:MOST_LISTED]}
+    if HEAD in missing:
+        hints[HEAD] = f"; if the head is the embedding, config.json must say {TIED_KEY}: true"
     problems = [f"{name} is missing{hints.get(name, '')} (expected shape {expected[name]})" for name in missing]
     problems += [f"{name} is not a tensor of {model.config.architecture}" for name in unexpected]
     problems += [

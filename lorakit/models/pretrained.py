@@ -81,7 +81,11 @@ def resolve_model(path_or_name: str | os.PathLike[str]) -> Path:
         LorakitError: the gguf package is needed but not installed.
         StorageError: the cache cannot be written.
     """
-    path = Path(path_or_name).expanduser()
+    try:
+        path = Path(path_or_name).expanduser()
+    except TypeError:
+        kind = type(path_or_name).__name__
+        raise CheckpointError(f"expected a checkpoint folder or the name of a known model, not a {kind}") from None
     if path.is_dir():
         return path
     if path.is_file():

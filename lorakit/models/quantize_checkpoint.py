@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -22,16 +21,19 @@ from torch import Tensor
 from ..checkpoints.formats import BITSANDBYTES
 from ..checkpoints.shards import PLAN_FILE, SHARD_BYTES, copy_small_files, write_index, write_shard
 from ..checkpoints.stream import stream_tensors
+from ..checkpoints.tied_head import HEAD, TIED_KEY
 from ..errors import StorageError
-from ..files import read_json_object, write_text
+from ..files import check_space, read_json_object, write_text
+from ..locks import locked
+from ..printed import Printed
 from ..quantization import QuantizedWeight
 from ..quantization.policy import QuantConfig
 from .pretrained import resolve_model
 from .quantize_plan import QuantizePlan
 
 
-@dataclass(frozen=True)
-class QuantizedFolder:
+@dataclass(frozen=True, repr=False)
+class QuantizedFolder(Printed):
     """What `quantize_checkpoint` wrote.
 
     Attributes:
@@ -48,6 +50,18 @@ class QuantizedFolder:
     source_bytes: int
     nbytes: int
     misaligned: list[str]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.folder}: {self.quantized} weights in 4 bits, {self.kept} tensors unchanged",
+            f"{self.source_bytes / 1e9:,.2f} GB became {self.nbytes / 1e9:,.2f} GB",
+        ]
+        if self.misaligned:
+            lines.append(
+                f"note: the rows of {len(self.misaligned)} weights ({self.misaligned[0]}, ...) are not whole blocks: "
+                "lorakit computes them correctly, but bitsandbytes 0.50.2 does not on the CPU"
+            )
+        return "\n".join(lines)
 
 
 def quantize_checkpoint(
@@ -95,7 +109,7 @@ def _claimed(partial: Path, plan: QuantizePlan) -> Iterator[None]:
     """Hold DST.partial, new or left by an earlier run of the same plan; after a failure it stays if it has a shard."""
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        with _locked(partial):
+        with locked(partial):
             for leftover in partial.glob(".*.part"):  # of a run that was killed
                 leftover.unlink()
             if (partial / PLAN_FILE).exists():
@@ -119,32 +133,11 @@ def _claimed(partial: Path, plan: QuantizePlan) -> Iterator[None]:
         raise StorageError(f"cannot write {partial}: {error.strerror or error}") from error
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder, if the system can; the lock ends with the process."""
-    if sys.platform == "win32":
-        yield
-        return
-    import fcntl
-
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StorageError(f"{folder} is being written by another process") from None
-        yield
-    finally:
-        os.close(handle)
-
-
 def _write_shards(plan: QuantizePlan, partial: Path, progress: Callable[[int, int], None] | None) -> None:
     """Write the shards that are not there yet."""
     todo = {file: names for file, names in plan.shards.items() if not (partial / file).exists()}
     formats = {name: plan.formats[name] for names in todo.values() for name in names}
-    needed, free = plan.written_bytes(formats), shutil.disk_usage(partial).free
-    if needed > free:
-        raise StorageError(f"cannot write {partial}: {needed:,} bytes are needed, {free:,} are free")
+    check_space(partial, plan.written_bytes(formats))
     total = plan.source_bytes(plan.formats)
     done = total - plan.source_bytes(formats)
 
@@ -179,5 +172,7 @@ def _write_other_files(plan: QuantizePlan, partial: Path) -> int:
     values = plan.checkpoint.config()
     section = BITSANDBYTES.config_section(plan.config, plan.formats, plan.dense_layers, values)
     values["quantization_config"] = section
+    if HEAD in plan.formats:
+        values[TIED_KEY] = False  # the source's key may say otherwise, and transformers 4 would believe it
     write_text(partial / "config.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
     return total

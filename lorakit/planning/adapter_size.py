@@ -9,9 +9,10 @@ from typing import Literal
 from torch import nn
 
 from ..adapters import LoraConfig, MatchReport
-from ..adapters.attach.placement import Placement, plan_placements
+from ..adapters.attach.placed import Placement
+from ..adapters.attach.placement import plan_placements
 from ..errors import ConfigError
-from ..layers import VARIANTS, AdaptedLayer, SavedModule, TiedHead, Variant
+from ..layers import VARIANTS, AdaptedLayer, SavedModule, TiedModule, Variant
 from ..models.decoder.decoder import Decoder
 
 FP32 = 4  # bytes of an element
@@ -85,7 +86,7 @@ def adapter_sizes(model: Decoder, lora: LoraConfig, lora_fa: bool) -> dict[str, 
     if lora_fa and not any("lora_A" in placement.shapes for placement in placements):
         raise ConfigError("lora_fa freezes lora_A, but the adapter has none")
     sizes = {placement.path: _size(placement, lora, report, lora_fa) for placement in placements}
-    if any(isinstance(placement.module, TiedHead) for placement in placements):
+    if any(isinstance(placement.module, TiedModule) for placement in placements):
         is_copied = sizes["model.embed_tokens"].trains("weight")
         sizes["lm_head"] = AdapterSize(follows_embedding="copy" if is_copied else "rows")
     return sizes

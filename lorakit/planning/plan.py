@@ -10,6 +10,7 @@ import torch
 from ..adapters import LoraConfig
 from ..errors import ConfigError
 from ..models.decoder.config import DecoderConfig
+from ..models.decoder.decoder import Decoder
 from ..quantization.policy import QuantConfig
 from ..training import TrainConfig
 from .result import Cost, Plan, limit_bytes
@@ -20,7 +21,7 @@ from .suggestions import suggestions
 
 
 def plan(
-    model: str | os.PathLike[str] | DecoderConfig,
+    model: str | os.PathLike[str] | DecoderConfig | Decoder,
     lora: LoraConfig | None = None,
     train: TrainConfig | None = None,
     *,
@@ -38,11 +39,12 @@ def plan(
 ) -> Plan:
     """Predict the peak memory, by part, and the FLOPs of training; of the model, only config.json is read.
 
+    One exception: a head that config.json calls tied and the folder holds all the same is compared with the embedding.
     The plan assumes that every sequence is as long as the longest and that every token is trained. A run with shorter
     sequences needs less.
 
     Args:
-        model: a checkpoint folder, a config.json, a known model's name, or a configuration.
+        model: a checkpoint folder, a config.json, a known model's name, a decoder or its configuration.
         lora, train: settings; default: those of a run without settings.
         quant_type, dtype, block_size, double_quant: as for `load_model`.
         sequence_length: tokens of the longest sequence; default: train.max_length, or the model's context if shorter.

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ..sizes import parse_size
+from ..printed import Printed, as_text
+from ..sizes import format_size, parse_size
 from .flops import Flops
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,8 @@ class Cost:
     price: float | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Plan(Printed):
     """The predicted memory and operations of a training step.
 
     Attributes:
@@ -89,6 +94,47 @@ class Plan:
     def peak_bytes(self) -> int:
         """The peak: the sum of the parts."""
         return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        return as_text(self.print_to)
+
+    def print_to(self, console: Console) -> None:
+        """Print the parts of the peak, the FLOPs, whether the plan fits or which changes make it fit, and the cost."""
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+        table.add_column(f"peak memory, in {self.moment}")
+        table.add_column("", justify="right")
+        for name, size in sorted(self.parts.items(), key=lambda part: -part[1]):
+            table.add_row(name, format_size(size))
+        table.add_row("[bold]together[/bold]", f"[bold]{format_size(self.peak_bytes)}[/bold]")
+        console.print(table)
+        console.print(
+            f"\n{self.trainable:,} of {self.parameters + self.adapter_parameters:,} parameters are trained; "
+            f"a step of {self.step_tokens:,} tokens "
+            f"({self.micro_batches} x {self.sequences} sequences of {self.length}) takes "
+            f"{self.flops.total / 1e12:.3g} Tflop",
+            soft_wrap=True,
+        )
+        if self.memory is not None and self.fits(self.memory):
+            console.print(f"[bold]It fits {format_size(self.memory)}.[/bold]")
+        elif self.memory is not None:
+            console.print(f"[bold]It does not fit {format_size(self.memory)}.[/bold] It would with one of:")
+            for change in self.suggestions:
+                more = f", {change.more_flops:+.0%} operations" if change.more_flops else ""
+                console.print(f"  {change}: {format_size(change.peak_bytes)}{more}", markup=False, soft_wrap=True)
+        for note in self.notes:
+            console.print(f"Not counted: {note}.", markup=False, soft_wrap=True)
+        if self.cost is not None:
+            price = "" if self.cost.price is None else f", {self.cost.price:,.2f} at that price"
+            console.print(
+                f"{self.cost.tokens:,} tokens: at least {self.cost.seconds / 3600:.2f} h at "
+                f"{self.cost.flops_per_second / 1e12:.3g} Tflop/s{price}",
+                soft_wrap=True,
+            )
+
+    def __repr__(self) -> str:
+        return f"<Plan: peak {format_size(self.peak_bytes)} in {self.moment}; print it for the parts>"
 
     def fits(self, limit: int | str) -> bool:
         """Return whether the peak is within a limit: bytes, or text such as "24GB"."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Sequence
@@ -13,12 +14,12 @@ import torch
 from torch import nn
 
 from ..adapters import LoraConfig
-from ..checkpoints.checkpoint import read_config
+from ..checkpoints.checkpoint import Checkpoint, read_config
 from ..errors import AdapterError, CheckpointError, did_you_mean
 from ..files import read_json_object
 from ..models.decoder.config import DecoderConfig
 from ..models.decoder.decoder import Decoder
-from ..models.load import meta_decoder, weight_formats
+from ..models.load import decoder_config, meta_decoder, weight_formats
 from ..models.pretrained import KNOWN_MODELS, resolve_model
 from ..quantization.policy import QuantConfig, WeightFormat
 from ..quantization.scales import NESTED_BLOCK_SIZE
@@ -141,15 +142,19 @@ class ModelShape:
         return self.others * dtype.itemsize + head + sum(linear.nbytes(dtype) for linear in self.linears)
 
 
-def find_config(model: str | os.PathLike[str] | DecoderConfig) -> DecoderConfig:
-    """Return the configuration of a checkpoint folder, a config.json or a known model, without reading weights.
+def find_config(model: str | os.PathLike[str] | DecoderConfig | Decoder) -> DecoderConfig:
+    """Return the configuration of a checkpoint folder, a config.json or a known model.
+
+    No weight is read, except those of an output head that config.json calls tied and the folder holds all the same.
 
     Raises:
         CheckpointError: there is no such file, folder or known model, or the file is not a JSON object.
         ConfigError: the architecture is not supported, or a key is missing or wrong.
     """
-    if isinstance(model, DecoderConfig):
-        return model
+    if isinstance(model, DecoderConfig | Decoder):
+        return model if isinstance(model, DecoderConfig) else model.config
+    if not isinstance(model, str | os.PathLike):
+        raise CheckpointError(f"expected a checkpoint folder, a config.json or a Decoder, not a {type(model).__name__}")
     path = Path(model).expanduser()
     if path.is_file():
         return DecoderConfig.from_dict(read_json_object(path))
@@ -158,7 +163,10 @@ def find_config(model: str | os.PathLike[str] | DecoderConfig) -> DecoderConfig:
         raise CheckpointError(
             f"'{model}' is neither a folder, nor a config.json, nor a known model ({', '.join(KNOWN_MODELS)}){hint}"
         )
-    return DecoderConfig.from_dict(read_config(resolve_model(model)))
+    folder = resolve_model(model)
+    with contextlib.suppress(CheckpointError):  # config.json is enough for a plan
+        return decoder_config(Checkpoint(folder))
+    return DecoderConfig.from_dict(read_config(folder))
 
 
 def model_shape(config: DecoderConfig, lora: LoraConfig, quant: QuantConfig, lora_fa: bool = False) -> ModelShape:

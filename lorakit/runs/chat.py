@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ..data import iter_records
 from ..errors import LorakitError
+from ..models.chat_template import ChatMessages
 from .recipe import Recipe
 from .run import load_run
+from .run_folder import chat_of, read_chat
 
 
 class Chat:
@@ -16,16 +19,19 @@ class Chat:
     Args:
         folder: the run's folder.
         adapted: whether to use the adapter, or the base model alone.
-        system: the system prompt; None: that of the run's training data, if it can still be read.
+        system: the system prompt; None: that of the run's training data. The run keeps it, and their tools, which a
+            chat always has; for a run without the file chat.json they are read from the data, if these are still there.
     """
 
     def __init__(self, folder: Path, adapted: bool = True, system: str | None = None) -> None:
         self.model, self.tok, recipe = load_run(folder, adapted)
         self.description = f"{recipe.model.path} {'with ' + str(folder / 'adapter') if adapted else 'without adapter'}"
-        system = _system_prompt(recipe) if system is None else system
-        self.messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
+        kept = _opening(folder, recipe)
+        system = kept.get("system") if system is None else system
+        opening = [{"role": "system", "content": str(system)}] if system else []
+        self.messages = ChatMessages(opening, kept.get("tools"))
 
-    def ask(self, text: str) -> list[dict[str, str]]:
+    def ask(self, text: str) -> ChatMessages:
         """Add a user turn; return the conversation so far."""
         self.messages.append({"role": "user", "content": text})
         return self.messages
@@ -35,10 +41,11 @@ class Chat:
         self.messages.append({"role": "assistant", "content": text})
 
 
-def _system_prompt(recipe: Recipe) -> str | None:
-    """Return the system prompt of the first training record."""
+def _opening(folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """Return how the run's chats begin: as it keeps it, or else as the first training record does."""
+    if (kept := read_chat(folder)) is not None:
+        return kept
     try:
-        first = next(iter_records(recipe.data.train, recipe.data.format))
+        return chat_of(next(iter_records(recipe.data.train, recipe.data.format)))
     except (LorakitError, StopIteration):
-        return None
-    return first.messages[0].content if first.messages[0].role == "system" else None
+        return {}

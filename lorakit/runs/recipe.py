@@ -7,6 +7,7 @@ command-line tool, and stay relative in the recipe that a run saves.
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..errors import ConfigError, did_you_mean
 from ..evaluation.config import EvalConfig
 from ..files import write_text
 from ..inspection.probes import ProbeConfig
+from ..models.devices import parse_device
 from ..models.pretrained import KNOWN_MODELS
 from ..quantization import BLOCK_SIZES, QUANT_TYPES
 from ..settings import Settings
@@ -47,6 +49,12 @@ class ModelSection(Settings):
     double_quant: bool = Field(True, description="quantize the scales too, to 8 bits")
     dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="dtype of the matrix products")
     device: str = Field("cpu", description="device of the model: cpu, cuda, cuda:1, ...")
+
+    @field_validator("device")
+    @classmethod
+    def _device_exists_somewhere(cls, value: str) -> str:
+        parse_device(value)
+        return value
 
     @field_validator("quant_type")
     @classmethod
@@ -79,6 +87,11 @@ class DataSection(Settings):
         None, gt=0, lt=1, description="share of `train` to hold out, instead of a file `eval`"
     )
     max_length: int = Field(1024, ge=2, description="longest conversation in tokens; a longer one is an error")
+    date: datetime.date | None = Field(
+        None,
+        description="the date for chat templates that ask for today's, such as 2026-11-28; null: the day on which the "
+        "run begins, which its recipe.yaml then keeps",
+    )
 
     @field_validator("format")
     @classmethod
@@ -130,6 +143,16 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
+    def _names_are_text(self) -> Recipe:
+        """Refuse a name that no file of the run could hold, before the run has anything to write."""
+        for key, name in (("output", self.output), ("data.train", self.data.train), ("data.eval", self.data.eval)):
+            try:
+                str(name).encode()
+            except UnicodeEncodeError:
+                raise ValueError(f"{key} is {str(name)!r}, a name that is not UTF-8; rename it") from None
+        return self
+
+    @model_validator(mode="after")
     def _hand_down(self) -> Recipe:
         """Give `train` the settings that the recipe states for the whole run."""
         shared = {"output": self.output, "seed": self.seed, "max_length": self.data.max_length}
@@ -161,7 +184,7 @@ def load_recipe(path: str | PathLike[str], overrides: Sequence[str] = (), check_
     try:
         recipe = Recipe(**source.values)
     except ConfigError as error:
-        problems += [(source.place(key), key, message) for key, message in error.problems]
+        problems += [(source.place(key), key, _own_section(key, message)) for key, message in error.problems]
     if check_files:
         problems += [(source.place(key), key, message) for key, message in _missing(source.values)]
     if recipe is None or problems:
@@ -174,6 +197,26 @@ def save_recipe(recipe: Recipe, path: str | PathLike[str]) -> None:
     # Without the settings that `train` receives: an override of `seed` must not contradict an old `train.seed`.
     values = recipe.model_dump(mode="json", exclude={"train": set(HANDED_DOWN)})
     write_text(path, dump_yaml(values))
+
+
+def input_files(recipe: Recipe) -> dict[str, Path]:
+    """Return the files that a recipe reads: dotted key -> path."""
+    values = recipe.model_dump()
+    found = (pair for pattern in INPUT_FILES for pair in _values_at(values, pattern.split(".")))
+    return {key: Path(name) for key, name in found if isinstance(name, str | Path)}
+
+
+def _own_section(key: str, message: str) -> str:
+    """Return the message on a key; with the right place of one that is in the wrong one, as `lr` outside `train`."""
+    name = key.rpartition(".")[2]
+    if not message.startswith("unknown key") or "here it is called" in message:
+        return message
+    sections: dict[str, type[Settings]] = {
+        "model": ModelSection, "data": DataSection, "lora": LoraConfig, "train": TrainConfig, "eval": EvalConfig,
+    }  # fmt: skip
+    places = [f"{section}.{name}" for section, kind in sections.items() if name in kind.model_fields]
+    places += [name] if name in Recipe.model_fields else []
+    return f"unknown key; here it is called '{HANDED_DOWN.get(name, places[0])}'" if places else message
 
 
 def _existing_recipe(path: Path) -> Path:

@@ -24,7 +24,7 @@ from ..evaluation.metrics import RESERVED_NAMES
 from ..files import write_text
 from .charts import Dot, interval_plot, loss_curve, loss_summary, nice_ticks
 from .run_files import Run, read_run
-from .wording import duration, fenced, inline, number, shorten, signed, words
+from .wording import base_heading, base_sentence, duration, fenced, inline, number, shorten, signed, words
 
 EXAMPLES = 10  # rows shown side by side
 EXAMPLES_SEED = 0
@@ -53,18 +53,21 @@ class MetricRow:
     plot: Markup
 
 
-def write_report(run_folder: str | os.PathLike[str]) -> tuple[Path, Path]:
+def write_report(run_folder: str | os.PathLike[str], shown: str | os.PathLike[str] | None = None) -> tuple[Path, Path]:
     """Write report.html and report.md into a run folder and return their paths.
 
     The folder needs metrics.json. Without train.jsonl or predictions.jsonl the report says that they are missing;
     without recipe.yaml it leaves the recipe out.
+
+    Args:
+        shown: the folder that the report's commands name, if the run's files are to be moved there.
 
     Raises:
         DataError: metrics.json is missing, or a file is malformed; the message names file and line.
         StorageError: a report cannot be written; an older one is left as it was.
     """
     run = read_run(Path(run_folder))
-    context = report_context(run)
+    context = report_context(run) | {"next_steps": _next_steps(Path(shown or run.folder))}
     html, markdown = run.folder / "report.html", run.folder / "report.md"
     write_text(html, _environment(autoescape=True).get_template("report.html.jinja").render(context))
     write_text(markdown, _environment(autoescape=False).get_template("report.md.jinja").render(context))
@@ -75,17 +78,19 @@ def report_context(run: Run) -> dict[str, Any]:
     """Compute everything that the templates show; they format nothing themselves."""
     metrics = run.metrics
     base, tuned = metrics.get("base_prompted") or {}, metrics.get("tuned") or {}
-    verdict = metrics.get("verdict") or {}
+    verdict, notes = metrics.get("verdict") or {}, (metrics.get("data") or {}).get("notes") or []
     best = {name: _best(name, metrics.get("best") or {}, base, tuned) for name in _metric_names(base, tuned)}
-    examples = _examples(run.predictions, best)
+    examples = _examples(run.predictions, best, base_heading(metrics))
     return {
         "title": metrics.get("title") or run.folder.name,
         "summary": _summary(metrics),
         "verdict": _verdict(verdict),
         "has_base": bool(base),
+        "base_prompt": base_sentence(metrics),
+        "base_heading": base_heading(metrics),
         "rows": [metric_row(name, best[name], base, tuned, verdict, run.predictions) for name in best],
         "held_out": len(run.predictions) or (metrics.get("counts") or {}).get("eval"),
-        "perplexity": _perplexity(base.get("perplexity_general"), tuned.get("perplexity_general")),
+        "perplexity": _perplexity(base, tuned),
         "loss_curve": loss_curve(run.steps),
         "loss_summary": loss_summary(run.steps),
         "loss_note": _loss_note(run.steps),
@@ -94,9 +99,9 @@ def report_context(run: Run) -> dict[str, Any]:
         "examples": examples,
         "facts": _facts(metrics),
         "versions": metrics.get("versions") or {},
-        "notes": (metrics.get("data") or {}).get("notes") or [],
+        "notes": notes,
+        "unseen": "" if notes else ", which training never saw",
         "recipe": run.recipe,
-        "next_steps": _next_steps(run.folder),
     }
 
 
@@ -202,15 +207,19 @@ def _verdict(verdict: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _perplexity(base: float | None, tuned: float | None) -> dict[str, str] | None:
-    if base is None and tuned is None:
+def _perplexity(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> dict[str, str] | None:
+    """Lay out the general perplexity of both sides; None if neither was measured."""
+    key = "perplexity_general"
+    if key not in base and key not in tuned:
         return None
-    change = f"{tuned / base - 1.0:+.1%}" if base and tuned is not None else ""
-    return {
-        "base": "" if base is None else format_perplexity(base),
-        "tuned": "" if tuned is None else format_perplexity(tuned),
-        "change": change.replace("-", "\u2212"),
+    before, after = base.get(key), tuned.get(key)
+    change = f"{after / before - 1.0:+.1%}" if before and after is not None else ""
+    texts = {
+        name: "not finite" if side[key] is None else format_perplexity(side[key])
+        for name, side in (("base", base), ("tuned", tuned))
+        if key in side
     }
+    return {"base": "", "tuned": ""} | texts | {"change": change.replace("-", "\u2212")}
 
 
 def _loss_note(steps: Sequence[Mapping[str, Any]]) -> str:
@@ -226,7 +235,9 @@ def _loss_note(steps: Sequence[Mapping[str, Any]]) -> str:
     return note
 
 
-def _examples(predictions: Sequence[Mapping[str, Any]], best: Mapping[str, float]) -> list[dict[str, Any]]:
+def _examples(
+    predictions: Sequence[Mapping[str, Any]], best: Mapping[str, float], heading: str
+) -> list[dict[str, Any]]:
     """Choose the first rows of a seeded shuffle, so that none is picked by hand, and cut long texts."""
     order = list(range(len(predictions)))
     random.Random(EXAMPLES_SEED).shuffle(order)
@@ -246,7 +257,7 @@ def _examples(predictions: Sequence[Mapping[str, Any]], best: Mapping[str, float
                 ),
                 "identical": row[kind].strip() == reference.strip(),
             }
-            for kind, label in (("base", "Base, strong prompt"), ("tuned", "Tuned, short prompt"))
+            for kind, label in (("base", heading), ("tuned", "Tuned, short prompt"))
             if isinstance(row.get(kind), str)
         ]
         prompt = [{"role": turn["role"], "text": shorten(turn["content"])} for turn in row.get("messages") or []]

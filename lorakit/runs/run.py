@@ -3,6 +3,7 @@
 A run's folder holds
 
     recipe.yaml          every setting, with defaults filled in
+    chat.json            the system prompt of its chats
     adapter/             the adapter, in PEFT's format
     train.jsonl          one line a step
     probes.jsonl         with probes in the recipe: measurements inside the adapter, one line a step
@@ -16,41 +17,32 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..adapters import MatchReport, add_adapter, disable_adapters, load_adapter, save_adapter
+from ..adapters import MatchReport, add_adapter, load_adapter, save_adapter
 from ..data import Record, find_overlap, load_records, split_records
-from ..errors import CheckpointError, ConfigError
-from ..evaluation import (
-    EvalConfig,
-    Score,
-    check_references,
-    choose_examples,
-    evaluate_outputs,
-    general_text,
-    key_for_metrics,
-    prompted_messages,
-    row_scores,
-    scores_as_json,
-    split_record,
-    verdict,
-)
-from ..evaluation.perplexity import perplexity
-from ..files import write_text
+from ..errors import CheckpointError, ConfigError, first_few
+from ..evaluation import EvalConfig
+from ..files import finite, write_text
 from ..inspection.probes import Probes
+from ..locks import locked
 from ..measure import peak_rss_mb
-from ..models import Decoder, Tokenizer, generate, load_model, load_tokenizer
+from ..models import Decoder, Tokenizer, load_model, load_tokenizer
+from ..models.chat_template import today
+from ..models.devices import check_device
+from ..models.pretrained import KNOWN_MODELS
 from ..training import TrainResult, train
-from .recipe import Recipe, load_recipe, save_recipe
+from .evaluating import Measured, check_questions, measure, questions_of
+from .recipe import Recipe, load_recipe
 from .report import write_report
 from .run_files import read_json_lines
+from .run_folder import ADAPTER, METRICS, RECIPE, RunFolder, chat_of
 
 Say = Callable[[str], None]
 
@@ -64,56 +56,55 @@ class RunRecords:
     notes: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class LoadedRun:
-    """A recipe with its records and model in memory.
-
-    Attributes:
-        recipe: the settings.
-        records: the training and held-out records.
-        model: the base model with the run's adapter attached.
-        tok: the model's tokenizer.
-    """
-
-    recipe: Recipe
-    records: RunRecords
-    model: Decoder
-    tok: Tokenizer
-
-
-def train_run(recipe: Recipe, say: Say = print, resume: bool = False) -> dict[str, Any]:
+def train_run(recipe: Recipe, say: Say = print, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
     """Carry out a recipe; return the content of metrics.json (without `eval` in the recipe: only counts and times).
+
+    Everything that training, evaluation and saving will need is checked before the first step.
 
     Args:
         say: receives one line a stage.
-        resume: whether to continue from the last checkpoint in the run's folder.
+        resume: continue from the last checkpoint in the run's folder.
+        overwrite: replace the run in the folder. It stays as it is until the new one is whole.
 
     Raises:
-        LorakitError: something in the recipe, data or model is wrong; a failed run leaves no half-written file.
+        LorakitError: something in the recipe, data or model is wrong, or the folder holds a run that is neither to be
+            resumed nor overwritten; a failed run leaves no half-written file.
     """
     clock = _Clock()
-    records = read_records(recipe)
-    say(f"data: {len(records.train)} to train on, {len(records.held_out)} held out")
-    for note in records.notes:
-        say(f"  {note}")
-    if recipe.eval and records.held_out:
-        check_references([split_record(r)[1] for r in records.held_out], recipe.eval.metrics)
-    model, tok = load_base(recipe)
-    clock.lap("load")
-    say(f"model: {recipe.model.path}, {recipe.model.quant_type or recipe.model.dtype}, {clock.seconds['load']:.1f} s")
-    torch.manual_seed(recipe.seed)
-    attached = add_adapter(model, recipe.lora)
-    say(str(attached))
-    recipe.output.mkdir(parents=True, exist_ok=True)
-    save_recipe(recipe, recipe.output / "recipe.yaml")
-    probes = [Probes(recipe.probes, say)] if recipe.probes else []
-    trained = train(model, tok, records.train, recipe.train, records.held_out, resume=resume, probes=probes)
-    save_adapter(model, recipe.output / "adapter")
-    clock.lap("train")
-    facts = _facts(recipe, records, attached, trained)
-    if recipe.eval and records.held_out:
-        return evaluate(LoadedRun(recipe, records, model, tok), recipe.eval, facts, clock, say)
-    return _write_metrics(recipe.output, facts | {"seconds": clock.total(), "peak_rss_mb": peak_rss_mb()})
+    check_device(recipe.model.device, "model.device")
+    place = RunFolder(recipe, say, resume, overwrite)
+    with place.claimed():
+        probes = [Probes(recipe.probes, say)] if recipe.probes else []
+        records = read_records(recipe)
+        say(f"data: {len(records.train)} to train on, {len(records.held_out)} held out")
+        for note in records.notes:
+            say(f"  {note}")
+        questions = questions_of(recipe.eval, records.train, records.held_out) if recipe.eval else None
+        model, tok = load_base(recipe)
+        clock.lap("load")
+        weights = recipe.model.quant_type or recipe.model.dtype
+        say(f"model: {recipe.model.path}, {weights}, {clock.seconds['load']:.1f} s")
+        if tok.is_dated:
+            place.recipe = recipe = _dated(recipe, place.folders if resume else [])
+            tok = tok.on(recipe.data.date or today())
+            say(f"date in the conversations: {tok.date}")
+        if questions:
+            check_questions(questions, model, tok)
+        torch.manual_seed(recipe.seed)
+        attached = add_adapter(model, recipe.lora)
+        say(str(attached))
+        place.chat = chat_of(records.train[0])
+        trained = train(
+            model, tok, records.train, recipe.train, records.held_out, resume=resume, probes=probes, place=place
+        )
+        save_adapter(model, place.work / ADAPTER)
+        place.check_there()
+        clock.lap("train")
+        facts = _facts(recipe, records, attached, trained)
+        measured = measure(questions, model, tok, recipe.seed, clock.lap, say) if questions else None
+        metrics = _write_results(place.work, recipe.output, facts, measured, clock)
+        place.publish()
+    return metrics
 
 
 def evaluate_run(folder: Path, say: Say = print) -> dict[str, Any]:
@@ -123,21 +114,22 @@ def evaluate_run(folder: Path, say: Say = print) -> dict[str, Any]:
         CheckpointError: the folder holds no run.
         ConfigError: its recipe names no held-out records.
         DataError: its data are gone.
+        StorageError: another process writes to the folder.
     """
     clock = _Clock()
     recipe = load_run_recipe(folder).model_copy(update={"output": folder})  # it may have been moved since
-    records = read_records(recipe)
-    if not records.held_out:
-        raise ConfigError(
-            f"{folder / 'recipe.yaml'}: no held-out records; set data.eval or data.eval_fraction and train"
-        )
-    config = recipe.eval or EvalConfig()
-    check_references([split_record(r)[1] for r in records.held_out], config.metrics)
-    model, tok = load_base(recipe)
-    attached = load_adapter(model, folder / "adapter")
-    clock.lap("load")
-    facts = _facts(recipe, records, attached, _earlier_training(folder))
-    return evaluate(LoadedRun(recipe, records, model, tok), config, facts, clock, say)
+    with locked(folder):
+        records = read_records(recipe)
+        if not records.held_out:
+            raise ConfigError(f"{folder / RECIPE}: no held-out records; set data.eval or data.eval_fraction and train")
+        questions = questions_of(recipe.eval or EvalConfig(), records.train, records.held_out)
+        model, tok = load_base(recipe)
+        check_questions(questions, model, tok)
+        attached = load_adapter(model, folder / ADAPTER)
+        clock.lap("load")
+        facts = _facts(recipe, records, attached, _earlier_training(folder))
+        measured = measure(questions, model, tok, recipe.seed, clock.lap, say)
+        return _write_results(folder, folder, facts, measured, clock)
 
 
 def load_run(folder: Path, adapted: bool = True) -> tuple[Decoder, Tokenizer, Recipe]:
@@ -145,7 +137,7 @@ def load_run(folder: Path, adapted: bool = True) -> tuple[Decoder, Tokenizer, Re
     recipe = load_run_recipe(folder)
     model, tok = load_base(recipe)
     if adapted:
-        load_adapter(model, folder / "adapter")
+        load_adapter(model, folder / ADAPTER)
     return model, tok, recipe
 
 
@@ -153,22 +145,42 @@ def load_run_recipe(folder: Path) -> Recipe:
     """Read the recipe that a run saved.
 
     Raises:
-        CheckpointError: the folder is not a run's.
+        CheckpointError: the folder is not a run's, or its base is not here.
     """
-    if not (folder / "recipe.yaml").is_file():
-        raise CheckpointError(f"{folder} is not the folder of a run: it has no recipe.yaml")
-    return load_recipe(folder / "recipe.yaml", check_files=False)
+    if not (folder / RECIPE).is_file():
+        raise CheckpointError(f"{folder} is not the folder of a run: it has no {RECIPE}")
+    recipe = load_recipe(folder / RECIPE, check_files=False)
+    path = Path(recipe.model.path).expanduser()
+    if recipe.model.path not in KNOWN_MODELS and not path.is_absolute() and not path.exists():
+        raise CheckpointError(
+            f"{folder / RECIPE}: model.path is '{recipe.model.path}', which is not here; it is relative to the folder "
+            "where the run was trained: go there, or make the path absolute"
+        )
+    return recipe
 
 
 def load_base(recipe: Recipe) -> tuple[Decoder, Tokenizer]:
-    """Load the recipe's frozen base model and its tokenizer."""
+    """Load the recipe's frozen base model and its tokenizer.
+
+    Raises:
+        ConfigError: the recipe's device is not on this machine.
+    """
     section = recipe.model
-    dtype = getattr(torch, section.dtype)
-    model = load_model(
-        section.path, section.quant_type, dtype, section.device, section.block_size, section.double_quant
-    )
+    device, dtype = check_device(section.device, "model.device"), getattr(torch, section.dtype)
+    model = load_model(section.path, section.quant_type, dtype, device, section.block_size, section.double_quant)
     assert model.folder is not None  # load_model sets it
-    return model, load_tokenizer(model.folder)
+    return model, load_tokenizer(model.folder, recipe.data.date)
+
+
+def _dated(recipe: Recipe, resumed: Sequence[Path]) -> Recipe:
+    """Return the recipe with a date for the chat template: its own, or that of the run that it resumes, or today's.
+
+    Args:
+        resumed: the folders that may hold that run, the likeliest first.
+    """
+    begun = [load_run_recipe(folder).data.date for folder in resumed if (folder / "recipe.yaml").is_file()]
+    day = next((day for day in (recipe.data.date, *begun) if day is not None), today())
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"date": day})})
 
 
 def read_records(recipe: Recipe) -> RunRecords:
@@ -180,65 +192,48 @@ def read_records(recipe: Recipe) -> RunRecords:
         train_records, held_out = split_records(train_records, recipe.data.eval_fraction, recipe.seed)
     else:
         return RunRecords(train_records, [])
-    notes = [
-        f"warning: {leak} - the same question is trained on and held out; scores will flatter"
-        for leak in find_overlap(train_records, held_out)
-    ]
-    return RunRecords(train_records, held_out, notes)
+    return RunRecords(train_records, held_out, _leaks(train_records, held_out))
 
 
-def evaluate(run: LoadedRun, config: EvalConfig, facts: dict[str, Any], clock: _Clock, say: Say) -> dict[str, Any]:
-    """Measure base (strong prompt) and tuned model (short prompt); write predictions, metrics and report.
+def _leaks(train_records: Sequence[Record], held_out: Sequence[Record]) -> list[str]:
+    """Return warnings about questions on both sides; one line if all held-out questions are trained on."""
+    leaks = find_overlap(train_records, held_out)
+    if sum(len(leak.eval_sources) for leak in leaks) == len(held_out):
+        rows, others = (sorted(repr(record.messages) for record in side) for side in (train_records, held_out))
+        return [
+            "warning: "
+            + (
+                "the held-out records are the training records"
+                if rows == others
+                else "every held-out question is trained on"
+            )
+            + "; scores will show memory, not skill"
+        ]
+    return first_few(
+        [
+            f"warning: {', '.join(leak.eval_sources)} has the question of {leak.train_sources[0]}, which is "
+            "trained on; scores will flatter"
+            for leak in leaks
+        ]
+    )
+
+
+def _write_results(
+    folder: Path, shown: Path, facts: dict[str, Any], measured: Measured | None, clock: _Clock
+) -> dict[str, Any]:
+    """Write metrics and, after an evaluation, predictions and report; return the metrics.
 
     Args:
-        facts: the content of metrics.json besides the scores.
-        clock: books the time of each side.
-        say: receives one line a side.
-
-    Returns:
-        The content of metrics.json.
+        folder: where to write.
+        shown: the folder that the report names.
     """
-    recipe, records, model, tok = run.recipe, run.records, run.model, run.tok
-    held_out = records.held_out[: config.limit]
-    short, references = map(list, zip(*(split_record(record) for record in held_out), strict=True))
-    examples = choose_examples(records.train, config.base_prompt.examples, key_for_metrics(config.metrics))
-    strong = [prompted_messages(record.messages, config.base_prompt.text(), examples) for record in held_out]
-    sources = [record.source for record in held_out]
-    text = general_text(config.general_text)
-    answers: dict[str, list[str]] = {}
-    scores: dict[str, Mapping[str, Score]] = {}
-    general: dict[str, float] = {}
-    for side, prompts in (("base", strong), ("tuned", short)):
-        say(f"evaluate {side}: {len(prompts)} held-out records")
-        with disable_adapters(model) if side == "base" else nullcontext():
-            answers[side] = list(generate(model, tok, prompts, config.max_new_tokens, batch_size=config.batch_size))
-            general[side] = perplexity(model, tok, text)
-        scores[side] = evaluate_outputs(
-            answers[side], references, config.metrics, sources, config.bootstrap_samples, recipe.seed
-        )
-        clock.lap(f"evaluate_{side}")
-    judged = verdict(
-        scores["base"], scores["tuned"], general["base"], general["tuned"], config.bootstrap_samples, recipe.seed
-    )
-    rows = [
-        {
-            "source": source, "messages": prompt, "reference": reference,
-            "base": answers["base"][i], "tuned": answers["tuned"][i],
-            "scores": {side: row_scores(scores[side], i) for side in scores},
-        }
-        for i, (source, prompt, reference) in enumerate(zip(sources, short, references, strict=True))
-    ]  # fmt: skip
-    write_text(recipe.output / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    metrics = facts | {
-        "base_prompted": scores_as_json(scores["base"], general["base"]),
-        "tuned": scores_as_json(scores["tuned"], general["tuned"]),
-        "best": {name: score.best for name, score in scores["tuned"].items()},
-        "verdict": asdict(judged),
-        "seconds": clock.total(),
-        "peak_rss_mb": peak_rss_mb(),
-    }
-    _write_metrics(recipe.output, metrics)
-    write_report(recipe.output)
+    if measured is not None:
+        facts |= measured.figures
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in measured.rows]
+        write_text(folder / "predictions.jsonl", "".join(lines))
+    metrics = _write_metrics(folder, facts | {"seconds": clock.total(), "peak_rss_mb": peak_rss_mb()})
+    if measured is not None:
+        write_report(folder, shown)
     return metrics
 
 
@@ -271,7 +266,8 @@ def _earlier_training(folder: Path) -> TrainResult:
 
 
 def _write_metrics(folder: Path, metrics: dict[str, Any]) -> dict[str, Any]:
-    write_text(folder / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+    metrics = {key: finite(value) for key, value in metrics.items()}
+    write_text(folder / METRICS, json.dumps(metrics, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return metrics
 
 

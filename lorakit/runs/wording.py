@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from ..evaluation.gate import format_score
@@ -54,3 +55,29 @@ def number(value: Any) -> str:
 def words(key: str) -> str:
     """Return a key such as "train_loss" as words for people, "Train loss"."""
     return key.replace("_", " ").capitalize()
+
+
+def base_prompt_words(metrics: Mapping[str, Any]) -> str:
+    """Return what the base model was given besides the record's own prompt, in words; "" for nothing."""
+    given = metrics.get("base_prompt")
+    if given is None:  # a run of before this was recorded
+        return "instructions and worked examples"
+    count = given.get("examples") or 0
+    parts = ["instructions"] if given.get("instructions") else []
+    parts += [f"{count} worked example{'' if count == 1 else 's'}"] if count else []
+    return " and ".join(parts)
+
+
+def base_heading(metrics: Mapping[str, Any]) -> str:
+    """Return the heading of the base model's column."""
+    return f"Base, {'strong' if base_prompt_words(metrics) else 'same'} prompt"
+
+
+def base_sentence(metrics: Mapping[str, Any]) -> str:
+    """Return a sentence that says which prompts the two models got."""
+    if given := base_prompt_words(metrics):
+        return (
+            f"The base model got a strong prompt with {given}, the tuned model only the short prompt that it was "
+            "trained on."
+        )
+    return "Both got the same short prompt, which the tuned model was trained on."

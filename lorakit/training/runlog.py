@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..errors import StorageError
-from ..files import write_text
+from ..files import finite, write_text
 
 
 class RunLog:
@@ -33,7 +33,7 @@ class RunLog:
         self.console = Console()
         self._file = None
         if path is not None:
-            write_text(path, "".join(json.dumps(row) + "\n" for row in rows))  # drops steps after the checkpoint
+            write_text(path, "".join(_line(row) for row in rows))  # drops steps after the checkpoint
             self._file = path.open("a", encoding="utf-8")
         self._bar = Progress(
             TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"),
@@ -65,7 +65,7 @@ class RunLog:
         self.rows.append(dict(row))
         if self._file is not None:
             try:
-                self._file.write(json.dumps(row) + "\n")
+                self._file.write(_line(row))
                 self._file.flush()
             except OSError as error:
                 raise StorageError(f"cannot write {self._file.name}: {error.strerror or error}") from error
@@ -79,3 +79,7 @@ class RunLog:
         if self.show and not self._is_live() and (done % every == 0 or done == self.steps):
             remaining = row["seconds"] / done * (self.steps - done)
             print(f"train {done}/{self.steps}  {status}  {remaining:.0f} s left", flush=True)
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(finite(row), allow_nan=False) + "\n"

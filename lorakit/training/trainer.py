@@ -13,43 +13,40 @@ trained tokens in the whole step.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..adapters import adapter_configs, idle_adapters
+from ..adapters import idle_adapters
 from ..data import Example, Record, batch_order, encode_records, make_batch, micro_batches
 from ..errors import DataError, TrainingError
 from ..measure import peak_rss_mb
-from ..models.decoder.decoder import Decoder
 from ..models.decoder.loss import summed_loss
 from ..models.tokenizer.tokenizer import Tokenizer
 from ..sums import flat_slices
 from .activations import saving_activations
-from .checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
+from .checkpoints import load_checkpoint, on_first_day, save_checkpoint
 from .compiling import compiled_layers
 from .config import TrainConfig
 from .lora_fa import frozen_a
-from .optimizers import OPTIMIZERS, Optimizer, states_to_host, step_from_host
+from .optimizers import Optimizer, states_to_host, step_from_host
 from .optimizers.build import build_optimizer, set_learning_rate
+from .output import CHECKPOINTS, LOG, OutputFolder
+from .preparation import check_examples, check_room, fingerprint_of
+from .printed import PrintedTraining
 from .probe import TrainingProbe
 from .runlog import RunLog
 from .schedule import learning_rate
 
-_WITHOUT_EFFECT = {  # settings that do not change the trained parameters
-    "output", "progress", "eval_every", "checkpoint_every", "checkpointing", "offload_activations", "offload_optimizer",
-}  # fmt: skip
 
-
-@dataclass
-class TrainResult:
+@dataclass(repr=False)
+class TrainResult(PrintedTraining):
     """The outcome of a training run.
 
     Attributes:
@@ -72,52 +69,63 @@ class TrainResult:
 def train(
     model: nn.Module,
     tok: Tokenizer,
-    train_records: Sequence[Record],
+    train_records: Sequence[Record | Mapping[str, Any]],
     config: TrainConfig | None = None,
-    eval_records: Sequence[Record] = (),
+    eval_records: Sequence[Record | Mapping[str, Any]] = (),
     resume: bool = False,
     *,
     probes: Sequence[TrainingProbe] = (),
+    place: OutputFolder | None = None,
 ) -> TrainResult:
     """Fine-tune the trainable parameters of a model (the active adapter's) on conversations.
 
     Args:
         model: a `Decoder`, or another causal language model, with an adapter attached.
-        train_records: conversations; the assistant's turns are trained.
+        train_records: conversations, or dicts such as {"messages": [...]}; the assistant's turns are trained.
         eval_records: held-out conversations; their loss is measured at the end and every `eval_every` steps.
-        resume: continue from the last checkpoint in config.output, bit for bit as if the run had not stopped.
+        resume: continue from the last checkpoint in config.output, bit for bit as if the run had not stopped, and with
+            the date of its first day, unless `tok` has its own; without a checkpoint there, begin with a warning and
+            keep the log that is there under another name.
         probes: observers, which do not change the result.
+        place: where the run writes, if not plainly to config.output; already claimed.
 
     Raises:
-        DataError: records cannot be encoded (the first 20 are named), or there is none.
+        DataError: records cannot be encoded or do not fit the model (the first 20 are named), or there is none.
         TrainingError: nothing is trainable, the loss is not finite, or the checkpoint belongs to another run.
+        StorageError: the disk has too little room, or another process trains into the same folder.
     """
     config = config or TrainConfig()
     with contextlib.ExitStack() as while_training:
+        if place is None:
+            place = OutputFolder(config.output)
+            while_training.enter_context(place.claimed())
+        tok = on_first_day(tok, place.folders if resume else [])
         while_training.enter_context(frozen_a(model, config.lora_fa))
         parameters = _trained_parameters(model)
         examples = encode_records(tok, train_records, config.max_length)
         held_out = encode_records(tok, eval_records, config.max_length)
         if not examples:
             raise DataError("there is no training record")
-        _check_lengths(model, [*examples, *held_out])
+        check_examples(model, [*examples, *held_out])
         per_epoch = math.ceil(len(examples) / config.batch_size)
         steps = config.max_steps or max(1, round(config.epochs * per_epoch))
         optimizer = build_optimizer(parameters, config)
         optimizer.zero_grad(set_to_none=True)  # drop gradients left by the caller or an interrupted run
-        fingerprint = _fingerprint(config, optimizer, examples, model, parameters)
+        check_room(place.path, parameters, optimizer, config)
+        fingerprint = fingerprint_of(config, optimizer, examples, model, parameters) if place.path else {}
+        checkpoint = place.find_checkpoint(fingerprint) if resume else None
         torch.manual_seed(config.seed)
-        result = _resumed(config, parameters, optimizer, fingerprint) if resume else TrainResult()
+        result = _resumed(checkpoint, parameters, optimizer, fingerprint, config)
         started = time.perf_counter() - (result.history[-1]["seconds"] if result.history else 0.0)
 
         while_training.enter_context(_mode(model, training=True))
         while_training.enter_context(saving_activations(model, config.checkpointing, config.offload_activations))
         while_training.enter_context(compiled_layers(model, config.compile))
-        log_path = config.output / "train.jsonl" if config.output else None
-        log = while_training.enter_context(RunLog(log_path, steps, result.history, config.progress))
+        folder = place.begin(checkpoint)
+        log = while_training.enter_context(RunLog(folder and folder / LOG, steps, result.history, config.progress))
         for probe in probes:
             while_training.callback(probe.end)
-            probe.begin(model, examples, held_out, config.output, result.steps)
+            probe.begin(model, examples, held_out, folder, result.steps)
         for step in range(result.steps, steps):
             order = batch_order(len(examples), config.batch_size, config.seed, step // per_epoch)
             batch = [examples[i] for i in order[step % per_epoch]]
@@ -132,9 +140,9 @@ def train(
             log.step(row)
             for probe in probes:
                 probe.after_step(row)
-            if config.output and _is_due(result.steps, config.checkpoint_every):
-                folder = config.output / "checkpoints"
-                save_checkpoint(folder, result.steps, parameters, optimizer, fingerprint, {"history": log.rows})
+            if folder and _is_due(result.steps, config.checkpoint_every):
+                progress = {"history": log.rows, "date": tok.date.isoformat()}
+                save_checkpoint(folder / CHECKPOINTS, result.steps, parameters, optimizer, fingerprint, progress)
     result.trained_tokens = sum(row["trained_tokens"] for row in result.history)
     result.tokens = sum(row["tokens"] for row in result.history)
     result.seconds = time.perf_counter() - started
@@ -241,14 +249,6 @@ def _is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _check_lengths(model: nn.Module, examples: Sequence[Example]) -> None:
-    """Raise DataError, before hours of training, if an example exceeds the model's context."""
-    context = model.config.context_length if isinstance(model, Decoder) else math.inf
-    long = [f"{example.source} ({len(example.input_ids)})" for example in examples if len(example.input_ids) > context]
-    if long:
-        raise DataError(f"longer than the model's context of {context} tokens: {', '.join(long[:20])}")
-
-
 def _trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the trained parameters by name; raise TrainingError if there are none, or their adapter is not active."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -265,35 +265,18 @@ def _trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _resumed(
-    config: TrainConfig, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, fingerprint: str
+    checkpoint: Path | None,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: Optimizer,
+    fingerprint: Mapping[str, Any],
+    config: TrainConfig,
 ) -> TrainResult:
-    """Load the last checkpoint, if there is one, into parameters and optimizer; return the run's state there."""
+    """Load a checkpoint, if there is one, into parameters and optimizer; return the run's state there."""
     result = TrainResult()
-    if config.output and (checkpoints := list_checkpoints(config.output / "checkpoints")):
-        result.steps, progress = load_checkpoint(checkpoints[-1], parameters, optimizer, fingerprint)
+    if checkpoint is not None:
+        result.steps, progress = load_checkpoint(checkpoint, parameters, optimizer, fingerprint)
         if config.offload_optimizer:
             states_to_host(optimizer)
         result.history = progress["history"]
         result.eval_loss = result.history[-1].get("eval_loss")
     return result
-
-
-def _fingerprint(
-    config: TrainConfig,
-    optimizer: Optimizer,
-    examples: Sequence[Example],
-    model: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
-) -> str:
-    """Return a hash of everything that a resumed run must share with the run that it continues."""
-    settings = config.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
-    # The optimizer's own values, in place of None.
-    settings |= {name: optimizer.defaults[name] for name in OPTIMIZERS[config.optimizer].settings}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for adapter, lora in adapter_configs(model).items():
-        digest.update(f"{adapter} {json.dumps(lora.peft_values(), separators=(',', ':'))}".encode())
-    for example in examples:
-        digest.update(repr((example.input_ids, example.loss_mask)).encode())
-    for name, parameter in parameters.items():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-    return digest.hexdigest()

@@ -106,7 +106,7 @@ def test_what_was_saved_is_loaded(
     if quantized:
         for each in (model, other):
             layer = each.model.layers[0].mlp
-            layer.up_proj = Linear4bit(quantize(layer.up_proj.weight))
+            layer.up_proj = Linear4bit(quantize(layer.up_proj.weight)).eval()
     torch.manual_seed(0)
     add_adapter(model, LoraConfig(init_lora_weights=False, **options), "here", is_strict=False)
     folder = save_adapter(model, tmp_path_factory.mktemp("adapter") / "adapter", "here")

@@ -19,6 +19,8 @@ from lorakit import generate, load_model, load_tokenizer, merge_adapter, save_ad
 from lorakit.cli import main
 from lorakit.cli.app import app
 from lorakit.data import Message
+from lorakit.errors import LorakitError
+from lorakit.runs import load_recipe
 from lorakit.runs.run import load_run
 
 COMMAND = [sys.executable, "-c", "from lorakit.cli import main; main()"]
@@ -87,7 +89,8 @@ def test_as_a_command_with_its_output_piped(workshop: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert "train 4/4  loss " in done.stdout
     assert "\x1b" not in done.stdout  # no colors in a pipe
-    assert {path.name for path in Path("run").iterdir()} == {"recipe.yaml", "adapter", "train.jsonl", "metrics.json"}
+    names = {"recipe.yaml", "chat.json", "adapter", "train.jsonl", "metrics.json"}
+    assert {path.name for path in Path("run").iterdir()} == names
 
 
 def test_an_answer_is_printed_as_it_is(workshop: Path) -> None:
@@ -108,7 +111,7 @@ def test_paths_and_patterns_with_brackets_are_no_markup(workshop: Path) -> None:
     arguments = ["--set", "output=run[/x]", "--set", r"lora.target_modules='.*\.[qv]_proj'", "--set", "eval=null"]
     printed = lorakit("train", "recipe.yaml", *arguments)
     assert r".*\.[qv]_proj: 4 layers" in printed
-    assert "lorakit chat run[/x] " in printed
+    assert "lorakit chat 'run[/x]' " in printed and "rm -r 'run[/x]/adapter' " in printed
     lorakit("chat", "run[/x]", typed="")
 
 
@@ -169,6 +172,10 @@ class TestErrors:
             (["train", "recipe.yaml", "--set", "model.path=smollm2-135m"], ["neither a folder nor a known model"]),
             (["train", "recipe.yaml", "--set", "lora.target_modules=[q_porj]"], ["did you mean 'q_proj'"]),
             (["train", "recipe.yaml", "--set", "lora.rank_pattern={'(': 2}"], ["not a regular expression"]),
+            (["train", "recipe.yaml", "--set", "model.device=gpu"], ["model.device: 'gpu' is no device", "'cuda'"]),
+            (["train", "recipe.yaml", "--set", "model.device=cuda:77"], ["model.device is 'cuda:77'", "finds cpu"]),
+            (["train", "recipe.yaml", "--set", "train.learning_rate=1"], ["unknown key; here it is called 'lr'"]),
+            (["train", "recipe.yaml", "--set", "output=."], ["data.train is train.jsonl, where the run writes"]),
             (["eval", "nowhere"], ["nowhere is not the folder of a run"]),
             (["chat", "model"], ["model is not the folder of a run"]),
             (["data", "build", "chaterbot", "--out", "x"], ["did you mean 'chatterbot'"]),
@@ -234,10 +241,46 @@ def test_ctrl_c_says_how_to_go_on_and_resume_goes_on(workshop: Path) -> None:
     finally:
         process.kill()
     assert process.returncode == 130
-    assert message == "interrupted; finished checkpoints are kept, see --resume\n"
+    assert message == "interrupted; go on from the last checkpoint with the same command and --resume\n"
     assert not Path("run/adapter").exists()
     short = [part.replace("100000", "12") for part in settings]
     assert "other settings" in str(CliRunner().invoke(app, ["train", "recipe.yaml", *short, "--resume"]).exception)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_ctrl_c_in_other_commands_says_nothing_of_resuming(workshop: Path) -> None:
+    lorakit("train", "recipe.yaml", "--set", "eval=null", "--set", "train.max_steps=1")
+    process = subprocess.Popen(
+        [*COMMAND, "chat", "run"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        assert "an empty line ends" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, message = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert (process.returncode, message) == (130, "interrupted\n")
+
+
+def test_a_second_run_into_a_folder(workshop: Path) -> None:
+    quick = ("--set", "eval=null", "--set", "train.max_steps=2")
+    lorakit("train", "recipe.yaml", *quick)
+    for options in ([], ["--resume"], ["--resume", "--overwrite"]):
+        result = CliRunner().invoke(app, ["train", "recipe.yaml", *quick, "--set", "train.lr=0.5", *options])
+        assert isinstance(result.exception, LorakitError), result.output
+    assert load_recipe("run/recipe.yaml").train.lr == 1e-2
+    lorakit("train", "recipe.yaml", *quick, "--set", "train.lr=0.5", "--overwrite")
+    assert load_recipe("run/recipe.yaml").train.lr == 0.5
+    lorakit("train", "run/recipe.yaml", "--overwrite")
+
+
+def test_the_printed_commands_can_be_pasted(workshop: Path) -> None:
+    printed = lorakit("train", "recipe.yaml", "--set", "output=my run; $HOME", "--set", "eval=null")
+    commands = [line.strip() for line in printed.splitlines() if line.startswith("  ")]
+    assert "rm -r 'my run; $HOME/adapter'" in {line.partition("    ")[0] for line in commands}
+    assert "lorakit chat 'my run; $HOME'" in {line.partition("    ")[0] for line in commands}
 
 
 def test_the_base_model_and_a_plain_adapter_can_be_used_without_the_command_line(workshop: Path) -> None:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from lorakit import LoraConfig, add_adapter, load_model, save_adapter
 from lorakit.cli.app import app
-from lorakit.errors import AdapterError, ConfigError
+from lorakit.errors import AdapterError, ConfigError, StorageError
 from lorakit.models.gguf.gguf_file import open_gguf
 
 
@@ -48,6 +48,18 @@ def test_options(adapter: Path, tmp_path: Path) -> None:
         arguments = ["export", str(adapter), "--target", "vllm", "--out", str(tmp_path / "other"), *options]
         assert isinstance(CliRunner().invoke(app, arguments).exception, error)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("target", ["vllm", "tgi", "llama.cpp"])
+def test_what_is_there_is_replaced_only_if_asked(target: str, adapter: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    lorakit("export", str(adapter), "--target", target, "--out", str(out), "--dtype", "float16")
+    before = {path: path.read_bytes() for path in (out, *out.rglob("*")) if path.is_file()}
+    command = ("export", str(adapter), "--target", target, "--out", str(out))
+    assert isinstance(CliRunner().invoke(app, command).exception, StorageError)
+    assert {path: path.read_bytes() for path in (out, *out.rglob("*")) if path.is_file()} == before
+    lorakit(*command, "--overwrite")
+    assert {path: path.read_bytes() for path in (out, *out.rglob("*")) if path.is_file()} != before
 
 
 def lorakit(*arguments: str) -> str:

@@ -50,8 +50,9 @@ QWEN3 = (
 # The generation prompt opens a reasoning block that finished turns do not have.
 OPENS_REASONING = CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}")
 NO_GENERATION_PROMPT = CHATML[: CHATML.index("{% if")]
-CHANGES_CONTENT = OPENS_REASONING.replace("m['content']", "m['content'] | upper")
-ENDS_ONCE = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}{{ eos_token }}"
+CHANGES_CONTENT = CHATML.replace("m['content']", "m['content'] | upper")
+ENDS_NEVER = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+ENDS_ONCE = ENDS_NEVER + "{{ 'assistant: ' if add_generation_prompt else eos_token }}"
 ENDS_USER_TURNS = "{% for m in messages %}{{ m.content + (eos_token if m.role == 'user' else '\n') }}{% endfor %}"
 CHATML_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 LLAMA3_TOKENS = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
@@ -103,22 +104,41 @@ def test_llama3_style_with_stripped_contents(llama3: Tokenizer) -> None:
 
 
 def test_mistral_style_moves_the_system_message_and_strips(mistral: Tokenizer) -> None:
-    assert encoded_runs(mistral, TWO_TURNS) == ["s</s>", "It is. 👩‍👩‍👧</s>"]
+    example = encode_record(mistral, TWO_TURNS, 1000)
+    # The space that the template puts before an answer is the model's to write.
+    assert trained_runs(mistral, example) == [" s</s>", " It is. 👩‍👩‍👧</s>"]
+    first, second = (example.input_ids[a:b] for a, b in example.bounds())
+    # Both are asked with the system message before their own question, and the finished conversation has it nowhere.
+    messages = TWO_TURNS.as_dicts()
+    asked = [mistral.render_chat(messages[:count], add_generation_prompt=True) for count in (2, 4)]
+    assert all("Be brief." in text for text in asked) and "Be brief." not in mistral.render_chat(messages)
+    assert first == mistral.encode(asked[0] + " s</s>")
+    assert second == mistral.encode(asked[1] + " It is. 👩‍👩‍👧</s>")
 
 
 def test_qwen3_style_trains_the_reasoning_block_the_model_has_to_write(make_tokenizer: MakeTokenizer) -> None:
     tok = make_tokenizer(QWEN3, CHATML_TOKENS, ["<|im_end|>"], plain=["<think>", "</think>"])
     record = conversation("user: a", "assistant: <think>\nhm\n</think>\n\nyes", "user: b", "assistant: no")
-    assert encoded_runs(tok, record) == ["yes<|im_end|>", "<think>\n\n</think>\n\nno<|im_end|>"]
+    example = encode_record(tok, record, 1000)
+    assert trained_runs(tok, example) == [
+        "<think>\nhm\n</think>\n\nyes<|im_end|>", "<think>\n\n</think>\n\nno<|im_end|>",
+    ]  # fmt: skip
+    messages = record.as_dicts()
+    texts = [tok.decode(example.input_ids[a:b], skip_special_tokens=False) for a, b in example.bounds()]
+    assert texts == [tok.render_chat(messages[:2]), tok.render_chat(messages)]
     last = conversation("user: a", "assistant: <think>\nhm\n</think>\n\nyes")
     assert encoded_runs(tok, last) == ["<think>\nhm\n</think>\n\nyes<|im_end|>"]
 
 
-def test_generation_prompt_that_finished_turns_do_not_have(make_tokenizer: MakeTokenizer) -> None:
+def test_generation_prompt_that_finished_turns_do_not_have_is_refused(make_tokenizer: MakeTokenizer) -> None:
     tok = make_tokenizer(OPENS_REASONING, CHATML_TOKENS, ["<|im_end|>"])
-    # Every content is a piece of a header too: only their places tell them apart.
-    record = conversation("user: s", "assistant: a", "user: user", "assistant: assistant", "user: a<", "assistant: im")
-    assert encoded_runs(tok, record) == ["a<|im_end|>", "assistant<|im_end|>", "im<|im_end|>"]
+    for answer in ("Hello", "<think>\nhm</think>Hello"):  # as text, that is what it begins with; as a turn, it does not
+        record = conversation("user: Hi", f"assistant: {answer}x".replace("<think>\n", " <think>\n"))
+        with pytest.raises(DataError, match=r"train.jsonl:17: message 2: the model is asked .*assistant\\n<think>"):
+            encode_record(tok, record, 1000)
+    # A record that goes on where the generation prompt ends is trained from there.
+    record = conversation("user: Hi", "assistant: <think>\nhm</think>Hello")
+    assert encoded_runs(tok, record) == ["hm</think>Hello<|im_end|>"]
 
 
 def test_template_without_generation_prompt_does_not_train_the_header(make_tokenizer: MakeTokenizer) -> None:
@@ -130,14 +150,18 @@ def test_conversation_that_begins_with_the_assistant(chatml: Tokenizer) -> None:
     assert encoded_runs(chatml, conversation("assistant: Hello!", "user: Hi")) == ["Hello!<|im_end|>"]
 
 
-def test_template_that_changes_contents_is_refused_where_it_hides_the_turn(make_tokenizer: MakeTokenizer) -> None:
+def test_template_that_changes_contents_is_refused(make_tokenizer: MakeTokenizer) -> None:
     tok = make_tokenizer(CHANGES_CONTENT, CHATML_TOKENS, ["<|im_end|>"])
-    with pytest.raises(DataError, match=r"train.jsonl:17: message 2: cannot tell where .* chat template"):
-        encode_record(tok, conversation("user: a", "assistant: b"), 100)
+    with pytest.raises(
+        DataError, match=r"train.jsonl:17: message 1: .* leaves out or changes some of the user message"
+    ):
+        encode_record(tok, conversation("user: Why not?", "assistant: b"), 100)
+    with pytest.raises(DataError, match=r"message 2: .* leaves out or changes some of the assistant message"):
+        encode_record(tok, conversation("user: 1", "assistant: b"), 100)
 
 
 def test_template_whose_turns_have_no_end_is_refused(make_tokenizer: MakeTokenizer) -> None:
-    tok = make_tokenizer(ENDS_ONCE, CHATML_TOKENS, ["<|im_end|>"])
+    tok = make_tokenizer(ENDS_NEVER, CHATML_TOKENS, ["<|im_end|>"])
     with pytest.raises(DataError, match=r"message 2: .*without an end-of-turn token \(<\|im_end\|>\)"):
         encode_record(tok, conversation("user: a", "assistant: b", "user: c", "assistant: d"), 100)
     # The first end-of-turn token after the assistant's turn is that of the next user's.
@@ -160,12 +184,21 @@ def test_token_that_straddles_the_beginning_is_trained(make_tokenizer: MakeToken
     assert encoded_runs(tok, conversation("user: a", "assistant: \nb")) == ["\n\nb<|im_end|>"]
 
 
-def test_token_that_straddles_the_end_is_not_trained(make_tokenizer: MakeTokenizer) -> None:
+def test_end_that_is_no_token_of_its_own_is_refused(make_tokenizer: MakeTokenizer) -> None:
     # The end of turn is a plain line end here, and merges with the line end that the template adds.
     template = CHATML.replace("<|im_end|>", "\\n")
     tok = make_tokenizer(template, CHATML_TOKENS, ["Ċ"], build=newline_merging)
     tok.eos_ids = tuple(tok.encode("\n"))
-    assert encoded_runs(tok, conversation("user: a", "assistant: b")) == ["b"]
+    with pytest.raises(DataError, match="message 2: the tokenizer has no token of its own for the end of this turn"):
+        encode_record(tok, conversation("user: a", "assistant: b"), 100)
+
+
+def test_template_that_ends_the_last_turn_alone_gives_each_turn_a_rendering(make_tokenizer: MakeTokenizer) -> None:
+    tok = make_tokenizer(ENDS_ONCE, CHATML_TOKENS, ["<|im_end|>"])
+    example = encode_record(tok, conversation("user: a", "assistant: b", "user: c", "assistant: d"), 100)
+    assert trained_runs(tok, example) == [" b\n<|im_end|>", " d\n<|im_end|>"]
+    assert len(example.lengths) == 2
+    assert tok.decode(example.input_ids[example.lengths[0] :], skip_special_tokens=False).startswith("user: a")
 
 
 def test_space_of_a_header_without_offsets_is_not_trained(make_tokenizer: MakeTokenizer) -> None:
@@ -216,6 +249,10 @@ def test_example_refuses_a_mask_that_cannot_be() -> None:
         Example([1, 2], [False], "t.jsonl:1")
     with pytest.raises(DataError, match="first token"):
         Example([1, 2], [True, True], "t.jsonl:1")
+    with pytest.raises(DataError, match="first token"):
+        Example([1, 2, 3, 4], [False, True, True, True], "t.jsonl:1", (2, 2))
+    with pytest.raises(DataError, match=r"4 tokens in renderings of \[2, 3\]"):
+        Example([1, 2, 3, 4], [False] * 4, "t.jsonl:1", (2, 3))
 
 
 def test_describe_example_marks_what_is_trained(chatml: Tokenizer) -> None:

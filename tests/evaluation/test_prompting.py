@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorakit.data.records import Message, Record
+from lorakit.data import Message, Record
 from lorakit.errors import DataError
 from lorakit.evaluation.metrics import metric_config
 from lorakit.evaluation.prompting import choose_examples, key_for_metrics, prompted_messages, split_record
@@ -104,3 +104,25 @@ def test_no_key_without_a_field_metric():
     assert (
         key_for_metrics([metric_config("chrf"), metric_config({"kind": "json_field_chrf", "field": "answer"})]) is None
     )
+
+
+TOOLS = [{"type": "function", "function": {"name": "get_weather"}}]
+CALL = {"function": {"name": "get_weather", "arguments": {"city": "Oslo"}}}
+
+
+def test_both_prompts_keep_the_tools_and_the_calls():
+    calls = Message("assistant", "", {"content": None, "tool_calls": [CALL]})
+    turns = (Message("user", "Weather?"), calls, Message("tool", "22"), Message("assistant", "Warm."))
+    asked = Record(turns, "eval.jsonl:1", {"tools": TOOLS})
+    short, reference = split_record(asked)
+    assert reference == "Warm." and short.tools == TOOLS
+    assert short[1] == {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    strong = prompted_messages(asked, "Be brief.", [asked])
+    assert strong.tools == TOOLS and strong[-3:] == short and strong[2] == short[1]
+    assert prompted_messages(turns, None).tools is None
+
+
+def test_a_call_is_no_answer_to_compare_with():
+    calls = Message("assistant", "", {"content": None, "tool_calls": [CALL]})
+    with pytest.raises(DataError, match=r"eval\.jsonl:9: the last answer calls a tool"):
+        split_record(Record((Message("user", "a"), calls), "eval.jsonl:9", {}))

@@ -13,7 +13,6 @@ from lorakit.inspection.probes import ProbeConfig
 
 CONVERSATIONS = conversations(10)
 BINS = {"0": [0], "1-2": [1, 2], "3-6": range(3, 7), "7-14": range(7, 15), "15-30": range(15, 31)}
-EXACT = 1e-6  # relative, against float64
 CLOSE = ProbeConfig(noise_every=1, spectra_every=2, drift_every=3, dead_after=4)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lorakit_kernels as kernels
 import pytest
 import torch
@@ -9,6 +11,7 @@ from lorakit_kernels import Weight4bit
 from tolerances import assert_alike, assert_within, rounding
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
+from torch.func import grad, vmap
 from torch.library import opcheck
 
 from lorakit import quantize
@@ -76,6 +79,58 @@ def test_rope(backward: bool) -> None:
 
 def test_swiglu() -> None:
     assert gradcheck(kernels.swiglu, (torch.randn(3, 8, **DOUBLE), torch.randn(3, 8, **DOUBLE)))
+
+
+def every_operation() -> dict[str, tuple[Any, ...]]:
+    """Return functions of tensors that each call one operation: name -> (function, tensors)."""
+    torch.manual_seed(0)
+    weight, tables = operand(True), rope_tables(rope_frequencies(8, 100.0), torch.arange(3), torch.float64)
+    narrow, wide, targets = (torch.randn(3, 4, **DOUBLE), torch.randn(3, 8, **DOUBLE), torch.tensor([0, 3, 1]))
+    x, factors = torch.randn(3, 64, **DOUBLE), [torch.randn(3, 2, **DOUBLE), torch.randn(4, 2, **DOUBLE)]
+    back = [torch.randn(3, 2, **DOUBLE), torch.randn(2, 64, **DOUBLE)]
+    heads = [torch.randn(3, 2, 8, **DOUBLE), torch.randn(3, 1, 8, **DOUBLE)]
+    return {
+        "linear_4bit": (lambda x, *lora: kernels.linear_4bit(x, weight, None, lora, 0.5), x, *factors),
+        "linear_4bit_dx": (lambda dy, *lora: kernels.linear_4bit_dx(dy, weight, lora), narrow, *back),
+        "add_linear_4bit_dx": (lambda dx, dy: _added(dx.clone(), dy, weight), x, narrow),
+        "rms_norm": (lambda x, w: kernels.rms_norm(x, w, 1e-5)[0], wide, torch.randn(8, **DOUBLE)),
+        "rope": (lambda q, k: kernels.rope(q, k, *tables), *heads),
+        "swiglu": (kernels.swiglu, wide, torch.randn(3, 8, **DOUBLE)),
+        "swiglu_backward": (kernels.swiglu_backward, *(torch.randn(2, 3, **DOUBLE) for _ in range(3))),
+        "drop": (lambda x: kernels.drop(x, torch.tensor(5), 0.4), wide),
+        "cross_entropy": (lambda x: kernels.cross_entropy(x, targets, False), wide),
+    }
+
+
+def _added(dx: Tensor, dy: Tensor, weight: Weight4bit) -> Tensor:
+    kernels.add_linear_4bit_dx(dx, dy, weight)
+    return dx
+
+
+@pytest.mark.parametrize("name", every_operation())
+def test_derivatives_of_every_order_and_mode(name: str) -> None:
+    function, *tensors = every_operation()[name]
+    batched = name != "add_linear_4bit_dx"
+    forward = {"check_forward_ad": True, "check_batched_forward_grad": True}
+    forward_over = {"check_fwd_over_rev": True, "check_rev_over_rev": False, "check_undefined_grad": False}
+    assert gradcheck(function, tensors, check_batched_grad=batched, **forward)
+    assert gradgradcheck(function, tensors, check_batched_grad=batched)
+    assert gradgradcheck(function, tensors, **forward_over)
+
+
+@pytest.mark.parametrize("name", every_operation())
+def test_samples_under_vmap(name: str) -> None:
+    function, *tensors = every_operation()[name]
+
+    def loss(*tensors: Tensor) -> Tensor:
+        results = function(*tensors)
+        return sum(result.sin().sum() for result in ((results,) if isinstance(results, Tensor) else results))
+
+    stacks = [torch.stack([tensor.detach(), 2 * tensor.detach()]) for tensor in tensors]
+    found = vmap(grad(loss, argnums=tuple(range(len(tensors)))))(*stacks)
+    for index in (0, 1):
+        given = [stack[index].clone().requires_grad_() for stack in stacks]
+        assert_alike([one[index] for one in found], list(torch.autograd.grad(loss(*given), given)), 200)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

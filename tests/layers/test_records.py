@@ -17,7 +17,7 @@ from lorakit.layers import (
     LoRAEmbedding,
     LoRALinear,
     SavedModule,
-    TiedHead,
+    TiedModule,
     TrainedTokens,
 )
 
@@ -48,7 +48,7 @@ PARTS: dict[str, Callable[[], AdapterModule]] = {
     "embedding": embedding,
     "copy": lambda: two(SavedModule(nn.Linear(6, 5))),
     "tokens": lambda: two(TrainedTokens(nn.Embedding(7, 6)), [1, 3]),
-    "head": lambda: two(TiedHead(nn.Linear(6, 7), TrainedTokens(nn.Embedding(7, 6)))),
+    "head": lambda: two(TiedModule(nn.Linear(6, 7)), {"weight": (TrainedTokens(nn.Embedding(7, 6)), "weight")}),
 }
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import tokenizers
 import torch
-from made import ARCHITECTURES, small_decoder, small_tokenizer
+from made import ARCHITECTURES, CHATML, SPECIAL, make_tokenizer, sentencepiece, small_decoder, small_tokenizer
+from tokenizers import processors
 from torch import nn
 
 from lorakit import Decoder, LoraConfig, Tokenizer, add_adapter, generate
@@ -81,6 +84,53 @@ def test_conversations_go_through_the_chat_template(model: Decoder, tok: Tokeniz
     assert generate(model, tok, chats[0], 5) == generate(model, tok, as_text[0], 5)
 
 
+@pytest.mark.parametrize("end", ["", " <|im_end|>"])
+def test_a_plain_prompt_begins_as_the_post_processor_says(end: str, model: Decoder, tok: Tokenizer) -> None:
+    backend = tokenizers.Tokenizer.from_file(str(tok.folder / "tokenizer.json"))
+    ids = [(token, backend.token_to_id(token)) for token in SPECIAL]
+    backend.post_processor = processors.TemplateProcessing(single=f"{SPECIAL[0]} $A{end}", special_tokens=ids)
+    with_bos = Tokenizer(backend, eos_ids=[ids[2][1]], template=tok._template)
+    expected = [tok.decode(greedy_ids(model, [ids[0][1], *tok.encode(p)], 6, tok.eos_ids)) for p in [*PROMPTS, ""]]
+    assert generate(model, with_bos, [*PROMPTS, ""], 6) == expected
+    assert generate(model, with_bos, [SPECIAL[0] + prompt for prompt in PROMPTS], 6) == expected[:-1]
+    chat = [{"role": "user", "content": "fox?"}]
+    assert generate(model, with_bos, chat, 6) == generate(model, tok, chat, 6)  # its template has no BOS
+
+
+def writes(model: Decoder, answers: dict[int, list[int]], stop: int) -> Decoder:
+    """Make the model answer a prompt that ends in a token with the tokens given for it, then with `stop`."""
+    follows = {}
+    for last, tokens in answers.items():
+        follows |= dict(itertools.pairwise([last, *tokens, stop]))
+    vocabulary = model.config.vocab_size
+    model.lm_head = nn.Linear(vocabulary, vocabulary, bias=False).requires_grad_(False)
+    model.lm_head.weight.zero_()
+    for token, following in follows.items():
+        model.lm_head.weight[following, token] = 1.0
+    model.hidden_states = lambda ids, *_, **__: nn.functional.one_hot(ids, vocabulary).float()  # type: ignore
+    return model
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_prompt_and_answer_are_the_whole_text(batch_size: int, tmp_path: Path) -> None:
+    tok = make_tokenizer(tmp_path, CHATML, SPECIAL, ["<|im_end|>"], sentencepiece)
+    x, u, q = (tok.encode(letter)[-1] for letter in "xuq")
+    tokens = ["▁", "dog", ",", ".", *(f"<0x{byte:02X}>" for byte in "€".encode())]
+    space, dog, comma, dot, *euro = [tok._backend.token_to_id(token) for token in tokens]
+    model = writes(small_decoder(vocab_size=700), {x: [space, dog, comma], u: [dot], q: euro}, tok.eos_id)
+    prompts = ["x", "u", "q"]
+    assert generate(model, tok, prompts, 5, batch_size=batch_size) == [" dog,", ".", "€"]
+    assert generate(model, tok, prompts, 2, batch_size=batch_size) == [" dog", ".", "\ufffd\ufffd"]
+
+
+def test_the_space_that_the_tokenizer_puts_after_a_special_token_is_not_the_answers(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ '<|im_start|>' + m['content'] + '<|im_end|>' }}{% endfor %}<|endoftext|>"
+    tok = make_tokenizer(tmp_path, template, SPECIAL, ["<|im_end|>"], sentencepiece)
+    asks, dog = tok.encode("<|endoftext|>dog")[0], tok.encode("<|endoftext|>dog")[1:]
+    model = writes(small_decoder(vocab_size=700), {asks: dog}, tok.eos_id)
+    assert generate(model, tok, [{"role": "user", "content": "fox"}], 5) == "dog"
+
+
 @pytest.mark.parametrize("prefix", ["", "The quick brown fox jumps over the lazy dog."])
 def test_prompts_with_a_shared_beginning(prefix: str, model: Decoder, tok: Tokenizer) -> None:
     prompts = [prefix + rest for rest in (" It", " It does so every day", "x", "")] if prefix else ["x", "x", "x y"]
@@ -144,6 +194,13 @@ class TestSampling:
         assert 0.05 < probs[top] < 0.95
         assert abs(share - float(probs[top])) < 5 * float((probs[top] * (1 - probs[top]) / 2000).sqrt())
 
+    @pytest.mark.parametrize("values", [{"temperature": 1e-40}, {"temperature": 5e-324}, {"top_p": 1e-300}], ids=str)
+    def test_the_coldest_and_narrowest_sampling_is_greedy(
+        self, values: dict[str, float], model: Decoder, tok: Tokenizer
+    ) -> None:
+        greedy = generate(model, tok, PROMPTS, 5)
+        assert generate(model, tok, PROMPTS, 5, **{"temperature": 1.0, **values}, seed=0) == greedy
+
     def test_top_p_draws_from_the_smallest_set_that_reaches_it(self, model: Decoder, tok: Tokenizer) -> None:
         model.lm_head.weight.data *= 4
         probs, order = model(torch.tensor([tok.encode("x")]))[0, -1].softmax(dim=-1).sort(descending=True)
@@ -179,6 +236,8 @@ class TestWrongInput:
             {"max_new_tokens": -1},
             {"batch_size": 0},
             {"temperature": -0.1},
+            {"temperature": 1.0, "seed": 2**64},
+            {"temperature": 1.0, "seed": -(2**63) - 1},
             {"temperature": float("nan")},
             {"temperature": float("inf")},
             {"temperature": 1.0, "top_p": 0.0},
@@ -191,6 +250,13 @@ class TestWrongInput:
 
 
 class TestSideEffects:
+    def test_a_trained_copy_of_the_norm_leaves_the_dtype(self, tok: Tokenizer) -> None:
+        model = small_decoder().bfloat16()
+        plain = generate(model, tok, PROMPTS, 6)
+        add_adapter(model, LoraConfig(r=2, modules_to_save=["norm"]))
+        assert model.dtype == torch.bfloat16  # the copy is in fp32
+        assert generate(model, tok, PROMPTS, 6) == plain
+
     @pytest.mark.parametrize("training", [True, False])
     def test_the_mode_is_restored(self, training: bool, model: Decoder, tok: Tokenizer) -> None:
         model.train(training)

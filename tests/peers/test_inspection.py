@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tolerances import assert_within, rounding
 from torch import Tensor, nn
 
 from lorakit.inspection import AdapterInfo, inspect_adapter
@@ -70,17 +71,21 @@ def check(info: AdapterInfo, model: nn.Module, is_merged: bool) -> None:
         with torch.no_grad():
             delta: Tensor = module.get_delta_weight("default").double()
             before = dequantized(module.get_base_layer()).double().clone()
-        torch.testing.assert_close(layer.norm, float(delta.norm()), rtol=1e-6, atol=0)
+        # PEFT's update is a sum of up to 7 random directions in fp32, scaled; its terms are sqrt(7) times as large.
+        off = rounding(7 + 1, 7**0.5 * delta.norm())
+        assert_within(layer.norm, delta.norm(), off)
         s = torch.linalg.svdvals(delta)[: len(layer.singular_values)]
-        torch.testing.assert_close(layer.spectrum, s, rtol=0, atol=1e-6 * float(s[0]))
+        assert_within(layer.spectrum, s, off)
         assert layer.base is not None
-        torch.testing.assert_close(layer.base.base_norm, float(before.norm()), rtol=1e-6, atol=0)
-        if is_merged:
+        size = before.norm()
+        assert_within(layer.base.base_norm, size, rounding(before.numel(), size, torch.float64))
+        if is_merged:  # into fp32: one more rounding of each weight, and of DoRA's norms over at most 128 inputs
             module.merge()
-            change = (module.get_base_layer().weight.double() - before).norm()
-            torch.testing.assert_close(layer.base.relative_norm, float(change / before.norm()), rtol=1e-5, atol=0)
+            after = module.get_base_layer().weight.double()
+            off = off + rounding(128 // 2 + 6, after.norm())
+            assert_within(layer.base.relative_norm, (after - before).norm() / size, 2 * off / size)
         else:
-            torch.testing.assert_close(layer.base.relative_norm, float(delta.norm() / before.norm()), rtol=1e-6, atol=0)
+            assert_within(layer.base.relative_norm, delta.norm() / size, 2 * off / size)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

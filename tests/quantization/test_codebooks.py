@@ -62,7 +62,7 @@ def test_a_new_codebook_rounds_to_its_values(monkeypatch: pytest.MonkeyPatch) ->
     assert quantized.quant_type == "even" and torch.equal(quantized.code_values, torch.linspace(-1, 1, 16))
     assert torch.equal(quantized.dequantize().round(), steps)
     layer = Linear4bit.from_linear(nn.Linear(64, 6), "even")
-    torch.testing.assert_close(layer(torch.eye(64)), layer.dense_weight(torch.float32).T + layer.bias)
+    assert torch.equal(layer(torch.eye(64)), layer.dense_weight(torch.float32).T + layer.bias)  # zeros add nothing
     formats = QuantConfig(quant_type="even").assign(["q_proj"])
     assert formats["q_proj"] is not None and formats["q_proj"].quant_type == "even"
 

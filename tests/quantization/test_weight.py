@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerances import rounding, unit
 
 from lorakit.errors import ConfigError, ShapeError
 from lorakit.quantization import BLOCK_SIZES, QUANT_TYPES, QuantizedWeight, codebook, dynamic_map, quantize
@@ -169,7 +170,8 @@ def test_double_quantization_takes_the_exact_nearest_code() -> None:
         scaled = part * (np.float32(1) / peak)
         nearest = np.abs(table[None, :].astype(np.float64) - scaled[:, None].astype(np.float64)).min(axis=1)
         taken = table[scales.codes.numpy()[block * 256 : (block + 1) * 256]].astype(np.float64)
-        assert np.abs(np.abs(taken - scaled) - nearest).max() < 1e-7  # a midpoint rounded to fp32 may go either way
+        # A midpoint rounded to fp32 may go either way.
+        assert np.abs(np.abs(taken - scaled) - nearest).max() <= 2 * unit(torch.float32)
         assert scales.absmax[block] == peak
 
 
@@ -249,10 +251,12 @@ def test_error_report_matches_its_definitions() -> None:
     quantized = quantize(weight)
     report = quantized.error(weight)
     error = (quantized.dequantize(torch.float32) - weight).double()
-    assert report.mse == pytest.approx(float(error.square().mean()))
+    bound = float(rounding(weight.numel(), 1.0, torch.float64))  # of means and norms, relative
+    assert report.mse == pytest.approx(float(error.square().mean()), rel=bound)
     assert report.max == float(error.abs().max())
-    assert report.relative_frobenius == pytest.approx(float(error.norm() / weight.double().norm()))
-    assert report.snr_db == pytest.approx(-20 * math.log10(report.relative_frobenius))
+    relative = float(error.norm() / weight.double().norm())
+    assert report.relative_frobenius == pytest.approx(relative, rel=bound)
+    assert report.snr_db == pytest.approx(-20 * math.log10(relative), rel=bound)
     rows = torch.nan_to_num(error.norm(dim=1) / weight.double().norm(dim=1))
     assert report.worst_row == int(rows.argmax())
     exact = quantize(torch.zeros(2, 64)).error(torch.zeros(2, 64))

@@ -200,6 +200,24 @@ eval:
         assert {key for key, _ in error.problems} == set(lines)
         assert str(error).startswith(f"recipe.yaml is not valid ({len(lines)} problems):")
 
+    @pytest.mark.parametrize(
+        ("override", "hint"),
+        [
+            ("train.learning_rate=1e-4", "here it is called 'lr'"),
+            ("learning_rate=1e-4", "here it is called 'train.lr'"),
+            ("lora.rank=8", "here it is called 'r'"),
+            ("train.bf16=true", "here it is called 'model.dtype': bfloat16, float16 or float32"),
+            ("train.per_device_train_batch_size=4", "here it is called 'batch_size': all conversations of a step"),
+            ("train.lr_scheduler_type=linear", "the rate rises, then falls along half a cosine"),
+            ("lr=1e-4", "here it is called 'train.lr'"),
+            ("max_length=512", "here it is called 'data.max_length'"),
+            ("train.quant_type=nf4", "here it is called 'model.quant_type'"),
+            ("eval.seed=1", "here it is called 'seed'"),
+        ],
+    )
+    def test_keys_of_other_tools_and_in_other_sections(self, override: str, hint: str) -> None:
+        assert f"unknown key; {hint}" in str(refused(MINIMAL, override))
+
     def test_model_folder_is_accepted(self, folder: Path) -> None:
         (folder / "my-model").mkdir()
         load_recipe(written(MINIMAL.replace("smollm2-135m-instruct", "my-model")))

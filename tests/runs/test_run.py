@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import shutil
 from pathlib import Path
@@ -13,14 +14,25 @@ from made import conversations
 
 from lorakit import generate, load_adapter, load_model, load_records, load_tokenizer, save_records
 from lorakit.adapters import lora_layers
-from lorakit.data import Message
+from lorakit.data import Message, Record
 from lorakit.errors import CheckpointError, ConfigError, DataError
 from lorakit.evaluation import choose_examples, prompted_messages
+from lorakit.models import chat_template
 from lorakit.runs import load_recipe
 from lorakit.runs.chat import Chat
 from lorakit.runs.run import evaluate_run, load_run, train_run
+from lorakit.training import trainer
 
-FILES = {"recipe.yaml", "adapter", "train.jsonl", "predictions.jsonl", "metrics.json", "report.html", "report.md"}
+FILES = {
+    "recipe.yaml",
+    "chat.json",
+    "adapter",
+    "train.jsonl",
+    "predictions.jsonl",
+    "metrics.json",
+    "report.html",
+    "report.md",
+}
 
 
 def run(*overrides: str, resume: bool = False) -> tuple[dict[str, Any], list[str]]:
@@ -95,6 +107,7 @@ def test_without_evaluation_there_are_counts_alone(quant_type: str, workshop: Pa
     assert "tuned" not in metrics and metrics["counts"]["eval"] == 0
     assert {path.name for path in (workshop / "run").iterdir()} == {
         "recipe.yaml",
+        "chat.json",
         "adapter",
         "train.jsonl",
         "metrics.json",
@@ -190,20 +203,131 @@ class TestTalking:
         assert len(lora_layers(tuned)) == 14 and not lora_layers(base)
         assert recipe.title == "small talk" and tok.encode("x")
 
-    def test_a_chat_keeps_its_turns_and_the_datas_system_prompt(self, workshop: Path) -> None:
+    def test_a_chat_keeps_its_turns(self, workshop: Path) -> None:
         run()
         chat = Chat(workshop / "run")
         assert chat.messages == [] and "adapter" in chat.description
         chat.ask("a?")
         chat.answer("b")
         assert [message["role"] for message in chat.ask("c?")] == ["user", "assistant", "user"]
-        records = [
-            type(record)((Message("system", "Be brief."), *record.messages), record.source)
-            for record in conversations(2)
-        ]
-        save_records(workshop / "train.jsonl", records)
-        assert Chat(workshop / "run").messages == [{"role": "system", "content": "Be brief."}]
-        assert Chat(workshop / "run", system="").messages == []
-        assert Chat(workshop / "run", system="Sing.").messages == [{"role": "system", "content": "Sing."}]
+
+    def test_a_run_keeps_its_datas_system_prompt(self, workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        save_records(workshop / "train.jsonl", with_system("Be brief.", conversations(8)))
+        run("eval=null", f"model.path={workshop / 'model'}")
+        save_records(workshop / "train.jsonl", with_system("Be long.", conversations(8)))
+        (workshop / "elsewhere").mkdir()
+        (workshop / "run").rename(workshop / "moved")
+        monkeypatch.chdir(workshop / "elsewhere")
+        for folder in (Path("../moved"), workshop / "moved"):
+            assert Chat(folder).messages == [{"role": "system", "content": "Be brief."}]
+            assert Chat(folder, adapted=False).messages == [{"role": "system", "content": "Be brief."}]
         (workshop / "train.jsonl").unlink()
-        assert Chat(workshop / "run", adapted=False).messages == []
+        assert Chat(workshop / "moved").messages == [{"role": "system", "content": "Be brief."}]
+        assert Chat(workshop / "moved", system="").messages == []
+        assert Chat(workshop / "moved", system="Sing.").messages == [{"role": "system", "content": "Sing."}]
+
+    def test_a_run_that_keeps_none_reads_it_from_the_data(self, workshop: Path) -> None:
+        run("eval=null")
+        save_records(workshop / "train.jsonl", with_system("Be brief.", conversations(2)))
+        assert Chat(workshop / "run").messages == []  # those it was trained on had none
+        (workshop / "run" / "chat.json").unlink()
+        assert Chat(workshop / "run").messages == [{"role": "system", "content": "Be brief."}]
+        (workshop / "train.jsonl").unlink()
+        assert Chat(workshop / "run").messages == []
+
+    def test_a_base_with_a_relative_path_is_looked_for_here(
+        self, workshop: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run("eval=null")
+        (workshop / "elsewhere").mkdir()
+        monkeypatch.chdir(workshop / "elsewhere")
+        with pytest.raises(
+            CheckpointError, match=r"recipe.yaml: model.path is 'model', .* relative to the folder where"
+        ):
+            Chat(workshop / "run")
+
+    @pytest.mark.parametrize("text", ["", "[]", '{"system": '])
+    def test_a_broken_file_is_named(self, text: str, workshop: Path) -> None:
+        run("eval=null")
+        (workshop / "run" / "chat.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"chat\.json"):
+            Chat(workshop / "run")
+
+
+class TestFigures:
+    def test_what_is_not_finite_is_null(self, workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("lorakit.runs.evaluating.perplexity", lambda model, tok, text: float("inf"))
+        metrics, _ = run()
+        assert metrics["tuned"]["perplexity_general"] is None and metrics["verdict"]["helped"] is False
+        text = (workshop / "run" / "metrics.json").read_text()
+        assert "Infinity" not in text and "NaN" not in text and json.loads(text) == metrics
+        assert "not finite" in (workshop / "run" / "report.md").read_text()
+
+    @pytest.mark.parametrize(
+        ("base_prompt", "given", "heading"),
+        [
+            ("{examples: 0}", "Both got the same short prompt", "Base, same prompt"),
+            ("{examples: 1}", "a strong prompt with 1 worked example,", "Base, strong prompt"),
+            ("{examples: 0, instructions: Repeat.}", "a strong prompt with instructions,", "Base, strong prompt"),
+            (
+                "{examples: 2, instructions: Repeat.}",
+                "a strong prompt with instructions and 2 worked examples,",
+                "Base, strong prompt",
+            ),
+        ],
+    )
+    def test_the_report_says_what_the_base_was_given(
+        self, base_prompt: str, given: str, heading: str, workshop: Path
+    ) -> None:
+        run(f"eval.base_prompt={base_prompt}")
+        for name in ("report.md", "report.html"):
+            text = (workshop / "run" / name).read_text()
+            assert given in text and heading in text
+            assert "strong" in given or "strong prompt" not in text
+
+
+def with_system(text: str, records: list[Record]) -> list[Record]:
+    return [Record((Message("system", text), *record.messages), record.source) for record in records]
+
+
+def test_the_day_of_a_dated_template_is_kept(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = json.loads(Path("model/tokenizer_config.json").read_text())
+    config["chat_template"] = "Today is {{ strftime_now('%d %b %Y') }}\n" + config["chat_template"]
+    Path("model/tokenizer_config.json").write_text(json.dumps(config))
+
+    def it_is(day: int) -> None:
+        now = classmethod(lambda cls, tz=None: cls(2026, 11, day))
+        monkeypatch.setattr(chat_template, "datetime", type("Clock", (datetime.datetime,), {"now": now}))
+
+    it_is(27)
+    first, said = run("train.checkpoint_every=2")
+    assert "date in the conversations: 2026-11-27" in said
+    assert load_recipe("run/recipe.yaml").data.date == datetime.date(2026, 11, 27)
+    with monkeypatch.context() as patched:
+        steps = iter([trainer.take_step] * 3)  # it stops at the fourth
+        patched.setattr(trainer, "take_step", lambda *given: next(steps)(*given))
+        with pytest.raises((StopIteration, RuntimeError)):
+            run("train.checkpoint_every=2", "output=stopped")
+    it_is(28)
+    resumed, said = run("train.checkpoint_every=2", "output=stopped", resume=True)
+    assert "date in the conversations: 2026-11-27" in said and measured(resumed) == measured(first)
+    assert load_run(Path("run"))[1].date == datetime.date(2026, 11, 27)
+    assert measured(evaluate_run(Path("run"))) == measured(first)
+    chosen, said = run("data.date=2026-11-27", "output=again")  # YAML reads a date
+    assert measured(chosen) == measured(first)
+    _, said = run("output=other")
+    assert "date in the conversations: 2026-11-28" in said
+
+
+def test_a_chat_has_the_tools_of_the_data(workshop: Path) -> None:
+    config = json.loads(Path("model/tokenizer_config.json").read_text())
+    config["chat_template"] = "{% if tools %}{{ tools | tojson }}{% endif %}" + config["chat_template"]
+    Path("model/tokenizer_config.json").write_text(json.dumps(config))
+    tools = [{"type": "function", "function": {"name": "get_weather"}}]
+    for file in ("train.jsonl", "eval.jsonl"):
+        save_records(file, [Record(record.messages, record.source, {"tools": tools}) for record in load_records(file)])
+    run()
+    chat = Chat(Path("run"))
+    asked = chat.ask("Hi")
+    assert asked == [{"role": "user", "content": "Hi"}] and asked.tools == tools
+    assert chat.tok.render_chat(asked, True).startswith(json.dumps(tools))

@@ -7,18 +7,31 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from made import adapted, conversations, small_tokenizer
+from made import CHATML, SPECIAL, adapted, byte_level, conversations, make_tokenizer, small_decoder, small_tokenizer
 from safetensors.torch import load_file
 from small_training import CONVERSATIONS, config, interrupted, logged, same, timeless, values_of
 
-from lorakit import Decoder, Tokenizer, TrainConfig, TrainResult, train
+from lorakit import (
+    Decoder,
+    LoraConfig,
+    Tokenizer,
+    TrainConfig,
+    TrainResult,
+    add_adapter,
+    load_tokenizer,
+    set_adapter,
+    train,
+)
 from lorakit.errors import CheckpointError, TrainingError
+from lorakit.models.tokenizer import tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +115,42 @@ class TestResuming:
         assert same(values_of(first), values_of(second))
         assert again.history == result.history and again.eval_loss == result.eval_loss is not None
 
-    def test_without_a_checkpoint_it_starts_anew(self, tok: Tokenizer, tmp_path: Path) -> None:
-        model, result = self.run(tok, config(output=tmp_path), resume=True)
+    @pytest.mark.parametrize("folder", ["new", None])
+    def test_without_a_checkpoint_it_starts_anew_and_says_so(
+        self, folder: str | None, tok: Tokenizer, tmp_path: Path
+    ) -> None:
+        with pytest.warns(UserWarning, match="nothing to resume: .*; training begins at step 1"):
+            model, result = self.run(tok, config(output=tmp_path / folder if folder else None), resume=True)
         assert result.steps == 6 and same(values_of(model), values_of(self.run(tok, config())[0]))
+
+    def test_steps_without_a_checkpoint_keep_their_log(self, tok: Tokenizer, tmp_path: Path) -> None:
+        interrupted(adapted(lora_dropout=0.2), tok, config(output=tmp_path), at_pass=4)
+        log = (tmp_path / "train.jsonl").read_bytes()
+        for number in (1, 2):
+            with pytest.warns(UserWarning, match=r"train.jsonl has steps, but there is no checkpoint .* kept as"):
+                model, _ = self.run(tok, config(output=tmp_path), resume=True)
+            assert (tmp_path / f"train.jsonl.{number}").read_bytes() == log
+            log = (tmp_path / "train.jsonl").read_bytes()
+        assert same(values_of(model), values_of(self.run(tok, config())[0]))
+
+    def test_a_newer_one_that_is_broken_is_passed_over(self, tok: Tokenizer, tmp_path: Path) -> None:
+        settings = config(output=tmp_path, checkpoint_every=2)
+        interrupted(adapted(lora_dropout=0.2), tok, settings, at_pass=4)
+        folder = tmp_path / "checkpoints"
+        for name in ("step-000099", "step-000100", "step-old", "step-²"):
+            (folder / name).mkdir()
+        (folder / "step-000100" / "state.json").write_text("{}")
+        model, _ = self.run(tok, settings, resume=True)
+        assert same(values_of(model), values_of(self.run(tok, config())[0]))
+        assert sorted(path.name for path in folder.iterdir()) == ["step-000006", "step-old", "step-²"]
+
+    def test_the_steps_of_a_checkpoint_are_numbers(self, tok: Tokenizer, tmp_path: Path) -> None:
+        settings = config(output=tmp_path, checkpoint_every=2)
+        self.run(tok, settings)
+        folder = tmp_path / "checkpoints"
+        (folder / "step-000006").rename(folder / "step-1000000")
+        (folder / "step-999999").mkdir()
+        assert self.run(tok, settings, resume=True)[1].steps == 6
 
     def test_without_resume_it_starts_anew(self, tok: Tokenizer, tmp_path: Path) -> None:
         settings = config(output=tmp_path, checkpoint_every=2)
@@ -128,10 +174,40 @@ class TestResuming:
             settings = settings.model_copy(update={change: 7})
         model = adapted(**lora)
         before, log = values_of(model), (tmp_path / "train.jsonl").read_bytes()
-        with pytest.raises(TrainingError, match="other settings, data or adapter"):
+        with pytest.raises(TrainingError, match="other settings, data or adapter") as caught:
             train(model, tok, records, settings, resume=True)
+        named = {
+            "data": "the training records: not the same",
+            "dropout": "lora_dropout of adapter",
+            "r": "r of adapter",
+        }
+        assert named.get(change, change) in str(caught.value)
         assert same(values_of(model), before)
         assert (tmp_path / "train.jsonl").read_bytes() == log
+
+    @pytest.mark.parametrize("change", ["weight", "bias", "rope_theta", "4 bits", "another adapter"])
+    def test_a_checkpoint_on_another_base_is_refused(self, change: str, tok: Tokenizer, tmp_path: Path) -> None:
+        def model(changed: bool) -> Decoder:
+            if change == "4 bits":
+                return adapted(quantized=changed)
+            made = adapted() if change != "rope_theta" or not changed else _adapted_with(rope_theta=5000.0)
+            if changed and change == "weight":
+                made.get_submodule("model.layers.1.mlp.up_proj.base_layer").weight.data.mul_(1.01)
+            if changed and change == "bias":
+                made.model.norm.weight.data[0] += 1
+            if change == "another adapter":
+                torch.manual_seed(1 + changed)
+                add_adapter(made, LoraConfig(r=2, init_lora_weights=False), "other", trained=False)
+                set_adapter(made, "default")
+            return made
+
+        settings = config(output=tmp_path, checkpoint_every=2)
+        train(model(False), tok, CONVERSATIONS, settings)
+        log = (tmp_path / "train.jsonl").read_bytes()
+        with pytest.raises(TrainingError, match="the base model: not the same"):
+            train(model(True), tok, CONVERSATIONS, settings, resume=True)
+        assert (tmp_path / "train.jsonl").read_bytes() == log
+        assert train(model(False), tok, CONVERSATIONS, settings, resume=True).steps == 6
 
     @pytest.mark.parametrize("change", ["progress", "eval_every", "checkpoint_every"])
     def test_what_does_not_change_the_numbers_may_change(self, change: str, tok: Tokenizer, tmp_path: Path) -> None:
@@ -147,3 +223,40 @@ class TestResuming:
         file.write_bytes(file.read_bytes()[:-10])
         with pytest.raises(CheckpointError, match=r"cannot read the checkpoint .*step-000006"):
             self.run(tok, settings, resume=True)
+
+
+def _adapted_with(**changes: Any) -> Decoder:
+    """Return `adapted()` with another configuration."""
+    model = small_decoder(**changes)
+    torch.manual_seed(0)
+    add_adapter(model, LoraConfig(r=4, lora_alpha=8))
+    return model
+
+
+class TestTheDay:
+    """A chat template that asks for today's date: a run keeps its first day."""
+
+    @pytest.fixture
+    def dated(self, tmp_path: Path) -> Path:
+        make_tokenizer(tmp_path, "Today is {{ strftime_now('%d %b') }}\n" + CHATML, SPECIAL, ["<|im_end|>"], byte_level)
+        return tmp_path
+
+    def test_a_run_that_goes_on_the_next_day(self, dated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        first, second = date(2026, 11, 27), date(2026, 11, 28)
+        whole = adapted()
+        expected = train(whole, load_tokenizer(dated, first), CONVERSATIONS, config(), CONVERSATIONS[:2])
+        settings = config(output=dated / "run", checkpoint_every=2)
+        monkeypatch.setattr(tokenizer, "today", lambda: first)
+        interrupted(adapted(), load_tokenizer(dated), settings, 6)
+        monkeypatch.setattr(tokenizer, "today", lambda: second)
+        model, tok = adapted(), load_tokenizer(dated)
+        with pytest.warns(UserWarning, match="the date on which the run began, 2026-11-27"):
+            result = train(model, tok, CONVERSATIONS, settings, CONVERSATIONS[:2], resume=True)
+        assert same(values_of(model), values_of(whole)) and timeless(result.history) == timeless(expected.history)
+        assert tok.date == second  # the caller's is as it was
+
+    def test_another_day_that_was_chosen_is_another_run(self, dated: Path) -> None:
+        settings = config(output=dated / "run", checkpoint_every=2)
+        interrupted(adapted(), load_tokenizer(dated, date(2026, 11, 27)), settings, 6)
+        with pytest.raises(TrainingError, match="other settings, data or adapter"):
+            train(adapted(), load_tokenizer(dated, date(2026, 11, 28)), CONVERSATIONS, settings, resume=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
@@ -42,8 +43,15 @@ def test_a_single_step_trains(warmup: float) -> None:
 )
 def test_for_any_settings_it_rises_to_the_peak_and_falls(steps: int, peak: float, warmup: float, least: float) -> None:
     got = rates(steps, peak, warmup, least)
-    top = math.ceil(warmup * steps)
+    top = math.ceil(Fraction(repr(warmup)) * steps)
     assert all(0 < rate <= peak * (1 + 1e-12) for rate in got)
     assert max(got) == pytest.approx(peak)
     assert got[:top] == sorted(got[:top]) and got[top:] == sorted(got[top:], reverse=True)
     assert all(rate >= least * peak * (1 - 1e-12) for rate in got[top:])
+
+
+@pytest.mark.parametrize(("ratio", "steps", "expected"), [(0.07, 100, 7), (0.28, 25, 7), (0.1, 30, 3), (0.071, 100, 8)])
+def test_the_rise_takes_the_steps_of_the_decimal_number(ratio: float, steps: int, expected: int) -> None:
+    got = rates(steps, warmup=ratio)
+    assert got.index(1.0) == expected - 1 and got[expected] == 1.0  # the fall begins with the peak
+    assert got[:expected] == pytest.approx([(step + 1) / expected for step in range(expected)])

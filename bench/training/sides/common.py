@@ -32,6 +32,7 @@ def step_arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=2, help="sequences")
     parser.add_argument("--length", type=int, default=512, help="tokens of each; all except the first are trained")
     parser.add_argument("--dropout", type=float, default=0.0, help="lora_dropout of the adapter")
+    parser.add_argument("--ragged", action="store_true", help="after the first step, draw each sequence's length anew")
     parser.add_argument("--steps", type=int, default=3, help="steps to time, after a first one that is not counted")
     return parser
 
@@ -52,7 +53,19 @@ def sft_arguments(description: str | None) -> argparse.ArgumentParser:
 
 def random_tokens(vocabulary: int, batch: int, length: int) -> Tensor:
     """Return token ids, (batch, length), the same for both sides."""
-    return torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(0))
+    return torch.randint(vocabulary, (batch, length), generator=_generator(0))
+
+
+def lengths(options: argparse.Namespace, step: int) -> list[int]:
+    """Return the tokens of each sequence at a step: all of them, or a half to all in a ragged step after the first."""
+    if not options.ragged or step == 0:
+        return [options.length] * options.batch
+    drawn = torch.randint(options.length // 2, options.length + 1, (options.batch,), generator=_generator(step))
+    return drawn.tolist()
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def digest(examples: Iterable[tuple[Sequence[int], Sequence[bool]]]) -> str:
@@ -87,15 +100,15 @@ class Meter:
         peak = memory_mb("VmHWM")
         self.figures |= {"training_peak_mb": peak, "peak_mb": max(peak, self.figures["loading_peak_mb"])}
 
-    def take_steps(self, step: Callable[[], float], count: int) -> None:
-        """Take a first step and `count` more; record all losses and seconds, the first step's seconds separately.
+    def take_steps(self, step: Callable[[int], float], count: int) -> None:
+        """Take step 0 and `count` more; record all losses and seconds, the first step's seconds separately.
 
         The first step allocates the optimizer's state and sets up the kernels, or compiles.
         """
         losses, seconds = [], []
-        for _ in range(1 + count):
+        for number in range(1 + count):
             started = time.perf_counter()
-            losses.append(step())
+            losses.append(step(number))
             seconds.append(time.perf_counter() - started)
         self.trained()
         self.figures |= {"losses": losses, "seconds": seconds[1:], "first_seconds": seconds[0]}

@@ -10,7 +10,16 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from bench.training.sides.common import ALPHA, GRAD_NORM, LEARNING_RATE, RANK, Meter, random_tokens, step_arguments
+from bench.training.sides.common import (
+    ALPHA,
+    GRAD_NORM,
+    LEARNING_RATE,
+    RANK,
+    Meter,
+    lengths,
+    random_tokens,
+    step_arguments,
+)
 from bench.training.sides.products import product_seconds
 from bench.training.sides.without import WITHOUT
 from lorakit import LoraConfig, TrainConfig, add_adapter, load_model
@@ -40,10 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tokens = options.batch * options.length
     common = {"lr": LEARNING_RATE, "max_grad_norm": GRAD_NORM, "batch_size": options.batch}
     config = TrainConfig(**common | {"micro_batch_tokens": tokens} | settings)
-    examples = [
-        Example(row.tolist(), [False] + [True] * (options.length - 1), "random")
-        for row in random_tokens(model.config.vocab_size, options.batch, options.length)
-    ]
+    rows = random_tokens(model.config.vocab_size, options.batch, options.length).tolist()
     os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # `compile` starts without code from earlier processes
     model.train()
     meter.loaded()
@@ -53,7 +59,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         compiled_layers(model, config.compile),
     ):
         optimizer = build_optimizer({name: p for name, p in model.named_parameters() if p.requires_grad}, config)
-        meter.take_steps(lambda: take_step(model, examples, optimizer, config.lr, config)["loss"], options.steps)
+
+        def step(number: int) -> float:
+            batch = [
+                Example(row[:length], [False] + [True] * (length - 1), "random")
+                for row, length in zip(rows, lengths(options, number), strict=True)
+            ]
+            return float(take_step(model, batch, optimizer, config.lr, config)["loss"])
+
+        meter.take_steps(step, options.steps)
     alone = {} if options.products is None else {"products": product_seconds(model, tokens, options.products)}
     meter.print(**alone)
 

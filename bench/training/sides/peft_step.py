@@ -22,7 +22,16 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from bench.training.sides.common import ALPHA, GRAD_NORM, LEARNING_RATE, RANK, Meter, random_tokens, step_arguments
+from bench.training.sides.common import (
+    ALPHA,
+    GRAD_NORM,
+    LEARNING_RATE,
+    RANK,
+    Meter,
+    lengths,
+    random_tokens,
+    step_arguments,
+)
 
 
 def load(
@@ -72,8 +81,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
 
-    def step() -> float:
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss  # shifted by one inside
+    def step(number: int) -> float:
+        if options.ragged:
+            sizes = torch.tensor(lengths(options, number))
+            mask = (torch.arange(int(sizes.max())) < sizes[:, None]).long()
+            padded = ids[:, : mask.shape[1]]
+            given = {"input_ids": padded, "attention_mask": mask, "labels": padded.masked_fill(mask == 0, -100)}
+        else:
+            given = {"input_ids": ids, "labels": ids}
+        loss = model(**given, use_cache=False).loss  # shifted by one inside
         loss.backward()
         nn.utils.clip_grad_norm_(trained, GRAD_NORM)
         optimizer.step()

@@ -34,10 +34,11 @@ def linear_4bit(
         return definition.linear_4bit.definition(x, weight, bias, lora, scaling)
     weight = readable_weight(weight, rows * columns, CPU)
     flat = x.reshape(math.prod(x.shape[:-1]), columns)
+    result = x.new_empty(*x.shape[:-1], rows)  # no view itself, or a custom function's caller could not write to it
+    y = result if x.dim() == 2 else result.view(len(flat), rows)
     if len(flat) <= FEW_TOKENS and _blocks_fit(weight.block_size, columns):
-        y = _multiply_codes(flat, weight, bias)
+        _multiply_codes(flat, weight, bias, y)
     else:
-        y = x.new_empty(len(flat), rows)
         for first, last in bands(rows, columns * x.itemsize):
             band = _dequantize_band(weight, x.dtype, (first, last), (0, columns)).T
             out = y[:, first:last]
@@ -48,7 +49,7 @@ def linear_4bit(
     if lora:
         u, lora_b = lora
         y.addmm_(u.reshape(len(flat), u.shape[-1]), lora_b.T, alpha=scaling)
-    return y.view(*x.shape[:-1], rows)
+    return result
 
 
 def linear_4bit_dx(dy: Tensor, weight: Weight4bit, lora: Sequence[Tensor] = ()) -> Tensor:
@@ -93,17 +94,15 @@ def _blocks_fit(block_size: int, columns: int) -> bool:
     return block_size >= 64 and block_size & (block_size - 1) == 0 and columns % block_size == 0
 
 
-def _multiply_codes(x: Tensor, weight: Weight4bit, bias: Tensor | None) -> Tensor:
-    """Return x Wᵀ + bias for few tokens, (tokens, out_features), straight from the codes."""
+def _multiply_codes(x: Tensor, weight: Weight4bit, bias: Tensor | None, y: Tensor) -> None:
+    """Write x Wᵀ + bias into y, (tokens, out_features), for few tokens, straight from the codes."""
     tokens, (rows, columns) = len(x), weight.shape
     x = readable("x", x, x.dtype, tokens * columns, CPU)
     bias = bias if bias is None else readable("bias", bias, x.dtype, rows, CPU)
-    y = x.new_empty(tokens, rows)
     library().linear_4bit(
         x.data_ptr(), DTYPES[x.dtype], tokens, *pointers(weight), rows, columns,
         None if bias is None else bias.data_ptr(), y.data_ptr(), *threads(),
     )  # fmt: skip
-    return y
 
 
 def bands(count: int, bytes_each: int) -> Iterator[tuple[int, int]]:

@@ -13,10 +13,10 @@ from ..dispatch import operation
 
 
 def _empty_losses(logits: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:
-    return logits.new_empty(len(logits), dtype=torch.float32)
+    return logits.new_empty(len(logits), dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
-@operation(writes=("logits",), written_if="with_gradient", fake=_empty_losses)
+@operation(writes=("logits",), written_if="with_gradient", fake=_empty_losses, by_definition=True)
 def cross_entropy(logits: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:
     """Return −log softmax(logits)[target] of each row, and on request overwrite the logits with the sum's gradient.
 
@@ -26,9 +26,10 @@ def cross_entropy(logits: Tensor, targets: Tensor, with_gradient: bool) -> Tenso
         with_gradient: overwrite the logits with softmax(logits) − onehot(target), rounded once from fp32.
 
     Returns:
-        (rows,) fp32.
+        (rows,), fp32 or better.
     """
-    shifted = logits.float() - logits.amax(dim=-1, keepdim=True).float()
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    shifted = wide - wide.detach().amax(dim=-1, keepdim=True)
     # log_softmax sums with one accumulator per lane, which loses four digits over millions of logits.
     log_probs = shifted.sub_(shifted.exp().sum(dim=-1, keepdim=True).log_())
     losses = -log_probs.gather(1, targets[:, None]).squeeze(1)

@@ -67,7 +67,7 @@ def _no_result(dx: Tensor, dy: Tensor, weight: Weight4bit) -> None:
     return None
 
 
-@operation(writes=("dx",), fake=_no_result)
+@operation(writes=("dx",), fake=_no_result, by_definition=True)
 def add_linear_4bit_dx(dx: Tensor, dy: Tensor, weight: Weight4bit) -> None:
     """Add dy W to dx, for layers that read the same x.
 
@@ -96,7 +96,7 @@ def dense_linear(
     y = linear(x, weight, bias)
     if lora:
         u, lora_b = lora
-        y = torch.addmm(y.flatten(0, -2), u.flatten(0, -2), lora_b.T, alpha=scaling).view(y.shape)
+        y = torch.addmm(_rows(y), _rows(u), lora_b.T, alpha=scaling).view(y.shape)
     return y
 
 
@@ -105,8 +105,12 @@ def dense_linear_dx(dy: Tensor, weight: Tensor, lora: Sequence[Tensor] = ()) -> 
     dx = dy @ weight
     if lora:
         t, lora_a = lora
-        dx = torch.addmm(dx.flatten(0, -2), t.flatten(0, -2), lora_a).view(dx.shape)
+        dx = torch.addmm(_rows(dx), _rows(t), lora_a).view(dx.shape)
     return dx
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 # ---- gradients; the weight has none --------------------------------------------------------------------------------
@@ -137,13 +141,12 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     weight, lora = _saved(ctx)
-    rows = dy.reshape(-1, dy.shape[-1])
     dx = linear_4bit_dx(dy, weight, []) if ctx.needs_input_grad[0] else None
-    bias = rows.sum(0) if ctx.needs_input_grad[1 + len(weight)] else None
+    bias = _rows(dy).sum(0) if ctx.needs_input_grad[1 + len(weight)] else None
     factors: list[Tensor] = []
     if lora:
         u, lora_b = lora
-        factors = [ctx.scaling * (dy @ lora_b), ctx.scaling * (rows.T @ u.reshape(-1, u.shape[-1]))]
+        factors = [ctx.scaling * (dy @ lora_b), ctx.scaling * (_rows(dy).T @ _rows(u))]
     return dx, *_no_gradient(weight), bias, factors, None
 
 
@@ -158,7 +161,7 @@ def _dx_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     factors: list[Tensor] = []
     if lora:
         t, lora_a = lora
-        factors = [grad @ lora_a.T, t.reshape(-1, t.shape[-1]).T @ grad.reshape(-1, grad.shape[-1])]
+        factors = [grad @ lora_a.T, _rows(t).T @ _rows(grad)]
     return ddy, *_no_gradient(weight), factors
 
 

@@ -23,17 +23,20 @@ def _empty_swiglu(gate: Tensor, up: Tensor) -> Tensor:
 @operation(fake=_empty_swiglu)
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Return silu(gate) * up. All tensors have one shape and dtype."""
-    return silu(gate).mul_(up)
+    return silu(gate) * up
 
 
 def _empty_swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return gate.new_empty(gate.shape), up.new_empty(up.shape)
 
 
-@operation(fake=_empty_swiglu_backward)
+@operation(fake=_empty_swiglu_backward, by_definition=True)
 def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Return dgate = dy·up·σ·(1 + gate·(1 − σ)) and dup = dy·gate·σ. All tensors have one shape and dtype."""
-    return torch.ops.aten.silu_backward(dy * up, gate), silu(gate).mul_(dy)
+    wide = gate.to(torch.promote_types(gate.dtype, torch.float32))
+    sigma = torch.sigmoid(wide)
+    dgate = (dy * up) * (sigma * (1 + wide * (1 - sigma)))
+    return dgate.to(gate.dtype), silu(gate) * dy
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

@@ -73,9 +73,9 @@ def add_adapter(
     data = start_data(config.start, losses, sources)
     for placement in placements:  # from here on only a start can fail
         module = placement.module
+        module.path = placement.path
         if not module.names():
             replace_module(model, module.base_layer, module)
-            module.train(model.training)
         placement.attach(name, dtype)
     state_of(model).homes = None
     state_of(model).configs[name] = config

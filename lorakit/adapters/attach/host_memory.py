@@ -48,7 +48,7 @@ def move_in(home: nn.Module, names: Sequence[str]) -> None:
     """Move the adapters among `names` that are kept in host memory to their layers' device."""
     for name in state_of(home).on_host.intersection(names):
         for module in known_modules(home, name):
-            device = next(module.base_layer.parameters()).device
+            device = module.device
             for parameter in module.held_by(name):
                 parameter.data = parameter.data.to(device, non_blocking=True)
 

@@ -2,67 +2,33 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import TypeVar
 
 import torch
 from torch import nn
 
 from ...errors import AdapterError
-from ...layers import (
-    VARIANTS,
-    AdaptedLayer,
-    AdapterModule,
-    AdapterSpec,
-    LoRALinear,
-    LoRAParameter,
-    SavedModule,
-    TiedHead,
-    TrainedTokens,
-    Variant,
-    adapted_kind,
-)
-from ...layers.frozen.quantized_module import QuantizedModule
+from ...layers import AdaptedLayer, AdapterModule, AdapterSpec, LoRALinear, LoRAParameter, adapted_kind
+from ...layers.frozen.calls import is_dense
 from ..config import LoraConfig
+from .copies import place_biases, place_saved, place_tokens
+from .known_weights import weight_problem
+from .placed import Placement
 from .targeting import (
     MatchReport,
     adaptable_layers,
     check_numbers,
     check_patterns,
-    match_names,
     match_parameters,
     match_saved,
     match_targets,
     rank_and_scaling,
     unwrapped,
 )
+from .ties import Ties
 from .wrappers import find_module, named_modules
-
-_Module = TypeVar("_Module", SavedModule, TrainedTokens)
-Attach = Callable[[str, torch.dtype], None]
-
-
-@dataclass(frozen=True)
-class Placement:
-    """The plan for one module that an adapter adapts.
-
-    Attributes:
-        path: of the module in the model.
-        module: the module that will hold the adapter there: one that already holds other adapters, or a new one that
-            is not in the model yet.
-        shapes: of the adapter's trained parameters there, table or parameter name -> shape.
-        attach: adds the adapter to `module`: attach(name, dtype).
-        variant: how the update enters the layer.
-    """
-
-    path: str
-    module: AdapterModule
-    shapes: dict[str, tuple[int, ...]]
-    attach: Attach
-    variant: Variant = VARIANTS["plain"]
 
 
 def plan_placements(
@@ -91,13 +57,38 @@ def plan_placements(
     placements = [_place_layer(model, path, config, report) for path in layers]
     placements += _place_parameters(model, parameters, config, report)
     saved = [path for paths in report.saved.values() for path in paths]
-    placements += _place_saved(model, saved, config)
-    placements += _place_tokens(model, config, is_strict)
+    ties = Ties(model)
+    _check_shared(model, layers, config, ties)
+    placements += place_saved(model, saved, config, ties)
+    placements += place_tokens(model, config, ties, is_strict)
     if config.bias == "all":
-        placements += _place_biases(model, {*layers, *saved})
+        placements += place_biases(model, {*layers, *saved}, ties)
     _check_kinds(placements)
     _check_whole(placements, config)
     return placements
+
+
+def _check_shared(model: nn.Module, layers: Mapping[str, nn.Module], config: LoraConfig, ties: Ties) -> None:
+    """Say that an update of a shared weight changes one module alone; refuse if the config wants it otherwise."""
+    for path, layer in layers.items():
+        weight = layer._parameters.get("weight")
+        others = [] if weight is None else list(ties.outside(path, {"weight": weight}))
+        if others and config.ensure_weight_tying:
+            raise AdapterError(
+                f"{path} shares its weight with {', '.join(others)}, and a low-rank update changes {path} alone; "
+                "ensure_weight_tying ties trained copies and rows (modules_to_save, trainable_token_indices)"
+            )
+        tables = [
+            other
+            for other in others
+            if other and other not in layers and isinstance(find_module(model, other), nn.Embedding)
+        ]
+        if tables and isinstance(layer, nn.Embedding) and config.ensure_weight_tying is None:
+            warnings.warn(
+                f"{path} shares its table with {', '.join(tables)}, and the update changes what {path} looks up, "
+                "not what they do; target these too, or set ensure_weight_tying to false if you want it so",
+                stacklevel=4,  # the caller of add_adapter
+            )
 
 
 def _place_layer(model: nn.Module, path: str, config: LoraConfig, report: MatchReport) -> Placement:
@@ -108,10 +99,18 @@ def _place_layer(model: nn.Module, path: str, config: LoraConfig, report: MatchR
         layer = kind(layer)  # type: ignore[call-arg] # each kind asks its base for its features
     assert isinstance(layer, AdaptedLayer)
     rank, scaling = _rank_and_scaling(path, config, report)
-    variant, neutral_start = config.update_variant, config.start.is_neutral
+    variant, start = config.update_variant, config.start
+    class_name = type(layer.base_layer).__name__
     if problem := variant.problem(layer):
-        raise AdapterError(f"{path} is a {type(layer.base_layer).__name__}, {problem}")
-    spec = AdapterSpec(rank, scaling, config.lora_dropout, variant, config.bias != "none", neutral_start)
+        raise AdapterError(f"{path} is a {class_name}, {problem}")
+    if variant.multiplies_base or start.in_base or start.decomposes_weight:
+        needs = variant.title if variant.multiplies_base else f"init_lora_weights={start.name!r}"
+        if problem := weight_problem(layer):
+            raise AdapterError(
+                f"{path} is a {class_name}, which {problem}, and {needs} needs the values of the weight; leave it out "
+                "with exclude_modules, or train plain LoRA"
+            )
+    spec = AdapterSpec(rank, scaling, config.lora_dropout, variant, config.bias != "none", start.is_neutral)
     return Placement(path, layer, layer.shapes(spec), partial(_add_to_layer, layer, spec), variant)
 
 
@@ -129,9 +128,14 @@ def _place_parameters(
     for path, module in named_modules(model):
         if isinstance(module, LoRAParameter) and path.endswith(".base_layer"):
             continue
-        for name, _ in unwrapped(module).named_parameters(recurse=False):
+        for name, parameter in unwrapped(module).named_parameters(recurse=False):
             if f"{path}.{name}" not in wanted:
                 continue
+            if not is_dense(parameter):
+                raise AdapterError(
+                    f"{path}.{name} of target_parameters holds {str(parameter.dtype)[6:]}, the codes of a quantized "
+                    "weight; an update cannot be added to them, so load the model unquantized"
+                )
             outer = outermost.get(path, module)
             layer = _layer_of_parameter(outer, name)
             if layer is None:
@@ -150,110 +154,6 @@ def _layer_of_parameter(module: nn.Module, parameter: str) -> LoRAParameter | No
             return module
         module = module.base_layer
     return None
-
-
-def _place_saved(model: nn.Module, paths: list[str], config: LoraConfig) -> list[Placement]:
-    placements = []
-    for path in paths:
-        module = _module_of_kind(model, path, SavedModule)
-        if any(isinstance(inner, QuantizedModule) for inner in module.base_layer.modules()):
-            raise AdapterError(f"{path} of modules_to_save is in 4 bits, which cannot be trained; load it unquantized")
-        placements.append(Placement(path, module, module.shapes(), partial(_add_copy, module, None)))
-        tied = [other for other in _tied_to(model, module.base_layer) if other not in paths]
-        if tied and config.ensure_weight_tying is None:
-            raise AdapterError(
-                f"{path} of modules_to_save shares its weight with {', '.join(tied)}; set ensure_weight_tying to true "
-                "(both use the trained copy) or false (the others keep the base's weight)"
-            )
-        if tied and config.ensure_weight_tying:
-            placements += [_place_tied_head(model, other, module) for other in tied]
-    return placements
-
-
-def _add_copy(module: SavedModule, parameters: list[str] | None, name: str, dtype: torch.dtype) -> None:
-    module.add(name, dtype, parameters)
-
-
-def _place_tokens(model: nn.Module, config: LoraConfig, is_strict: bool) -> list[Placement]:
-    wanted = config.trainable_token_indices
-    if not wanted:
-        return []
-    tables = {p: m for p, m in adaptable_layers(model).items() if isinstance(m, nn.Embedding)}
-    tables |= {p: m.base_layer for p, m in named_modules(model) if isinstance(m, TrainedTokens)}
-    placements = []
-    for path, tokens in _tokens_by_table(model, wanted, tables, is_strict).items():
-        table = tables[path]
-        if max(tokens, default=0) >= table.num_embeddings or not tokens or len(set(tokens)) < len(tokens):
-            raise AdapterError(
-                f"trainable_token_indices {tokens} of {path}: expected different tokens below {table.num_embeddings}"
-            )
-        module = _module_of_kind(model, path, TrainedTokens)
-        placements.append(Placement(path, module, module.shapes(tokens), partial(_add_tokens, module, tokens)))
-        placements += [_place_tied_head(model, other, module) for other in _tied_to(model, table)]
-    return placements
-
-
-def _tokens_by_table(
-    model: nn.Module, wanted: list[int] | dict[str, list[int]], tables: dict[str, nn.Embedding], is_strict: bool
-) -> dict[str, list[int]]:
-    """Return path of an embedding table -> tokens to train in it; a bare list means the input embedding."""
-    if isinstance(wanted, list):
-        embedding = getattr(model, "get_input_embeddings", lambda: None)()
-        embedding = unwrapped(embedding) if isinstance(embedding, nn.Module) else None
-        names = [path for path, table in tables.items() if table is embedding or path.endswith("embed_tokens")]
-        chosen = {names[0]: wanted} if names else {}
-    else:
-        matched = match_names(wanted, tables)
-        is_complete = all(matched.values()) or not is_strict
-        chosen = {path: wanted[name] for name, paths in matched.items() for path in paths} if is_complete else {}
-    if is_strict and not chosen:
-        raise AdapterError(f"trainable_token_indices finds no embedding table (tables here: {', '.join(tables)})")
-    return chosen
-
-
-def _add_tokens(module: TrainedTokens, tokens: list[int], name: str, dtype: torch.dtype) -> None:
-    module.add(name, tokens, dtype)
-
-
-def _place_biases(model: nn.Module, taken: set[str]) -> list[Placement]:
-    """Place a trained copy of each bias, except in the modules at the paths `taken` and inside them."""
-    placements = []
-    for path, module in list(named_modules(model)):
-        inner = unwrapped(module)
-        is_inside = any(path.startswith(f"{other}.") for other in taken)
-        is_inside = is_inside or re.search(r"\.(base_layer|copies)(\.|$)", path) is not None
-        if not path or path in taken or is_inside or not isinstance(inner._parameters.get("bias"), nn.Parameter):
-            continue
-        saved = _module_of_kind(model, path, SavedModule)
-        placements.append(Placement(path, saved, saved.shapes(["bias"]), partial(_add_copy, saved, ["bias"])))
-    return placements
-
-
-def _module_of_kind(model: nn.Module, path: str, kind: type[_Module]) -> _Module:
-    """Return the module of a kind that already holds adapters at a path, or a new one around the module there."""
-    module = find_module(model, path)
-    if isinstance(module, AdapterModule):
-        if not isinstance(module, kind):
-            raise AdapterError(f"{path} is already a {type(module).__name__} of another adapter; remove that one first")
-        return module
-    return kind(module)  # type: ignore[arg-type]
-
-
-def _place_tied_head(model: nn.Module, path: str, source: TrainedTokens | SavedModule) -> Placement:
-    module = find_module(model, path)
-    head = module if isinstance(module, TiedHead) else TiedHead(module, source)  # type: ignore[arg-type]
-    return Placement(path, head, {}, lambda name, dtype: head.add(name))
-
-
-def _tied_to(model: nn.Module, module: nn.Module) -> list[str]:
-    """Return the paths of linear layers that share a module's weight."""
-    weight = module._parameters.get("weight")
-    plain = ((path, unwrapped(other)) for path, other in named_modules(model) if ".base_layer" not in path)
-    return [
-        path
-        for path, other in plain
-        if isinstance(other, nn.Linear) and other is not module and other._parameters.get("weight") is weight
-    ]
 
 
 def _rank_and_scaling(path: str, config: LoraConfig, report: MatchReport) -> tuple[int, float]:
@@ -279,6 +179,11 @@ def _check_kinds(placements: list[Placement]) -> None:
     first: dict[str, AdapterModule] = {}
     for placement in placements:
         other = first.setdefault(placement.path, placement.module)
+        if other is not placement.module and placement.follows:
+            raise AdapterError(
+                f"{placement.path} shares its weight with {placement.follows} and follows what is trained there, so it "
+                f"cannot be a {type(other).__name__} as well"
+            )
         if other is not placement.module and not isinstance(other, LoRAParameter):
             raise AdapterError(
                 f"{placement.path} cannot be a {type(other).__name__} and a {type(placement.module).__name__} at once"

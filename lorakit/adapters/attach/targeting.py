@@ -190,7 +190,7 @@ def match_saved(model: nn.Module, config: LoraConfig, report: MatchReport, is_st
     """Fill in the report's `saved`: what each name of modules_to_save matches, the outermost modules of that name.
 
     Args:
-        is_strict: as in `match_targets`.
+        is_strict: whether each name must match something; in PEFT's files of tied weights some do not.
 
     Raises:
         AdapterError: a name matches nothing.

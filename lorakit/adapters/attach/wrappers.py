@@ -138,16 +138,17 @@ def gathered(model: nn.Module) -> Iterator[bool]:
                 whole_within: Any = module.summon_full_params
                 stack.enter_context(whole_within(module, writeback=False))
                 inside.update(module.modules())  # it gathers these too
-        yield _is_divided(model)
+        yield is_divided(model)
 
 
 def check_not_divided(model: nn.Module, problem: str) -> None:
     """Raise AdapterError with a text if a model is divided among processes."""
-    if _is_divided(model):
+    if is_divided(model):
         raise AdapterError(f"this model is divided among processes: {problem}")
 
 
-def _is_divided(model: nn.Module) -> bool:
+def is_divided(model: nn.Module) -> bool:
+    """Return whether a model's parameters are divided among processes."""
     is_in_parts = any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
     return is_in_parts or any(is_a(type(module), name) for module in model.modules() for name in _DIVIDING)
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -24,9 +23,10 @@ from ...checkpoints.formats import BITSANDBYTES
 from ...checkpoints.prequantized import find_stored
 from ...checkpoints.shards import SHARD_BYTES, copy_small_files, grouped, write_index, write_shard
 from ...checkpoints.stream import file_order, stream_tensors
+from ...checkpoints.tied_head import EMBEDDING, HEAD, TIED_KEY, is_head_tied
 from ...errors import AdapterError, CheckpointError, ConfigError, StorageError, did_you_mean, listing
-from ...files import atomic_folder, write_text
-from ...layers import AdaptedLayer, LoRAEmbedding, LoRALinear
+from ...files import atomic_folder, check_space, write_text
+from ...layers import AdaptedLayer, LoRAConv, LoRAEmbedding, LoRALinear
 from ...models.load import empty_decoder, weight_formats
 from ...models.pretrained import resolve_model
 from ...quantization import QuantizedWeight
@@ -39,8 +39,7 @@ from .modules import dense_linear
 from .report import LayerMerge, MergeReport
 from .weights import MergedWeight, MergeUpdate, merged_4bit, merged_dense, quantized
 
-_HEAD = "lm_head.weight"
-_EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight", "embed_tokens.weight", "wte.weight")
+_EMBEDDINGS = (EMBEDDING, "transformer.wte.weight", "embed_tokens.weight", "wte.weight")
 
 
 def merge_checkpoint(
@@ -105,6 +104,7 @@ class _CheckpointMerge:
         biases: bias -> path of the adapter's layer that adds to it.
         replaced: tensor -> key of the adapter's tensor that takes its place.
         copies: new tensor -> the tensor whose values it starts from: for an output head that was tied.
+        unties: whether the head has values of its own from now on, or always had, and config.json says that it is tied.
         formats: tensor to write -> how it is quantized, or None.
         quantize: the settings of these formats.
     """
@@ -115,6 +115,7 @@ class _CheckpointMerge:
     biases: dict[str, str] = field(default_factory=dict)
     replaced: dict[str, str] = field(default_factory=dict)
     copies: dict[str, str] = field(default_factory=dict)
+    unties: bool = False
     formats: dict[str, WeightFormat | None] = field(default_factory=dict)
     quantize: QuantConfig | None = None
 
@@ -133,18 +134,26 @@ class _CheckpointMerge:
 
     def _match(self) -> None:
         """Fill in layers, biases, replaced and copies."""
-        names, problems = set(self.checkpoint.names), []
-        is_tied = self.checkpoint.config().get("tie_word_embeddings", False)
+        names, extras = set(self.checkpoint.names), dict.fromkeys(self.folder.extras)
+        changed = {f"{path}.weight" for path in self.folder.layers} | set(extras)
+        problems = [*self._unknown_ties(changed & names)]
+        values = self.checkpoint.config()
         embedding = next((name for name in _EMBEDDINGS if name in names), None)
-        if is_tied and embedding is not None:
-            changed = {f"{path}.weight" for path in self.folder.layers} | set(self.folder.extras)
-            if changed & {_HEAD, embedding}:
-                self.copies[_HEAD] = embedding
-                names.add(_HEAD)
+        is_tied = embedding is not None and is_head_tied(self.checkpoint, values, embedding)
+        self.unties = embedding is not None and not is_tied and bool(values.get(TIED_KEY))
+        if is_tied and embedding is not None and changed & {HEAD, embedding}:
+            if self.folder.config.get("ensure_weight_tying") and extras.keys() & {HEAD, embedding}:
+                key = embedding if embedding in extras else HEAD  # a copy of both, under either name or both
+                extras = {other: None for other in extras if other not in (HEAD, embedding)}
+                self.replaced |= {name: key for name in (embedding, HEAD) if name in names}
+            else:
+                self.copies[HEAD], self.unties = embedding, True
+                names.add(HEAD)
         for path, layer in self.folder.layers.items():
             weight, bias = f"{path}.weight", f"{path}.bias"
-            if layer.kind not in ("linear", "embedding") or self.folder.config.get("fan_in_fan_out"):
-                kind = "Conv1D" if layer.kind == "linear" else layer.kind
+            is_conv1d = layer.kind == "linear" and self.folder.config.get("fan_in_fan_out")
+            if layer.kind == "experts" or is_conv1d:
+                kind = "Conv1D" if is_conv1d else layer.kind
                 problems.append(f"{path}: {kind} layers are not merged from files; merge the loaded model and save it")
             elif weight not in names:
                 problems.append(f"{weight} is not in the base{did_you_mean(weight, names)}")
@@ -153,7 +162,7 @@ class _CheckpointMerge:
                 if layer.attached(torch.float32).offset is not None:
                     self.biases[bias] = path
                     problems += [] if bias in names else [f"{bias} is not in the base, and the adapter adds to it"]
-        for key in self.folder.extras:
+        for key in extras:
             name = key if key in names else key.replace(f".{BASE_LAYER}.", ".")
             if name not in names:
                 problems.append(f"{key} has no place in a checkpoint: no tensor {name}")
@@ -163,6 +172,24 @@ class _CheckpointMerge:
                 f"{self.folder.folder} cannot be merged into {self.checkpoint.folder}:{listing(problems)}"
             )
 
+    def _unknown_ties(self, changed: Collection[str]) -> Iterator[str]:
+        """Yield the tables that the adapter changes and that the model may share in ways that only its class knows."""
+        config = self.checkpoint.config()
+        tied, vocabulary = config.get("tie_word_embeddings"), config.get("vocab_size")
+        classes = [str(name) for name in config.get("architectures") or ()]
+        has_head = any(word in name for name in classes for word in ("LM", "PreTraining", "Generation"))
+        is_sequence_pair = bool(config.get("is_encoder_decoder"))
+        if tied is False or not (has_head or is_sequence_pair):
+            return
+        known = {HEAD, *_EMBEDDINGS} if tied or HEAD in self.checkpoint.names else {HEAD}
+        for name in sorted(changed):
+            is_table = self.checkpoint.shape(name)[:1] == (vocabulary,)
+            if is_table and (is_sequence_pair or name not in known):
+                yield (
+                    f"{name}: {classes[0] if classes else 'the model'} may share this table with modules that the "
+                    "checkpoint does not name; merge the loaded model and save it"
+                )
+
     def write(self, folder: Path, shard_bytes: int, progress: Callable[[int, int], None] | None) -> MergeReport:
         """Write all files into a folder."""
         layouts = {name: self._layouts(name) for name in self.formats}
@@ -170,8 +197,7 @@ class _CheckpointMerge:
             name: sum(math.prod(shape) * dtype.itemsize for dtype, shape in layout.values())
             for name, layout in layouts.items()
         }
-        if sum(sizes.values()) > (free := shutil.disk_usage(folder).free):
-            raise StorageError(f"cannot write {folder}: {sum(sizes.values()):,} bytes are needed, {free:,} are free")
+        check_space(folder, sum(sizes.values()))
         report = MergeReport((str(self.folder.folder),), [], self.checkpoint.folder)
         shards, stream = grouped(sizes, shard_bytes), self._tensors(report, progress)
         for file, names in shards.items():
@@ -182,7 +208,7 @@ class _CheckpointMerge:
         copy_small_files(self.checkpoint.folder, folder)
         write_text(folder / "config.json", json.dumps(self._config(), indent=2, ensure_ascii=False) + "\n")
         if self.copies:
-            report.notes.append(f"{_HEAD} was tied to {self.copies[_HEAD]} and has its own values from now on")
+            report.notes.append(f"{HEAD} was tied to {self.copies[HEAD]} and has its own values from now on")
         return report
 
     def _tensors(
@@ -247,8 +273,8 @@ class _CheckpointMerge:
 
     def _config(self) -> dict[str, Any]:
         values = self.checkpoint.config()
-        if self.copies:
-            values["tie_word_embeddings"] = False
+        if self.unties:
+            values[TIED_KEY] = False
         if self.quantize is not None:
             linear = [
                 path for path, module in empty_decoder(self.checkpoint).named_modules() if isinstance(module, nn.Linear)
@@ -265,13 +291,17 @@ def merge_tensor(layer: AdapterLayer, weight: Tensor, form: WeightFormat | None)
 
     Args:
         layer: from the adapter's files.
-        weight: (out, in), or of an embedding (vocab, dim).
+        weight: (out, in), of an embedding (vocab, dim), of a convolution (out, in, *kernel).
         form: how to quantize the result; None keeps the weight's dtype.
 
     Raises:
         AdapterError: the shapes do not fit, or the result would hold inf or nan.
     """
-    expected = layer.update().shape
+    expected = tuple(layer.update().shape)
+    if layer.kind == "embedding":
+        expected = expected[::-1]
+    elif layer.kind == "conv":
+        expected = (expected[0], *layer.lora_A.shape[1:])  # a grouped base has fewer inputs, and is refused here
     if weight.shape != expected:
         raise AdapterError(f"{layer.path}: the adapter is for a weight of shape {expected}, not {tuple(weight.shape)}")
     update = MergeUpdate.of(_adapted(layer, weight), [_NAME])
@@ -293,7 +323,18 @@ def _adapted(layer: AdapterLayer, weight: Tensor) -> AdaptedLayer:
     adapted: AdaptedLayer
     if layer.kind == "embedding":
         adapted = LoRAEmbedding(nn.Embedding.from_pretrained(weight))
+    elif layer.kind == "conv":
+        adapted = LoRAConv(_convolution(weight))
     else:
         adapted = LoRALinear(dense_linear(weight, None))
     adapted.attach(_NAME, layer.attached(torch.float32))
     return adapted
+
+
+def _convolution(weight: Tensor) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
+    """Return a frozen convolution with a kernel (out, in, *kernel); what moves it over its input does not matter."""
+    out_channels, in_channels, *kernel = weight.shape
+    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(kernel) - 1]
+    module = kind(in_channels, out_channels, tuple(kernel), bias=False, device="meta")  # type: ignore[arg-type]
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    return module

@@ -16,7 +16,7 @@ from ...errors import AdapterError
 from ..attach.host_memory import move_in, move_out
 from ..attach.state import adapter_configs, check_adapter, check_not_in_a_row, home_of, homes
 from ..attach.wrappers import check_not_divided
-from .base import Base
+from .base import Base, WrongBase
 from .plan import plan_merge
 from .report import LEAST_SHARE, MergeReport
 from .swaps import apply_merge, check_reversal, merged_state, undo_merge
@@ -73,7 +73,13 @@ def merge_adapter(
     try:
         all_names = (*(earlier.names if earlier else ()), *names)
         move_in(model, all_names)
-        merge, report = plan_merge(model, all_names, base, quantize, residual_rank)
+        plan = plan_merge(model, all_names, base, quantize, residual_rank)
+        try:
+            layers = [plan.merge_layer(path) for path in plan.modules]
+        except WrongBase as error:
+            plan = plan.onto_own_weights(error)
+            layers = [plan.merge_layer(path) for path in plan.modules]
+        merge, report = plan.completed(model, layers)
     except BaseException:
         if earlier is not None:
             apply_merge(model, earlier)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import cast
 
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ...layers import AdaptedLayer, AdapterModule, Embedding4bit, Linear4bit, LoRAParameter, ResidualLinear4bit
+from ...layers.frozen.calls import is_dense
 from ...layers.frozen.quantized_module import QuantizedModule, frozen
+from ...layers.frozen.values import bitsandbytes_4bit, is_bitsandbytes, values_of
 from ...quantization import QuantizedWeight
 from .swaps import Exchange
 from .weights import MergedWeight
@@ -31,9 +34,40 @@ def exchanges_weight(module: AdapterModule, exchange: Exchange) -> bool:
     return isinstance(module, AdaptedLayer) and exchange.name == holder(module)[1]
 
 
+def our_form(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return a frozen layer of bitsandbytes as one of lorakit's: in the same 4 bits, or dense for 8 bits.
+
+    Any other module is returned as it is.
+
+    Args:
+        dtype: of a weight that was in 8 bits.
+    """
+    bias = getattr(module, "bias", None)
+    form = module
+    if (weight := bitsandbytes_4bit(module)) is not None:
+        is_table = isinstance(module, nn.Embedding)
+        form = Embedding4bit(weight) if is_table else Linear4bit(weight, bias, getattr(module, "compute_dtype", None))
+    elif not is_dense(module._parameters.get("weight")) and is_bitsandbytes(module):
+        form = dense_linear(cast(Tensor, values_of(module, dtype)), bias)
+    return module if form is module else _in_place_of(module, form)
+
+
+@contextlib.contextmanager
+def with_our_form(layer: AdaptedLayer, dtype: torch.dtype) -> Iterator[nn.Module]:
+    """Within the context a layer's base is in `our_form`; the result is the base that it had."""
+    old = layer.base_layer
+    layer.base_layer = our_form(old, dtype) if not isinstance(layer, LoRAParameter) else old
+    try:
+        yield old
+    finally:
+        layer.base_layer = old
+
+
 def weight_bytes(layer: AdaptedLayer) -> int:
     """Return the bytes that a layer's weight takes in memory, a low-rank part beside 4 bits included."""
     base = layer.base_layer
+    if (weight := bitsandbytes_4bit(base)) is not None:
+        return weight.nbytes
     if not isinstance(base, QuantizedModule):
         module, name = holder(layer)
         return cast(Tensor, module._parameters[name]).nbytes
@@ -70,7 +104,18 @@ def new_base(old: nn.Module, merged: MergedWeight) -> nn.Module:
         new = Embedding4bit(weight, cast(Embedding4bit, old).dtype, old.packed.dtype)
     else:
         new = nn.Embedding.from_pretrained(weight.to(cast(Embedding4bit, old).dtype), freeze=True)
+    return _in_place_of(old, new)
+
+
+def _in_place_of(old: nn.Module, new: nn.Module) -> nn.Module:
+    """Give a new module the mode and the hooks of the one whose place it takes."""
+    for name in _HOOKS:  # the same dictionaries, so that a handle removes its hook from both
+        vars(new)[name] = vars(old)[name]
     return new.train(old.training)
+
+
+# What `nn.Module` keeps of hooks on a forward or backward pass.
+_HOOKS = [name for name in vars(nn.Module()) if re.fullmatch(r"_(forward|backward|is_full_backward).*_hooks?\w*", name)]
 
 
 def _new_linear(old: Linear4bit, merged: MergedWeight) -> nn.Module:

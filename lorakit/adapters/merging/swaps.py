@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from ...errors import AdapterError
 from ...layers import AdapterModule
@@ -27,12 +27,12 @@ from ..attach.state import (
 
 @dataclass
 class Exchange:
-    """One parameter that takes the place of another: `module.name` was `before` and becomes `after`."""
+    """One parameter or buffer that takes the place of another: `module.name` was `before` and becomes `after`."""
 
     module: nn.Module
     name: str
-    before: nn.Parameter | None
-    after: nn.Parameter
+    before: Tensor | None
+    after: Tensor
 
 
 @dataclass
@@ -62,7 +62,8 @@ class MergeState:
     Attributes:
         names: of the merged adapters.
         swaps: the changes, in model order.
-        unties: whether the merge separates an output head from the embedding to which it was tied.
+        unties: whether the model's setting `tie_word_embeddings` becomes false.
+        parted: exchanges of shared parameters for copies, beside the swaps.
         records: adapter name -> its entry in the model's record of adapters.
         tied: the earlier value of the model config's `tie_word_embeddings`, if the merge changed it.
     """
@@ -70,6 +71,7 @@ class MergeState:
     names: tuple[str, ...]
     swaps: list[Swap]
     unties: bool
+    parted: list[Exchange] = field(default_factory=list)
     records: dict[str, AdapterRecord] = field(default_factory=dict)
     tied: bool | None = None
 
@@ -90,6 +92,8 @@ def apply_merge(model: nn.Module, merge: MergeState) -> None:
             setattr(exchange.module, exchange.name, exchange.after)
         if not module.names():
             replace_module(model, module, swap.new)
+    for exchange in merge.parted:
+        setattr(exchange.module, exchange.name, exchange.after)
     merge.records = {name: forget_adapter(model, name) for name in merge.names}
     merge.tied = _set_tied(model, False) if merge.unties else None
     model.lora_merged = merge  # type: ignore[assignment]
@@ -97,10 +101,13 @@ def apply_merge(model: nn.Module, merge: MergeState) -> None:
 
 def undo_merge(model: nn.Module, merge: MergeState) -> None:
     """Reverse `apply_merge`, even if adapters were attached to the merged layers since; call `check_reversal` first."""
+    for exchange in merge.parted:
+        _catch_up_with(exchange)
+        setattr(exchange.module, exchange.name, exchange.before)
     for swap in reversed(merge.swaps):  # of modules around each other, the inner one first
         module = _current_module(model, swap)
         if module is None:
-            module = swap.module.train(swap.new.training)
+            module = swap.module
             replace_module(model, swap.new, module)
         swap.module = module
         _catch_up(swap)
@@ -110,6 +117,7 @@ def undo_merge(model: nn.Module, merge: MergeState) -> None:
         module.forget_base()
         for name, parked in swap.parked.items():
             module.attach(name, parked)
+        module.set_mode(module.base_layer.training)
         swap.parked = {}
     for name, record in reversed(merge.records.items()):  # positions are right in the reverse order of detaching
         recall_adapter(model, name, record)
@@ -154,8 +162,12 @@ def _catch_up(swap: Swap) -> None:
     if swap.new is not swap.old:
         swap.old.train(swap.new.training).to(next(swap.new.parameters()).device)
     for exchange in swap.exchanges:
-        if exchange.before is not None:
-            exchange.before.data = exchange.before.data.to(exchange.after.device, exchange.after.dtype)
+        _catch_up_with(exchange)
+
+
+def _catch_up_with(exchange: Exchange) -> None:
+    if exchange.before is not None:
+        exchange.before.data = exchange.before.data.to(exchange.after.device, exchange.after.dtype)
 
 
 def _set_tied(model: nn.Module, value: bool) -> bool | None:

@@ -14,9 +14,10 @@ from torch import nn
 
 from ...errors import AdapterError, CheckpointError, ConfigError
 from ...files import read_json_object
-from ...layers import VARIANTS, LoRALinear, SavedModule, Variant, variants_read
+from ...layers import VARIANTS, LoRALinear, SavedModule, TiedModule, TrainedTokens, Variant, variants_read
 from ..attach.state import adapter_configs, adapter_modules, lora_layers
 from ..attach.targeting import last_name, match_names
+from ..attach.ties import input_embedding, plain_path
 from ..attach.wrappers import named_modules
 from ..config import LoraConfig, Task, loosely_saved
 from ..starts import changed_base_in_peft
@@ -168,7 +169,7 @@ def peft_config(model: nn.Module, name: str) -> dict[str, Any]:
         "fan_in_fan_out": any(isinstance(layer, LoRALinear) and layer.is_conv1d for layer in layers),
         "inference_mode": True,
         "init_lora_weights": True,
-        "ensure_weight_tying": bool(config.ensure_weight_tying),
+        **_trained_in_place_of_others(model, name, config),
     }
     values = config.update_variant.to_file(values)
     if "lora_alpha" in values:
@@ -185,6 +186,24 @@ def _target_names(model: nn.Module, name: str) -> list[str]:
     others = [path for path, _ in named_modules(model) if path not in adapted]  # PEFT matches containers too
     is_ambiguous = any(last_name(path) in names for path in others)
     return sorted(adapted if is_ambiguous else names)
+
+
+def _trained_in_place_of_others(model: nn.Module, name: str, config: LoraConfig) -> dict[str, Any]:
+    """Return the settings of modules that share a weight, with the name of the one that is trained for all, as in PEFT.
+
+    Without `ensure_weight_tying`, PEFT ties rows to those of the input embedding only.
+    """
+    modules = [(plain_path(model, path), module) for path, module in adapter_modules(model, name).items()]
+    rows = {path: module for path, module in modules if isinstance(module, TrainedTokens)}
+    followed = {id(one) for _, m in modules if isinstance(m, TiedModule) for one, _ in m.sources(name).values()}
+    main = input_embedding(model)
+    is_tied = any(id(module) in followed and main not in (None, module.base_layer) for module in rows.values())
+    values: dict[str, Any] = {"ensure_weight_tying": bool(config.ensure_weight_tying) or is_tied}
+    if isinstance(config.trainable_token_indices, dict):
+        values["trainable_token_indices"] = {path: module.tokens[name] for path, module in rows.items()}
+    if config.ensure_weight_tying and config.modules_to_save:
+        values["modules_to_save"] = [path for path, module in modules if isinstance(module, SavedModule)]
+    return values
 
 
 def _as_int(value: float) -> float:

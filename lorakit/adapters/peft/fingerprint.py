@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import copy
 import hashlib
+import importlib
 import json
 import warnings
 from collections.abc import Collection, Iterator, Mapping
@@ -21,12 +22,15 @@ import torch
 from torch import Tensor, nn
 
 from ...checkpoints.checkpoint import Checkpoint
-from ...errors import CheckpointError
-from ...layers import ResidualLinear4bit, SavedModule
+from ...errors import CheckpointError, LorakitError
+from ...files import read_json_object
+from ...layers import ResidualLinear4bit, SavedModule, TiedModule
+from ...layers.frozen.calls import is_dense, loaded
 from ...layers.frozen.quantized_module import QuantizedModule, frozen
 from ...quantization import QuantizedWeight
 from ...quantization.weight import SOURCE_DTYPES
 from ..attach.targeting import unwrapped
+from ..attach.ties import named_embedding
 from ..attach.wrappers import inner_module, whole
 from .names import BASE_KEY, BASE_SAMPLE_KEY
 from .samples import WeightSample, sample_4bit, sample_dense
@@ -40,6 +44,32 @@ def base_names(model: nn.Module) -> Iterator[str]:
     for name in (getattr(model, "folder", None), getattr(getattr(model, "config", None), "_name_or_path", None)):
         if name is not None:
             yield str(name)
+
+
+def vocabulary_of_checkpoint(model: nn.Module) -> int | None:
+    """Return the number of tokens of the checkpoint that a model was loaded from; None if that cannot be found out."""
+    for name in base_names(model):
+        file = Path(name) / "config.json" if name else None
+        if file is not None and not file.is_file():
+            file = _in_hub_cache(name)
+        if file is None:
+            continue
+        try:
+            values: dict[str, Any] = read_json_object(file)
+        except LorakitError:
+            continue
+        size = values.get("vocab_size") or (values.get("text_config") or {}).get("vocab_size")
+        return size if isinstance(size, int) else None
+    return None
+
+
+def _in_hub_cache(name: str) -> Path | None:
+    """Return the config of a model of the Hugging Face hub if transformers has it on disk; nothing is downloaded."""
+    try:
+        found = importlib.import_module("huggingface_hub").try_to_load_from_cache(name, "config.json")
+    except Exception:  # the package is absent, or the name is none of the hub's
+        return None
+    return Path(found) if isinstance(found, str) else None
 
 
 @dataclass(frozen=True)
@@ -120,7 +150,11 @@ def sample_model(home: nn.Module, name: str | None = None) -> BaseSample:
         name: an adapter. Weights that it replaces by copies of its own do not count.
     """
     weights: dict[str, WeightSample] = {}
-    for path, weight in _weights(home, "", name, _unmerged(home)):
+    vocabulary = vocabulary_of_checkpoint(home)
+    tables = {named_embedding(home, method) for method in ("get_input_embeddings", "get_output_embeddings")}
+    for path, module, weight in _weights(home, "", name, _unmerged(home)):
+        if module in tables and isinstance(weight, Tensor) and vocabulary is not None:
+            weight = weight[:vocabulary]  # the rows of a resized vocabulary are in no checkpoint
         sample = sample_4bit(weight) if isinstance(weight, QuantizedWeight) else sample_dense(weight)
         if sample is not None:
             weights[path] = sample
@@ -193,45 +227,60 @@ class _Unmerged:
 
 
 def _unmerged(home: nn.Module) -> _Unmerged:
-    swaps = getattr(vars(home).get("lora_merged"), "swaps", ())  # merging is a room above this one
-    exchanges = [exchange for swap in swaps for exchange in swap.exchanges]
+    merge = vars(home).get("lora_merged")  # merging is a room above this one
+    swaps = getattr(merge, "swaps", ())
+    # The last one counts: of a parameter that a merge replaced and then parted, that is the one before both.
+    exchanges = [*getattr(merge, "parted", ()), *(exchange for swap in swaps for exchange in swap.exchanges)]
     return _Unmerged({swap.new: swap.old for swap in swaps}, {(one.module, one.name): one.before for one in exchanges})
 
 
 def _weights(
     module: nn.Module, path: str, adapter: str | None, unmerged: _Unmerged
-) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
-    """Yield the weights of a module and those inside it, without adapters; parameters' names are those of the base."""
+) -> Iterator[tuple[str, nn.Module, Tensor | QuantizedWeight]]:
+    """Yield the weights of a module and those inside it, without adapters: name in the base, module, weight.
+
+    Codes of other libraries are left out. What accelerate keeps elsewhere is loaded, one module at a time.
+    """
     own: Collection[str] = ()
     base = inner_module(module)
     while (inner := inner_module(unwrapped(base))) is not base:
         if isinstance(base, SavedModule) and adapter in base.names():
             own = {*own, *base.parameters_of(adapter)}
+        if isinstance(base, TiedModule) and adapter in base.names():
+            own = {*own, *base.sources(adapter)}
         base = inner
     if base in unmerged.seen:
         return
     unmerged.seen.add(base)
     base = unmerged.modules.get(base, base)
-    parameters: dict[str, Any] = dict(base._parameters)
-    if isinstance(base, QuantizedModule):
-        if any(hasattr(parameter, "device_mesh") for parameter in base.parameters(recurse=False)):
-            divided, base = base, copy.copy(base)
-            base._parameters = {name: frozen(whole(p)) for name, p in divided._parameters.items() if p is not None}
-        weight = base.dense_weight(torch.float32) if isinstance(base, ResidualLinear4bit) else base.quantized
-        parameters = {"weight": weight} | {name: p for name, p in parameters.items() if name == "bias"}
+    with loaded(base):
+        parameters = _own_weights(base)
     for name, parameter in parameters.items():
         parameter = unmerged.parameters.get((base, name), parameter)
-        if parameter is not None and name not in own:
-            yield f"{path}{name}", parameter if isinstance(parameter, QuantizedWeight) else whole(parameter.detach())
+        if isinstance(parameter, QuantizedWeight):
+            yield f"{path}{name}", base, parameter
+        elif is_dense(parameter) and name not in own:
+            yield f"{path}{name}", base, whole(parameter.detach())
     for name, child in base._modules.items():
         if child is not None:
             yield from _weights(child, f"{path}{name}.", adapter, unmerged)
 
 
+def _own_weights(base: nn.Module) -> dict[str, Any]:
+    """Return the weight and the bias of a layer in 4 bits, and all parameters of another module."""
+    if not isinstance(base, QuantizedModule):
+        return dict(base._parameters)
+    if any(hasattr(parameter, "device_mesh") for parameter in base.parameters(recurse=False)):
+        divided, base = base, copy.copy(base)
+        base._parameters = {name: frozen(whole(p)) for name, p in divided._parameters.items() if p is not None}
+    weight = base.dense_weight(torch.float32) if isinstance(base, ResidualLinear4bit) else base.quantized
+    return {"weight": weight} | {name: p for name, p in base._parameters.items() if name == "bias"}
+
+
 def base_fingerprint(model: nn.Module) -> str | None:
     """Return the fingerprint in older files: a hash of a model's vectors with their names, or None without a vector."""
     digest, count = hashlib.sha256(), 0
-    for name, vector in _weights(model, "", None, _unmerged(model)):
+    for name, _, vector in _weights(model, "", None, _unmerged(model)):
         if isinstance(vector, Tensor) and vector.ndim == 1 and vector.is_floating_point():
             digest.update(f"{name} {len(vector)} ".encode())
             digest.update(vector.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())

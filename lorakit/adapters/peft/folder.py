@@ -104,7 +104,8 @@ class AdapterLayer:
     def attached(self, dtype: torch.dtype) -> AttachedAdapter:
         """Return the record that a layer of this kind would hold, with frozen copies of the tensors."""
         matrices = (LoRAEmbedding if self.kind == "embedding" else LoRALinear).matrices
-        tensors = dict(zip(matrices, (self.lora_A, self.lora_B), strict=True)) | dict(self.further)
+        further = {table: tensor.flatten() for table, tensor in self.further.items()}  # a convolution's has ones
+        tensors = dict(zip(matrices, (self.lora_A, self.lora_B), strict=True)) | further
         # Copies are aligned, unlike tensors in a mapped file; the last bit of a product depends on the alignment.
         frozen = {table: nn.Parameter(tensor.to(dtype, copy=True), False) for table, tensor in tensors.items()}
         return AttachedAdapter(frozen, self.scaling, self.variant, matrices=matrices)
@@ -274,8 +275,8 @@ def _sort_names(
     problems = [
         f"{name} holds {entry.dtype}, expected floating-point numbers"
         for name, entry in header.items()
-        if entry.dtype not in _FLOATS
-    ]
+        if entry.dtype not in _FLOATS and (path_and_table(name, variant) is not None or not name.startswith(PREFIX))
+    ]  # modules saved in full have counters too
     by_path: dict[str, dict[str, str]] = {}
     extras: dict[str, str] = {}
     for name in shapes:

@@ -101,9 +101,10 @@ def _fitted(layer: AdaptedLayer, name: str, new: AdapterLayer) -> list[tuple[nn.
     tensors = [new.lora_A, new.lora_B, *new.further.values()]
     if not all(tensor.is_floating_point() and bool(torch.isfinite(tensor).all()) for tensor in tensors):
         return "it holds inf, nan, or numbers that are not floating point"
+    wide = new.lora_B.to(torch.promote_types(new.lora_B.dtype, torch.float32))
     values = [
         (a, _padded(new.lora_A, 0, len(a))),
-        (b, _padded(new.lora_B.float() * (new.scaling / layer.scaling[name]), 1, b.shape[1])),
+        (b, _padded(wide * (new.scaling / layer.scaling[name]), 1, b.shape[1])),
     ]
     for table, tensor in new.further.items():
         if tensor.numel() != parameters[table].numel():

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ...layers import VARIANTS, AdaptedLayer, AdapterModule, LoRAParameter, Variant
-from ..attach.placement import Placement
+from ...layers import VARIANTS, AdaptedLayer, AdapterModule, LoRAParameter, SavedModule, TiedModule, Variant
+from ..attach.placed import Placement
 from ..attach.state import adapter_modules
 from ..attach.targeting import unwrapped
+from ..attach.ties import plain_path
 from ..attach.wrappers import whole, write_into
 from .names import BASE_LAYER, tensor_name
 
@@ -20,6 +21,8 @@ def file_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     named: dict[str, Tensor] = {}
     for path, module in _file_modules(model, name):
         tensors: dict[str, Tensor] = dict(module.parameters_of(name))
+        if isinstance(module, SavedModule | TiedModule):
+            tensors = module.in_file(name)
         variant = VARIANTS["plain"]
         if isinstance(module, AdaptedLayer):
             variant = module.adapters[name].variant
@@ -31,7 +34,7 @@ def file_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
 
 
 def file_shapes(placements: Iterable[Placement]) -> dict[str, tuple[int, ...]]:
-    """Return the tensors that an adapter's file must hold, name in the file -> shape."""
+    """Return the trained tensors that an adapter's file must hold, name in the file -> shape."""
     placements = list(placements)
     paths = [path for path, _ in _with_file_paths([(p.path, p.module) for p in placements])]
     return {
@@ -39,6 +42,16 @@ def file_shapes(placements: Iterable[Placement]) -> dict[str, tuple[int, ...]]:
         for path, placement in zip(paths, placements, strict=True)
         for table, shape in placement.shapes.items()
     }
+
+
+def file_buffers(placements: Iterable[Placement]) -> dict[str, Tensor]:
+    """Return the buffers that an adapter's file must hold, name in the file -> the base's buffer, of the same shape."""
+    return {tensor_name(one.path, key): buffer for one in placements for key, buffer in one.buffers.items()}
+
+
+def file_ties(placements: Iterable[Placement]) -> dict[str, str]:
+    """Return the further names of tied parameters, which a file may hold: name in the file -> the trained one's."""
+    return {tensor_name(one.path, key): tensor_name(*there) for one in placements for key, there in one.tied.items()}
 
 
 @torch.no_grad()
@@ -52,6 +65,8 @@ def write_tensors(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> No
         variant = module.adapters[name].variant if isinstance(module, AdaptedLayer) else VARIANTS["plain"]
         for table, parameter in module.parameters_of(name).items():
             write_into(parameter, tensors[tensor_name(path, table, variant)].view(parameter.shape))
+        for key, buffer in module.buffers_of(name).items() if isinstance(module, SavedModule) else ():
+            write_into(buffer, tensors[tensor_name(path, key)])
 
 
 def _shape(module: AdapterModule, variant: Variant, table: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -61,7 +76,7 @@ def _shape(module: AdapterModule, variant: Variant, table: str, shape: tuple[int
 def _file_modules(model: nn.Module, name: str) -> Iterator[tuple[str, AdapterModule]]:
     """Yield each module that holds an adapter, with the path of its tensors in the file."""
     modules = adapter_modules(model, name).items()
-    return _with_file_paths([(_adapted_path(path, module), module) for path, module in modules])
+    return _with_file_paths([(plain_path(model, path), module) for path, module in modules])
 
 
 def _with_file_paths(modules: list[tuple[str, AdapterModule]]) -> Iterator[tuple[str, AdapterModule]]:
@@ -76,10 +91,3 @@ def _with_file_paths(modules: list[tuple[str, AdapterModule]]) -> Iterator[tuple
             order = [name for name, _ in unwrapped(module).named_parameters(recurse=False) if name in adapted[path]]
             depth = len(order) - 1 - order.index(module.parameter)
         yield f"{path}{f'.{BASE_LAYER}' * depth}", module
-
-
-def _adapted_path(path: str, module: AdapterModule) -> str:
-    """Return the path of the base module; a parameter's `LoRAParameter` may be inside that of another parameter."""
-    while isinstance(module, LoRAParameter) and path.endswith(".base_layer"):
-        path = path.removesuffix(".base_layer")
-    return path

@@ -86,7 +86,7 @@ class BitsAndBytes(StoredFormat):
             "bnb_4bit_quant_type": config.quant_type or first_format.quant_type,
             "bnb_4bit_use_double_quant": config.double_quant,
             "bnb_4bit_quant_storage": config.storage_dtype,
-            "bnb_4bit_compute_dtype": values.get("torch_dtype") or values.get("dtype") or "bfloat16",
+            "bnb_4bit_compute_dtype": values.get("dtype") or values.get("torch_dtype") or "bfloat16",
             "llm_int8_skip_modules": list(dense_layers),
         }
 

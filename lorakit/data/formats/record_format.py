@@ -1,6 +1,6 @@
 """`RecordFormat`, an entry of the table of record formats, and the wording that all formats share.
 
-A new format is one file with a `RecordFormat` and one line in the table `RECORD_FORMATS`. `lorakit/data/json_lines.py`
+A new format is one file with a `RecordFormat` and one line in the table `RECORD_FORMATS`. `lorakit/data/records.py`
 reads files, names bad lines and checks conversations for all formats alike.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import DataError, did_you_mean
-from ..records import Record
+from ..conversations import Record
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 from ...adapters.combining.ranks import rank_for_energy
 from ...adapters.low_rank import LowRank
 from ...errors import AdapterError
+from ...printed import Printed
 
 Verdict = Literal["independent", "aligned", "opposed", "entangled"]
 
@@ -101,8 +102,8 @@ class LayerMeeting(Meeting):
     chance: tuple[float, float]
 
 
-@dataclass(frozen=True)
-class Interference(Meeting):
+@dataclass(frozen=True, repr=False)
+class Interference(Printed, Meeting):
     """Two adapters: the layers that they share, one by one and together as one vector.
 
     Attributes:

@@ -14,24 +14,31 @@ import torch
 from torch import Tensor
 
 from ...adapters.low_rank import LowRank
+from ...printed import Printed
 from .interference import Interference, LayerMeeting, layer_meeting
 
+SAME_START = 0.5  # cosine of the drawn factors; between two draws it is about 1 / sqrt(elements)
 SHARED_COSINE = 0.9  # a direction of one update within 26 degrees of the other's counts as shared
 
 
-@dataclass(frozen=True)
-class LayerSimilarity:
+@dataclass(frozen=True, repr=False)
+class LayerSimilarity(Printed):
     """The update of one layer in adapter `a` against that in adapter `b`.
 
     Attributes:
         name: module path.
         meeting: norms, cosine, principal angles of the leading directions, and the verdict on a sum of the two.
         change: singular values of Δa - Δb.
+        drawn_cosine: cosine between the two A, of embeddings between the two B: the factor that a start draws, while
+            the other begins at zero. It stays near 1 where both began with the same draw, and is near 0 elsewhere.
+        is_embedding: whether B is the drawn one.
     """
 
     name: str
     meeting: LayerMeeting
     change: tuple[float, ...]
+    drawn_cosine: float = 0.0
+    is_embedding: bool = False
 
     @property
     def cosine(self) -> float:
@@ -70,19 +77,44 @@ class LayerSimilarity:
         return self.meeting.chance[1]
 
     @property
+    def same_start(self) -> bool:
+        """Whether both began with the same draw, which makes one side of both alike whatever they learned."""
+        return self.drawn_cosine >= SAME_START
+
+    @property
+    def learned_similarity(self) -> float:
+        """φ of the leading directions on the side that begins at zero: the output, of embeddings the input."""
+        angles = self.meeting.row_angles if self.is_embedding else self.meeting.column_angles
+        return sum(cos(angle) ** 2 for angle in angles) / len(angles) if angles else 0.0
+
+    @property
+    def learned_chance(self) -> float:
+        """Mean `learned_similarity` of random subspaces."""
+        return self.meeting.chance[1 if self.is_embedding else 0]
+
+    @property
     def shared(self) -> int:
         """Leading directions that both have (cosine above SHARED_COSINE), on the input and on the output side."""
         sides = (self.meeting.row_angles, self.meeting.column_angles)
         return min(sum(cos(angle) > SHARED_COSINE for angle in side) for side in sides)
 
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: {self.meeting.verdict}, cosine {self.cosine:+.3f}, difference {self.difference:.3g}, input "
+            f"overlap {self.similarity:.1%} (chance {self.chance:.1%}), {self.shared} shared directions"
+        )
+
     def row(self) -> dict[str, Any]:
         """Return the figures as one row of a table."""
-        names = ("name", "cosine", "difference", "relative_difference", "similarity", "chance", "shared")
+        names = (
+            "name", "cosine", "difference", "relative_difference", "similarity", "chance", "shared", "same_start",
+            "learned_similarity", "learned_chance",
+        )  # fmt: skip
         return {name: getattr(self, name) for name in names} | {"verdict": self.meeting.verdict}
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, repr=False)
+class Comparison(Printed):
     """Two adapters, layer by layer.
 
     Attributes:
@@ -98,6 +130,9 @@ class Comparison:
     only_there: tuple[str, ...]
     interference: Interference
 
+    def __str__(self) -> str:
+        return f"compared with {self.source}: {self.interference}"
+
 
 def subspace_similarity(a: Tensor, b: Tensor) -> Tensor:
     """φ(i, j) = ‖Uiᵀ Uj‖F² / min(i, j) for the leading i columns of `a` and j of `b` (arXiv:2106.09685, equation 4).
@@ -112,10 +147,23 @@ def subspace_similarity(a: Tensor, b: Tensor) -> Tensor:
     return overlap / torch.minimum(i[:, None], j)
 
 
-def compare_updates(name: str, a: LowRank, b: LowRank) -> LayerSimilarity:
+def compare_updates(name: str, a: LowRank, b: LowRank, is_embedding: bool = False) -> LayerSimilarity:
     """Compare two updates of one shape, both in float64.
+
+    Args:
+        is_embedding: whether they are of an embedding, whose start draws B and not A.
 
     Raises:
         AdapterError: the shapes differ.
     """
-    return LayerSimilarity(name, layer_meeting(name, a, b), tuple((a - b).singular_values.tolist()))
+    meeting = layer_meeting(name, a, b)
+    drawn = (a.up.T, b.up.T) if is_embedding else (a.down, b.down)
+    return LayerSimilarity(name, meeting, tuple((a - b).singular_values.tolist()), _cosine(*drawn), is_embedding)
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    """Cosine between the rows that two matrices (r, n) both have, as one vector; 0 where one is zero."""
+    rows = min(len(a), len(b))
+    a, b = a[:rows], b[:rows]
+    norms = float(a.norm() * b.norm())
+    return float((a * b).sum()) / norms if norms else 0.0

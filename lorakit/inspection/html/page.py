@@ -51,6 +51,7 @@ _COMPARED = {
     "vs_relative_difference": "difference, relative to the other",
     "vs_similarity": "overlap of leading input subspaces",
     "vs_shared": "shared directions",
+    "vs_learned_similarity": "overlap of leading directions on the side that began at zero",
 }
 _QUANTIZATION = {
     "quant_snr_db": "signal to noise of 4 bits, dB",

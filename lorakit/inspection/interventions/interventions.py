@@ -16,7 +16,7 @@ from ...adapters import lora_layers
 from ...adapters.attach.state import apply_state, check_adapter, home_of, homes, state_of
 from ...adapters.low_rank import LowRank
 from ...errors import AdapterError, did_you_mean
-from ...layers.adapted import AdaptedLayer, AdapterModule
+from ...layers import AdaptedLayer, AdapterModule
 
 
 @contextlib.contextmanager

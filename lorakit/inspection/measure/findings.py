@@ -6,6 +6,7 @@ A finding states a measurement, not its meaning for a task: only an evaluation o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import PurePath
 from statistics import fmean, median
 
 from ..compare.similarity import SHARED_COSINE
@@ -19,7 +20,25 @@ _WEAK = 0.01  # of the median norm of a layer's own kind of module: below it a l
 
 
 def findings(info: AdapterInfo) -> Iterator[str]:
-    """Yield the findings, the most important first."""
+    """Yield the findings, the most important first.
+
+    Beside another adapter, the comparison comes first, and each adapter's own findings begin with its name.
+    """
+    if info.other is None:
+        yield from _own(info)
+        return
+    here, there = _names(info.source, info.other.source)
+    yield from _compared(info, here, there)
+    ours, theirs = list(_own(info)), list(info.other.findings)
+    if ours == theirs:
+        yield from (f"both: {finding}" for finding in ours)
+        return
+    yield from (f"{here}: {finding}" for finding in ours)
+    yield from (f"{there}: {finding}" for finding in theirs)
+
+
+def _own(info: AdapterInfo) -> Iterator[str]:
+    """Yield what stands out in an adapter by itself and against its base."""
     if info.changed_base:
         yield f"the start '{info.changed_base}' moved part of the base into the adapter: B A is not the whole change"
     yield from _dead_layers(info)
@@ -30,7 +49,6 @@ def findings(info: AdapterInfo) -> Iterator[str]:
     yield from _noise(info)
     yield from _dead_units(info)
     yield from _against_base(info)
-    yield from _compared(info)
     if info.extras:
         yield f"{len(info.extras)} tensors beside the low-rank updates are not measured: {_listed(info.extras)}"
 
@@ -41,7 +59,10 @@ def _dead_layers(info: AdapterInfo) -> Iterator[str]:
         yield f"every update is exactly zero: the adapter of {len(dead)} layers changes nothing"
         return
     if dead:
-        yield f"{len(dead)} of {len(info.layers)} layers are dead (their update is exactly zero): {_listed(dead)}"
+        yield (
+            f"{len(dead)} of {len(info.layers)} layers are dead (their update is exactly zero; exclude_modules can "
+            f"leave them out): {_listed(dead)}"
+        )
     weak = []
     for group in _by_module(info).values():
         typical = median(layer.norm for layer in group)
@@ -58,11 +79,11 @@ def _ranks(info: AdapterInfo) -> Iterator[str]:
     allotted = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     enough = next((r for r in range(1, ranks[-1]) if info.energy(r) >= KEPT), ranks[-1])
     if enough < ranks[-1]:
-        advice = f"r={enough} would keep {_percent(info.energy(enough))} of the update"
+        kept = _percent(info.energy(enough))
+        advice = f"r={enough} would keep {kept} of the update; `lorakit resize --rank {enough}` cuts it to that"
     else:
-        advice = (
-            f"r={max(1, enough - 1)} would keep {_percent(info.energy(enough - 1))} of the update, less than {KEPT:.0%}"
-        )
+        kept = _percent(info.energy(enough - 1))
+        advice = f"r={max(1, enough - 1)} would keep {kept} of the update, less than {KEPT:.0%}, so keep the rank"
     yield f"{allotted} allotted, {used:.1f} used (mean effective rank): {advice}"
     short = [layer for layer in alive if layer.numerical_rank < min(layer.rank, *layer.shape)]
     if short:
@@ -175,20 +196,40 @@ def _intruders(info: AdapterInfo) -> Iterator[str]:
     )
 
 
-def _compared(info: AdapterInfo) -> Iterator[str]:
-    if info.comparison is None or info.other is None:
+def _names(here: str, there: str) -> tuple[str, str]:
+    """Return the shortest endings of two paths that tell them apart."""
+    parts = [PurePath(source).parts for source in (here, there)]
+    for count in range(1, max(map(len, parts)) + 1):
+        ours, theirs = ("/".join(path[-count:]) for path in parts)
+        if ours != theirs:
+            return ours, theirs
+    return "the first", "the second"
+
+
+def _compared(info: AdapterInfo, here: str, there: str) -> Iterator[str]:
+    if info.comparison is None:
         return
     layers, whole = info.comparison.layers, info.comparison.interference
     difference = sum(layer.difference**2 for layer in layers) ** 0.5
     if difference <= 1e-12 * whole.norms[1]:
-        yield f"the update equals that of {info.comparison.source} in all {len(layers)} layers that both have"
-    else:
-        relative = f", {_percent(difference / whole.norms[1])} of its norm" if whole.norms[1] else ""
-        cosine = f"cosine {whole.cosine:.3f} to {info.comparison.source}"
-        yield f"{cosine}; the difference is {difference:.3g}{relative}"
+        yield f"the updates of {here} and {there} are equal in all {len(layers)} layers that both have"
+        return
+    relative = f", {_percent(difference / whole.norms[1])} of the norm of {there}" if whole.norms[1] else ""
+    yield f"cosine {whole.cosine:.3f} between {here} and {there}; the difference is {difference:.3g}{relative}"
     yield f"added together, the two are {whole.verdict}: {whole.meaning}"
     similar, chance = median(layer.similarity for layer in layers), median(layer.chance for layer in layers)
-    yield f"leading input subspaces overlap by {_percent(similar)}; chance gives {_percent(chance)} (medians)"
+    overlap = f"leading input subspaces overlap by {_percent(similar)}; chance gives {_percent(chance)} (medians)"
+    same = [layer for layer in layers if layer.same_start]
+    if 2 * len(same) > len(layers):
+        learned = _percent(median(layer.learned_similarity for layer in same))
+        by_chance = _percent(median(layer.learned_chance for layer in same))
+        yield (
+            f"in {len(same)} of {len(layers)} layers both began with the same A, as runs with one seed do, so their "
+            f"input directions agree whatever was learned ({overlap}); the output directions, which began at zero, "
+            f"overlap by {learned}; chance gives {by_chance} (medians): judge by these, or train with another seed"
+        )
+    else:
+        yield overlap
     shared = [layer for layer in layers if layer.shared]
     if shared:
         words = _listed([f"{layer.name} ({layer.shared})" for layer in sorted(shared, key=lambda layer: -layer.shared)])
@@ -197,9 +238,9 @@ def _compared(info: AdapterInfo) -> Iterator[str]:
             f"{count} directions are shared (cosine above {SHARED_COSINE:g} on both sides) "
             f"in {len(shared)} of {len(layers)} layers: {words}"
         )
-    for names, where in ((info.comparison.only_here, "here"), (info.comparison.only_there, "there")):
+    for names, where in ((info.comparison.only_here, here), (info.comparison.only_there, there)):
         if names:
-            yield f"{len(names)} layers are adapted only {where}: {_listed(names)}"
+            yield f"{len(names)} layers are adapted only in {where}: {_listed(names)}"
 
 
 def _by_module(info: AdapterInfo) -> dict[str, list[LayerInfo]]:

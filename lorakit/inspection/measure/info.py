@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...printed import Printed, as_text
 from ..compare.similarity import Comparison
 from ..tables import Tidy
 from .layer_info import LayerInfo
 
+if TYPE_CHECKING:
+    from rich.console import Console
 
-@dataclass(frozen=True)
-class AdapterInfo(Tidy):
+
+@dataclass(frozen=True, repr=False)
+class AdapterInfo(Printed, Tidy):
     """One adapter, measured.
 
     Attributes:
@@ -37,6 +42,41 @@ class AdapterInfo(Tidy):
     other: AdapterInfo | None = None
     comparison: Comparison | None = None
     findings: tuple[str, ...] = field(default=(), compare=False)
+
+    def __str__(self) -> str:
+        return as_text(self.print_to)
+
+    def __repr__(self) -> str:
+        return f"<AdapterInfo: {self.source}, {self.summary}; print it, or see its layers, findings and table()>"
+
+    def print_to(self, console: Console, more: Sequence[str] = ()) -> None:
+        """Print the findings, a line of figures for each kind of module, and a map of the update's norms.
+
+        Args:
+            more: further findings to print with these.
+        """
+        from rich.table import Table
+        from rich.text import Text
+
+        from .printed import modules_table, norms_map
+
+        console.print(self.source, style="bold", markup=False, soft_wrap=True)
+        console.print(f"{self.summary}\n", markup=False)
+        bullets = Table.grid(padding=(0, 1, 0, 0))
+        for finding in [*self.findings, *more]:
+            bullets.add_row("•", Text(finding))
+        console.print(bullets)
+        console.print()
+        console.print(modules_table(self.layers))
+        if any(layer.index is not None for layer in self.layers):
+            console.print()
+            console.print(norms_map(self.layers))
+
+    @property
+    def summary(self) -> str:
+        """The size of the adapter and of its update, and the base, in a few words."""
+        on = f", on {self.base}" if self.base else ""
+        return f"{len(self.layers)} layers, {self.parameters:,} parameters, norm {self.norm:.4g}{on}"
 
     @cached_property
     def norm(self) -> float:

@@ -72,7 +72,7 @@ def inspect_adapter(
                 measured.append(measure_update(update, parts[path], against))
         others_by_name = {update.name: update.low_rank for update in theirs}
         similar += [
-            compare_updates(update.name, update.low_rank, others_by_name[update.name])
+            compare_updates(update.name, update.low_rank, others_by_name[update.name], update.kind == "embedding")
             for update in ours
             if update.name in others_by_name
         ]
@@ -80,7 +80,9 @@ def inspect_adapter(
     info = _info(here, layers, weights)
     if there is not None:
         comparison = _comparison(there.source, layers, others, similar)
-        info = replace(info, other=_info(there, others, weights), comparison=comparison)
+        other = _info(there, others, weights)
+        other = replace(other, findings=tuple(findings(other)))
+        info = replace(info, other=other, comparison=comparison)
     return replace(info, findings=tuple(findings(info)))
 
 

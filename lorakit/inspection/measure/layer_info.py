@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from ...adapters.combining.ranks import rank_for_energy
+from ...printed import Printed
 from .against_base import AgainstBase
 from .module_paths import ModulePath
 from .spectrum import effective_rank, energy, noise_rank, numerical_rank, stable_rank
 from .updates import LayerUpdate
 
 
-@dataclass(frozen=True)
-class LayerInfo:
+@dataclass(frozen=True, repr=False)
+class LayerInfo(Printed):
     """The figures of one layer's update Δ = scaling·B·A. DoRA's magnitude is not in Δ; see `base`.
 
     Attributes:
@@ -56,6 +57,14 @@ class LayerInfo:
     dead_inputs: int
     dead_directions: int
     base: AgainstBase | None = None
+
+    def __str__(self) -> str:
+        based = "" if self.base is None else f", {self.base.relative_norm:.2%} of its base weight's"
+        return (
+            f"{self.name} {self.shape}: rank {self.rank}, norm {self.norm:.4g}{based}, effective rank "
+            f"{self.effective_rank:.1f}, rank for 99% {self.rank_for(0.99)}, largest singular value "
+            f"{self.spectral_norm:.3g}"
+        )
 
     @cached_property
     def spectrum(self) -> Tensor:

@@ -41,7 +41,7 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
 
 def probe_rows(examples: Sequence[Example], rows: int, length: int) -> Tensor:
     """Return the beginnings of the first `rows` examples, (rows, tokens) int64, with at most `length` tokens."""
-    chosen = [example.input_ids[:length] for example in examples[:rows]]
+    chosen = [example.input_ids[: min(length, example.lengths[0])] for example in examples[:rows]]
     shortest = min(len(ids) for ids in chosen)
     return torch.tensor([ids[:shortest] for ids in chosen])
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from ...errors import DataError, StorageError
 from ...files import atomic_write, write_text
+from ...printed import Printed
 from .token_losses import bin_name
 
 FILE = "probes.jsonl"
@@ -44,8 +45,8 @@ class Header:
     format: int = FORMAT
 
 
-@dataclass(frozen=True)
-class ProbeLog:
+@dataclass(frozen=True, repr=False)
+class ProbeLog(Printed):
     """The figures of one run's probes.
 
     Attributes:
@@ -56,6 +57,12 @@ class ProbeLog:
 
     header: Header
     rows: list[dict[str, Any]]
+
+    def __str__(self) -> str:
+        span = f", {self.rows[0]['step']} to {self.rows[-1]['step']}" if self.rows else ""
+        alarms = [f"step {alarm['step']}: {alarm['what']} ({len(alarm['layers'])} layers)" for alarm in self.alarms]
+        total = f"{len(self.rows)} measured steps{span}, of {len(self.header.layers)} layers"
+        return "\n".join([f"{total}; {len(alarms)} alarms", *alarms[:10]])
 
     @property
     def alarms(self) -> list[dict[str, Any]]:

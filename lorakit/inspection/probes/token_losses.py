@@ -40,6 +40,7 @@ class TokenLosses:
         for index, (total, count) in enumerate(zip(sums, bins.bincount(minlength=size).tolist(), strict=True)):
             self.sums[index] += total
             self.counts[index] += count
+        trained = [sum(example.loss_mask) for example in examples]  # an example may have several renderings
         for example, values in zip(examples, each.split(trained), strict=True):
             if len(values):
                 self.examples.append((example.source, float(values.mean()), len(values)))

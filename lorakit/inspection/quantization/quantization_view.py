@@ -27,6 +27,7 @@ from ...errors import CheckpointError
 from ...layers.adapted import AdaptedLayer
 from ...layers.frozen.quantized_module import QuantizedModule
 from ...models.decoder.decoder import Decoder
+from ...printed import Printed
 from ...quantization import QuantizationError, QuantizedWeight, quantize
 from ..measure.base_weights import BaseWeights
 from ..measure.singular_vectors import EXACT_UP_TO, LEADING, leading_vectors
@@ -155,11 +156,14 @@ class LayerQuantization:
         }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class QuantizationView(Tidy):
+@dataclass(frozen=True, repr=False)
+class QuantizationView(Printed, Tidy):
     """All quantized weights of a model beside their sources."""
 
     layers: tuple[LayerQuantization, ...]
+
+    def __str__(self) -> str:
+        return "\n".join([f"{len(self.layers)} quantized weights", *(f"- {finding}" for finding in self.findings())])
 
     def table(self) -> list[dict[str, Any]]:
         """Return one row per layer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from lorakit_kernels import is_transformed
 from torch import Tensor, nn
 
 from ...errors import ShapeError
@@ -44,7 +45,7 @@ class Embedding4bit(QuantizedModule):
         return Embedding4bit(quantize(dense.weight, quant_type, block_size, double_quant))
 
     def forward(self, ids: Tensor) -> Tensor:
-        if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+        if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling() and not is_transformed():
             low, high = ids.aminmax()
             if low < 0 or high >= self.num_embeddings:
                 bad = int(low if low < 0 else high)

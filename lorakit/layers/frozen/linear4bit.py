@@ -7,6 +7,7 @@ from typing import Any
 
 import lorakit_kernels as kernels
 import torch
+from lorakit_kernels import is_transformed
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -63,10 +64,6 @@ class Linear4bit(QuantizedModule):
         bias = None if dense.bias is None else dense.bias.detach().clone()
         return Linear4bit(weight, bias, compute_dtype, storage_dtype)
 
-    def dense_weight(self, dtype: torch.dtype) -> Tensor:
-        """Return the dequantized weight as a fresh tensor, (out_features, in_features) in `dtype`."""
-        return self.quantized.dequantize(dtype)
-
     def add_residual(self, y: Tensor, x: Tensor) -> Tensor:
         """Add to y = x Wᵀ, in place, the product of x with the weight's part outside its codes; there is none here.
 
@@ -76,7 +73,9 @@ class Linear4bit(QuantizedModule):
         return y
 
     def add_residual_dx(self, dx: Tensor, dy: Tensor) -> Tensor:
-        """Add to dx = dy W, in place, the product of dy with the weight's part outside its codes; there is none here.
+        """Add to dx = dy W the product of dy with the weight's part outside its codes; there is none here.
+
+        This overwrites dx, unless autograd follows it.
 
         Shapes:
             dx (..., in_features), dy (..., out_features)
@@ -90,10 +89,13 @@ class Linear4bit(QuantizedModule):
         x = x if self.compute_dtype is None else x.to(self.compute_dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         is_differentiated = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+        if is_transformed():
+            y: Tensor = linear(x, self.dense_weight(x.dtype), bias)
+            return y.to(input_dtype)
         # torch.compile (2.13) fails on the function because its weight is not an argument. The operation has the same
         # gradients.
         if is_differentiated and not torch.compiler.is_compiling():
-            y: Tensor = _FrozenLinear.apply(x, bias, self)
+            y = _FrozenLinear.apply(x, bias, self)
         else:
             y = frozen_linear(self, x, bias)
         return y.to(input_dtype)
@@ -155,10 +157,14 @@ def frozen_linear_dx(base: nn.Linear | Linear4bit, dy: Tensor, lora: Sequence[Te
     return torch.addmm(dx, lora[0], lora[1]) if lora else dx
 
 
-def add_frozen_linear_dx(dx: Tensor, base: nn.Linear | Linear4bit, dy: Tensor) -> None:
-    """Add dy W to dx, for layers that read the same x: dy (tokens, out_features), dx (tokens, in_features)."""
-    if isinstance(base, Linear4bit):
-        kernels.add_linear_4bit_dx(dx, dy, base.operand)
-        base.add_residual_dx(dx, dy)
-    else:
-        dx.addmm_(dy, _dense(base, dy.dtype))
+def add_frozen_linear_dx(dx: Tensor, base: nn.Linear | Linear4bit, dy: Tensor) -> Tensor:
+    """Return dx + dy W, for layers that read the same x: dy (tokens, out_features), dx (tokens, in_features).
+
+    It overwrites dx, unless autograd follows it for second derivatives.
+    """
+    if torch.is_grad_enabled():
+        return dx + frozen_linear_dx(base, dy)
+    if not isinstance(base, Linear4bit):
+        return dx.addmm_(dy, _dense(base, dy.dtype))
+    kernels.add_linear_4bit_dx(dx, dy, base.operand)
+    return base.add_residual_dx(dx, dy)

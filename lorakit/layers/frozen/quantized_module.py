@@ -64,6 +64,10 @@ class QuantizedModule(nn.Module):
             weight.codebook,
         )  # fmt: skip
 
+    def dense_weight(self, dtype: torch.dtype, rows: slice | None = None) -> Tensor:
+        """Return the dequantized weight, or some of its rows, as a fresh tensor (rows, columns) in `dtype`."""
+        return self.quantized.dequantize(dtype, rows=rows)
+
     @property
     def operand(self) -> Weight4bit:
         """The weight as the kernels take it; see `QuantizedWeight.operand`."""

@@ -47,11 +47,12 @@ class ResidualLinear4bit(Linear4bit):
             )
         self.residual_up, self.residual_down = frozen(up), frozen(down)
 
-    def dense_weight(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight with its low-rank part as a fresh tensor, (out_features, in_features) in `dtype`."""
+    def dense_weight(self, dtype: torch.dtype, rows: slice | None = None) -> Tensor:
+        """Return the weight with its low-rank part, or some of its rows, as a fresh tensor in `dtype`."""
         wide = torch.promote_types(dtype, torch.float32)
-        low_rank = self.residual_up.to(wide) @ self.residual_down.to(wide)
-        return (self.quantized.dequantize(wide) + low_rank).to(dtype)
+        up = self.residual_up if rows is None else self.residual_up[rows]
+        low_rank = up.to(wide) @ self.residual_down.to(wide)
+        return (super().dense_weight(wide, rows) + low_rank).to(dtype)
 
     def add_residual(self, y: Tensor, x: Tensor) -> Tensor:
         u = linear(x, self.residual_down.to(x.dtype))  # (..., k)
@@ -59,7 +60,8 @@ class ResidualLinear4bit(Linear4bit):
 
     def add_residual_dx(self, dx: Tensor, dy: Tensor) -> Tensor:
         t = dy @ self.residual_up.to(dy.dtype)  # (..., k)
-        return dx.add_(t @ self.residual_down.to(dy.dtype))
+        residual = t @ self.residual_down.to(dy.dtype)
+        return dx + residual if torch.is_grad_enabled() else dx.add_(residual)
 
     def extra_repr(self) -> str:
         """Show the layer's geometry when it is printed."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 from types import MappingProxyType
 
 import torch
+from lorakit_kernels import is_transformed
 from torch import Tensor
 
 from .variant import AttachedAdapter, FrozenWeight, KeptGain, Variant
@@ -50,14 +51,15 @@ class DoRA(Variant):
         # its sources stay the same. They are compared by value, since a write to `.data` changes no version.
         sources, kept = (magnitude, adapter.lora_A, adapter.lora_B), adapter.kept_gain
         adapter.kept_gain = None
-        if not torch.is_grad_enabled() and kept is not None:
+        keeps = not torch.is_grad_enabled() and not is_transformed()
+        if keeps and kept is not None:
             is_same = (kept.dtype, kept.scaling) == (dtype, adapter.scaling)
             if is_same and all(map(_is_equal, sources, kept.sources)):
                 adapter.kept_gain = kept
                 return kept.gain
         norms = row_norms(layer, *self.factors(adapter), dtype)
         gain = magnitude / norms.masked_fill(norms == 0, 1)  # a row of zeros, whose magnitude is 0, stays zero
-        if not torch.is_grad_enabled():
+        if keeps:
             own = tuple(source.detach().clone() for source in sources)
             adapter.kept_gain = KeptGain(dtype, adapter.scaling, gain, own)
         return gain
@@ -89,7 +91,8 @@ def row_norms(layer: FrozenWeight, up: Tensor, down: Tensor, dtype: torch.dtype)
         down: (r, in_features).
         dtype: dtype of the product of A with the base weight, in which the layer computes.
     """
-    up, down = up.to(torch.promote_types(up.dtype, torch.float32)), down.to(dtype)
+    # Forward-mode differentiation goes on without gradient, unless a tensor is detached.
+    up, down = up.detach().to(torch.promote_types(up.dtype, torch.float32)), down.detach().to(dtype)
     across = layer.project(down).to(up.dtype)  # (r, out): A Wᵀ
     down = down.to(up.dtype)
     squares = squared_rows(layer).to(up.dtype) + ((2 * across.T + up @ (down @ down.T)) * up).sum(1)
@@ -99,11 +102,12 @@ def row_norms(layer: FrozenWeight, up: Tensor, down: Tensor, dtype: torch.dtype)
 def squared_rows(layer: FrozenWeight) -> Tensor:
     """Return ||w_i||² of the base weight's rows, (out_features,) float64, computed once per base weight."""
     kept = layer.kept_of_base.get("squared_rows")
-    if kept is None or kept.device != layer.device:
+    if kept is None or kept.device != layer.device or is_transformed():
         # A few rows at a time: whole weights, one after another, would fragment the heap.
         step = max(1, _ELEMENTS // layer.in_features)
         starts = range(0, layer.out_features, step)
         chunks = (layer.base_rows(slice(first, min(first + step, layer.out_features))) for first in starts)
         kept = torch.cat([rows.double().square().sum(1) for rows in chunks])
-        layer.kept_of_base["squared_rows"] = kept
+        if not is_transformed():  # the tensors of a transform do not outlive it
+            layer.kept_of_base["squared_rows"] = kept
     return kept

@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from lorakit_kernels import is_transformed
 from torch import Tensor
 
 from .variant import AttachedAdapter, FrozenWeight, Variant
@@ -85,6 +86,8 @@ class HiRA(Variant):
 def _multiplied(layer: FrozenWeight, adapter: AttachedAdapter, dtype: torch.dtype) -> Tensor:
     """Return W ∘ (s B A), (out_features, in_features) in `dtype`."""
     up, down = adapter.scaling * adapter.lora_B.flatten(1), adapter.lora_A.flatten(1)
+    if is_transformed():
+        return (up @ down).to(dtype) * layer.as_matrix(layer.base_weight(dtype))
     product: Tensor = _Multiplied.apply(up.to(dtype), down.to(dtype), layer)
     return product
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from lorakit_kernels import is_transformed
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -141,6 +142,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     """
     if q.shape[1] % k.shape[1]:
         raise ShapeError(f"{q.shape[1]} query heads do not divide among {k.shape[1]} key/value heads")
+    if is_transformed():
+        return (_scores(q, k, mask).softmax(dim=-1) @ v).reshape(q.shape)
     if mask is None and q.device.type == "cpu":
         result: Tensor = _CausalAttention.apply(q, k, v)
         return result
@@ -176,16 +179,18 @@ class _CausalAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = ctx.saved_tensors
         scale = q.shape[-1] ** -0.5
-        dq = torch.empty_like(q)
-        dk, dv = (torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
+        # Made from the gradient: with `is_grads_batched`, it is a batch of gradients, and so are they.
+        dq = torch.empty_like(grads[0])
+        dk, dv = (grads[0].new_zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
         for first, last, seen in query_blocks(q.shape[2], k.shape[2]):
             queries, keys, values = q[:, :, first:last], k[:, :, :seen], v[:, :, :seen]
             probs = _scores(queries, keys, None).softmax(dim=-1)
-            grad = _stack(grads[0][:, :, first:last], k.shape[1])
-            dv[:, :, :seen] += probs.transpose(-1, -2) @ grad
+            # `narrow` as the vmap of `is_grads_batched` cannot slice a whole dimension.
+            grad = _stack(grads[0].narrow(2, first, last - first), k.shape[1])
+            dv.narrow(2, 0, seen).add_(probs.transpose(-1, -2) @ grad)
             dscores = torch._softmax_backward_data(grad @ values.transpose(-1, -2), probs, -1, q.dtype)
-            dq[:, :, first:last] = (dscores @ keys).mul_(scale).view(queries.shape)
-            dk[:, :, :seen] += dscores.transpose(-1, -2) @ _stack(queries, k.shape[1])
+            dq.narrow(2, first, last - first).copy_((dscores @ keys).mul_(scale).view(queries.shape))
+            dk.narrow(2, 0, seen).add_(dscores.transpose(-1, -2) @ _stack(queries, k.shape[1]))
         return dq, dk.mul_(scale).to(k.dtype), dv.to(v.dtype)
 
 

@@ -56,10 +56,9 @@ class DecoderConfig(DecoderShape):
 
 def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of `DecoderShape` as most families name them; "architecture" is left out."""
-    rope = values.get("rope_parameters") or {}  # transformers 5 puts theta and scaling together
     heads = int(values["num_attention_heads"])
     attention_bias = bool(values.get("attention_bias", False))
-    scaling = values.get("rope_scaling") or (rope if rope.get("rope_type", "default") != "default" else None)
+    theta, scaling = _rope(values)
     return {
         "vocab_size": int(values["vocab_size"]),
         "hidden_size": int(values["hidden_size"]),
@@ -70,14 +69,57 @@ def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
         "head_dim": int(values.get("head_dim") or int(values["hidden_size"]) // heads),
         "max_position_embeddings": int(values["max_position_embeddings"]),
         "rms_norm_eps": float(values.get("rms_norm_eps", 1e-6)),
-        "rope_theta": float(values.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
-        "rope_scaling": None if scaling is None else dict(scaling),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
         "tie_word_embeddings": bool(values.get("tie_word_embeddings", False)),
         "qkv_bias": attention_bias,
         "output_bias": attention_bias,
         "mlp_bias": bool(values.get("mlp_bias", False)),
         "sliding_window": sliding_window(values, by_default=True),
     }
+
+
+def _rope(values: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
+    """Return theta and the scaling, None for no scaling.
+
+    transformers 4 writes rope_theta and rope_scaling, transformers 5 puts both into rope_parameters. Where a file has
+    several places, programs differ in which one they read, so the places must agree.
+
+    Raises:
+        ConfigError: two places disagree, layers differ from each other, or a part of each head is not rotated.
+    """
+    tables = {key: dict(values[key]) for key in ("rope_parameters", "rope_scaling") if values.get(key)}
+    places = {"": values, **{f"{key}.": table for key, table in tables.items()}}
+    theta = _agreed("rope_theta", places) or 10_000.0
+    if (_agreed("partial_rotary_factor", places) or 1.0) != 1.0:
+        raise ConfigError(
+            "config.json: partial_rotary_factor is not 1; heads that are rotated in part are not supported"
+        )
+    original = _agreed("original_max_position_embeddings", places)
+    for key, table in tables.items():
+        if nested := [name for name, value in table.items() if isinstance(value, Mapping)]:
+            raise ConfigError(f"config.json: {key}.{nested[0]}: rotations that differ between layers are not supported")
+        kind = table.pop("rope_type", None) or table.pop("type", None) or "default"
+        shared = ("type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+        table = {name: value for name, value in table.items() if name not in shared}
+        if kind == "llama3":
+            table["original_max_position_embeddings"] = original or values["max_position_embeddings"]
+        tables[key] = {} if kind == "default" else {"rope_type": kind, **table}
+    if len(tables) == 2 and tables["rope_parameters"] != tables["rope_scaling"]:
+        raise ConfigError("config.json: rope_parameters and rope_scaling say different things; remove one of them")
+    return float(theta), next(iter(tables.values()), None) or None
+
+
+def _agreed(key: str, places: Mapping[str, Mapping[str, Any]]) -> Any:
+    """Return the one value that a key has in several places, as prefix -> mapping; None if it is in none of them."""
+    found = {f"{place}{key}": value for place, table in places.items() if (value := table.get(key)) is not None}
+    names = list(found)
+    if other := next((name for name in names[1:] if found[name] != found[names[0]]), None):
+        raise ConfigError(
+            f"config.json: {names[0]} is {found[names[0]]} and {other} is {found[other]}, and programs differ in which "
+            "they read; remove the wrong one"
+        )
+    return found[names[0]] if found else None
 
 
 def _check(config: DecoderConfig, values: Mapping[str, Any]) -> None:

@@ -10,9 +10,10 @@ import contextlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
+from lorakit_kernels import is_transformed
 from torch import Tensor, nn
 
 from ...errors import ShapeError
@@ -53,12 +54,12 @@ class DecoderLayer(nn.Module):
             mixed = layout.attend(q, k, v, self.self_attn.index, cache)
             if self.checkpointing == "mlp":
                 x = x + self.self_attn.project_back(mixed)
-                return recomputed(partial(compiled(DecoderLayer._feed_forward), self), self.mlp, x)
+                return recomputed(partial(compiled(DecoderLayer._feed_forward), self), self, x)
             result: Tensor = compiled(DecoderLayer._after_attention)(self, x, mixed)
             return result
         # The norms keep their input, from which the layers after them recompute their own.
         x = x + self.self_attn(self.input_layernorm(x), layout, rope, cache, recompute=(self.input_layernorm, (x,)))
-        return recomputed(self._feed_forward, self.mlp, x) if self.checkpointing == "mlp" else self._feed_forward(x)
+        return recomputed(self._feed_forward, self, x) if self.checkpointing == "mlp" else self._feed_forward(x)
 
     def _before_attention(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         norm = self.input_layernorm
@@ -104,8 +105,9 @@ class Decoder(RowAware, nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the hidden states."""
-        return self.model.norm.weight.dtype
+        """The dtype of the hidden states; a copy of the norm that an adapter trains may have another."""
+        norm = self.model.norm
+        return cast(Tensor, getattr(norm, "base_layer", norm).weight).dtype
 
     @property
     def device(self) -> torch.device:
@@ -209,7 +211,8 @@ class Decoder(RowAware, nn.Module):
         if longest > context:
             kind = "sliding window, which is not supported beyond it" if self.config.sliding_window else "context"
             raise ShapeError(f"a sequence of {longest} tokens exceeds the model's {context}-token {kind}")
-        if input_ids.device.type == "cpu":  # elsewhere the check would wait for the device
+        # On other devices, the check would wait for the result. Within a vmap, no tensor has one.
+        if input_ids.device.type == "cpu" and not is_transformed():
             low, high = input_ids.aminmax()
             if low < 0 or high >= self.config.vocab_size:
                 bad = int(low if low < 0 else high)

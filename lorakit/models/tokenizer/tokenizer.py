@@ -7,8 +7,12 @@ tokens end a generation.
 
 from __future__ import annotations
 
+import copy
+import datetime
 import os
 from collections.abc import Mapping, Sequence
+from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +20,8 @@ import tokenizers
 
 from ...errors import CheckpointError, DataError
 from ...files import read_json_object
+from ..chat_template import ChatMessages, ChatTemplate, Messages, Tools, find_chat_template, today
 from ..pretrained import resolve_model
-from .chat_template import ChatTemplate, find_chat_template
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -32,6 +36,9 @@ class Tokenizer:
         pad_id: the padding token's id, or the eos token's if there is none.
         special_tokens: name -> text, from tokenizer_config.json, as chat templates see them.
         folder: where the tokenizer was loaded from, or None.
+        date: the date that templates which ask for today's get. It stays the same for as long as the tokenizer lives,
+            so that training, resuming and asking see one text.
+        has_own_date: whether whoever loaded it chose the date.
     """
 
     def __init__(
@@ -42,6 +49,7 @@ class Tokenizer:
         special_tokens: Mapping[str, str] | None = None,
         template: ChatTemplate | None = None,
         folder: Path | None = None,
+        date: datetime.date | None = None,
     ) -> None:
         self._backend = backend
         # A tokenizer.json may carry the truncation and padding of whoever saved it; both would change ids silently.
@@ -49,6 +57,10 @@ class Tokenizer:
         backend.no_padding()
         self._template = template
         self.folder = folder
+        self.date, self.has_own_date = date or today(), date is not None
+        # A token with lstrip or rstrip takes the whitespace beside it into its span.
+        added = backend.get_added_tokens_decoder()
+        self._stripping = {i: token.content for i, token in added.items() if token.lstrip or token.rstrip}
         self.special_tokens = dict(special_tokens or {})
         self.eos_ids = tuple(eos_ids)
         eos_token = self.special_tokens.get("eos_token")
@@ -62,10 +74,28 @@ class Tokenizer:
         """Number of tokens, including added ones."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
+    @cached_property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """The tokens that tokenizer.json's post-processor puts before every text, such as BOS."""
+        probe = self._encoding(self.eos_token, add_special_tokens=True)  # an added token is never empty
+        added = takewhile(lambda pair: pair[1] is None, zip(probe.ids, probe.sequence_ids, strict=True))
+        return tuple(token for token, _ in added)
+
     @property
     def chat_template(self) -> str | None:
         """The template's text, or None."""
         return None if self._template is None else self._template.source
+
+    @property
+    def is_dated(self) -> bool:
+        """Whether the chat template asks for the date."""
+        return self._template is not None and self._template.is_dated
+
+    def on(self, date: datetime.date) -> Tokenizer:
+        """Return the same tokenizer with another date."""
+        other = copy.copy(self)
+        other.date, other.has_own_date = date, True
+        return other
 
     def __repr__(self) -> str:
         return f"Tokenizer(vocab_size={self.vocab_size}, eos_token={self.eos_token!r}, folder={str(self.folder)!r})"
@@ -84,17 +114,38 @@ class Tokenizer:
         """
         return self._encoding(text, add_special_tokens).ids
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the token ids of a text that a model continues: `prefix_ids`, such as BOS, then the text's.
+
+        A text that begins with these tokens, such as a rendered chat with its own BOS, gets no second ones. What the
+        post-processor puts at the end, such as EOS, is left out, because a prompt does not end there.
+
+        Raises:
+            DataError: as `encode`.
+        """
+        ids, prefix = self.encode(text), self.prefix_ids
+        return ids if tuple(ids[: len(prefix)]) == prefix else [*prefix, *ids]
+
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Return the token ids and, for each, the span of characters of `text` that it stands for.
 
         A word's span includes the space before it if its token does. A character of several bytes may be split among
-        tokens; the span of each then includes the whole character.
+        tokens; the span of each then includes the whole character. A special token's span is its own text, without the
+        whitespace that the tokenizer drops beside it.
 
         Raises:
             DataError: as `encode`.
         """
         encoding = self._encoding(text, add_special_tokens=False)
-        return encoding.ids, encoding.offsets
+        ids, offsets = encoding.ids, encoding.offsets
+        if self._stripping:
+            offsets = [self._own_span(text, *pair) for pair in zip(ids, offsets, strict=True)]
+        return ids, offsets
+
+    def _own_span(self, text: str, token_id: int, span: tuple[int, int]) -> tuple[int, int]:
+        content = self._stripping.get(token_id)
+        begin = -1 if content is None else text.find(content, *span)
+        return span if content is None or begin < 0 else (begin, begin + len(content))
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of token ids; bytes that are not valid UTF-8 become U+FFFD.
@@ -107,14 +158,30 @@ class Tokenizer:
         except (OverflowError, TypeError, ValueError) as error:
             raise DataError(f"token ids cannot be decoded; they must be non-negative integers: {error}") from None
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False) -> str:
-        """Return a conversation as the text the model was trained on.
+    def decode_after(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
+        """Return the text of token ids that continue a prompt, so that both texts joined are the whole text.
 
-        Equal to transformers' `apply_chat_template(messages, tokenize=False)`.
+        SentencePiece puts a space before a text and `decode` drops it. Here the space is dropped only where the
+        tokenizer put it: at the beginning of the text, or after an added token.
 
         Args:
-            messages: mappings with "role" and "content".
+            prompt: from `encode_prompt`.
+
+        Raises:
+            DataError: as `decode`.
+        """
+        return self.decode(ids) if self._begins_after(prompt) else self._decode_inside(ids)
+
+    def render_chat(self, messages: Messages, add_generation_prompt: bool = False, tools: Tools | None = None) -> str:
+        """Return a conversation as the text the model was trained on.
+
+        Equal to transformers' `apply_chat_template(messages, tools, tokenize=False)` on the day `date`.
+
+        Args:
+            messages: mappings with "role" and "content", and other keys that the template reads, such as "tool_calls".
             add_generation_prompt: end with the opening of an assistant turn, for the model to complete.
+            tools: JSON Schemas of the functions that the conversation may call; None: those of `messages`, if they are
+                `ChatMessages`.
 
         Raises:
             DataError: there is no chat template, there are no messages, or the template refuses or fails on them (with
@@ -126,7 +193,28 @@ class Tokenizer:
                 "without 'default') and there is no chat_template.jinja; a base model has none: use its instruct "
                 "version or plain text"
             )
-        return self._template.render(messages, self.special_tokens, add_generation_prompt)
+        if tools is None and isinstance(messages, ChatMessages):
+            tools = messages.tools
+        return self._template.render(messages, self.special_tokens, add_generation_prompt, tools, self.date)
+
+    def _begins_after(self, prompt: Sequence[int]) -> bool:
+        """Return whether the tokenizer treats what comes after a prompt as the beginning of a text."""
+        if tuple(prompt) == self.prefix_ids:
+            return True
+        if prompt[-1] not in self._added_ids:
+            return False
+        last, *letter = self.encode(f"{self._backend.id_to_token(prompt[-1])}a")
+        return last == prompt[-1] and self._decode_inside(letter) == " a"
+
+    def _decode_inside(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids in the middle of a text: that of "a" and them, without the "a"."""
+        before = self.encode("a")
+        head, text = self.decode(before), self.decode([*before, *ids])
+        return text.removeprefix(head) if text.startswith(head) else self.decode(ids)
+
+    @cached_property
+    def _added_ids(self) -> frozenset[int]:
+        return frozenset(self._backend.get_added_tokens_decoder())
 
     def _encoding(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
         if not isinstance(text, str):
@@ -146,8 +234,11 @@ class Tokenizer:
         return token_id
 
 
-def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+def load_tokenizer(path: str | os.PathLike[str], date: datetime.date | None = None) -> Tokenizer:
     """Load the tokenizer of a checkpoint folder or of a known model (see `resolve_model`).
+
+    Args:
+        date: for chat templates that ask for today's, as Llama 3.2's does; None: today.
 
     A generation ends at generation_config.json's eos_token_id, else at config.json's, else at the id of
     tokenizer_config.json's eos_token.
@@ -167,7 +258,9 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     special_tokens = _special_tokens(config, folder / "tokenizer_config.json")
     eos_ids = _eos_ids(folder, backend, special_tokens)
     template = find_chat_template(folder, config)
-    return Tokenizer(backend, eos_ids=eos_ids, special_tokens=special_tokens, template=template, folder=folder)
+    return Tokenizer(
+        backend, eos_ids=eos_ids, special_tokens=special_tokens, template=template, folder=folder, date=date
+    )
 
 
 def _optional_json(path: Path) -> dict[str, Any]:

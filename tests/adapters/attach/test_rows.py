@@ -180,7 +180,7 @@ def test_parts_that_cannot_differ_are_refused_where_a_row_uses_them() -> None:
     tied = small_decoder(**ARCHITECTURES["qwen2"])
     add_adapter(tied, LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 2]), "tokens")
     add_adapter(tied, LoraConfig(r=2, init_lora_weights=False), "plain")
-    with pytest.raises(AdapterError, match="'tokens' changes a TiedHead"):
+    with pytest.raises(AdapterError, match="'tokens' changes a TiedModule"):
         decoder_rows(tied, ["plain", "tokens"])
     ids = random_ids(2, 3)
     with torch.no_grad():

@@ -203,6 +203,16 @@ class TestHotSwap:
         load_adapter(other, save_adapter(model, tmp_path / "again", "slot"), "again")  # and saved, it is the same
         assert_alike(model(X), other(X), TERMS)
 
+    def test_float64_keeps_its_digits(self, tmp_path: Path) -> None:
+        folder, _ = self.saved(tmp_path)
+        tensors = {key: t.double() + 1e-12 for key, t in load_file(folder / "adapter_model.safetensors").items()}
+        model = mlp().double()
+        add_adapter(model, config(), dtype=torch.float64)
+        swap_adapter(model, "default", tensors)
+        layer = lora_layers(model)["0"]
+        for matrix, key in ((layer.lora_A["default"], "lora_A"), (layer.lora_B["default"], "lora_B")):
+            assert torch.equal(matrix, tensors[f"base_model.model.0.{key}.weight"])
+
     def test_a_captured_optimizer_goes_on(self, tmp_path: Path) -> None:
         folder, _ = self.saved(tmp_path)
         model = mlp()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from made import IDS, full_snapshot, small_decoder
-from tolerances import SMALL_DECODER, assert_alike
+from tolerances import SMALL_DECODER, assert_alike, assert_within, rounding
 from torch import Tensor, nn
 
 from lorakit import (
@@ -92,7 +92,9 @@ class TestKindsOfParts:
         report = merge_adapter(model)
         assert not any(isinstance(module, AdapterModule) for module in model.modules())
         assert_alike(model(TOKENS), expected, TERMS)
-        assert report.share == pytest.approx(1, abs=1e-4) and len(report.layers) == len({x.path for x in report.layers})
+        for layer in report.layers:  # a change of the weight is off by a rounding of the weight, 1 / relative of it
+            assert_within(layer.share, 1.0, 2 * rounding(2, 1 + 1 / layer.relative))
+        assert len(report.layers) == len({layer.path for layer in report.layers})
         unmerge_adapter(model)
         assert full_snapshot(model) == before
         assert all(a is b for a, b in zip(adapter_parameters(model), parameters, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tolerances import THROUGH_CHOLESKY, assert_within, factored, rounding
 from torch import Tensor
 
 from lorakit.adapters.attach.targeting import pattern_value
@@ -53,7 +54,8 @@ def test_advice_is_what_resizing_does(updates: dict[str, LowRank], how: dict[str
         return torch.cat([of[path].dense().flatten() for path in updates])
 
     lost = (flat(resized) - flat(updates)).norm() / flat(updates).norm()
-    assert advice.kept == pytest.approx(1 - float(lost) ** 2, abs=1e-12)
+    bound = THROUGH_CHOLESKY * rounding(factored(20, 4), 1.0, F64)  # of shares of the energy
+    assert_within(advice.kept, 1 - float(lost) ** 2, 2 * bound)
     assert advice.bound >= advice.kept
     for path, rank in report.ranks.items():
         assert not rank or pattern_value(advice.rank_pattern, path, advice.r) == rank

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made import small_config, small_decoder, write_checkpoint
+from tolerances import THROUGH_CHOLESKY, factored, rounding
 from torch import Tensor, nn
 
 from lorakit import Decoder, LoraConfig, add_adapter, load_model, quantize
@@ -19,7 +20,8 @@ from lorakit.errors import AdapterError, CheckpointError
 from lorakit.inspection.quantization.code_use import expected_shares
 from lorakit.inspection.quantization.quantization_view import measure_quantization, quantization_view
 
-EXACT = 1e-6
+# Relative, in float64: of the decompositions of updates and of errors, whose matrices are 40 x 130 at most.
+EXACT = float(THROUGH_CHOLESKY * rounding(factored(40, 130), 1.0, torch.float64))
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
 
 
@@ -58,7 +60,7 @@ class TestFigures:
         assert found.repair.repairable == pytest.approx(repairable, rel=EXACT)
         relative = error.norm(dim=1) / source.double().norm(dim=1)
         assert [row.relative_error for row in found.worst_rows] == pytest.approx(
-            relative.topk(min(3, rows)).values.tolist()
+            relative.topk(min(3, rows)).values.tolist(), rel=EXACT
         )
         assert found.worst_rows[0].start == (found.worst_rows[0].index, 0)
         assert found.worst_rows[0].index == found.error.worst_row
@@ -66,12 +68,13 @@ class TestFigures:
             begin = block.index * block_size
             assert block.start == (begin // columns, begin % columns)
             e, w = (t.double().flatten()[begin : begin + block_size] for t in (error, source))
-            assert block.relative_error == pytest.approx(float(e.norm() / w.norm()))
-            assert block.share == pytest.approx(float(e.norm() ** 2) / norm**2)
+            assert block.relative_error == pytest.approx(float(e.norm() / w.norm()), rel=EXACT)
+            assert block.share == pytest.approx(float(e.norm() ** 2) / norm**2, rel=EXACT)
         shares = weight.codes.flatten().long().bincount(minlength=16).double() / (rows * columns)
         assert {use.code: use.share for use in found.codes} == dict(enumerate(shares.tolist()))
         assert [use.value for use in found.codes] == sorted(weight.code_values.tolist())
-        assert found.code_entropy == pytest.approx(float(-(shares[shares > 0].log2() * shares[shares > 0]).sum()))
+        entropy = float(-(shares[shares > 0].log2() * shares[shares > 0]).sum())
+        assert found.code_entropy == pytest.approx(entropy, rel=EXACT)
 
     def test_of_a_large_layer_keep_their_bound(self) -> None:
         """More than 1,024 rows and columns: leading singular values, none above its own, each near a true one."""
@@ -112,7 +115,7 @@ class TestPlanted:
         assert repair.alignment == pytest.approx(1.0, rel=EXACT)
         assert repair.repaired == pytest.approx(repair.repairable, rel=EXACT)
         all_of_it = measure_quantization("x", quantize(source), source, LowRank(-u * s, vh)).repair
-        assert all_of_it is not None and all_of_it.repaired == pytest.approx(1.0)
+        assert all_of_it is not None and all_of_it.repaired == pytest.approx(1.0, rel=EXACT)
         worse = measure_quantization("x", quantize(source), source, LowRank(u[:, :4] * s[:4], vh[:4])).repair
         assert worse is not None and worse.verdict == "learns the task" and worse.repaired < 0
 
@@ -198,7 +201,9 @@ class TestOfAModel:
         source, d = layer.base_weight(torch.float32), layer.delta_weight("default").detach().double()
         error = quantize(source).dequantize(torch.float32).double() - source.double()
         assert found.repair is not None
-        assert found.repair.cosine == pytest.approx(float((d * -error).sum() / (d.norm() * error.norm())), rel=1e-5)
+        # The update is multiplied out in fp32, with 4 terms each, and meets an error that it has little to do with.
+        bound = float(2 * rounding(4 + 2, 2.0))
+        assert found.repair.cosine == pytest.approx(float((d * -error).sum() / (d.norm() * error.norm())), abs=bound)
 
     def test_refusals(self, folder: Path) -> None:
         model = self.four_bit(folder)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from lorakit import quantize
 from lorakit.errors import ShapeError
-from lorakit.layers import AdapterSpec, LoRALinear, ResidualLinear4bit, linear_together
+from lorakit.layers import VARIANTS, AdapterSpec, LoRALinear, ResidualLinear4bit, linear_together
+from lorakit.layers.variants.dora import row_norms
 
 # Roundings through a layer and back: sums over 64 inputs, 3 ranks, 48 outputs and 3 ranks; with adapters 4 ranks twice
 # and 7 tokens more.
@@ -81,3 +82,13 @@ def test_what_does_not_fit() -> None:
     for up, down in (((48, 3), (2, 64)), ((47, 3), (3, 64)), ((48, 3), (3, 63))):
         with pytest.raises(ShapeError, match="do not fit a weight of shape"):
             ResidualLinear4bit(weight, torch.zeros(up), torch.zeros(down))
+
+
+def test_the_norms_of_a_dora_adapter_count_the_low_rank_part() -> None:
+    norms = []
+    for base in (layer(), dense(layer())):
+        torch.manual_seed(2)
+        adapted = LoRALinear(base)
+        adapted.add("a", AdapterSpec(4, 0.5, variant=VARIANTS["dora"], neutral_start=False))
+        norms.append(row_norms(adapted, *adapted.factors("a"), torch.float32))
+    assert_alike(norms[0], norms[1], TERMS)

@@ -65,6 +65,41 @@ def test_both_spellings_of_rope(rope: dict[str, Any]) -> None:
     assert read(rope_parameters={"rope_type": "default", "rope_theta": 9.0}, rope_theta="absent").rope_scaling is None
 
 
+V5 = {"rope_type": "default", "rope_theta": 5e5}
+
+
+@pytest.mark.parametrize(
+    ("rope", "scaling"),
+    [
+        ({"rope_theta": 5e5, "rope_parameters": V5}, None),
+        ({"rope_theta": 500_000, "rope_parameters": V5, "rope_scaling": None}, None),
+        ({"rope_theta": "absent", "rope_scaling": {"type": "linear", "factor": 2.0, "rope_theta": 5e5}}, 2.0),
+        ({"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}, 2.0),
+        (
+            {
+                "rope_theta": 5e5,
+                "rope_scaling": {"type": "linear", "factor": 2.0},
+                "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5},
+            },
+            2.0,
+        ),
+        ({"rope_theta": 5e5, "partial_rotary_factor": 1.0}, None),
+    ],
+)
+def test_places_that_agree(rope: dict[str, Any], scaling: float | None) -> None:
+    config = read(**rope)
+    assert config.rope_theta == 5e5
+    expected = None if scaling is None else {"rope_type": "linear", "factor": scaling}
+    assert config.rope_scaling == expected
+
+
+def test_the_original_context_of_a_scaling() -> None:
+    without = {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"}
+    assert read(rope_scaling=without).rope_scaling == {**without, "original_max_position_embeddings": 1024}
+    outside = read(rope_scaling=without, original_max_position_embeddings=512)
+    assert outside.rope_scaling == read(rope_scaling=LLAMA3).rope_scaling
+
+
 @pytest.mark.parametrize(
     ("changes", "window", "context"),
     [
@@ -101,6 +136,21 @@ def test_the_sliding_window_limits_the_context(changes: dict[str, Any], window: 
         ({"rope_parameters": "default"}, "wrong type"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling of type 'yarn' is not supported"),
         ({"rope_scaling": {"rope_type": "linear", "factor": None}}, "rope_scaling of type 'linear'"),
+        (
+            {"rope_parameters": V5},
+            r"rope_theta is 10000.0 and rope_parameters.rope_theta is 500000.0, .* remove the wrong",
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "rope_theta": 5.0}}, "rope_scaling.rope_theta is 5.0"),
+        (
+            {"rope_theta": "absent", "rope_parameters": V5, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_parameters and rope_scaling say different things",
+        ),
+        ({"rope_scaling": LLAMA3, "original_max_position_embeddings": 9}, "original_max_position_embeddings is 9 and"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is not 1"),
+        (
+            {"rope_theta": "absent", "rope_parameters": {"full_attention": V5, "sliding_attention": V5}},
+            "rope_parameters.full_attention: rotations that differ between layers",
+        ),
         ({"vocab_size": 0}, "vocab_size is 0, expected at least 1"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
         ({"num_key_value_heads": -2}, "num_key_value_heads is -2"),

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
+from made import CHATML, SPECIAL, byte_level, make_tokenizer, sentencepiece
+from tokenizers import processors
 
 from lorakit import Record, Tokenizer
 
@@ -56,3 +60,25 @@ def test_decoding(tok: Tokenizer, their_tok: Any, records: list[Record]) -> None
         for skip in (False, True):
             theirs = their_tok.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
             assert tok.decode(ids, skip_special_tokens=skip) == theirs
+
+
+@pytest.mark.parametrize("build", [byte_level, sentencepiece])
+@pytest.mark.parametrize("template", ["$A", "<|endoftext|> $A", "<|endoftext|> <|im_start|> $A"])
+def test_a_plain_prompt_begins_alike(build: Any, template: str, tmp_path: Path) -> None:
+    def with_post_processor() -> tokenizers.Tokenizer:
+        backend = build()
+        backend.add_special_tokens(SPECIAL)
+        ids = [(token, backend.token_to_id(token)) for token in SPECIAL]
+        backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
+        return backend
+
+    ours = make_tokenizer(tmp_path, CHATML, SPECIAL, ["<|im_end|>"], with_post_processor)
+    config = tmp_path / "tokenizer_config.json"
+    # Beside a tokenizer.json, transformers 5 takes no notice of this key.
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"add_bos_token": template == "$A"}))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("The lazy dog", "x", "", " It does", "Water <|im_end|> boils"):
+        assert ours.encode_prompt(text) == theirs(text).input_ids
+    chat = [{"role": "user", "content": "fox?"}]
+    rendered = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    assert ours.encode(ours.render_chat(chat, True)) == rendered

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorakit.data import Message, Record, iter_records, load_records, save_records
+from lorakit.data.records import parse_record
 from lorakit.errors import DataError, StorageError
 
 GOOD = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}'
@@ -71,6 +72,96 @@ def test_bad_line_is_named(tmp_path: Path, line: str | bytes, expected: str) -> 
     assert str(caught.value).startswith("train.jsonl:2: ")
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+# ---- what a message may hold besides its role and content ------------------------------------------------------------
+
+CALL = {"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": {"city": "Tromsø"}}}
+TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}}
+
+
+def test_tools_calls_reasoning_and_parts_are_kept(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "Wea"}, {"type": "text", "text": "ther?"}]
+    messages = [
+        {"role": "user", "content": parts, "name": "Ada"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning_content": "I ask."},
+        {"role": "tool", "content": "22", "name": "get_weather", "tool_call_id": "call_1"},
+        {"role": "assistant", "content": "Warm.", "thinking": "22 is warm."},
+    ]
+    path = write(tmp_path, json.dumps({"messages": messages, "tools": [TOOL], "topic": "weather"}))
+    (record,) = load_records(path)
+    assert record.as_dicts() == messages and record.as_dicts().tools == record.tools == [TOOL]
+    assert [message.content for message in record.messages] == ["Weather?", "", "22", "Warm."]
+    save_records(tmp_path / "again.jsonl", [record])
+    (again,) = load_records(tmp_path / "again.jsonl")
+    assert (again.messages, again.extra) == (record.messages, record.extra)
+    assert len({record.messages, again.messages}) == 1  # they hash
+
+
+def test_keys_without_a_value_are_as_if_absent() -> None:
+    message = {"role": "assistant", "content": "Hi", "tool_calls": None, "name": None, "function_call": None}
+    assert parse_record(json.dumps({"messages": [message], "tools": None}), "a:1").messages == (
+        Message("assistant", "Hi"),
+    )
+    calls = {"role": "assistant", "tool_calls": [CALL]}  # without a content, as some services write it
+    assert parse_record(json.dumps({"messages": [calls]}), "a:1").as_dicts() == [{**calls, "content": None}]
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ({"role": "user", "content": [{"type": "image", "url": "x"}]}, 'part 1 of the content is "image"'),
+        ({"role": "user", "content": ["Hi"]}, 'part 1 of the content is "a string"; lorakit trains on text alone'),
+        ({"role": "user", "content": [{"type": "text", "text": 3}]}, 'must be {"type": "text", "text": a string}'),
+        ({"role": "user", "content": "a", "tool_calls": [CALL]}, '"tool_calls" belongs in an assistant\'s message'),
+        ({"role": "user", "content": "a", "reasoning": "b"}, '"reasoning" belongs in an assistant\'s message'),
+        ({"role": "assistant", "content": "a", "tool_calls": CALL}, '"tool_calls" must be a list of objects'),
+        ({"role": "assistant", "content": "a", "tool_calls": [{"function": {}}]}, "tool call 1 must be an object with"),
+        (
+            {"role": "assistant", "content": "a", "tool_calls": [{"name": "f", "arguments": [1]}]},
+            'the "arguments" of tool call 1 must be an object or a string',
+        ),
+        ({"role": "assistant", "content": "a", "thinking": "b", "reasoning": "c"}, "gives the reasoning twice"),
+        ({"role": "assistant", "content": "a", "thinking": 3}, '"thinking" must be a string, found a number'),
+        ({"role": "assistant", "content": None, "tool_calls": []}, '"content" must be a string, found null'),
+        ({"role": "assistant", "content": "", "tool_calls": []}, "the assistant's content is empty"),
+        ({"role": "user", "content": "a", "name": "\ud83d"}, "half of a surrogate pair"),
+    ],
+)
+def test_what_a_message_may_not_hold(message: dict[str, Any], expected: str) -> None:
+    with pytest.raises(DataError) as caught:
+        parse_record(json.dumps({"messages": [message, {"role": "assistant", "content": "b"}]}), "a:1")
+    assert str(caught.value).startswith("a:1: message 1") and expected in str(caught.value)
+
+
+@pytest.mark.parametrize("tools", ["[]", {"name": "f"}, [["f"]], [TOOL, "f"]])
+def test_tools_of_another_form_are_refused(tools: Any) -> None:
+    messages = json.loads(GOOD)["messages"]
+    with pytest.raises(DataError, match=r'^a:1: "tools" must be a list of objects'):
+        parse_record(json.dumps({"messages": messages, "tools": tools}), "a:1")
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        (GOOD.replace('"content": "Hi"', '"content": "Hi", "content": "Ho"'), "content"),
+        (GOOD.replace('"role": "user"', '"role": "user", "role": "system"'), "role"),
+        (f'{GOOD[:-1]}, "messages": []}}', "messages"),
+        (f'{GOOD[:-1]}, "topic": 1, "topic": 2}}', "topic"),
+        (f'{GOOD[:-1]}, "tools": [{{"function": {{"name": "f", "x": {{"a": 1, "a": 1}}}}}}]}}', "a"),
+        (f'{GOOD[:-1]}, "x": {{"": 1, "": 2}}}}', ""),
+    ],
+)
+def test_a_repeated_key_is_refused_at_any_depth(tmp_path: Path, line: str, key: str) -> None:
+    for read in (lambda: parse_record(line, "train.jsonl:2"), lambda: load_records(write(tmp_path, GOOD, line))):
+        with pytest.raises(DataError, match=rf'^train\.jsonl:2: not valid JSON: an object repeats the key "{key}"$'):
+            read()
+
+
+def test_parse_record_reads_one_line_in_any_format() -> None:
+    assert parse_record(GOOD, "a:1") == parse_record(GOOD.encode(), "a:1", "messages")
+    with pytest.raises(DataError, match=r"^a:1: not valid JSON"):
+        parse_record("{", "a:1")
 
 
 def test_all_bad_lines_are_in_one_error(tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Mapping, Sequence
-from datetime import datetime
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import date, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex, overload
 
 import jinja2
 from jinja2 import nodes
@@ -19,9 +19,32 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from ...errors import CheckpointError, DataError
+from ..errors import CheckpointError, DataError
 
 TEMPLATE_FILE = "chat_template.jinja"
+ADDITIONAL_FOLDER = "additional_chat_templates"  # beside the template file
+WITH_TOOLS = "tool_use"  # the name of a second template, for conversations that have tools
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # names of an assistant's reasoning in data sets
+
+Messages = Sequence[Mapping[str, Any]]
+Tools = Sequence[Mapping[str, Any]]
+
+
+class ChatMessages(list[dict[str, Any]]):
+    """The messages of a conversation, with the tools that it may call, so that whoever passes them on passes both."""
+
+    def __init__(self, messages: Iterable[dict[str, Any]], tools: Tools | None = None) -> None:
+        super().__init__(messages)
+        self.tools = tools
+
+    @overload
+    def __getitem__(self, item: SupportsIndex) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, item: slice) -> ChatMessages: ...
+    def __getitem__(self, item: SupportsIndex | slice) -> dict[str, Any] | ChatMessages:
+        """Return a message, or the messages of a slice with the same tools."""
+        found = super().__getitem__(item)
+        return ChatMessages(found, self.tools) if isinstance(found, list) else found
 
 
 class ChatTemplate:
@@ -30,27 +53,38 @@ class ChatTemplate:
     Attributes:
         source: the template's text.
         where: the file it came from, for error messages.
+        with_tools: the template for conversations that have tools, if the checkpoint has one of its own for them.
+        is_dated: whether it asks for the date.
 
     Raises:
         CheckpointError: the template does not parse; names the file and the template's line.
     """
 
-    def __init__(self, source: str, where: Path) -> None:
-        self.source, self.where = source, where
+    def __init__(self, source: str, where: Path, with_tools: ChatTemplate | None = None) -> None:
+        self.source, self.where, self.with_tools = source, where, with_tools
+        self.is_dated: bool = "strftime_now" in source or (with_tools is not None and with_tools.is_dated)
         try:
             self._compiled = _environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise CheckpointError(f"{where}: chat template, line {error.lineno}: {error.message}") from None
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], tokens: Mapping[str, str], add_generation_prompt: bool
+        self,
+        messages: Messages,
+        tokens: Mapping[str, str],
+        add_generation_prompt: bool,
+        tools: Tools | None,
+        day: date,
     ) -> str:
         """Render a conversation.
 
         Args:
-            messages: the conversation; a key whose value is None counts as absent.
+            messages: the conversation; a key whose value is None counts as absent. Reasoning may have any of the names
+                in `REASONING_KEYS`.
             tokens: the special tokens that templates refer to, such as {"bos_token": "<s>"}.
             add_generation_prompt: end with the opening of an assistant turn.
+            tools: JSON Schemas of the functions that the conversation may call.
+            day: the date for templates that ask for today's.
 
         Raises:
             DataError: there are no messages, one is not a mapping, or the template refuses or fails on them.
@@ -60,13 +94,16 @@ class ChatTemplate:
         for index, message in enumerate(messages):
             if not isinstance(message, Mapping):
                 raise DataError(f"message {index} is a {type(message).__name__}, expected a mapping")
-        conversation = [{k: v for k, v in message.items() if v is not None} for message in messages]
+        if tools is not None and self.with_tools is not None:
+            return self.with_tools.render(messages, tokens, add_generation_prompt, tools, day)
+        conversation = [_as_templates_read(message) for message in messages]
         try:
             return self._compiled.render(
                 messages=conversation,
-                tools=None,
+                tools=tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
+                strftime_now=day.strftime,
                 **tokens,
             )
         except Exception as error:  # a template can fail like any code: TypeError, OverflowError, UndefinedError, ...
@@ -80,28 +117,39 @@ class ChatTemplate:
 def find_chat_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> ChatTemplate | None:
     """Return a checkpoint's template: chat_template.jinja, else tokenizer_config.json's (if several, the "default").
 
+    A second template with the name "tool_use" is for conversations that have tools.
+
     Raises:
         CheckpointError: the template does not parse, or the entry has neither of its two forms.
     """
     path = folder / TEMPLATE_FILE
     if path.is_file():
         try:
-            return ChatTemplate(path.read_text(encoding="utf-8"), path)
+            more = folder / ADDITIONAL_FOLDER / f"{WITH_TOOLS}.jinja"
+            with_tools = ChatTemplate(more.read_text(encoding="utf-8"), more) if more.is_file() else None
+            return ChatTemplate(path.read_text(encoding="utf-8"), path, with_tools)
         except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{path}: cannot be read: {error}") from error
     where = folder / "tokenizer_config.json"
     source = tokenizer_config.get("chat_template")
+    with_tools = None
     if isinstance(source, list):
         try:
             named = {item["name"]: item["template"] for item in source}
         except (TypeError, KeyError):
             raise CheckpointError(f"{where}: chat_template is a list; each item needs 'name' and 'template'") from None
         source = named.get("default")
+        with_tools = ChatTemplate(named[WITH_TOOLS], where) if WITH_TOOLS in named else None
     if source is None:
         return None
     if not isinstance(source, str):
         raise CheckpointError(f"{where}: chat_template is a {type(source).__name__}, expected a string")
-    return ChatTemplate(source, where)
+    return ChatTemplate(source, where, with_tools)
+
+
+def today() -> date:
+    """Return the date of today, which a tokenizer that is loaded now gives to templates."""
+    return datetime.now().date()
 
 
 class _Refusal(jinja2.TemplateError):
@@ -131,7 +179,6 @@ def _environment() -> ImmutableSandboxedEnvironment:
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
     return environment
 
 
@@ -150,8 +197,11 @@ def _raise_exception(message: str) -> None:
     raise _Refusal(message)
 
 
-def _strftime_now(layout: str) -> str:
-    return datetime.now().strftime(layout)
+def _as_templates_read(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message without the keys that have no value, and with its reasoning under the names templates read."""
+    present = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((present[key] for key in REASONING_KEYS if key in present), None)
+    return present if reasoning is None else {"thinking": reasoning, **present, "reasoning_content": reasoning}
 
 
 def _template_line(error: Exception) -> int | str:

@@ -15,7 +15,7 @@ import pytest
 
 import lorakit
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PACKAGES = {"lorakit": ROOT, "kernels": ROOT / "kernels"}
 SECTION = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Where things go\n")[1].split("\n## ")[0]
 OTHER_CODE = ("lorakit data build", "(settings, outputs, references) -> one score per row")  # neither path nor name
