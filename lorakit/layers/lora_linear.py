@@ -236,12 +236,14 @@ class _LoRALinearFunction(torch.autograd.Function):
         lora_a, lora_b, gains, sources = _split_by_kind(frozen, tensors)
         train_a, _, train_gain, _ = _split_by_kind(frozen, ctx.needs_input_grad[_LEADING:])
         flat = x.reshape(-1, x.shape[-1])
+        # PyTorch adds a bias to rows that are not contiguous in a step of its own, which rounds otherwise.
+        rows = flat if x.dim() == 2 or x.is_contiguous() else x
         u = (flat if seed is None else drop(flat, seed, rate)) @ _stacked(lora_a, x.dtype).T
         us = u.split([len(a) for a in lora_a], dim=1)
         results, products, kept_zs = [], [], []
         for (base, scaling, _), b, own_u, gain, is_trained in zip(frozen, lora_b, us, gains, train_gain, strict=True):
             bias = None if base.bias is None else base.bias.to(x.dtype)
-            y = frozen_linear(base, flat, bias if gain is None else None, (own_u, b.to(x.dtype)), scaling)
+            y = frozen_linear(base, rows, bias if gain is None else None, (own_u, b.to(x.dtype)), scaling)
             if gain is not None:
                 kept_zs += [y.clone()] if bias is not None and is_trained else []
                 y.addcmul_(y, gain_minus_one(gain, y.dtype))

@@ -253,3 +253,15 @@ def test_x_that_can_be_computed_again_is_not_kept() -> None:
         loss = torch.cat(y, dim=-1).square().sum()
         results.append([*y, *torch.autograd.grad(loss, [source, *matrices(layers)])])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("is_4bit", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_an_update_of_zero_keeps_the_output_of_rows_in_any_order(bias: bool, is_4bit: bool) -> None:
+    """PyTorch rounds the sum with a bias otherwise if the rows are not contiguous."""
+    torch.manual_seed(0)
+    dense = nn.Linear(64, 48, bias=bias)
+    layer = make_layer(Linear4bit.from_linear(dense) if is_4bit else dense, r=4)
+    nn.init.zeros_(layer.lora_B["default"])
+    for x in (torch.randn(2, 7, 64).transpose(0, 1), torch.randn(64, 9).T, torch.randn(2, 64, 3, 4).movedim(1, -1)):
+        assert torch.equal(layer(x), layer.base_layer(x))

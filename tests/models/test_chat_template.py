@@ -76,9 +76,9 @@ def test_whether_a_template_asks_for_the_day(tmp_path: Path) -> None:
 
 def test_generation_asks_with_the_tools(tmp_path: Path) -> None:
     tok = build(tmp_path, "{{ messages[0].content }}{% if tools %} {{ tools | tojson }}{% endif %}")
-    asked: list[list[int]] = []
-    model, encode = small_decoder(), tok.encode
-    tok.encode = lambda text, *more: (asked.append(encode(text, *more)), asked[-1])[1]  # type: ignore[method-assign]
+    asked: list[str] = []
+    model, render = small_decoder(), tok.render_chat
+    tok.render_chat = lambda *given: (asked.append(render(*given)), asked[-1])[1]  # type: ignore[method-assign]
     generate(model, tok, MESSAGES[:1], 1, tools=TOOLS)
     generate(model, tok, [ChatMessages(MESSAGES[:1], TOOLS), MESSAGES[:1]], 1)
-    assert [tok.decode(ids) for ids in asked] == [f"Hi {json.dumps(TOOLS, ensure_ascii=False)}"] * 2 + ["Hi"]
+    assert asked == [f"Hi {json.dumps(TOOLS, ensure_ascii=False)}"] * 2 + ["Hi"]

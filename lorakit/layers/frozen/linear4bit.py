@@ -135,13 +135,14 @@ def frozen_linear(
     """Return y = x Wᵀ + bias + scaling u Bᵀ.
 
     Shapes:
-        x (..., in_features) -> (..., out_features), all of x's dtype
-        lora: nothing, or u (tokens, r) and B (out_features, r), where x is (tokens, in_features)
+        x (..., in_features) -> (..., out_features), all of x's dtype; with lora (tokens, out_features)
+        lora: nothing, or u (tokens, r) and B (out_features, r)
     """
     if isinstance(base, Linear4bit):
+        x = x.reshape(-1, x.shape[-1]) if lora else x
         return base.add_residual(kernels.linear_4bit(x, base.operand, bias, lora, scaling), x)
     y = linear(x, _dense(base, x.dtype), bias)
-    return torch.addmm(y, lora[0], lora[1].T, alpha=scaling) if lora else y
+    return torch.addmm(y.reshape(-1, y.shape[-1]), lora[0], lora[1].T, alpha=scaling) if lora else y
 
 
 def frozen_linear_dx(base: nn.Linear | Linear4bit, dy: Tensor, lora: Sequence[Tensor] = ()) -> Tensor:
