@@ -199,11 +199,15 @@ def _trained_in_place_of_others(model: nn.Module, name: str, config: LoraConfig)
     main = input_embedding(model)
     is_tied = any(id(module) in followed and main not in (None, module.base_layer) for module in rows.values())
     values: dict[str, Any] = {"ensure_weight_tying": bool(config.ensure_weight_tying) or is_tied}
-    if isinstance(config.trainable_token_indices, dict):
+    if isinstance(named := config.trainable_token_indices, dict) and _found(named, dict(modules)) != set(rows):
         values["trainable_token_indices"] = {path: module.tokens[name] for path, module in rows.items()}
     if config.ensure_weight_tying and config.modules_to_save:
         values["modules_to_save"] = [path for path, module in modules if isinstance(module, SavedModule)]
     return values
+
+
+def _found(names: Mapping[str, Any], paths: Mapping[str, Any]) -> set[str]:
+    return {path for found in match_names(names, paths).values() for path in found}
 
 
 def _as_int(value: float) -> float:
