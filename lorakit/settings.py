@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -20,6 +21,8 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False
     )
+
+    other_names: ClassVar[Mapping[str, str]] = {}  # name in other programs -> name here, "" where it is not needed
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -39,8 +42,7 @@ def _problems(model: type[BaseModel], error: ValidationError) -> list[tuple[str,
         if isinstance(inner, ConfigError) and inner.problems:
             problems += [(f"{key}.{name}" if name else key, message) for name, message in inner.problems]
         elif item["type"] == "extra_forbidden":
-            name, known = str(item["loc"][-1]), model.model_fields
-            problems.append((key, f"unknown key{other_tools_hint(name, known) or did_you_mean(name, known)}"))
+            problems.append((key, f"unknown key{_hint(str(item['loc'][-1]), model)}"))
         elif item["type"] == "missing":
             problems.append((key, "is required"))
         elif item["type"] == "value_error":
@@ -49,3 +51,10 @@ def _problems(model: type[BaseModel], error: ValidationError) -> list[tuple[str,
             message = item["msg"][0].lower() + item["msg"][1:]
             problems.append((key, f"{message} (got {item['input']!r})"))
     return problems
+
+
+def _hint(key: str, model: type[BaseModel]) -> str:
+    other = model.other_names if issubclass(model, Settings) else {}
+    if key not in other:
+        return other_tools_hint(key, model.model_fields) or did_you_mean(key, model.model_fields)
+    return f"; here it is called '{other[key]}'" if other[key] else "; it is not needed here, leave it out"

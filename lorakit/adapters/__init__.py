@@ -14,8 +14,8 @@ from .load_save import load_adapter, save_adapter
 from .merging.checkpoint import merge_checkpoint
 from .merging.merge import merge_adapter, unmerge_adapter
 from .merging.report import LayerMerge, MergeReport
-from .peft.config import read_adapter_config
-from .peft.folder import AdapterFolder, AdapterLayer, find_adapter_folder, read_adapter_folder
+from .peft.config import find_adapter_folder, read_adapter_config
+from .peft.folder import AdapterFolder, AdapterLayer, read_adapter_folder
 from .peft.hot_swap import swap_adapter
 from .status import AdapterStatus, AdapterSummary, adapter_status
 

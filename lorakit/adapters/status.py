@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..layers import AdaptedLayer, AdapterModule
-from .attach.state import adapter_modules, known_modules, state_of
+from .attach.state import adapter_modules, homes, known_modules, state_of
 from .attach.switching import idle_adapters
+from .attach.wrappers import named_modules
 from .merging.swaps import merged_state
 
 
@@ -60,7 +61,7 @@ class AdapterStatus:
     """All adapters of a model; it prints as one line for each.
 
     Attributes:
-        adapters: name -> its summary.
+        adapters: name -> its summary; if several parts of the model have adapters of their own, "name of part" -> it.
         disabled: whether a `disable_adapters` context is open.
         also_trained: number of elements that get gradients and belong to no adapter.
         irregularities: how the model and each adapter depart from the record, one sentence each.
@@ -81,16 +82,23 @@ class AdapterStatus:
 
 def adapter_status(model: nn.Module) -> AdapterStatus:
     """Return the adapters of a model and every departure of the model from its record."""
-    state, merged = state_of(model), merged_state(model)
-    adapters = {name: _summary(model, name) for name in state.configs}
-    for name in merged.names if merged else ():
-        key = f"{name} (merged)" if name in adapters else name  # a new adapter may have the merged one's name
-        adapters[key] = AdapterSummary(name, active=False, trained=False, merged=True)
-    modules, known = adapter_modules(model), known_modules(model)
+    found = homes(model)
+    modules = {path: module for path, module in named_modules(model) if isinstance(module, AdapterModule)}
+    adapters: dict[str, AdapterSummary] = {}
+    for home in found:
+        parts = [path for path, module in named_modules(model) if module is home and len(found) > 1]
+        of_part = f" of {parts[0]}" if parts and parts[0] else ""
+        adapters |= {f"{name}{of_part}": _summary(home, name) for name in state_of(home).configs}
+        merged = merged_state(home)
+        for name in merged.names if merged else ():
+            taken = f"{name}{of_part}" in adapters  # a new adapter may have the merged one's name
+            key = f"{name}{of_part} (merged)" if taken else f"{name}{of_part}"
+            adapters[key] = AdapterSummary(name, active=False, trained=False, merged=True)
+    known = {module for home in found for module in known_modules(home)}
     problems = [
         f"{path} was not put in by add_adapter: switching does not reach it"
         for path, module in modules.items()
-        if not any(module is other for other in known)
+        if module not in known
     ]
     in_adapters = {
         id(parameter)
@@ -100,7 +108,7 @@ def adapter_status(model: nn.Module) -> AdapterStatus:
     }
     also_trained = sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in in_adapters)
     problems += [f"{name}: {problem}" for name, summary in adapters.items() for problem in summary.irregularities]
-    return AdapterStatus(adapters, state.disabled > 0, also_trained, problems)
+    return AdapterStatus(adapters, any(state_of(home).disabled for home in found), also_trained, problems)
 
 
 def _summary(model: nn.Module, name: str) -> AdapterSummary:

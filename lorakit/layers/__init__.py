@@ -3,7 +3,7 @@
 from torch import nn
 
 from .adapted import AdaptedLayer
-from .adapter_module import AdapterModule, AdapterSpec
+from .adapter_module import AdapterModule, AdapterSpec, Counted
 from .frozen.embedding4bit import Embedding4bit
 from .frozen.linear4bit import Linear4bit
 from .frozen.linear_cross_entropy import linear_cross_entropy, token_losses
@@ -39,6 +39,7 @@ __all__ = [
     "AdapterSpec",
     "AdaptersInUse",
     "AttachedAdapter",
+    "Counted",
     "Embedding4bit",
     "FrozenWeight",
     "Linear4bit",

@@ -79,7 +79,25 @@ class AdapterSpec:
     neutral_start: bool = True
 
 
-class AdapterModule(RowAware, nn.Module):
+class Counted(nn.Module):
+    """Base class of modules that lists of a model's modules have to take in.
+
+    Attributes:
+        made: how many were made or copied so far, in all models. While it stays the same, such a list stays right.
+    """
+
+    made: ClassVar[int] = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        Counted.made += 1
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        Counted.made += 1  # by copy.deepcopy, for instance
+
+
+class AdapterModule(RowAware, Counted):
     """A module that replaces a frozen one and holds the parameters of each adapter.
 
     It answers for the module that it replaces: attributes that it does not have itself, such as `out_features` or

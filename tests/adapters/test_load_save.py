@@ -106,7 +106,7 @@ def test_what_was_saved_is_loaded(
     if quantized:
         for each in (model, other):
             layer = each.model.layers[0].mlp
-            layer.up_proj = Linear4bit(quantize(layer.up_proj.weight))
+            layer.up_proj = Linear4bit(quantize(layer.up_proj.weight)).eval()
     torch.manual_seed(0)
     add_adapter(model, LoraConfig(init_lora_weights=False, **options), "here", is_strict=False)
     folder = save_adapter(model, tmp_path_factory.mktemp("adapter") / "adapter", "here")
@@ -258,9 +258,7 @@ class TestBrokenFolders:
             ({"target_modules": ["w_proj"]}, "no module matches 'w_proj'"),
             ({"use_bdlora": {"nblocks": 2}}, "use_bdlora"),
             ({"bias": "some"}, "bias"),
-            ({"modules_to_save": ["head"]}, "no module matches 'head' of modules_to_save; did you mean 'lm_head'?"),
             ({"trainable_token_indices": [4000]}, "expected different tokens below 400"),
-            ({"target_parameters": ["experts.up"]}, "no parameter matches 'experts.up'"),
             ({"use_dora": True, "lora_bias": True}, "exclude each other"),
             ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa', which changed the base model"),
             ({"init_lora_weights": "pissa_niter_16"}, "which changed the base model"),
@@ -280,6 +278,8 @@ class TestBrokenFolders:
         [
             {"use_dora": None, "modules_to_save": [], "exclude_modules": None, "layers_to_transform": None},
             {"init_lora_weights": "eva"},
+            {"modules_to_save": ["classifier", "score"]},
+            {"target_parameters": ["experts.up"]},
             {"inference_mode": False, "runtime_config": {}, "peft_version": "99.0", "auto_mapping": None},
             {"rank_pattern": "absent", "alpha_pattern": "absent", "lora_dropout": "absent", "use_rslora": "absent"},
         ],

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import AdapterError
-from ...layers import BASE
+from ...layers import BASE, AdapterModule
 from ...layers.frozen.quantized_module import QuantizedModule
-from ..config import LoraConfig
+from ..config import LoraConfig, as_config
 from ..starts import start_data
 from .placement import plan_placements
 from .state import (
@@ -20,12 +20,15 @@ from .state import (
     check_adapter,
     check_not_in_a_row,
     forget_adapter,
+    home_for_new,
+    home_of,
     lora_layers,
     replace_module,
     state_of,
 )
 from .switching import set_adapter, set_trained
 from .targeting import MatchReport
+from .wrappers import check_joins_training, named_modules
 
 _NAMESPACE = nn.ParameterDict()  # it holds A and B as attributes named after the adapter; its own names are taken
 
@@ -48,18 +51,23 @@ def add_adapter(
     later ones leave parameters outside adapters alone.
 
     Args:
+        config: the settings. A LoraConfig of PEFT is taken over, if lorakit has all that it sets.
         dtype: of the trained parameters.
         trained: False freezes the adapter and keeps training the adapters that were trained before.
         losses: for a start that needs them, such as "eva": one scalar loss for each batch of examples, as in
             `(loss(model, batch) for batch in batches)`. Taking the next one runs the model.
         sources: for a start that needs them, such as "loftq": the weights before quantization, in the shapes of their
             layers, such as (out_features, in_features), under "<path of the layer>.weight".
-        is_strict: refuse layer numbers and keys of rank_pattern and alpha_pattern that match nothing.
+        is_strict: refuse names, layer numbers, and keys of rank_pattern and alpha_pattern that match nothing.
 
     Raises:
         AdapterError: the name is taken or not usable, or a pattern matches nothing. The model is then unchanged.
     """
+    config = as_config(config, [path for path, _ in named_modules(model)])
+    if trained:
+        check_joins_training(model)
     check_name(model, name)
+    model = home_for_new(model)
     report = MatchReport(name)
     placements = plan_placements(model, config, report, is_strict)
     data = start_data(config.start, losses, sources)
@@ -69,8 +77,8 @@ def add_adapter(
         if not module.names():
             replace_module(model, module.base_layer, module)
         placement.attach(name, dtype)
-    state_of(model).modules = None
-    adapter_configs(model)[name] = config
+    state_of(model).homes = None
+    state_of(model).configs[name] = config
     try:
         config.start.run(lora_layers(model, name), name, data)
     except BaseException:
@@ -92,6 +100,7 @@ def remove_adapter(model: nn.Module, name: str = "default") -> None:
         AdapterError: there is no adapter of that name, or `use_rows` has assigned it to a row.
     """
     check_adapter(model, name)
+    model = home_of(model, name)
     check_not_in_a_row(model, name)
     for module in adapter_modules(model, name).values():
         module.detach(name)
@@ -103,9 +112,10 @@ def remove_adapter(model: nn.Module, name: str = "default") -> None:
 def adapter_parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
     """Return the trained parameters of one adapter, or of all, in model order: A, B, and those its variant adds."""
     parameters: list[nn.Parameter] = []
-    for module in adapter_modules(model, name).values():
-        for adapter in [name] if name else module.names():
-            parameters += module.parameters_of(adapter).values()
+    for _, module in named_modules(model):
+        if isinstance(module, AdapterModule):
+            for adapter in [name] if name else module.names():
+                parameters += module.parameters_of(adapter).values() if adapter in module.names() else ()
     return parameters
 
 

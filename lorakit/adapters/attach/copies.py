@@ -21,6 +21,7 @@ from ..config import LoraConfig
 from .placed import Placement
 from .targeting import adaptable_layers, match_names, unwrapped
 from .ties import Holder, Ties, input_embedding
+from .wrappers import find_module, named_modules
 
 _PEFTS_COPY = "modules_to_save."  # PEFT writes a copy under this name as well if the vocabulary was resized
 _Module = TypeVar("_Module", SavedModule, TrainedTokens)
@@ -35,7 +36,7 @@ def place_saved(model: nn.Module, paths: list[str], config: LoraConfig, ties: Ti
     placements: dict[str, Placement] = {}
     paths = [path for path in dict.fromkeys(paths) if not any(path.startswith(f"{other}.") for other in paths)]
     for path in paths:
-        base = unwrapped(model.get_submodule(path))
+        base = unwrapped(find_module(model, path))
         if any(isinstance(inner, QuantizedModule) for inner in base.modules()):
             raise AdapterError(f"{path} of modules_to_save is in 4 bits, which cannot be trained; load it unquantized")
         check_present(path, base)
@@ -48,7 +49,7 @@ def place_saved(model: nn.Module, paths: list[str], config: LoraConfig, ties: Ti
             raise AdapterError(
                 f"{path} of modules_to_save is a {kind}, whose parts are called one by one; name the parts"
             )
-        if adapted := [name for name, inner in base.named_modules() if isinstance(inner, AdapterModule)]:
+        if adapted := [name for name, inner in named_modules(base) if isinstance(inner, AdapterModule)]:
             raise AdapterError(
                 f"{path} of modules_to_save holds {path}.{adapted[0]}, which another adapter adapts; remove that one "
                 "first"
@@ -115,8 +116,11 @@ def _add_copy(module: SavedModule, parameters: list[str] | None, name: str, dtyp
     module.add(name, dtype, parameters)
 
 
-def place_tokens(model: nn.Module, config: LoraConfig, ties: Ties) -> list[Placement]:
+def place_tokens(model: nn.Module, config: LoraConfig, ties: Ties, is_strict: bool = True) -> list[Placement]:
     """Place the trained rows of trainable_token_indices, and those who share the table.
+
+    Args:
+        is_strict: whether each name must match a table.
 
     Raises:
         AdapterError: there is no such table or token, or two who share a table are to train different rows of it.
@@ -125,8 +129,8 @@ def place_tokens(model: nn.Module, config: LoraConfig, ties: Ties) -> list[Place
     if not wanted:
         return []
     tables = {p: m for p, m in adaptable_layers(model).items() if isinstance(m, nn.Embedding)}
-    tables |= {p: m.base_layer for p, m in model.named_modules() if isinstance(m, TrainedTokens)}
-    chosen = _tokens_by_table(model, wanted, tables)
+    tables |= {p: m.base_layer for p, m in named_modules(model) if isinstance(m, TrainedTokens)}
+    chosen = _tokens_by_table(model, wanted, tables, is_strict)
     placements: dict[str, Placement] = {}
     for path, tokens in sorted(chosen.items(), key=lambda one: tables[one[0]] is not ties.main):
         table = tables[path]
@@ -157,7 +161,7 @@ def place_tokens(model: nn.Module, config: LoraConfig, ties: Ties) -> list[Place
 
 
 def _tokens_by_table(
-    model: nn.Module, wanted: list[int] | dict[str, list[int]], tables: dict[str, nn.Embedding]
+    model: nn.Module, wanted: list[int] | dict[str, list[int]], tables: dict[str, nn.Embedding], is_strict: bool
 ) -> dict[str, list[int]]:
     """Return path of an embedding table -> tokens to train in it; a bare list means the input embedding."""
     if isinstance(wanted, list):
@@ -167,9 +171,9 @@ def _tokens_by_table(
         chosen = {names[0]: wanted} if names else {}
     else:
         matched = match_names(wanted, tables)
-        is_complete = all(matched.values())
+        is_complete = all(matched.values()) or not is_strict
         chosen = {path: wanted[name] for name, paths in matched.items() for path in paths} if is_complete else {}
-    if not chosen:
+    if is_strict and not chosen:
         raise AdapterError(f"trainable_token_indices finds no embedding table (tables here: {', '.join(tables)})")
     return chosen
 
@@ -187,7 +191,7 @@ def _place_followers(
         if not path or holders[0].inside:
             where = f"{path}, a part of {holders[0].inside}, which" if path else "the model itself, which"
             raise AdapterError(f"{source} shares its weight with {where} cannot follow it; remove other adapters first")
-        current = model.get_submodule(path)
+        current = find_module(model, path)
         tied = current if isinstance(current, TiedModule) else TiedModule(current)
         sources: Sources = {holder.name: (module, key) for key, holder in shared}
         add = partial(_add_follower, tied, sources)
@@ -216,7 +220,7 @@ def place_biases(model: nn.Module, taken: set[str], ties: Ties) -> list[Placemen
         AdapterError: a module that is adapted otherwise shares a bias.
     """
     shared: dict[int, list[str]] = {}
-    for path, module in list(model.named_modules()):
+    for path, module in list(named_modules(model)):
         inner = unwrapped(module)
         is_inside = any(path.startswith(f"{other}.") for other in taken)
         is_inside = is_inside or re.search(r"\.(base_layer|copies)(\.|$)", path) is not None
@@ -225,7 +229,7 @@ def place_biases(model: nn.Module, taken: set[str], ties: Ties) -> list[Placemen
             shared.setdefault(id(bias), []).append(path)
     placements = []
     for paths in shared.values():
-        source = min(paths, key=lambda path: any(True for _ in unwrapped(model.get_submodule(path)).children()))
+        source = min(paths, key=lambda path: any(True for _ in unwrapped(find_module(model, path)).children()))
         saved = _module_of_kind(model, source, SavedModule)
         check_present(source, saved.base_layer)
         placements.append(Placement(source, saved, saved.shapes(["bias"]), partial(_add_copy, saved, ["bias"])))
@@ -241,7 +245,7 @@ def place_biases(model: nn.Module, taken: set[str], ties: Ties) -> list[Placemen
 
 def _module_of_kind(model: nn.Module, path: str, kind: type[_Module]) -> _Module:
     """Return the module of a kind that already holds adapters at a path, or a new one around the module there."""
-    module = model.get_submodule(path)
+    module = find_module(model, path)
     if isinstance(module, AdapterModule):
         if not isinstance(module, kind):
             raise AdapterError(f"{path} is already a {type(module).__name__} of another adapter; remove that one first")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ...errors import AdapterError
-from ...layers import AdaptedLayer, AdapterModule, AdapterSpec, LoRAParameter, adapted_kind
+from ...layers import AdaptedLayer, AdapterModule, AdapterSpec, LoRALinear, LoRAParameter, adapted_kind
 from ...layers.frozen.calls import is_dense
 from ..config import LoraConfig
 from .copies import place_biases, place_saved, place_tokens
@@ -28,6 +28,7 @@ from .targeting import (
     unwrapped,
 )
 from .ties import Ties
+from .wrappers import find_module, named_modules
 
 
 def plan_placements(
@@ -36,15 +37,15 @@ def plan_placements(
     """Return all placements of an adapter and fill in the report; the model is not changed.
 
     Args:
-        is_strict: whether each key of rank_pattern and alpha_pattern, and each number of layers_to_transform, must
-            match something; in PEFT's files some do not.
+        is_strict: whether each name, each key of rank_pattern and alpha_pattern, and each number of
+            layers_to_transform must match something; in PEFT's files some do not.
 
     Raises:
         AdapterError: a setting matches nothing, or a match cannot be trained as the config asks.
     """
-    match_targets(model, config, report)
-    report.parameters = match_parameters(model, config)
-    report.saved = match_saved(model, config, is_strict)
+    match_targets(model, config, report, is_strict)
+    match_parameters(model, config, report, is_strict)
+    match_saved(model, config, report, is_strict)
     wanted = {path for paths in report.matched.values() for path in paths}
     # In model order: the layers then draw their random numbers in the same order every time.
     layers = {path: layer for path, layer in adaptable_layers(model).items() if path in wanted}
@@ -59,10 +60,11 @@ def plan_placements(
     ties = Ties(model)
     _check_shared(model, layers, config, ties)
     placements += place_saved(model, saved, config, ties)
-    placements += place_tokens(model, config, ties)
+    placements += place_tokens(model, config, ties, is_strict)
     if config.bias == "all":
         placements += place_biases(model, {*layers, *saved}, ties)
     _check_kinds(placements)
+    _check_whole(placements, config)
     return placements
 
 
@@ -79,7 +81,7 @@ def _check_shared(model: nn.Module, layers: Mapping[str, nn.Module], config: Lor
         tables = [
             other
             for other in others
-            if other and other not in layers and isinstance(model.get_submodule(other), nn.Embedding)
+            if other and other not in layers and isinstance(find_module(model, other), nn.Embedding)
         ]
         if tables and isinstance(layer, nn.Embedding) and config.ensure_weight_tying is None:
             warnings.warn(
@@ -90,7 +92,7 @@ def _check_shared(model: nn.Module, layers: Mapping[str, nn.Module], config: Lor
 
 
 def _place_layer(model: nn.Module, path: str, config: LoraConfig, report: MatchReport) -> Placement:
-    layer = model.get_submodule(path)
+    layer = find_module(model, path)
     if not isinstance(layer, AdaptedLayer):
         kind = adapted_kind(layer)
         assert kind is not None
@@ -123,7 +125,7 @@ def _place_parameters(
     placements = []
     outermost: dict[str, nn.Module] = {}
     wanted = set(paths)
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         if isinstance(module, LoRAParameter) and path.endswith(".base_layer"):
             continue
         for name, parameter in unwrapped(module).named_parameters(recurse=False):
@@ -158,6 +160,18 @@ def _rank_and_scaling(path: str, config: LoraConfig, report: MatchReport) -> tup
     rank, scaling = rank_and_scaling(config, path)
     report.ranks[path] = rank
     return rank, scaling
+
+
+def _check_whole(placements: list[Placement], config: LoraConfig) -> None:
+    """Raise AdapterError if a placement reads a weight of which this process has only a part."""
+    for placement in placements:
+        is_plain = isinstance(placement.module, LoRALinear) and placement.variant.name == "plain"
+        is_plain = is_plain and config.start.name in (True, False, "gaussian") and config.bias == "none"
+        if not is_plain and any(hasattr(p, "device_mesh") for p in placement.module.base_layer.parameters()):
+            raise AdapterError(
+                f"fully_shard has divided {placement.path} among processes, and this adapter starts from its whole "
+                "values: attach the adapter first and divide the model then"
+            )
 
 
 def _check_kinds(placements: list[Placement]) -> None:

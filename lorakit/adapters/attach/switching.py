@@ -15,7 +15,8 @@ from torch import nn
 from ...errors import AdapterError, did_you_mean
 from ...layers import BASE, RowAdapters
 from .host_memory import move_in, move_out
-from .state import adapter_configs, apply_state, checked_names, known_modules, state_of
+from .state import adapter_configs, apply_state, checked_names, homes, known_modules, state_of
+from .wrappers import inner_module
 
 
 def set_adapter(model: nn.Module, name: str | Sequence[str]) -> None:
@@ -27,11 +28,12 @@ def set_adapter(model: nn.Module, name: str | Sequence[str]) -> None:
         AdapterError: there is no adapter of that name. Nothing is changed.
     """
     names = checked_names(model, name)
-    state = state_of(model)
-    move_in(model, names)
-    state.active = names
-    apply_state(model)
-    move_out(model)
+    for home in homes(model):
+        state = state_of(home)
+        move_in(home, names)
+        state.active = tuple(one for one in names if one in state.configs)
+        apply_state(home)
+        move_out(home)
 
 
 def set_trained(model: nn.Module, name: str | Sequence[str]) -> None:
@@ -44,35 +46,38 @@ def set_trained(model: nn.Module, name: str | Sequence[str]) -> None:
         AdapterError: there is no adapter of that name, or it is kept in host memory. Nothing is changed.
     """
     names = checked_names(model, name)
-    state = state_of(model)
-    if on_host := [adapter for adapter in names if adapter in state.on_host]:
+    found = homes(model)
+    if on_host := [adapter for adapter in names for home in found if adapter in state_of(home).on_host]:
         raise AdapterError(
             f"adapter '{on_host[0]}' is kept in host memory; bring it back with onload_adapter to train it"
         )
-    state.trained = names
-    for module in known_modules(model):
-        for adapter in module.names():
-            for parameter in module.parameters_of(adapter).values():
-                parameter.requires_grad_(adapter in names)
+    for home in found:
+        state_of(home).trained = tuple(one for one in names if one in state_of(home).configs)
+        for module in known_modules(home):
+            for adapter in module.names():
+                for parameter in module.parameters_of(adapter).values():
+                    parameter.requires_grad_(adapter in names)
 
 
 def idle_adapters(model: nn.Module) -> list[str]:
     """Return the trained adapters that no gradient reaches: they are neither active nor used by a row."""
-    state = state_of(model)
-    return [name for name in state.trained if not state.in_use(name)]
+    states = [state_of(home) for home in homes(model)]
+    return [name for state in states for name in state.trained if not state.in_use(name)]
 
 
 @contextlib.contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
     """Within the context the model computes as if it had no adapter, whatever you switch meanwhile."""
-    state = state_of(model)
-    state.disabled += 1
-    apply_state(model)
+    found = homes(model)
+    for home in found:
+        state_of(home).disabled += 1
+        apply_state(home)
     try:
         yield model
     finally:
-        state.disabled -= 1
-        apply_state(model)
+        for home in found:
+            state_of(home).disabled -= 1
+            apply_state(home)
 
 
 @contextlib.contextmanager
@@ -102,18 +107,23 @@ def use_rows(model: nn.Module, names: Sequence[str], lengths: Sequence[int] | No
         hint = did_you_mean(unknown[0], known)
         raise AdapterError(f"the model has no adapter '{unknown[0]}'{hint} (for a row: {', '.join(known)})")
     rows = RowAdapters(names, lengths)
-    for module in known_modules(model):
+    found = homes(model)
+    if (inner := inner_module(model)) not in found:
+        found = [*found, inner]  # the model too is told of its rows when only parts of it have adapters
+    for module in [module for home in found for module in known_modules(home)]:
         carried = (name for name in rows.adapters if name in module.names())
         if unsupported := [name for name in carried if not module.supports_rows(name)]:
             kind = type(module).__name__
             raise AdapterError(f"adapter '{unsupported[0]}' changes a {kind}, which cannot differ from row to row")
-    state = state_of(model)
-    move_in(model, rows.adapters)
-    state.rows.append(rows)
-    apply_state(model)
+    for home in found:
+        move_in(home, rows.adapters)
+        state_of(home).rows.append(rows)
+        apply_state(home)
     try:
         yield model
     finally:
-        state.rows = [other for other in state.rows if other is not rows]
-        apply_state(model)
-        move_out(model)
+        for home in found:
+            state = state_of(home)
+            state.rows = [other for other in state.rows if other is not rows]
+            apply_state(home)
+            move_out(home)

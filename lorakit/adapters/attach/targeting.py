@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 from torch import nn
@@ -12,6 +13,7 @@ from torch import nn
 from ...errors import AdapterError, did_you_mean
 from ...layers import AdaptedLayer, AdapterModule, LoRALinear, adapted_kind
 from ..config import LoraConfig
+from .wrappers import named_modules
 
 _Value = TypeVar("_Value")
 
@@ -27,8 +29,11 @@ class MatchReport:
         saved: each name of modules_to_save -> the paths of the modules that are trained in full.
         excluded: each pattern of exclude_modules -> the paths it removed from target_modules.
         patterns: each key of rank_pattern and alpha_pattern -> the adapted paths it matched.
+        missed: sentences on the names in a file's settings that match nothing here and have no tensor either.
         ranks: path of the module, or of the parameter of target_parameters -> rank.
-        trainable, total: parameter counts; a 4-bit weight counts as the dense weight it stands for.
+        trainable: number of the adapter's parameters, which are trained unless `is_trained` is False.
+        total: number of all parameters; a 4-bit weight counts as the dense weight it stands for.
+        source: the folder that the adapter was loaded from, or None.
     """
 
     name: str
@@ -37,9 +42,12 @@ class MatchReport:
     saved: dict[str, list[str]] = field(default_factory=dict)
     excluded: dict[str, list[str]] = field(default_factory=dict)
     patterns: dict[str, list[str]] = field(default_factory=dict)
+    missed: list[str] = field(default_factory=list)
     ranks: dict[str, int] = field(default_factory=dict)
     trainable: int = 0
     total: int = 0
+    is_trained: bool = True
+    source: Path | None = None
 
     @property
     def modules(self) -> list[str]:
@@ -51,8 +59,13 @@ class MatchReport:
         lines += [f"  {pattern}: {len(paths)} parameters" for pattern, paths in self.parameters.items()]
         lines += [f"  {pattern}: {', '.join(paths)} in full" for pattern, paths in self.saved.items()]
         lines += [f"  not {pattern}: {len(paths)} layers" for pattern, paths in self.excluded.items()]
-        listing = "\n".join([f"adapter '{self.name}' on {len(self.ranks)} layers", *lines])
-        return f"{listing}\n{trainable_share(self.trainable, self.total)}"
+        lines += [f"  {missed}" for missed in self.missed]
+        loaded = f" loaded from {self.source}" if self.source else ""
+        listing = "\n".join([f"adapter '{self.name}'{loaded} on {len(self.ranks)} layers", *lines])
+        counts = trainable_share(self.trainable, self.total)
+        if not self.is_trained:
+            counts = f"adapter params: {self.trainable:,}, frozen || all params: {self.total:,}"
+        return f"{listing}\n{counts}"
 
 
 def trainable_share(trainable: int, total: int) -> str:
@@ -69,7 +82,7 @@ def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
     """
     adaptable: dict[str, nn.Module] = {}
     prefixes: list[str] = []  # of everything inside an adapter's modules
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         if isinstance(module, AdapterModule):
             prefixes.append(f"{path}.")
             if isinstance(module, AdaptedLayer) and adapted_kind(module.base_layer):
@@ -100,11 +113,15 @@ def match_modules(model: nn.Module, config: LoraConfig) -> dict[str, list[str]]:
     return report.matched
 
 
-def match_targets(model: nn.Module, config: LoraConfig, report: MatchReport) -> None:
-    """Fill in the report's `matched` and `excluded`; errors as `match_modules`."""
+def match_targets(model: nn.Module, config: LoraConfig, report: MatchReport, is_strict: bool = True) -> None:
+    """Fill in the report's `matched` and `excluded`; errors as `match_modules`.
+
+    Args:
+        is_strict: whether each pattern must match something. If not, the others are listed as `missed`.
+    """
     layers = adaptable_layers(model)
     targets = config.target_modules
-    saved = [_saved_matcher(name) for name in config.modules_to_save or ()]
+    saved = [saved_matcher(name) for name in config.modules_to_save or ()]
     unsaved = [path for path in layers if not any(is_saved(path) for is_saved in saved)]
     candidates = [path for path in unsaved if _layer_selected(path, config)]
     if isinstance(targets, str) and targets.lower() == "all-linear":
@@ -118,13 +135,16 @@ def match_targets(model: nn.Module, config: LoraConfig, report: MatchReport) -> 
         matched = match_names(targets, candidates)
     missed = [pattern for pattern, paths in matched.items() if not paths]
     trains_more = config.target_parameters or config.modules_to_save or config.trainable_token_indices
-    if missed or not (matched or trains_more):
+    if is_strict and (missed or not (matched or trains_more)):
         raise AdapterError(_nothing_matched(missed, unsaved, config.layers_to_transform))
+    hints = {pattern: did_you_mean(pattern, _last_names(unsaved)) for pattern in missed}
+    report.missed += [f"no module matches '{pattern}' of target_modules{hint}" for pattern, hint in hints.items()]
+    matched = {pattern: paths for pattern, paths in matched.items() if paths}
     if config.exclude_modules:
         report.excluded = _excluded(config.exclude_modules, matched)
         excluded = {path for paths in report.excluded.values() for path in paths}
         matched = {pattern: [path for path in paths if path not in excluded] for pattern, paths in matched.items()}
-    if matched and not any(matched.values()):
+    if is_strict and matched and not any(matched.values()):
         raise AdapterError(f"exclude_modules {config.exclude_modules!r} leaves nothing of target_modules {targets!r}")
     report.matched = matched
 
@@ -166,8 +186,8 @@ def check_patterns(paths: Iterable[str], config: LoraConfig) -> dict[str, list[s
     return matched
 
 
-def match_saved(model: nn.Module, config: LoraConfig, is_strict: bool = True) -> dict[str, list[str]]:
-    """Return what each name of modules_to_save matches: the outermost modules of that name.
+def match_saved(model: nn.Module, config: LoraConfig, report: MatchReport, is_strict: bool = True) -> None:
+    """Fill in the report's `saved`: what each name of modules_to_save matches, the outermost modules of that name.
 
     Args:
         is_strict: whether each name must match something; in PEFT's files of tied weights some do not.
@@ -176,16 +196,14 @@ def match_saved(model: nn.Module, config: LoraConfig, is_strict: bool = True) ->
         AdapterError: a name matches nothing.
     """
     modules = [path for path, _ in _plain_modules(model)]
-    matched = match_names(config.modules_to_save or (), modules)
-    for name, paths in matched.items():
-        if not paths and (is_strict or not any(matched.values())):
-            hint = did_you_mean(name, _last_names(modules))
-            raise AdapterError(f"no module matches '{name}' of modules_to_save{hint}")
-    return matched
+    report.saved = _matched(config.modules_to_save, modules, "module", "modules_to_save", report, is_strict)
 
 
-def match_parameters(model: nn.Module, config: LoraConfig) -> dict[str, list[str]]:
-    """Return what each name of target_parameters matches: paths of parameters, in model order.
+def match_parameters(model: nn.Module, config: LoraConfig, report: MatchReport, is_strict: bool = True) -> None:
+    """Fill in the report's `parameters`: what each name of target_parameters matches, in model order.
+
+    Args:
+        is_strict: as in `match_targets`.
 
     Raises:
         AdapterError: a name matches nothing.
@@ -196,18 +214,28 @@ def match_parameters(model: nn.Module, config: LoraConfig) -> dict[str, list[str
         if path
         for name, _ in module.named_parameters(recurse=False)
     ]
-    matched = match_names(config.target_parameters or (), parameters)
-    for target, paths in matched.items():
-        if not paths:
-            hint = did_you_mean(target, parameters)
-            raise AdapterError(f"no parameter matches '{target}' of target_parameters{hint}")
+    names = config.target_parameters
+    report.parameters = _matched(names, parameters, "parameter", "target_parameters", report, is_strict)
+
+
+def _matched(
+    names: list[str] | None, paths: list[str], kind: str, setting: str, report: MatchReport, is_strict: bool
+) -> dict[str, list[str]]:
+    """Return what each name of a setting matches, and list the names that match nothing in the report."""
+    matched = match_names(names or (), paths)
+    for name in [name for name, found in matched.items() if not found]:
+        hint = did_you_mean(name, _last_names(paths) if kind == "module" else paths)
+        report.missed.append(f"no {kind} matches '{name}' of {setting}{hint}")
+        if is_strict:
+            raise AdapterError(report.missed[-1])
+        del matched[name]
     return matched
 
 
 def _plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules of the model as they were before any adapter, with the paths they had."""
     prefixes: list[str] = []  # of everything inside an adapter's modules
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         if path.startswith(tuple(prefixes)):
             continue
         if isinstance(module, AdapterModule):
@@ -268,7 +296,7 @@ def _compiled(pattern: str, expression: str | None = None) -> re.Pattern[str]:
         raise AdapterError(f"'{pattern}' is not a regular expression: {error}") from None
 
 
-def _saved_matcher(name: str) -> Callable[[str], bool]:
+def saved_matcher(name: str) -> Callable[[str], bool]:
     """Return the test of PEFT that removes a module of modules_to_save, and everything inside it, from the targets."""
     expression = _compiled(name, rf"(^|.*\.){name}($|\..*)")
     return lambda path: expression.match(path) is not None

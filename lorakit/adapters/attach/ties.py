@@ -9,6 +9,7 @@ from torch import nn
 
 from ...layers import AdapterModule
 from .targeting import unwrapped
+from .wrappers import inner_module
 
 
 @dataclass(frozen=True)
@@ -90,15 +91,15 @@ def named_embedding(model: nn.Module, method: str) -> nn.Module | None:
         module = getattr(model, method, lambda: None)()
     except NotImplementedError:  # transformers' models of images, for instance
         return None
-    return unwrapped(module) if isinstance(module, nn.Module) else None
+    return inner_module(unwrapped(inner_module(module))) if isinstance(module, nn.Module) else None
 
 
 def plain_path(model: nn.Module, path: str) -> str:
     """Return the path of a module as if the model had no adapters: modules of adapters may stand around each other."""
-    module, plain = model, list[str]()
-    for part in path.split("."):
+    module, plain = inner_module(model), list[str]()
+    for part in path.split(".") if path else ():
         plain += [] if isinstance(module, AdapterModule) and part == "base_layer" else [part]
-        module = module._modules[part]  # type: ignore[assignment]
+        module = inner_module(module._modules[part])  # type: ignore[arg-type]
     return ".".join(plain)
 
 
@@ -111,7 +112,8 @@ def _is_leaf(module: nn.Module) -> bool:
 
 
 def _holders(module: nn.Module, path: str, inside: str, seen: set[nn.Module]) -> Iterator[Holder]:
-    base = unwrapped(module)
+    module = inner_module(module)
+    base = inner_module(unwrapped(module))
     if base in seen:  # one module in several places
         return
     seen.add(base)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ...errors import AdapterError
 from ..attach.add import add_adapter
-from ..attach.state import adapter_modules, check_adapter, lora_layers
+from ..attach.state import adapter_modules, check_adapter, home_of, lora_layers
+from ..attach.wrappers import whole
 from ..low_rank import LowRank
 from ..peft.config import attachable_config
 from ..peft.folder import AdapterLayer, read_adapter_folder, write_adapter_folder
@@ -32,6 +33,7 @@ def model_updates(model: nn.Module, name: str) -> dict[str, LowRank]:
         AdapterError: there is no such adapter, or it holds more than low-rank updates.
     """
     check_adapter(model, name)
+    model = home_of(model, name)
     layers = lora_layers(model, name)
     where = f"adapter '{name}'"
     if others := [path for path in adapter_modules(model, name) if path not in layers]:
@@ -44,7 +46,7 @@ def model_updates(model: nn.Module, name: str) -> dict[str, LowRank]:
         in_factors = {*layer.matrices, *(variant.trained if variant.is_low_rank else ())}
         if extras := sorted(layer.parameters_of(name).keys() - in_factors):
             raise AdapterError(f"{where} holds more than low-rank updates: {', '.join(extras)} of {path}")
-        up, down = (factor.detach() for factor in layer.factors(name))
+        up, down = (whole(factor.detach()) for factor in layer.factors(name))
         if up.ndim != 2:
             raise AdapterError(f"{where} adapts {path}, which holds several matrices; such updates cannot be combined")
         updates[path] = LowRank(up, down)
@@ -59,7 +61,7 @@ def attach_updates(model: nn.Module, updates: Mapping[str, LowRank], name: str, 
     """
     add_adapter(model, config_for_ranks(ranks_of(updates)), name, dtype)
     with torch.no_grad():
-        for path, layer in lora_layers(model, name).items():
+        for path, layer in lora_layers(home_of(model, name), name).items():
             update = updates[path]
             layer.lora_A[name].copy_(update.down.reshape(layer.lora_A[name].shape))
             layer.lora_B[name].copy_(update.up.reshape(layer.lora_B[name].shape))
@@ -73,7 +75,6 @@ class FolderUpdates(Mapping[str, LowRank]):
 
     Attributes:
         adapter: the opened folder.
-        base: fingerprint of the base model, if the file has it.
 
     Raises:
         AdapterError: the adapter holds more than low-rank updates, or its start changed the base.
@@ -91,7 +92,6 @@ class FolderUpdates(Mapping[str, LowRank]):
             raise AdapterError(f"{where} holds more than low-rank updates: {names}")
         if config.target_parameters:
             raise AdapterError(f"{where} adapts parameters that hold several matrices; such updates cannot be combined")
-        self.base = self.adapter.base
 
     def __getitem__(self, path: str) -> LowRank:
         layer = self.adapter.layers[path]
@@ -134,16 +134,20 @@ def write_updates(
         if update.rank:
             layers = next(source.adapter.layers for source in sources if module_path in source)
             tensors |= _tensors(update, layers[module_path], dtype)
-    base = next((source.base for source in sources if source.base), None)
-    return write_adapter_folder(path, tensors, config, {BASE_KEY: base} if base else {})
+    metadata = next((source.adapter.metadata for source in sources if source.adapter.metadata), {})
+    return write_adapter_folder(path, tensors, config, metadata)
 
 
 def check_one_base(sources: Sequence[FolderUpdates]) -> None:
-    """Raise AdapterError if the files of two adapters name different base models."""
-    known = {source.base: source.adapter.folder for source in sources if source.base}
-    if len(known) > 1:
-        folders = ", ".join(f"{folder} (fingerprint {base[:16]})" for base, folder in known.items())
-        raise AdapterError(f"these adapters are of different base models: {folders}")
+    """Raise AdapterError if two adapters were trained on different base models."""
+    known = [(source.adapter.folder, base, set(source)) for source in sources if (base := source.adapter.base)]
+    for folder, base, paths in known[1:]:
+        first, first_base, first_paths = known[0]
+        if not first_base.is_of(base, first_paths | paths):
+            raise AdapterError(f"these adapters are of different base models: {first} and {folder}")
+    old = {key: source.adapter.folder for source in sources if (key := source.adapter.metadata.get(BASE_KEY))}
+    if len(old) > 1:
+        raise AdapterError(f"these adapters are of different base models: {' and '.join(map(str, old.values()))}")
 
 
 def ranks_of(updates: Mapping[str, LowRank]) -> dict[str, int]:

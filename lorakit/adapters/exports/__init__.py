@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
+from ...checkpoints.checkpoint import INDEX_FILE, WEIGHTS_FILE, Checkpoint
 from ...errors import AdapterError, did_you_mean
+from ..peft.fingerprint import check_checkpoint
 from ..peft.folder import read_adapter_folder
 from .base_config import base_of, read_base_config
 from .export import Export, check_ranks
@@ -56,7 +58,8 @@ def export_adapter(
     Raises:
         AdapterError: the target is unknown, the consumer would drop or mis-apply a feature, a rank is over the limit,
             or `path` holds something other than such an export.
-        CheckpointError: the adapter, or the base's config.json where it is needed, cannot be read.
+        CheckpointError: the adapter, or the base's config.json where it is needed, cannot be read; or the adapter was
+            trained on another base.
         StorageError: writing failed; whatever was at `path` is untouched.
     """
     if target not in EXPORTS:
@@ -66,6 +69,10 @@ def export_adapter(
     layers = dict(folder.layers)
     check_ranks({name: layer.rank for name, layer in layers.items()}, max_rank)
     source = base if base is not None else folder.config.get("base_model_name_or_path")
+    if isinstance(base, str | os.PathLike) and any(
+        (Path(base) / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE)
+    ):
+        check_checkpoint(Checkpoint(base), folder.base, layers, str(folder.folder))
     export = Export(folder.config, layers, tuple(folder.extras), lambda: read_base_config(source), dtype)
     EXPORTS[target](export, Path(path))
     return Path(path)

@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Literal, cast
 
-import torch
 from torch import Tensor, nn
 
 from ...checkpoints.checkpoint import Checkpoint
@@ -17,6 +16,7 @@ from ...models.pretrained import resolve_model
 from ...quantization import QuantizedWeight
 from ...quantization.weight import SOURCE_DTYPES
 from ..peft.fingerprint import base_names
+from ..peft.samples import same_values
 from .weights import quantized_like
 
 Base = str | os.PathLike[str] | Literal[False] | None
@@ -78,6 +78,6 @@ def weight_from(checkpoint: Checkpoint, path: str, layer: AdaptedLayer) -> Tenso
         agreement = float((quantized_like(weight, current).codes == current.codes).float().mean())
         if agreement < _LEAST_AGREEMENT:
             raise WrongBase(f"{where} is not what the layer was quantized from: {agreement:.1%} of the codes agree")
-    elif not torch.equal(weight.to(current.dtype), current):
+    elif not same_values(weight, current):
         raise WrongBase(f"{where} holds other numbers than the layer, which is not quantized")
     return weight

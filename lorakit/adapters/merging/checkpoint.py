@@ -32,6 +32,7 @@ from ...models.pretrained import resolve_model
 from ...quantization import QuantizedWeight
 from ...quantization.bnb_format import Layout
 from ...quantization.policy import QuantConfig, WeightFormat
+from ..peft.fingerprint import check_checkpoint
 from ..peft.folder import AdapterFolder, AdapterLayer, read_adapter_folder
 from ..peft.names import BASE_LAYER
 from .modules import dense_linear
@@ -74,6 +75,7 @@ def merge_checkpoint(
     checkpoint = Checkpoint(_base_of(folder) if base is None else resolve_model(base))
     if find_stored(checkpoint):
         raise ConfigError(f"{checkpoint.folder} is in 4 bits already; merge into the 16-bit model it was made from")
+    check_checkpoint(checkpoint, folder.base, folder.layers, str(folder.folder))
     plan = _CheckpointMerge.make(folder, checkpoint, quantize)
     with atomic_folder(target) as unfinished:
         return plan.write(unfinished, shard_bytes, progress)

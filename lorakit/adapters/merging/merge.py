@@ -14,7 +14,8 @@ from torch import nn
 
 from ...errors import AdapterError
 from ..attach.host_memory import move_in, move_out
-from ..attach.state import adapter_configs, check_adapter, check_not_in_a_row
+from ..attach.state import adapter_configs, check_adapter, check_not_in_a_row, home_of, homes
+from ..attach.wrappers import check_not_divided
 from .base import Base, WrongBase
 from .plan import plan_merge
 from .report import LEAST_SHARE, MergeReport
@@ -62,8 +63,10 @@ def merge_adapter(
         CheckpointError: the named base is missing or malformed, or the model was not made from it.
     """
     names = (name,) if isinstance(name, str) else tuple(dict.fromkeys(name))
-    earlier = merged_state(model)
     _check_names(model, names)
+    check_not_divided(model, "save the adapter, and merge it into the model before it is divided")
+    model = home_of(model, names)
+    earlier = merged_state(model)
     if earlier is not None:
         check_reversal(model, earlier)
         undo_merge(model, earlier)
@@ -103,20 +106,22 @@ def unmerge_adapter(model: nn.Module) -> None:
         AdapterError: nothing is merged, or it was merged with reversible=False; a merged layer is no longer in the
             model; or a new adapter has the name of a merged one. The model is unchanged.
     """
-    state = merged_state(model)
-    if state is None:
+    merged = [(home, state) for home in homes(model) if (state := merged_state(home)) is not None]
+    if not merged:
         raise AdapterError("nothing is merged into this model that could be undone")
-    check_reversal(model, state)
-    undo_merge(model, state)
-    move_out(model)
+    for home, state in merged:
+        check_reversal(home, state)
+    for home, state in merged:
+        undo_merge(home, state)
+        move_out(home)
 
 
 def _check_names(model: nn.Module, names: Sequence[str]) -> None:
-    merged = merged_state(model)
     if not names:
         raise AdapterError("no adapter is named; nothing to merge")
+    merged = [name for home in homes(model) if (state := merged_state(home)) for name in state.names]
     for name in names:
-        if merged is not None and name in merged.names and name not in adapter_configs(model):
+        if name in merged and name not in adapter_configs(model):
             raise AdapterError(f"the adapter '{name}' is merged already; unmerge_adapter(model) takes it out again")
         check_adapter(model, name)
-        check_not_in_a_row(model, name)
+        check_not_in_a_row(home_of(model, name), name)

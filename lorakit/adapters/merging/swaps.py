@@ -76,9 +76,9 @@ class MergeState:
     tied: bool | None = None
 
 
-def merged_state(model: nn.Module) -> MergeState | None:
-    """Return the record of a model's merges, or None."""
-    return cast("MergeState | None", getattr(model, "lora_merged", None))
+def merged_state(home: nn.Module) -> MergeState | None:
+    """Return the record of merges on this very module, or None."""
+    return cast("MergeState | None", vars(home).get("lora_merged"))
 
 
 def apply_merge(model: nn.Module, merge: MergeState) -> None:

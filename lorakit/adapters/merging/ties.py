@@ -18,6 +18,7 @@ from ...layers.frozen.quantized_module import frozen
 from ..attach.state import adapter_modules
 from ..attach.targeting import unwrapped
 from ..attach.ties import Holder, Ties, plain_path
+from ..attach.wrappers import named_modules
 from .swaps import Exchange, Swap
 
 
@@ -73,7 +74,7 @@ class TiesAfter:
     def _declared(self, model: nn.Module) -> Iterator[tuple[Holder, Holder]]:
         """Yield (target, source) for each pair that transformers declares and that shares its parameter now."""
         by_name = {f"{holder.path}.{holder.name}".lstrip("."): holder for holder in self._ties.every()}
-        for prefix, module in model.named_modules():
+        for prefix, module in named_modules(model):
             keys = getattr(module, "_tied_weights_keys", None)
             if not isinstance(keys, dict) or not getattr(getattr(module, "config", None), "tie_word_embeddings", False):
                 continue

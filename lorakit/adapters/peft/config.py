@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
@@ -16,12 +16,14 @@ from ...errors import AdapterError, CheckpointError, ConfigError
 from ...files import read_json_object
 from ...layers import VARIANTS, LoRALinear, SavedModule, TiedModule, TrainedTokens, Variant, variants_read
 from ..attach.state import adapter_configs, adapter_modules, lora_layers
-from ..attach.targeting import last_name
+from ..attach.targeting import last_name, match_names
 from ..attach.ties import input_embedding, plain_path
-from ..config import LoraConfig
+from ..attach.wrappers import named_modules
+from ..config import LoraConfig, Task, loosely_saved
 from ..starts import changed_base_in_peft
 from .fingerprint import base_names
-from .names import CONFIG_FILE
+from .names import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
+from .task_type import task_type
 
 # Keys of PEFT's config that change the result and that lorakit does not have: they must hold a neutral value.
 _UNSUPPORTED = (
@@ -30,14 +32,36 @@ _UNSUPPORTED = (
 )  # fmt: skip
 
 
+def find_adapter_folder(path: str | os.PathLike[str]) -> Path:
+    """Return the folder of the adapter at `path`: `path` itself, or the one folder in it that holds an adapter.
+
+    Raises:
+        AdapterError: there is no adapter, or there are several.
+    """
+    path = Path(path).expanduser()
+    if any((path / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE)):
+        return path
+    if not path.is_dir():
+        raise AdapterError(f"{path} is not a folder; expected one that holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+    visible = [folder for folder in path.iterdir() if not folder.name.startswith(".")]  # not left by a killed process
+    folders = sorted(folder for folder in visible if (folder / CONFIG_FILE).is_file())
+    if len(folders) == 1:
+        return folders[0]
+    if folders:
+        names = ", ".join(folder.name for folder in folders)
+        raise AdapterError(f"{path} holds several adapters ({names}); name one of these folders")
+    raise AdapterError(f"{path} holds no adapter: neither it nor a folder in it has an {CONFIG_FILE}")
+
+
 def read_adapter_config(path: str | os.PathLike[str]) -> LoraConfig:
-    """Read the adapter_config.json of a PEFT folder.
+    """Read the adapter_config.json of a PEFT folder, or of a run's folder.
 
     Raises:
         CheckpointError: it is missing or not JSON.
         AdapterError: it is not a LoRA adapter, or needs a feature that lorakit does not have.
     """
-    file = Path(path) / CONFIG_FILE
+    folder = Path(path).expanduser()
+    file = (find_adapter_folder(folder) if folder.is_dir() else folder) / CONFIG_FILE
     return attachable_config(read_config_file(file), file)
 
 
@@ -60,6 +84,7 @@ def attachable_config(values: Mapping[str, Any], file: Path) -> LoraConfig:
     known = {key: values[key] for key in LoraConfig.model_fields if key in values and key != "init_lora_weights"}
     known = {key: value for key, value in known.items() if value is not None}
     known.setdefault("target_modules", [])
+    known["task_type"] = values.get("task_type") if values.get("task_type") in get_args(Task) else None
     known.setdefault("ensure_weight_tying", False)  # as PEFT reads a config without it
     try:
         return LoraConfig(**known)
@@ -127,11 +152,19 @@ def peft_config(model: nn.Module, name: str) -> dict[str, Any]:
     is_narrowed = isinstance(targets, str) and values["layers_to_transform"] is not None  # PEFT refuses both together
     if is_word or is_narrowed:
         values["target_modules"] = _target_names(model, name)
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    saved = [
+        path
+        for path, module in adapter_modules(model, name).items()
+        if isinstance(module, SavedModule) and module.parameters_of(name).keys() == module.shapes().keys()
+    ]
+    if loosely_saved(config.modules_to_save or (), {path for path, _ in named_modules(model)} - set(saved)):
+        values["modules_to_save"] = [
+            path for paths in match_names(config.modules_to_save or (), saved).values() for path in paths
+        ]
     layers = lora_layers(model, name).values()
     values |= {
         "peft_type": config.update_variant.peft_type,
-        "task_type": None if head is None else "CAUSAL_LM",
+        "task_type": task_type(model, saved) if config.task_type == "auto" else config.task_type,
         "base_model_name_or_path": next(base_names(model), None),
         "fan_in_fan_out": any(isinstance(layer, LoRALinear) and layer.is_conv1d for layer in layers),
         "inference_mode": True,
@@ -150,7 +183,7 @@ def _target_names(model: nn.Module, name: str) -> list[str]:
     """Return the last names of the adapted layers, or all full paths if a last name would match another module too."""
     adapted = set(lora_layers(model, name))
     names = {last_name(path) for path in adapted}
-    others = [path for path, _ in model.named_modules() if path not in adapted]  # PEFT matches containers too
+    others = [path for path, _ in named_modules(model) if path not in adapted]  # PEFT matches containers too
     is_ambiguous = any(last_name(path) in names for path in others)
     return sorted(adapted if is_ambiguous else names)
 
@@ -166,11 +199,15 @@ def _trained_in_place_of_others(model: nn.Module, name: str, config: LoraConfig)
     main = input_embedding(model)
     is_tied = any(id(module) in followed and main not in (None, module.base_layer) for module in rows.values())
     values: dict[str, Any] = {"ensure_weight_tying": bool(config.ensure_weight_tying) or is_tied}
-    if isinstance(config.trainable_token_indices, dict):
+    if isinstance(named := config.trainable_token_indices, dict) and _found(named, dict(modules)) != set(rows):
         values["trainable_token_indices"] = {path: module.tokens[name] for path, module in rows.items()}
     if config.ensure_weight_tying and config.modules_to_save:
         values["modules_to_save"] = [path for path, module in modules if isinstance(module, SavedModule)]
     return values
+
+
+def _found(names: Mapping[str, Any], paths: Mapping[str, Any]) -> set[str]:
+    return {path for found in match_names(names, paths).values() for path in found}
 
 
 def _as_int(value: float) -> float:

@@ -23,11 +23,23 @@ from ...checkpoints.safetensors_header import TensorEntry, make_header, read_hea
 from ...errors import AdapterError, CheckpointError, ShapeError, listing
 from ...files import atomic_folder
 from ...layers import VARIANTS, AttachedAdapter, LoRAEmbedding, LoRALinear, Variant
-from ..attach.targeting import rank_and_scaling
+from ..attach.targeting import rank_and_scaling, saved_matcher
 from ..config import LoraConfig
 from ..low_rank import LowRank
-from .config import file_variant, matrix_config, read_config_file
-from .names import BASE_KEY, CONFIG_FILE, PICKLE_FILE, PREFIX, WEIGHTS_FILE, matrix_names, path_and_table
+from .config import file_variant, find_adapter_folder, matrix_config, read_config_file
+from .fingerprint import BaseSample
+from .names import (
+    BASE_KEY,
+    BASE_LAYER,
+    BASE_SAMPLE_KEY,
+    CONFIG_FILE,
+    PICKLE_FILE,
+    PREFIX,
+    WEIGHTS_FILE,
+    canonical_name,
+    matrix_names,
+    path_and_table,
+)
 
 Kind = Literal["linear", "embedding", "conv", "experts"]
 _Value = TypeVar("_Value")
@@ -117,10 +129,20 @@ class AdapterFolder:
     extras: Mapping[str, Tensor]
 
     @property
-    def base(self) -> str | None:
-        """Fingerprint of the base model on which the adapter was trained, or None if the file does not have it."""
+    def metadata(self) -> dict[str, str]:
+        """What the weights' file says of the base model on which the adapter was trained."""
         with safe_open(self.folder / WEIGHTS_FILE, framework="pt") as opened:
-            return (opened.metadata() or {}).get(BASE_KEY)
+            found = opened.metadata() or {}
+        return {key: found[key] for key in (BASE_SAMPLE_KEY, BASE_KEY) if key in found}
+
+    @property
+    def base(self) -> BaseSample | None:
+        """Samples of the weights of that base model, or None if the file has none.
+
+        Raises:
+            CheckpointError: they are damaged.
+        """
+        return BaseSample.from_metadata(self.metadata, self.folder / WEIGHTS_FILE)
 
 
 def read_adapter_folder(path: str | os.PathLike[str]) -> AdapterFolder:
@@ -154,26 +176,6 @@ def read_adapter_folder(path: str | os.PathLike[str]) -> AdapterFolder:
         _Lazy(tuple(layers), lambda path: _layer(layers[path], read(layers[path].names))),
         _Lazy(tuple(extras), lambda key: read({key: extras[key]})[key]),
     )
-
-
-def find_adapter_folder(path: str | os.PathLike[str]) -> Path:
-    """Return the folder of the adapter at `path`: `path` itself, or the one folder in it that holds an adapter.
-
-    Raises:
-        AdapterError: there is no adapter, or there are several.
-    """
-    path = Path(path).expanduser()
-    if (path / CONFIG_FILE).is_file():
-        return path
-    if not path.is_dir():
-        raise AdapterError(f"{path} is not a folder; expected one that holds {CONFIG_FILE} and {WEIGHTS_FILE}")
-    folders = sorted(folder for folder in path.iterdir() if (folder / CONFIG_FILE).is_file())
-    if len(folders) == 1:
-        return folders[0]
-    if folders:
-        names = ", ".join(folder.name for folder in folders)
-        raise AdapterError(f"{path} holds several adapters ({names}); name one of these folders")
-    raise AdapterError(f"{path} holds no adapter: neither it nor a folder in it has an {CONFIG_FILE}")
 
 
 def weights_file(folder: Path) -> Path:
@@ -278,14 +280,17 @@ def _sort_names(
     by_path: dict[str, dict[str, str]] = {}
     extras: dict[str, str] = {}
     for name in shapes:
-        if (path_table := path_and_table(name, variant)) is not None:
+        key = canonical_name(name)
+        is_copy, is_explained = _explanation(key, config)
+        if not is_copy and (path_table := path_and_table(key, variant)) is not None:
             path, table = path_table
-            by_path.setdefault(path, {})[table] = name
-        elif not name.startswith(PREFIX) or ".lora_" in name:
+            if name != by_path.setdefault(path, {}).setdefault(table, name):
+                problems.append(f"{name} is the same tensor as {by_path[path][table]}")
+        elif not is_explained and (not name.startswith(PREFIX) or ".lora_" in name):
             expected = matrix_names("<module path>", is_embedding=False)[0]
             problems.append(f"{name} is not a tensor of a LoRA adapter: expected {expected}")
-        else:
-            extras[name.removeprefix(PREFIX)] = name
+        elif name != extras.setdefault(key.removeprefix(PREFIX), name):
+            problems.append(f"{name} is the same tensor as {extras[key.removeprefix(PREFIX)]}")
     layers = {}
     for path in sorted(by_path, key=_natural):
         entry = _entry(path, by_path[path], shapes, config, settings, variant)
@@ -298,6 +303,16 @@ def _sort_names(
     if problems:
         raise CheckpointError(f"{file} does not fit its {CONFIG_FILE}:{listing(problems)}")
     return layers, extras
+
+
+def _explanation(name: str, config: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Return whether a tensor is of modules_to_save, and whether some setting asks for it though it is no matrix."""
+    path, _, leaf = name.removeprefix(PREFIX).rpartition(".")
+    saved = config.get("modules_to_save")
+    names = saved if isinstance(saved, list) else []
+    is_copy = any(isinstance(one, str) and saved_matcher(one)(path) for one in names)
+    is_bias = leaf == "bias" and config.get("bias", "none") != "none"
+    return is_copy, is_copy or is_bias or path.endswith((".token_adapter", f".{BASE_LAYER}"))
 
 
 def _entry(

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ...errors import CheckpointError, listing
 from ...layers import AdaptedLayer
-from ..attach.state import check_adapter, lora_layers
+from ..attach.state import check_adapter, home_of, lora_layers
+from ..attach.wrappers import write_into
 from .folder import AdapterLayer, read_adapter_folder
 from .names import tensor_name
 
@@ -36,6 +37,7 @@ def swap_adapter(model: nn.Module, name: str, source: str | os.PathLike[str] | M
             variant's further tensor does not fit. The message names every problem, and nothing is changed.
     """
     check_adapter(model, name)
+    model = home_of(model, name)
     layers = lora_layers(model, name)
     problems: list[str] = []
     if isinstance(source, Mapping):
@@ -60,7 +62,7 @@ def swap_adapter(model: nn.Module, name: str, source: str | os.PathLike[str] | M
         raise CheckpointError(f"{where} cannot take the place of adapter '{name}':{listing(problems)}")
     with torch.no_grad():
         for parameter, value in values:
-            parameter.copy_(value)
+            write_into(parameter, value)
 
 
 def _take(tensors: dict[str, Tensor], path: str, layer: AdaptedLayer, name: str) -> AdapterLayer | None:

@@ -21,11 +21,13 @@ so on.
 from __future__ import annotations
 
 from ...layers import VARIANTS, LoRAEmbedding, LoRALinear, Variant
+from ..attach.wrappers import plain_name
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"  # PEFT's weights before safetensors; never read
-BASE_KEY = "lorakit.base"  # in the weights' metadata: the fingerprint of the base model
+BASE_SAMPLE_KEY = "lorakit.base_weights"  # in the weights' metadata: samples of the base model's weights
+BASE_KEY = "lorakit.base"  # the same in older files: a hash of the base model's vectors
 
 PREFIX = "base_model.model."
 BASE_LAYER = "base_layer"
@@ -37,6 +39,12 @@ _ENDINGS = {
 }
 
 
+def canonical_name(name: str) -> str:
+    """Return a name in a file in its usual form: with the prefix, which some programs omit, and without wrappers'."""
+    name = plain_name(name)
+    return name if name.startswith(PREFIX) else f"{PREFIX}{name}"
+
+
 def tensor_name(path: str, parameter: str, variant: Variant = VARIANTS["plain"]) -> str:
     """Return the name of a module's tensor in the file.
 
@@ -46,7 +54,7 @@ def tensor_name(path: str, parameter: str, variant: Variant = VARIANTS["plain"])
         variant: of the adapter.
     """
     ending = variant.endings.get(parameter) or _ENDINGS.get(parameter, parameter)
-    return f"{PREFIX}{path}.{ending}"
+    return f"{PREFIX}{path}.{plain_name(ending)}"
 
 
 def matrix_names(path: str, is_embedding: bool) -> tuple[str, str]:

@@ -8,22 +8,20 @@ takes over new rows.
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ...errors import LorakitError
-from ...files import read_json_object
 from ...layers import AdaptedLayer, AdapterModule, SavedModule, TiedModule, TrainedTokens
+from ...layers.frozen.calls import is_elsewhere, present
 from ...layers.frozen.quantized_module import QuantizedModule
 from ..attach.state import adapter_configs, adapter_modules
 from ..attach.ties import Holder, Ties, named_embedding, plain_path
-from .fingerprint import base_names
+from ..attach.wrappers import is_divided, whole
+from .fingerprint import vocabulary_of_checkpoint
 from .names import BASE_LAYER, PREFIX
 
 # What PEFT's modules put between their own path and the name of a frozen parameter.
@@ -50,11 +48,11 @@ class NewRows(NamedTuple):
 
 def needed_tables(model: nn.Module, name: str) -> dict[str, Tensor]:
     """Return the tables that the file of an adapter has to hold, name in the file -> (rows, width)."""
-    return {key: holder.module.get_parameter(holder.name).detach() for key, holder in _needed(model, name)}
+    return {key: _table(holder) for key, holder in _needed(model, name)}
 
 
 def _needed(model: nn.Module, name: str) -> Iterator[tuple[str, Holder]]:
-    vocabulary = _vocabulary_of_checkpoint(model)
+    vocabulary = vocabulary_of_checkpoint(model)
     modules = {plain_path(model, path): module for path, module in adapter_modules(model, name).items()}
     written: set[int] = set()
     for holder in _embeddings(model) if vocabulary is not None else ():
@@ -95,30 +93,36 @@ def compare_tables(
         tables: of `find_tables`.
     """
     problems, taken = [], []
-    vocabulary = _vocabulary_of_checkpoint(model)
+    vocabulary = vocabulary_of_checkpoint(model)
     for key, holder in tables.items():
         if _is_codes(holder):
             continue  # they cannot be compared
-        own, stored, where = holder.module.get_parameter(holder.name), tensors[key], f"{holder.path}.{holder.name}"
+        own, stored, where = _table(holder), tensors[key], f"{holder.path}.{holder.name}"
         if own.shape != stored.shape:
             advice = ""
             if own.shape[1:] == stored.shape[1:]:
                 advice = f"; the vocabulary was resized: call model.resize_token_embeddings({len(stored)}) first"
             problems.append(f"{key} has shape {tuple(stored.shape)}, the model's {tuple(own.shape)}{advice}")
-        elif not (rows := _different_rows(own.detach().cpu(), stored)):
+        elif not (rows := _different_rows(own.cpu(), stored)):
             continue
         elif vocabulary is None or rows[0] < vocabulary or not torch.isfinite(stored).all():
             problems.append(
                 f"{key} differs from this model's {where} in {len(rows)} of {len(own)} rows: it is the table of "
                 "another base model, or was changed"
             )
-        elif adapter_configs(model) or hasattr(model, "lora_merged"):
+        elif adapter_configs(model) or "lora_merged" in vars(model):
             problems.append(
                 f"{key} differs from this model's {where} in {_shown(rows)}, which {_DRAWN}; other adapters of the "
                 "model may count on its own, so load this one into a model without any, or with check_base=False"
             )
+        elif is_elsewhere(holder.module) or is_divided(model):
+            problems.append(
+                f"{key} differs from this model's {where} in {_shown(rows)}, which {_DRAWN} and which cannot be "
+                "replaced while the table is divided or offloaded; load the adapter before that, or with "
+                "check_base=False"
+            )
         else:
-            taken.append(NewRows(where, own, rows, stored))
+            taken.append(NewRows(where, holder.module.get_parameter(holder.name), rows, stored))
     return problems, taken
 
 
@@ -150,6 +154,11 @@ def _shown(rows: list[int]) -> str:
     return f"rows {', '.join(map(str, rows[:_SHOWN]))}{', ...' if len(rows) > _SHOWN else ''}"
 
 
+def _table(holder: Holder) -> Tensor:
+    """Return a holder's parameter, even if it is divided or offloaded."""
+    return whole(present(holder.module, holder.name).detach())
+
+
 def _is_codes(holder: Holder) -> bool:
     return isinstance(holder.module, QuantizedModule) and holder.name == "packed"
 
@@ -177,29 +186,3 @@ def _trained_rows(modules: Mapping[str, AdapterModule], holder: Holder, name: st
         if path == holder.path and isinstance(module, TrainedTokens):
             return set(module.tokens[name])
     return set()
-
-
-def _vocabulary_of_checkpoint(model: nn.Module) -> int | None:
-    """Return the number of tokens of the checkpoint that a model was loaded from; None if that cannot be found out."""
-    for name in base_names(model):
-        file = Path(name) / "config.json" if name else None
-        if file is not None and not file.is_file():
-            file = _in_hub_cache(name)
-        if file is None:
-            continue
-        try:
-            values: dict[str, Any] = read_json_object(file)
-        except LorakitError:
-            continue
-        size = values.get("vocab_size") or (values.get("text_config") or {}).get("vocab_size")
-        return size if isinstance(size, int) else None
-    return None
-
-
-def _in_hub_cache(name: str) -> Path | None:
-    """Return the config of a model of the Hugging Face hub if transformers has it on disk; nothing is downloaded."""
-    try:
-        found = importlib.import_module("huggingface_hub").try_to_load_from_cache(name, "config.json")
-    except Exception:  # the package is absent, or the name is none of the hub's
-        return None
-    return Path(found) if isinstance(found, str) else None

@@ -12,6 +12,7 @@ from ..attach.placed import Placement
 from ..attach.state import adapter_modules
 from ..attach.targeting import unwrapped
 from ..attach.ties import plain_path
+from ..attach.wrappers import whole, write_into
 from .names import BASE_LAYER, tensor_name
 
 
@@ -28,7 +29,7 @@ def file_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
             tensors |= variant.file_tensors(module.adapters[name])
         for table, tensor in tensors.items():
             shape = _shape(module, variant, table, tuple(tensor.shape))
-            named[tensor_name(path, table, variant)] = tensor.detach().view(shape)
+            named[tensor_name(path, table, variant)] = whole(tensor.detach()).view(shape)
     return named
 
 
@@ -63,9 +64,9 @@ def write_tensors(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> No
     for path, module in _file_modules(model, name):
         variant = module.adapters[name].variant if isinstance(module, AdaptedLayer) else VARIANTS["plain"]
         for table, parameter in module.parameters_of(name).items():
-            parameter.copy_(tensors[tensor_name(path, table, variant)].view(parameter.shape))
+            write_into(parameter, tensors[tensor_name(path, table, variant)].view(parameter.shape))
         for key, buffer in module.buffers_of(name).items() if isinstance(module, SavedModule) else ():
-            buffer.copy_(tensors[tensor_name(path, key)])
+            write_into(buffer, tensors[tensor_name(path, key)])
 
 
 def _shape(module: AdapterModule, variant: Variant, table: str, shape: tuple[int, ...]) -> tuple[int, ...]:

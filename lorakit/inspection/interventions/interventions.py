@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...adapters import lora_layers
-from ...adapters.attach.state import apply_state, check_adapter, state_of
+from ...adapters.attach.state import apply_state, check_adapter, home_of, homes, state_of
 from ...adapters.low_rank import LowRank
 from ...errors import AdapterError, did_you_mean
 from ...layers import AdaptedLayer, AdapterModule
@@ -41,7 +41,7 @@ def swapped(model: nn.Module, layers: Iterable[str], first: str, second: str) ->
         AdapterError: there is no such adapter, or `first` is not active, or a layer does not carry it.
     """
     check_adapter(model, second)
-    if second in state_of(model).on_host:
+    if second in state_of(home_of(model, second)).on_host:
         raise AdapterError(f"adapter '{second}' is kept in host memory; make it active once to bring it to the device")
     _, chosen = active_layers(model, first, layers)
     with _overriding(model, {layer: {first: second} for layer in chosen.values()}):
@@ -116,7 +116,7 @@ def active_layers(
     Raises:
         AdapterError: there is no such adapter, it is not active, or a path does not carry it.
     """
-    active = state_of(model).active
+    active = [name for home in homes(model) for name in state_of(home).active]
     if adapter is None:
         if len(active) != 1:
             names = ", ".join(active) or "none"
@@ -139,14 +139,17 @@ def active_layers(
 @contextlib.contextmanager
 def _overriding(model: nn.Module, change: Mapping[AdapterModule, Mapping[str, str | None]]) -> Iterator[None]:
     """Within the context, layers use other adapters instead of active ones, whatever is switched meanwhile."""
-    open_changes = state_of(model).overrides
-    open_changes.append(change)
-    apply_state(model)
+    found = homes(model)
+    for home in found:
+        state_of(home).overrides.append(change)
+        apply_state(home)
     try:
         yield
     finally:
-        open_changes[:] = [one for one in open_changes if one is not change]
-        apply_state(model)
+        for home in found:
+            open_changes = state_of(home).overrides
+            open_changes[:] = [one for one in open_changes if one is not change]
+            apply_state(home)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...adapters.attach.wrappers import find_module, named_modules, whole
+from ...adapters.peft.fingerprint import check_checkpoint, check_trained_on
+from ...adapters.peft.folder import AdapterFolder
 from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.formats import StoredWeight
 from ...checkpoints.prequantized import find_stored
@@ -65,10 +68,19 @@ class BaseWeights:
             )
         return weight
 
+    def check_base_of(self, adapter: AdapterFolder) -> None:
+        """Raise CheckpointError if the adapter's file says that it was trained on another base."""
+        if self._checkpoint is not None:
+            check_checkpoint(self._checkpoint, adapter.base, adapter.layers, str(adapter.folder))
+        elif self._model is not None:
+            check_trained_on(self._model, adapter.metadata, adapter.layers, adapter.folder)
+
     def _adapted(self, path: str) -> Tensor | None:
         """Return the matrix (out, in) under a layer that is already adapted in the model in memory, else None."""
-        layer = None if self._model is None else dict(self._model.named_modules()).get(path)
-        return layer.as_matrix(layer.base_weight(torch.float32)).cpu() if isinstance(layer, AdaptedLayer) else None
+        layer = None if self._model is None else dict(named_modules(self._model)).get(path)
+        return (
+            layer.as_matrix(whole(layer.base_weight(torch.float32))).cpu() if isinstance(layer, AdaptedLayer) else None
+        )
 
     def read(self, path: str) -> Tensor:
         """Return the weight of a module in the shape in which it is stored, fp32 on the CPU."""
@@ -103,11 +115,11 @@ def _nearest_name(name: str, names: Iterable[str]) -> str | None:
 
 def _module_weight(model: nn.Module, path: str) -> Tensor:
     try:
-        module: Any = model.get_submodule(path)
+        module: Any = find_module(model, path)
     except AttributeError:
-        names = dict(model.named_modules())
+        names = dict(named_modules(model))
         raise CheckpointError(f"the base model has no module {path}{did_you_mean(path, names)}") from None
     if isinstance(module, QuantizedModule):
         return module.quantized.dequantize(torch.float32).cpu()
-    weight: Tensor = module.weight.detach()
+    weight = whole(module.weight.detach())
     return weight.float().cpu()

@@ -49,6 +49,8 @@ def inspect_adapter(
     if base is None and isinstance(path_or_model, nn.Module):
         base = path_or_model
     weights = None if base is None else BaseWeights(base)
+    if weights is not None and here.folder is not None:
+        weights.check_base_of(here.folder)
     paths = list(dict.fromkeys([*here.paths, *(there.paths if there else ())]))
     parts, is_transposed = module_paths(paths), bool(here.config.get("fan_in_fan_out"))
     layers: list[LayerInfo] = []

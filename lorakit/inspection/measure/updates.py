@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...adapters import lora_layers
 from ...adapters.attach.state import adapter_configs, check_adapter
+from ...adapters.attach.wrappers import whole
 from ...adapters.low_rank import LowRank
 from ...adapters.peft.folder import AdapterFolder, read_adapter_folder
 from ...adapters.starts import changed_base_in_peft
@@ -98,10 +99,10 @@ class Updates:
 
 def _live_updates(path: str, layer: AdaptedLayer, name: str) -> list[LayerUpdate]:
     a, b = layer.lora_A[name], layer.lora_B[name]
-    up, down = (factor.detach().cpu().double() for factor in layer.factors(name))
+    up, down = (whole(factor.detach()).cpu().double() for factor in layer.factors(name))
     variant = layer.adapters[name].variant
     lengths = layer.parameters_of(name).get(variant.row_lengths or "")
-    magnitude = None if lengths is None else lengths.detach().cpu().flatten().double()
+    magnitude = None if lengths is None else whole(lengths.detach()).cpu().flatten().double()
     kind = "embedding" if "embedding" in layer.matrices[0] else "conv" if a.ndim > 2 else "linear"
     if up.ndim == 2:
         updates = {path: LowRank(up, down)}

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ...adapters import adapter_configs
 from ...adapters.attach.state import check_adapter
 from ...adapters.attach.targeting import linear_layers
+from ...adapters.attach.wrappers import named_modules
 from ...adapters.low_rank import LowRank
 from ...errors import CheckpointError
 from ...layers.adapted import AdaptedLayer
@@ -323,10 +324,10 @@ def _repair(error: Tensor, leading: Tensor, update: LowRank | None) -> Repair | 
 
 def _linear_layers(model: nn.Module, dense_too: bool) -> Iterator[tuple[str, nn.Module]]:
     """Yield path and layer of those with a 4-bit weight, adapted or not, and on request of the dense linear ones."""
-    adapted = {path: module for path, module in model.named_modules() if isinstance(module, AdaptedLayer)}
+    adapted = {path: module for path, module in named_modules(model) if isinstance(module, AdaptedLayer)}
     inside = {layer.base_layer for layer in adapted.values()}
     dense = linear_layers(model) if dense_too else {}
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         base = module.base_layer if path in adapted else module
         if module not in inside and (isinstance(base, QuantizedModule) or path in dense):
             yield path, module

@@ -353,6 +353,7 @@ class TestStatus:
         lora_layers(model)["2.1"].active = ("b",)
         model[0].base_layer.weight.requires_grad_(True)
         by_hand = LoRALinear(Linear4bit(quantize(torch.randn(4, 4))))
+        adapter_status(model)
         model.append(by_hand)
         status = adapter_status(model)
         assert status.also_trained == 48

@@ -250,11 +250,11 @@ class TestRefusals:
         self.refused(AdapterError, message, adapter, tmp_path / "out")
 
     def test_a_grouped_convolution(self, tmp_path: Path) -> None:
-        grouped = nn.Sequential(nn.Conv2d(8, 8, 3, groups=2))
+        grouped = nn.Sequential(nn.Conv2d(8, 8, 3, groups=2, bias=False))
         (tmp_path / "base").mkdir()
         (tmp_path / "base" / "config.json").write_text("{}")
         save_file(grouped.state_dict(), tmp_path / "base" / "model.safetensors")
-        whole = nn.Sequential(nn.Conv2d(8, 8, 3))
+        whole = nn.Sequential(nn.Conv2d(8, 8, 3, bias=False))
         add_adapter(whole, LoraConfig(r=2, target_modules=["0"]))
         adapter = save_adapter(whole, tmp_path / "adapter")
         message = r"0: the adapter is for a weight of shape \(8, 8, 3, 3\), not \(8, 4, 3, 3\)"

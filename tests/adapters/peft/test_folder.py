@@ -164,8 +164,8 @@ def test_broken_files(tmp_path):
     (folder / "adapter_model.bin").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"adapter_model\.bin is a pickle"):
         read_adapter_folder(folder)
-    save_file({"q.lora_A.weight": torch.zeros(4, 5)}, file)
-    with pytest.raises(CheckpointError, match=r"q\.lora_A\.weight is not a tensor of a LoRA adapter"):
+    save_file({"q.lora_C.weight": torch.zeros(4, 5)}, file)
+    with pytest.raises(CheckpointError, match=r"q\.lora_C\.weight is not a tensor of a LoRA adapter"):
         read_adapter_folder(folder)
     save_file({}, file)
     with pytest.raises(CheckpointError, match="no LoRA matrix"):
