@@ -59,7 +59,14 @@ _SPEECH = {
     "codevector_dim": 16, "proj_codevector_dim": 16, "tdnn_dim": (16, 16), "tdnn_kernel": (3, 1), "tdnn_dilation": (1, 1),
     "xvector_output_dim": 16, "classifier_proj_size": 16, "adapter_stride": 1,
 }  # fmt: skip
-_LATENT = {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "kv_lora_rank": 16, "q_lora_rank": 16, "num_key_value_heads": 4}
+_LATENT = {
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "num_key_value_heads": 4,
+}
 _VISION = {
     "vision_config": {
         "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -159,7 +166,9 @@ def small_config(model_type: str) -> Any:
         value = getattr(default, name, None)
         known = isinstance(value, int) and not isinstance(value, bool)
         is_settable = not isinstance(getattr(kind, name, None), property) or getattr(kind, name).fset is not None
-        if is_settable and (known or (name in ("pad_token_id", "num_key_value_heads", "head_dim") and hasattr(default, name))):
+        if is_settable and (
+            known or (name in ("pad_token_id", "num_key_value_heads", "head_dim") and hasattr(default, name))
+        ):
             given[name] = size
     types = getattr(default, "layer_types", None)
     if types and not isinstance(getattr(kind, "layer_types", None), property):

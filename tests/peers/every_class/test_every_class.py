@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 
 import pytest
-from small_models import classes
 from class_table import outcome, read_page
+from small_models import classes
 
 EXPECTED = read_page()
 CHECKED = [kind for kind in classes() if kind.name in EXPECTED][:: 1 if os.environ.get("LORAKIT_GRID") == "all" else 10]
