@@ -1,4 +1,4 @@
-"""What is checked of every class: attach, compare with PEFT, save, load, merge, unmerge, train, a Trainer's checkpoint."""
+"""What is checked of every class: attach, compare with PEFT, save, load, merge, unmerge, train, use the Trainer."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ import transformers
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[3])]
 
-from class_checks import check
-from small_models import TASKS, ModelClass, classes
+from class_checks import check  # noqa: E402
+from small_models import TASKS, ModelClass, classes  # noqa: E402
 
 PAGE = Path(__file__).parents[3] / "docs" / "reference" / "transformers-classes.md"
 _HEAD = """# Classes of transformers
@@ -34,7 +34,7 @@ Each class below was built with a small config and random weights (transformers 
 three minutes; `make test-peers` checks a tenth of it. Classes without a small config in
 `tests/peers/every_class/small_models.py` were not checked.
 
-{right} of {count} classes are right; lorakit refuses the others and names the module.
+{right} of {count} classes are right; lorakit refuses the others, if any, and names the module.
 
 | task | class | outcome |
 |---|---|---|

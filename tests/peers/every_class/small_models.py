@@ -1,12 +1,11 @@
 """Small random models of transformers' classes: a config of a few thousand weights for each, and an input.
 
-Most configs come from one rule: every size that a config class knows by a usual name becomes a small one. `MORE` has the
-rest, such as sizes that must be multiples of another.
+Most configs come from one rule: every size that a config class knows by a usual name becomes a small one. `MORE` has
+the rest, such as sizes that must be multiples of another.
 """
 
 from __future__ import annotations
 
-import importlib
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -31,8 +30,8 @@ TASKS = {
 MOST_WEIGHTS = 6_000_000
 VOCABULARY, IMAGE, SAMPLES = 99, 32, 4000
 _WIDTH = (
-    "hidden_size", "d_model", "n_embd", "embed_dim", "dim", "embedding_size", "word_embed_proj_dim", "encoder_embed_dim",
-    "decoder_embed_dim",
+    "hidden_size", "d_model", "n_embd", "embed_dim", "dim", "embedding_size", "word_embed_proj_dim",
+    "encoder_embed_dim", "decoder_embed_dim",
 )  # fmt: skip
 _INNER = (
     "hidden_dim", "intermediate_size", "ffn_dim", "d_ff", "n_inner", "encoder_ffn_dim", "decoder_ffn_dim",
@@ -56,8 +55,8 @@ SIZES: dict[str, Any] = {
 _SPEECH = {
     "conv_dim": (16, 16), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2,
     "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4, "num_codevectors_per_group": 8,
-    "codevector_dim": 16, "proj_codevector_dim": 16, "tdnn_dim": (16, 16), "tdnn_kernel": (3, 1), "tdnn_dilation": (1, 1),
-    "xvector_output_dim": 16, "classifier_proj_size": 16, "adapter_stride": 1,
+    "codevector_dim": 16, "proj_codevector_dim": 16, "tdnn_dim": (16, 16), "tdnn_kernel": (3, 1),
+    "tdnn_dilation": (1, 1), "xvector_output_dim": 16, "classifier_proj_size": 16, "adapter_stride": 1,
 }  # fmt: skip
 _LATENT = {
     "qk_nope_head_dim": 8,
@@ -183,7 +182,7 @@ def classes() -> list[ModelClass]:
     for task, names in TASKS.items():
         for model_type, name in names.items():
             name = name[0] if isinstance(name, (tuple, list)) else name
-            if hasattr(importlib.import_module("transformers"), name):
-                if name not in found or model_type.endswith("_text"):  # the config of the text model alone
-                    found[name] = ModelClass(task, model_type, name)
+            is_better = name not in found or model_type.endswith("_text")  # the config of the text model alone
+            if is_better and hasattr(transformers, name):
+                found[name] = ModelClass(task, model_type, name)
     return sorted(found.values(), key=lambda each: (list(TASKS).index(each.task), each.name))
