@@ -19,7 +19,7 @@ from ..errors import AdapterError, CheckpointError, listing
 from .attach.add import add_adapter, check_name
 from .attach.placed import Placement
 from .attach.placement import plan_placements
-from .attach.state import home_for_new, home_of
+from .attach.state import adapter_configs, home_for_new, home_of
 from .attach.targeting import MatchReport
 from .attach.wrappers import check_joins_training, gathered, in_first_process, named_modules
 from .config import LoraConfig, loosely_saved
@@ -27,9 +27,10 @@ from .exports import base_of, check_ranks, export_adapter
 from .peft.config import find_adapter_folder, peft_config, read_adapter_config
 from .peft.fingerprint import check_trained_on, sample_model
 from .peft.folder import read_adapter_folder, weights_file, write_adapter_folder
-from .peft.names import PREFIX, WEIGHTS_FILE, canonical_name
+from .peft.names import PREFIX, START_KEY, WEIGHTS_FILE, canonical_name
 from .peft.tables import compare_tables, find_tables, needed_tables, take_rows
 from .peft.tensors import file_buffers, file_shapes, file_tensors, file_ties, write_tensors
+from .starts import find_start
 
 
 def save_adapter(
@@ -66,6 +67,10 @@ def save_adapter(
         if target == "peft":  # other programs take the base's tables
             tensors |= needed_tables(home, name)
         metadata = sample_model(home, name).to_metadata()
+        if (start := adapter_configs(home)[name].start).repairs_quantization:
+            metadata[START_KEY] = str(start.name)
+        if absent := [key for key, tensor in tensors.items() if tensor.is_meta]:
+            raise AdapterError(f"{absent[0]} is on disk or in host memory; save the adapter before it is offloaded")
         if is_divided:  # FSDP1 frees the whole tensors when the context ends
             tensors = {key: tensor.clone() for key, tensor in tensors.items()}
 
@@ -148,9 +153,13 @@ def _load(
         raise error(f"{folder / WEIGHTS_FILE} does not fit the model:{listing(report.missed + problems)}")
     if check_base:
         check_trained_on(home, metadata, {placement.path for placement in placements}, folder)
+    marked = config
+    if START_KEY in metadata:  # for merges, and for the next file
+        marked = config.model_copy(update={"init_lora_weights": find_start(metadata[START_KEY]).name})
     report = add_adapter(model, config, name, dtype, trained, is_strict=False)
     write_tensors(home, name, tensors)
     take_rows(home, name, tables, new_rows)
+    adapter_configs(home)[name] = marked
     report.source, report.is_trained = folder, trained
     return report
 

@@ -73,7 +73,7 @@ class TrainedTokens(WeightUpdater):
         return list(self.tokens)
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
-        return {_TABLE: cast(nn.Parameter, self.table(_TABLE)[name])}
+        return {_TABLE: cast(nn.Parameter, present(self.table(_TABLE), name))}
 
     def with_rows(self, weight: Tensor) -> Tensor:
         """Return a table (num_embeddings, embedding_dim) with the active adapters' rows in place."""

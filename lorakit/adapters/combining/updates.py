@@ -134,7 +134,9 @@ def write_updates(
         if update.rank:
             layers = next(source.adapter.layers for source in sources if module_path in source)
             tensors |= _tensors(update, layers[module_path], dtype)
-    metadata = next((source.adapter.metadata for source in sources if source.adapter.metadata), {})
+    metadata: dict[str, str] = {}
+    for source in reversed(sources):  # the first one decides
+        metadata |= source.adapter.metadata
     return write_adapter_folder(path, tensors, config, metadata)
 
 

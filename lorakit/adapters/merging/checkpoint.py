@@ -34,7 +34,7 @@ from ...quantization.bnb_format import Layout
 from ...quantization.policy import QuantConfig, WeightFormat
 from ..peft.fingerprint import check_checkpoint
 from ..peft.folder import AdapterFolder, AdapterLayer, read_adapter_folder
-from ..peft.names import BASE_LAYER
+from ..peft.names import BASE_LAYER, START_KEY
 from .modules import dense_linear
 from .report import LayerMerge, MergeReport
 from .weights import MergedWeight, MergeUpdate, merged_4bit, merged_dense, quantized
@@ -62,7 +62,8 @@ def merge_checkpoint(
         progress: called with the bytes of the source that are done and their total.
 
     Raises:
-        AdapterError: the adapter has tensors that a checkpoint cannot hold; the message names each.
+        AdapterError: the adapter has tensors that a checkpoint cannot hold (the message names each), or it holds what
+            quantization took from the base.
         CheckpointError: the base or the adapter is missing or malformed, or they do not fit each other.
         ConfigError: the base is in 4 bits already, or no base is named; with `quantize`, the architecture is not
             supported or a pattern has no effect.
@@ -76,6 +77,11 @@ def merge_checkpoint(
     if find_stored(checkpoint):
         raise ConfigError(f"{checkpoint.folder} is in 4 bits already; merge into the 16-bit model it was made from")
     check_checkpoint(checkpoint, folder.base, folder.layers, str(folder.folder))
+    if (start := folder.metadata.get(START_KEY)) is not None:
+        raise AdapterError(
+            f"{folder.folder}: '{start}' starts at the error of quantizing the base, which {checkpoint.folder} does "
+            "not have; merge it into the quantized model with load_adapter and merge_adapter"
+        )
     plan = _CheckpointMerge.make(folder, checkpoint, quantize)
     with atomic_folder(target) as unfinished:
         return plan.write(unfinished, shard_bytes, progress)

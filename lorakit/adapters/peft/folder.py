@@ -35,6 +35,7 @@ from .names import (
     CONFIG_FILE,
     PICKLE_FILE,
     PREFIX,
+    START_KEY,
     WEIGHTS_FILE,
     canonical_name,
     matrix_names,
@@ -133,7 +134,7 @@ class AdapterFolder:
         """What the weights' file says of the base model on which the adapter was trained."""
         with safe_open(self.folder / WEIGHTS_FILE, framework="pt") as opened:
             found = opened.metadata() or {}
-        return {key: found[key] for key in (BASE_SAMPLE_KEY, BASE_KEY) if key in found}
+        return {key: found[key] for key in (BASE_SAMPLE_KEY, BASE_KEY, START_KEY) if key in found}
 
     @property
     def base(self) -> BaseSample | None:

@@ -27,6 +27,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"  # PEFT's weights before safetensors; never read
 BASE_SAMPLE_KEY = "lorakit.base_weights"  # in the weights' metadata: samples of the base model's weights
+START_KEY = "lorakit.start"  # there too: the start of an adapter that holds what quantization took from the base
 BASE_KEY = "lorakit.base"  # the same in older files: a hash of the base model's vectors
 
 PREFIX = "base_model.model."

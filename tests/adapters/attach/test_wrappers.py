@@ -6,6 +6,7 @@ import functools
 import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -279,3 +280,38 @@ def one_of_two(rank: int, folder: Path) -> None:
     load_adapter(wrapped, folder / "divided")
     assert torch.equal(output(wrapped), bare)
     dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        {"modules_to_save": ["lm_head"], "ensure_weight_tying": True},
+        {"trainable_token_indices": [3, 5]},
+        {"bias": "all"},
+    ],
+    ids=str,
+)
+def test_tied_modules_that_are_wrapped(settings: dict[str, Any], tmp_path: Path) -> None:
+    plain, wrapped = (small_decoder(tie_word_embeddings=True) for _ in range(2))
+    wrapped.model.embed_tokens, wrapped.lm_head = compiled(wrapped.model.embed_tokens), compiled(wrapped.lm_head)
+    each_layer(compiled)(wrapped)
+    for model in (plain, wrapped):
+        torch.manual_seed(1)
+        add_adapter(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, **settings))
+        with torch.no_grad():
+            for parameter in adapter_parameters(model):
+                parameter += 0.1
+    expected = plain(IDS)
+    assert torch.equal(wrapped(IDS), expected)
+    folders = [save_adapter(model, tmp_path / str(number)) for number, model in enumerate((plain, wrapped))]
+    ours, others = ([file.read_bytes() for file in sorted(folder.iterdir())] for folder in folders)
+    assert ours == others
+    loaded = small_decoder(tie_word_embeddings=True)
+    load_adapter(compiled(loaded), folders[1])
+    assert torch.equal(loaded(IDS), expected)
+    for model in (plain, wrapped):
+        merge_adapter(model)
+    assert torch.equal(wrapped(IDS), plain(IDS))
+    unmerge_adapter(wrapped)
+    assert torch.equal(wrapped(IDS), expected)

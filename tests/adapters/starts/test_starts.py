@@ -7,11 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from made import small_decoder, write_checkpoint
+from safetensors.torch import load_file
 from tolerances import assert_alike, assert_within, factored, rounding
 from torch import Tensor, nn
 
-from lorakit import Linear4bit, LoraConfig, add_adapter, load_adapter, quantize, remove_adapter, save_adapter
-from lorakit.adapters import adapter_configs, adapter_parameters, lora_layers
+from lorakit import (
+    Linear4bit,
+    LoraConfig,
+    add_adapter,
+    load_adapter,
+    load_model,
+    merge_adapter,
+    quantize,
+    remove_adapter,
+    save_adapter,
+)
+from lorakit.adapters import adapter_configs, adapter_parameters, lora_layers, merge_checkpoint
 from lorakit.adapters.starts import STARTS
 from lorakit.errors import AdapterError, ConfigError
 
@@ -147,6 +159,29 @@ def test_loftq_is_right_for_every_alpha(alpha: int, r: int) -> None:
     left = (lost - layer.delta_weight("default")).norm()
     assert_within(left, torch.linalg.svdvals(lost)[r:].norm(), rounding(FACTORED, lost.norm()))
     assert left < lost.norm()
+
+
+def test_loftq_is_not_merged_onto_weights_that_were_not_quantized(tmp_path: Path) -> None:
+    """Its file says so: the adapter holds what quantization lost, which a 16-bit base has already."""
+    folder = write_checkpoint(tmp_path / "base", small_decoder())
+    net = load_model(folder, quant_type="nf4", dtype=torch.float32)
+    sources = load_file(folder / "model.safetensors")
+    config = LoraConfig(r=4, init_lora_weights="loftq", target_modules=["q_proj", "up_proj"])
+    add_adapter(net, config, sources=sources)
+    ids = torch.tensor([[5, 17, 300, 2, 41]])
+    expected = net(ids)
+    saved = save_adapter(net, tmp_path / "adapter")
+    other = load_model(folder, quant_type="nf4", dtype=torch.float32)
+    load_adapter(other, saved)
+    again = save_adapter(other, tmp_path / "again")
+    assert [file.read_bytes() for file in sorted(again.iterdir())] == [f.read_bytes() for f in sorted(saved.iterdir())]
+    assert torch.equal(other(ids), expected)
+    report = merge_adapter(other)
+    assert "'loftq' starts at the error of quantizing it" in str(report)
+    assert all(layer.how == "dequantized + update" for layer in report.layers)
+    with pytest.raises(AdapterError, match="'loftq' starts at the error of quantizing the base"):
+        merge_checkpoint(again, tmp_path / "merged", base=folder)
+    assert not (tmp_path / "merged").exists()
 
 
 def test_eva_finds_the_directions_of_the_inputs() -> None:

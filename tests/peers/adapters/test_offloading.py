@@ -13,8 +13,8 @@ import transformers as tf
 from tolerances import assert_alike
 from torch import nn
 
-from lorakit import LoraConfig, adapter_parameters, add_adapter, merge_adapter
-from lorakit.errors import AdapterError
+from lorakit import LoraConfig, adapter_parameters, add_adapter, load_adapter, merge_adapter, save_adapter
+from lorakit.errors import AdapterError, CheckpointError
 
 TERMS = 1024  # roundings through two layers of width 48 and the norms of DoRA
 IDS = torch.randint(0, 60, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -94,3 +94,29 @@ def test_weights_come_back(tmp_path: Path) -> None:
     merge_adapter(model, base=False)
     assert_alike(model(input_ids=IDS).logits, expected, TERMS)
     assert not torch.allclose(expected, plain(input_ids=IDS).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+@pytest.mark.parametrize("how", ["disk", "memory", "map"])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_files_of_an_offloaded_model(settings: dict[str, Any], how: str, is_late: bool, tmp_path: Path) -> None:
+    """It writes the file of the plain model; it takes that file, and refuses one of another base model."""
+    model, plain, other, reader = qwen3(), qwen3(), qwen3(), qwen3()
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight *= 1.05
+    for each in (plain, other):
+        adapt(each, settings)
+    if is_late:
+        offload(model, how, tmp_path / "weights")
+    adapt(model, settings)
+    if not is_late:
+        offload(model, how, tmp_path / "weights")
+    files = [save_adapter(one, tmp_path / name) for name, one in (("ours", model), ("plain", plain), ("other", other))]
+    ours, expected = ((folder / "adapter_model.safetensors").read_bytes() for folder in files[:2])
+    assert ours == expected
+    offload(reader, how, tmp_path / "more weights")
+    with pytest.raises(CheckpointError, match=r"another base model of the same shapes: the weights .*up_proj"):
+        load_adapter(reader, files[2])
+    load_adapter(reader, files[1])
+    with torch.no_grad():
+        assert_alike(reader(input_ids=IDS).logits, plain(input_ids=IDS).logits, TERMS)
