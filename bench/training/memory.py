@@ -278,6 +278,8 @@ PLANNED = (
     ("10 x 1024, 128k", Step(1, 1024, None, ("optimizer=lion",))),
     (SMOL, Step(2, 512, dora=True)),
     (SMOL, Step(2, 512, settings=("lora_fa=true",))),
+)
+RAGGED = (
     (SMOL, Step(8, 128, ragged=True)),
     (SMOL, Step(4, 256, None, CHECKPOINTING, ragged=True)),
     ("10 x 1024, 128k", Step(4, 128, ragged=True)),
@@ -299,13 +301,16 @@ def beside_plan(description: str) -> None:
     parser = arguments(description)
     parser.add_argument("--folder", type=Path, help="folder of the checkpoints, which are written if missing")
     parser.add_argument("--constant", action="store_true", help="predict with the library's constant for the runtime")
+    parser.add_argument(
+        "--ragged", action="store_true", help=f"{RAGGED_STEPS} ragged steps each, of three configurations"
+    )
     parser.add_argument("--only", default="", help="only configurations whose name contains this")
     options = parser.parse_args()
     runtime = None if options.constant else measure_runtime()
     with tempfile.TemporaryDirectory() as temporary:
         rows = [
             compared(shape, step, options.folder or Path(temporary), runtime)
-            for shape, step in PLANNED
+            for shape, step in (RAGGED if options.ragged else PLANNED)
             if options.only in f"{shape}: {step}"
         ]
     columns = ["shape", "configuration", "measured MiB", "predicted MiB", "off by %"]

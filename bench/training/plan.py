@@ -5,7 +5,7 @@ configurations differ in shape, format of the weights, length, batch, checkpoint
 the memory of a process that trains a tiny model, and part of the prediction. It is measured first, unless --constant
 selects the library's own constant.
 
-Run as: python -m bench.plan [--check] [--json FILE] [--folder DIR] [--constant] [--only TEXT]
+Run as: python -m bench.plan [--check] [--json FILE] [--folder DIR] [--constant] [--ragged] [--only TEXT]
 Checkpoints with random weights are written to DIR (default: a temporary folder, removed at the end).
 """
 
