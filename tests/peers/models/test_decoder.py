@@ -94,7 +94,7 @@ def test_greedy_tokens_of_one_left_padded_batch(
     assert len({len(prompt) for prompt in encode(tok, prompts)}) > 10
     assert sum(len(answer) == NEW_TOKENS for answer in their_answers) >= 10  # and the others end by themselves
     assert min(map(len, their_answers)) < NEW_TOKENS
-    monkeypatch.setattr(tok, "decode", list)  # generate then returns token ids
+    monkeypatch.setattr(tok, "decode_after", lambda prompt, ids: list(ids))  # generate then returns token ids
     assert generate(our_model, tok, prompts, NEW_TOKENS, batch_size=len(prompts)) == their_answers
 
 
@@ -102,7 +102,7 @@ def test_greedy_tokens_behind_a_shared_prefix(
     our_model: Decoder, tok: Tokenizer, their_answers: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert len({tuple(prompt[:20]) for prompt in encode(tok, CHATS)}) == 1  # the system turn, computed once for all
-    monkeypatch.setattr(tok, "decode", list)
+    monkeypatch.setattr(tok, "decode_after", lambda prompt, ids: list(ids))
     assert generate(our_model, tok, CHATS, NEW_TOKENS, batch_size=len(CHATS)) == their_answers[len(PLAIN) :]
 
 
