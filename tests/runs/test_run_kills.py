@@ -79,6 +79,7 @@ def test_a_kill_at_any_operation_on_files_leaves_the_old_run_or_the_new(workshop
     Path("run/mine.txt").write_text("mine")
     shutil.copytree("run", "old")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment["OMP_NUM_THREADS"] = "1"  # a forked process lacks its parent's threads, and would wait for them
     done = subprocess.run([sys.executable, "-c", KILLED_AT_EACH], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     number, old, new = map(int, done.stdout.split())
